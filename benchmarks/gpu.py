@@ -32,7 +32,8 @@ from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
-from mnist_ray.workload.loading import DEFAULT, data_of, load
+from mnist_ray.workload.calls import data_of
+from mnist_ray.workload.loading import DEFAULT, load
 from mnist_ray.workload.splits import splits_of
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from mnist_ray.errors import (
     with_place,
     writing,
 )
-from mnist_ray.workload.loading import placed
+from mnist_ray.workload.calls import placed
 from tests.conftest import mnist
 
 

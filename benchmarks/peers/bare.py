@@ -26,8 +26,8 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.data import Splits
-from mnist_ray.workload.loading import data_of
 from mnist_ray.workload.splits import splits_of
 
 

@@ -21,9 +21,9 @@ from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
+from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import Curve, Table
-from mnist_ray.workload.loading import data_of
 from mnist_ray.workload.splits import splits_of, subset
 
 PICTURES_FOLDER = "pictures"

@@ -27,8 +27,8 @@ from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.sampler import split_bounds
 from mnist_ray.training.saved_model import load_model
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import data_of, placed
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import data_of, placed
 from mnist_ray.workload.tensors import with_fast_layout
 from ray_fork.starting import Forking
 

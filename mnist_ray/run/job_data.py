@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from mnist_ray.errors import UsageError, count
 from mnist_ray.run.job import Job
+from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.data import Blocks, Splits
-from mnist_ray.workload.loading import data_of, digests_of
+from mnist_ray.workload.digests import digests_of
 from mnist_ray.workload.splits import splits_of, subset
 
 

@@ -30,7 +30,7 @@ from mnist_ray.trackers import Ending, start
 from mnist_ray.training.checkpoint import read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
 from mnist_ray.training.saved_model import weights_digest
-from mnist_ray.workload.loading import digests_of
+from mnist_ray.workload.digests import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
 _MAX_TRACKING = 0.05  # of the run's time, in which the job waits for its trackers; more is noted

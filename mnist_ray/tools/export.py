@@ -25,8 +25,8 @@ from mnist_ray.storage import write_file
 from mnist_ray.training.batches import ArrayBatches, ExampleBatches, batches_of
 from mnist_ray.training.sampler import Request
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import data_of, placed
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import data_of, placed
 
 _TOLERANCE = 1e-4
 _NUM_COMPARED = 512

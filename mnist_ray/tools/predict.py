@@ -32,7 +32,7 @@ from mnist_ray.storage import write_file
 from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.step import forward
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.loading import placed
+from mnist_ray.workload.calls import placed
 from mnist_ray.workload.sources import as_displayed, open_picture
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of the files taken from folders

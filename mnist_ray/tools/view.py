@@ -12,10 +12,10 @@ from mnist_ray.errors import UsageError, count, say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import data_of, picture_of, placed
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import image_grid, single_image
-from mnist_ray.workload.loading import data_of, picture_of, placed
 
 _MAX_VALUES, _MAX_TEXT = 16, 80  # of an array or, in characters, of a text that is printed whole
 _FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}

@@ -30,8 +30,8 @@ from mnist_ray.training.state import TrainingState, check_kept
 from mnist_ray.training.step import forward
 from mnist_ray.training.tensor_files import check_held
 from mnist_ray.workload import Classification, Regression, Workload
+from mnist_ray.workload.calls import picture_of, placed
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import picture_of, placed
 from mnist_ray.workload.tensors import detached
 
 NUM_EXAMPLES = 16  # in that batch

@@ -25,7 +25,7 @@ from mnist_ray.training.checkpoint import (
 )
 from mnist_ray.training.tensor_files import Rows, files_of
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.loading import placed
+from mnist_ray.workload.calls import placed
 
 
 def weights_digest(document: dict[str, Any]) -> str:

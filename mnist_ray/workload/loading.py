@@ -1,35 +1,22 @@
-"""Loads and checks a workload's class and its data; computes digests of the data. Starts fast, without torch."""
+"""Loads and checks a workload's class. Starts fast, without torch."""
 
 from __future__ import annotations
 
-import bdb
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import json
-import os
-import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from mnist_ray import config
-from mnist_ray.errors import JobError, UsageError, sendable, with_place
+from mnist_ray.errors import UsageError, with_place
 from mnist_ray.settings import build, check_known, flag, names_of, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits
-from mnist_ray.workload.memory import owner_of, span_of
 from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
-_API = str(Path(config.__file__).with_name("api.py"))
-_MAX_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
-_REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
 
 Reference = str | type[Workload]  # a value of ``--workload``, or a class in this process
 
@@ -115,125 +102,3 @@ def _check_settings(settings: type) -> None:
         if field.name in taken:
             raise UsageError(f"{flag(field.name)} is a flag already; give it another name")
     json.dumps(values_of(build(settings, {field.name: field.default for field in dataclasses.fields(settings)})))
-
-
-def data_of(workload: Workload) -> Data:
-    """Return a workload's data; set its metadata, unless a checkpoint set them. Raises UsageError and JobError."""
-    with placed(workload, "load_data"):
-        data = _checked_data(workload, workload.load_data())
-    if not workload.metadata:
-        with placed(workload, "metadata_of"):
-            workload.metadata = json.loads(json.dumps(dict(workload.metadata_of(data)), allow_nan=False))  # as saved
-    with placed(workload, "check_data"):
-        workload.check_data(data)
-    return data
-
-
-@contextlib.contextmanager
-def placed(workload: Workload, what: str) -> Iterator[None]:
-    """Turn an exception in the user's code into a UsageError: one line, with file name and line number."""
-    try:
-        yield
-    except (UsageError, JobError) as error:
-        if not any(frame.filename == _API for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-        said = f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder)}"  # of another run
-        raise type(error)(said) from error
-    except bdb.BdbQuit:  # ends a debugger
-        raise
-    except (Exception, SystemExit) as error:
-        said = with_place(error, workload.source.folder)
-        raise UsageError(f"{type(workload).__name__}, {what}: {said}") from sendable(error)
-
-
-def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
-    """Return one input as a picture, or None if inputs cannot be shown. Raises UsageError for a wrong type."""
-    with placed(workload, "as_picture"):
-        image = workload.as_picture(inputs)
-    is_array = isinstance(image, np.ndarray)
-    if image is None or (is_array and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))):
-        return image
-    got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-    raise UsageError(f"{type(workload).__name__}.as_picture must return uint8 (H, W) or (H, W, 3), not {got}")
-
-
-def _checked_data(workload: Workload, data: object) -> Data:
-    name = type(workload).__name__
-    if not isinstance(data, Data):
-        raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
-    for split in ("train", "validation", "test"):
-        examples, place = getattr(data, split), f"{name}.load_data: {split}"
-        if examples is None and split == "validation":
-            continue
-        if isinstance(examples, Arrays):
-            _check_arrays(place, examples)
-        elif isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
-            kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
-            raise UsageError(f"{place} is of type {type(examples).__name__}, {kinds}")
-        if hasattr(examples, "collate_fn"):
-            raise UsageError(f"{place} has a collate_fn, which nothing calls: make it {name}.collate(examples)")
-        if len(examples) == 0:
-            raise UsageError(f"{place} holds no examples")
-    files = tuple(data.files)
-    digest_of_files(files)  # raises OSError if one is missing
-    return dataclasses.replace(data, name=data.name or name, files=files)
-
-
-def _check_arrays(place: str, arrays: Arrays) -> None:
-    for what, array in arrays.named.items():
-        if not isinstance(array, np.ndarray) or array.ndim == 0:
-            kind = "a single number" if isinstance(array, np.ndarray) else type(array).__name__
-            raise UsageError(f"{place}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
-        if isinstance(array, np.ma.MaskedArray):
-            raise UsageError(f"{place}: {what} are a masked array, whose mask would be ignored; call .filled(VALUE)")
-        if array.dtype.kind not in "biuf":
-            raise UsageError(f"{place}: {what} must be numbers, not of dtype {array.dtype}")
-    (first, array), *others = arrays.named.items()
-    for what, other in others:
-        if len(other) != len(array):
-            raise UsageError(f"{place} has {len(array):,} {first} but {len(other):,} {what}")
-
-
-def digests_of(splits: Splits) -> dict[str, str | None]:
-    """Return digests of the splits and of the data's ``files``: a resumed run recognizes its data by them.
-
-    Arrays in memory are hashed by content, other data by their files. None for a ``Dataset`` without known files.
-    """
-    named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    digests = {name: _digest_of(split) for name, split in named.items()}
-    if not splits.files:
-        return digests
-    known = {name: digest for name, digest in digests.items() if digest is not None}
-    return {**known, "files": digest_of_files(splits.files)}
-
-
-def _digest_of(split: Split) -> str | None:
-    try:
-        if isinstance(split.examples, Blocks) and split.examples.identity is not None:
-            return hashlib.sha256(split.examples.identity.encode()).hexdigest()
-        if not isinstance(split.examples, Arrays):  # torchvision's folders: pairs (file, class)
-            return digest_of_files([path for path, _ in split.examples.samples])
-        digest = hashlib.sha256()
-        for array in split.examples.named.values():
-            if isinstance(owner := owner_of(array), np.memmap):
-                digest.update(digest_of_files([str(owner.filename)]).encode())
-                continue
-            if span_of(array) < array.nbytes:  # rows overlap: a copy would be much larger than what they show
-                digest.update(f"{array.shape} {array.strides}".encode())
-                array = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
-                array = as_strided(array, [span_of(array) // array.itemsize], [array.itemsize])
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
-    except (AttributeError, TypeError, ValueError, OSError):
-        return None
-
-
-def digest_of_files(paths: Iterable[str | Path]) -> str:
-    """Return a digest of the names, sizes and times of files. Raises OSError if a file is missing."""
-    files = [os.fspath(path) for path in paths]
-    folder = os.path.commonpath(map(os.path.dirname, files)) if files else ""
-    digest = hashlib.sha256("\n".join(file[len(folder) :] for file in files).encode())
-    for index in np.linspace(0, len(files) - 1, min(_MAX_FILES_ASKED, len(files)), dtype=int):
-        stat = os.stat(files[index])
-        digest.update(f"{stat.st_size} {int(stat.st_mtime)} ".encode())
-    return digest.hexdigest()

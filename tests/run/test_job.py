@@ -21,7 +21,7 @@ from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import Data, Regression, user_code
 from mnist_ray.workload.data import Arrays, Splits
-from mnist_ray.workload.loading import digests_of
+from mnist_ray.workload.digests import digests_of
 from tests.conftest import ROOT, Numbers, callback_at, with_data, write_data_set
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")

@@ -12,8 +12,9 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.batches import batches_of
 from mnist_ray.training.check import NUM_EXAMPLES, check_batch, try_batch
 from mnist_ray.training.sampler import Request
+from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.loading import data_of, load
+from mnist_ray.workload.loading import load
 from mnist_ray.workload.splits import splits_of
 from tests.conftest import mnist
 

@@ -16,7 +16,7 @@ from pyarrow import parquet as pq
 
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.workload import Arrays, Data, sources
-from mnist_ray.workload.loading import digests_of
+from mnist_ray.workload.digests import digests_of
 from mnist_ray.workload.sources import Parquet
 from mnist_ray.workload.splits import splits_of
 

@@ -13,7 +13,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Data, Workload
 from mnist_ray.workload.data import Split, Splits
-from mnist_ray.workload.loading import digest_of_files, digests_of
+from mnist_ray.workload.digests import digest_of_files, digests_of
 from mnist_ray.workload.splits import splits_of, subset
 
 

@@ -1,0 +1,100 @@
+"""Calls methods of a workload and checks what they return; an error in the user's code becomes one line."""
+
+from __future__ import annotations
+
+import bdb
+import contextlib
+import dataclasses
+import json
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mnist_ray import config
+from mnist_ray.errors import JobError, UsageError, sendable, with_place
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.data import Arrays, Data
+from mnist_ray.workload.digests import digest_of_files
+
+_API = str(Path(config.__file__).with_name("api.py"))
+_REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
+
+
+def data_of(workload: Workload) -> Data:
+    """Return a workload's data; set its metadata, unless a checkpoint set them. Raises UsageError and JobError."""
+    with placed(workload, "load_data"):
+        data = _checked_data(workload, workload.load_data())
+    if not workload.metadata:
+        with placed(workload, "metadata_of"):
+            workload.metadata = json.loads(json.dumps(dict(workload.metadata_of(data)), allow_nan=False))  # as saved
+    with placed(workload, "check_data"):
+        workload.check_data(data)
+    return data
+
+
+@contextlib.contextmanager
+def placed(workload: Workload, what: str) -> Iterator[None]:
+    """Turn an exception in the user's code into a UsageError: one line, with file name and line number."""
+    try:
+        yield
+    except (UsageError, JobError) as error:
+        if not any(frame.filename == _API for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        said = f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder)}"  # of another run
+        raise type(error)(said) from error
+    except bdb.BdbQuit:  # ends a debugger
+        raise
+    except (Exception, SystemExit) as error:
+        said = with_place(error, workload.source.folder)
+        raise UsageError(f"{type(workload).__name__}, {what}: {said}") from sendable(error)
+
+
+def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
+    """Return one input as a picture, or None if inputs cannot be shown. Raises UsageError for a wrong type."""
+    with placed(workload, "as_picture"):
+        image = workload.as_picture(inputs)
+    is_array = isinstance(image, np.ndarray)
+    if image is None or (is_array and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))):
+        return image
+    got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
+    raise UsageError(f"{type(workload).__name__}.as_picture must return uint8 (H, W) or (H, W, 3), not {got}")
+
+
+def _checked_data(workload: Workload, data: object) -> Data:
+    name = type(workload).__name__
+    if not isinstance(data, Data):
+        raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
+    for split in ("train", "validation", "test"):
+        examples, place = getattr(data, split), f"{name}.load_data: {split}"
+        if examples is None and split == "validation":
+            continue
+        if isinstance(examples, Arrays):
+            _check_arrays(place, examples)
+        elif isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
+            kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
+            raise UsageError(f"{place} is of type {type(examples).__name__}, {kinds}")
+        if hasattr(examples, "collate_fn"):
+            raise UsageError(f"{place} has a collate_fn, which nothing calls: make it {name}.collate(examples)")
+        if len(examples) == 0:
+            raise UsageError(f"{place} holds no examples")
+    files = tuple(data.files)
+    digest_of_files(files)  # raises OSError if one is missing
+    return dataclasses.replace(data, name=data.name or name, files=files)
+
+
+def _check_arrays(place: str, arrays: Arrays) -> None:
+    for what, array in arrays.named.items():
+        if not isinstance(array, np.ndarray) or array.ndim == 0:
+            kind = "a single number" if isinstance(array, np.ndarray) else type(array).__name__
+            raise UsageError(f"{place}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
+        if isinstance(array, np.ma.MaskedArray):
+            raise UsageError(f"{place}: {what} are a masked array, whose mask would be ignored; call .filled(VALUE)")
+        if array.dtype.kind not in "biuf":
+            raise UsageError(f"{place}: {what} must be numbers, not of dtype {array.dtype}")
+    (first, array), *others = arrays.named.items()
+    for what, other in others:
+        if len(other) != len(array):
+            raise UsageError(f"{place} has {len(array):,} {first} but {len(other):,} {what}")

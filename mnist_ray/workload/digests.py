@@ -1,0 +1,61 @@
+"""Digests of a workload's data: a resumed run recognizes its data by them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from mnist_ray.workload.data import Arrays, Blocks, Split, Splits
+from mnist_ray.workload.memory import owner_of, span_of
+
+_MAX_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
+
+
+def digests_of(splits: Splits) -> dict[str, str | None]:
+    """Return digests of the splits and of the data's ``files``: a resumed run recognizes its data by them.
+
+    Arrays in memory are hashed by content, other data by their files. None for a ``Dataset`` without known files.
+    """
+    named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+    digests = {name: _digest_of(split) for name, split in named.items()}
+    if not splits.files:
+        return digests
+    known = {name: digest for name, digest in digests.items() if digest is not None}
+    return {**known, "files": digest_of_files(splits.files)}
+
+
+def _digest_of(split: Split) -> str | None:
+    try:
+        if isinstance(split.examples, Blocks) and split.examples.identity is not None:
+            return hashlib.sha256(split.examples.identity.encode()).hexdigest()
+        if not isinstance(split.examples, Arrays):  # torchvision's folders: pairs (file, class)
+            return digest_of_files([path for path, _ in split.examples.samples])
+        digest = hashlib.sha256()
+        for array in split.examples.named.values():
+            if isinstance(owner := owner_of(array), np.memmap):
+                digest.update(digest_of_files([str(owner.filename)]).encode())
+                continue
+            if span_of(array) < array.nbytes:  # rows overlap: a copy would be much larger than what they show
+                digest.update(f"{array.shape} {array.strides}".encode())
+                array = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
+                array = as_strided(array, [span_of(array) // array.itemsize], [array.itemsize])
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+    except (AttributeError, TypeError, ValueError, OSError):
+        return None
+
+
+def digest_of_files(paths: Iterable[str | Path]) -> str:
+    """Return a digest of the names, sizes and times of files. Raises OSError if a file is missing."""
+    files = [os.fspath(path) for path in paths]
+    folder = os.path.commonpath(map(os.path.dirname, files)) if files else ""
+    digest = hashlib.sha256("\n".join(file[len(folder) :] for file in files).encode())
+    for index in np.linspace(0, len(files) - 1, min(_MAX_FILES_ASKED, len(files)), dtype=int):
+        stat = os.stat(files[index])
+        digest.update(f"{stat.st_size} {int(stat.st_mtime)} ".encode())
+    return digest.hexdigest()
