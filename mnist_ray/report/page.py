@@ -8,22 +8,22 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, in_words, redact, say, with_place
+from mnist_ray.report.plots import Curve, curves_of, smoothed, stacked_bars
 from mnist_ray.report.run_files import SAMPLES_FILE, RunRecord, number_of, read_csv, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
 from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.figures import Curve, Table
 from mnist_ray.workload.splits import splits_of, subset
 
 PICTURES_FOLDER = "pictures"
@@ -33,6 +33,17 @@ _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "linestyle": "--"}
 _MAX_BARS, _MIN_SHARE = 16, 0.002  # of the time's picture; of the time that a part must have taken to be shown
 _MAX_MARKERS = 50  # of epochs; more would hide the curves
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings; without ``columns``, it has pairs of a name and a value, and no header."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    num_bold: int = 0  # of the first rows
+    is_wide: bool = True  # takes the page's whole width
 
 
 def page_of(**content: Any) -> str:
@@ -147,11 +158,11 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     ends = [min(epoch * record.steps_per_epoch, total) for epoch in record.column("epoch")]
     marker = "o" if len(ends) <= _MAX_MARKERS else ""
     drawn = [
-        figures.smoothed(Curve("training", steps, training, _TRAINING), least),
+        smoothed(Curve("training", steps, training, _TRAINING), least),
         Curve("validation", ends, record.column(f"val_{metric.name}"), {**_VALIDATION, "marker": marker}),
     ]
     last = "; ".join(f"{curve.label} ends at {metric.format(curve.values[-1])}" for curve in drawn if curve.values)
-    png = figures.curves_of(metric, drawn, record.steps_per_epoch)
+    png = curves_of(metric, drawn, record.steps_per_epoch)
     return [Picture(metric.name, metric.name, f"{metric.name} over {total:,.0f} steps. {last}", png)]
 
 
@@ -160,7 +171,7 @@ def _learning_rate(record: RunRecord) -> list[Picture]:
     if all(map(math.isnan, rates)):  # a run of an earlier version
         return []
     curve = Curve("learning rate", [row["step"] for row in record.steps], rates, _TRAINING)
-    png = figures.curves_of(Metric("learning rate", "min"), [curve], record.steps_per_epoch)
+    png = curves_of(Metric("learning rate", "min"), [curve], record.steps_per_epoch)
     return [Picture("learning_rate", "Learning rate", f"Learning rate over the steps. It ends at {rates[-1]:g}", png)]
 
 
@@ -183,7 +194,7 @@ def _time_spent(record: RunRecord) -> list[Picture]:
     if not shown:
         return []
     shares = ", ".join(f"{part} {sum(values) / total:.0%}" for part, values in shown.items())
-    png = figures.stacked_bars(bars, shown, "seconds")
+    png = stacked_bars(bars, shown, "seconds")
     return [Picture("time", "Where the time went", f"Seconds of the workers: {shares}", png)]
 
 

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mnist_ray.errors import count, format_settings, format_value, in_words
+from mnist_ray.report.plots import label_log_axis, on_axis, scale_axis
 from mnist_ray.settings import Choice
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.workload.figures import label_log_axis, on_axis, plain, png_of, scale_axis
+from mnist_ray.workload.figures import plain, png_of
 
 _WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
 _TITLE_WIDTH = 80  # characters

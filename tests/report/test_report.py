@@ -18,6 +18,7 @@ from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.report import page
+from mnist_ray.report.plots import Curve, scale_axis, smoothed
 from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
 from mnist_ray.run.history import History, write_predictions
 from mnist_ray.settings import json_lines, setting, values_of
@@ -29,7 +30,7 @@ from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import ACCURACY, LOSS, Metric, Picture
 from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.figures import Curve, Table, new_plot, scale_axis, smoothed
+from mnist_ray.workload.figures import new_plot
 from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
 from tests.sweep.conftest import point
 
@@ -429,7 +430,7 @@ def test_a_page_shows_no_secrets_and_escapes_markup_and_control_characters() -> 
     rows = [("command_line", command_line), ("data_dir", "<script>alert(1)</script>")]
     status = "To resume: s3://KEY:SECRET@bucket?token=SECRET&region=us"
     rows.append(("run", "\u202egnp.\x1b[31m"))
-    tables = [Table("Origin", (), rows)]
+    tables = [page.Table("Origin", (), rows)]
     text = page.page_of(title="a run", status=status, headlines={}, notes=(), pictures=(), tables=tables, refresh_s=0)
     assert r"<td>\u202egnp.\x1b[31m</td>" in text
     assert "train --storage-path http://***@host<" in text

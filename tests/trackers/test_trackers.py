@@ -22,6 +22,7 @@ from pyarrow import fs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_ray.config import OutputConfig, TrainConfig
+from mnist_ray.report.plots import curves_of
 from mnist_ray.run.find import find
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
@@ -29,13 +30,13 @@ from mnist_ray.trackers import Ending, Tracker, start
 from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload import figures, user_code
+from mnist_ray.workload import user_code
 from mnist_ray.workload.base import LOSS
 from tests.conftest import ROOT, Digits, folder_at
 
 EXAMPLES = ROOT / "examples"
 INTERRUPTED = Ending(None, {}, None)
-PICTURE = figures.curves_of(LOSS, [], 1)
+PICTURE = curves_of(LOSS, [], 1)
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
 
 
