@@ -96,14 +96,14 @@ class ExampleBatches(Dataset):
         return len(self.split)
 
     def __getitem__(self, request: Request) -> MicroBatch:
-        places = self.split.places(request.indices)
+        indices = self.split.indices_of(request.indices)
         if isinstance(arrays := self.split.examples, Arrays):
-            take = functools.partial(_rows, places=places)
+            take = functools.partial(_rows, indices=indices)
             return _loaded(request, map_arrays(take, arrays.inputs), map_arrays(take, arrays.targets))
-        return self._joined([self._example(place) for place in places.tolist()], places, request)
+        return self._joined([self._example(index) for index in indices.tolist()], indices, request)
 
-    def _joined(self, examples: list[tuple[Any, Any]], places: np.ndarray, request: Request) -> MicroBatch:
-        """Join examples, whose indices in the user's data are ``places``, to a batch."""
+    def _joined(self, examples: list[tuple[Any, Any]], indices: np.ndarray, request: Request) -> MicroBatch:
+        """Join examples, with their ``indices`` in the user's data, to a batch."""
         try:
             joined = None if self.collate is None else self.collate(examples)
         except StopIteration as error:  # like _example
@@ -113,33 +113,33 @@ class ExampleBatches(Dataset):
         except (RuntimeError, TypeError, ValueError) as error:
             if joined is not None:
                 raise ExampleError("collate must return a pair (inputs, targets)") from error
-            reason = _misfit(places, examples) or first_line(error)
+            reason = _misfit(indices, examples) or first_line(error)
             remedy = "make them alike in the Dataset, or join them in the workload's collate()"
             raise ExampleError(f"{self.split.origin} examples do not fit together: {reason}; {remedy}") from error
         return _loaded(request, inputs, targets)
 
-    def _example(self, place: int) -> tuple[Any, Any]:
-        seed = (self.seed * 2_147_483_647 + place) % 2**63
+    def _example(self, index: int) -> tuple[Any, Any]:
+        seed = (self.seed * 2_147_483_647 + index) % 2**63
         torch.default_generator.manual_seed(seed)  # 100 times as fast as torch.manual_seed, which seeds all devices
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
-            example: tuple[Any, Any] = self.split.examples[place]
+            example: tuple[Any, Any] = self.split.examples[index]
             return example
         except (Exception, SystemExit) as error:  # even StopIteration: a DataLoader would take it for the data's end
             if isinstance(error, _PASSING) or getattr(error, "errno", None) is not None:  # a retry may succeed
                 raise
             kind = "" if isinstance(error, (OSError, SystemExit)) else f"{type(error).__name__}: "
-            said = f"{self.split.origin} example {place} cannot be read: {kind}{first_line(error)}"
+            said = f"{self.split.origin} example {index} cannot be read: {kind}{first_line(error)}"
             raise ExampleError(said) from error
 
 
-def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
+def _misfit(indices: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
     """Name the first example whose shapes differ from those of the batch's first example."""
     shapes = [tuple(map(np.shape, pytree.tree_leaves(example))) for example in examples]
-    for place, shape in zip(places.tolist(), shapes, strict=False):
+    for index, shape in zip(indices.tolist(), shapes, strict=False):
         if shape != shapes[0]:
-            return f"example {place} has shapes {shape}, example {places[0]} has {shapes[0]}"
+            return f"example {index} has shapes {shape}, example {indices[0]} has {shapes[0]}"
     return ""
 
 
@@ -158,8 +158,9 @@ class BlockBatches(ExampleBatches):
         if (sizes := self._sizes) is None:
             return None
         if group.world_size > config.num_chunks:
-            most = f"the {config.num_chunks} streams of blocks; start a run with more --num-chunks, or fewer workers"
-            raise ExampleError(f"{group.world_size} workers are more than {most}")
+            remedy = "start a run with more --num-chunks, or fewer workers"
+            too_many = f"{group.world_size} workers are more than the {config.num_chunks} streams of blocks"
+            raise ExampleError(f"{too_many}; {remedy}")
 
         def order(number: int) -> StreamOrder:
             return StreamOrder(sizes, config.batch_size, config.num_chunks, config.seed, number)
@@ -173,19 +174,24 @@ class BlockBatches(ExampleBatches):
         return order(number)
 
     def __getitem__(self, request: Request) -> MicroBatch:
-        places = self.split.places(request.indices)
-        blocks = np.searchsorted(self._edges, places, side="right") - 1
-        rows, by_block = places - self._edges[blocks], np.argsort(blocks, kind="stable")
-        numbers, starts = np.unique(blocks[by_block], return_index=True)
-        examples_of = self._reader.examples_of(numbers.tolist(), ends_step=request.ends_step)
+        indices = self.split.indices_of(request.indices)
+        blocks = np.searchsorted(self._edges, indices, side="right") - 1
+        rows = indices - self._edges[blocks]
+        examples_of = self._reader.examples_of(np.unique(blocks).tolist(), ends_step=request.ends_step)
         if all(isinstance(examples, Arrays) for examples in examples_of.values()):
-            of_blocks = zip(examples_of.values(), np.split(rows[by_block], starts[1:]), strict=True)
-            parts = [examples[own_rows] for examples, own_rows in of_blocks]
-            back = torch.from_numpy(np.argsort(by_block))
-            inputs, targets = pytree.tree_map(lambda *arrays: torch.from_numpy(np.concatenate(arrays))[back], *parts)
-            return _loaded(request, inputs, targets)
+            return _loaded(request, *_rows_of_blocks(examples_of, blocks, rows))
         examples = [examples_of[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
-        return self._joined(examples, places, request)
+        return self._joined(examples, indices, request)
+
+
+def _rows_of_blocks(arrays_of: dict[int, Arrays], blocks: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
+    """Return the inputs and the targets of one example for each of ``blocks``, in this order: that in the given row.
+
+    ``arrays_of``: the arrays of the blocks, in the order of their numbers.
+    """
+    by_block = [arrays[rows[blocks == block]] for block, arrays in arrays_of.items()]
+    back = torch.from_numpy(np.argsort(np.argsort(blocks, kind="stable")))  # from the blocks' order
+    return pytree.tree_map(lambda *arrays: torch.from_numpy(np.concatenate(arrays))[back], *by_block)
 
 
 class _Checked(Blocks):
@@ -238,7 +244,7 @@ def _begin_process(number: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
+def _rows(array: np.ndarray, indices: np.ndarray) -> Tensor:
     """Copy rows into torch's memory, which always has the same alignment: the bits of a sum may depend on it.
 
     ``np.take`` would first copy an array whose rows overlap, or do not follow each other in memory.
@@ -246,8 +252,8 @@ def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
     try:
         whole = torch.from_numpy(array)
     except ValueError:  # torch knows no negative strides
-        return torch.from_numpy(array[places]).clone()
-    return whole.index_select(0, torch.from_numpy(places))
+        return torch.from_numpy(array[indices]).clone()
+    return whole.index_select(0, torch.from_numpy(indices))
 
 
 def batch_loader(

@@ -112,17 +112,16 @@ class Split:
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Return one example's (input, target). Raises UsageError if a ``Dataset`` does not return pairs."""
-        place = index if self.indices is None else int(self.indices[index])
-        example = self.examples[place]
+        example = self.examples[index if self.indices is None else int(self.indices[index])]
         if isinstance(example, (tuple, list)) and len(example) == 2:
             return example[0], example[1]
         got = count(len(example), "value") if isinstance(example, (tuple, list)) else type(example).__name__
         remedy = "either may be a tuple or a dict; if there are no targets, repeat the input"
         raise UsageError(f"{self.origin}: a Dataset's items must be pairs (input, target), not {got}; {remedy}")
 
-    def places(self, indices: Any) -> Any:
-        """Map indices of this split to indices of ``examples``."""
-        return indices if self.indices is None else self.indices[indices]
+    def indices_of(self, positions: Any) -> Any:
+        """Return the indices in ``examples`` of the examples at some positions of this split."""
+        return positions if self.indices is None else self.indices[positions]
 
     @property
     def is_in_memory(self) -> bool:
@@ -134,12 +133,12 @@ class Split:
         """The examples, if they are in memory and the split has all of them; else None."""
         return self.examples if self.is_in_memory and self.indices is None else None
 
-    def take(self, indices: np.ndarray | AllBut | slice) -> Split:
-        """Return the examples at ``indices``. Arrays in memory are copied, but a slice of whole arrays is a view."""
-        places = self.places(indices)
+    def take(self, positions: np.ndarray | AllBut | slice) -> Split:
+        """Return the examples at ``positions``. Arrays in memory are copied, but a slice of whole arrays is a view."""
+        indices = self.indices_of(positions)
         if self.is_in_memory:
-            return Split(Arrays(*self.examples[places]), None, self.origin)
-        return Split(self.examples, places, self.origin)
+            return Split(Arrays(*self.examples[indices]), None, self.origin)
+        return Split(self.examples, indices, self.origin)
 
     def between(self, start: int, stop: int) -> Split:
         """Return the examples from ``start`` to ``stop - 1``; for whole arrays in memory, a view."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +16,7 @@ _WINDOW = 4  # blocks whose examples are shuffled together
 
 
 def part_of(length: int, number: int, num_parts: int) -> range:
-    """Return the places of the ``number``-th of ``num_parts`` parts of a sequence, which differ by at most one."""
+    """Return the positions of the ``number``-th of ``num_parts`` parts of a sequence, which differ by at most one."""
     return range(length * number // num_parts, length * (number + 1) // num_parts)
 
 
@@ -33,9 +36,9 @@ class Shuffled:
     def __len__(self) -> int:
         return self._number
 
-    def __getitem__(self, places: slice) -> np.ndarray:
+    def __getitem__(self, positions: slice) -> np.ndarray:
         """Return the numbers at the positions of a slice, (stop - start,)."""
-        drawn = self._permuted(np.arange(*places.indices(self._number), dtype=np.uint64))
+        drawn = self._permuted(np.arange(*positions.indices(self._number), dtype=np.uint64))
         while len(outside := np.flatnonzero(drawn >= self._number)):
             drawn[outside] = self._permuted(drawn[outside])
         return drawn.astype(np.int64)
@@ -63,7 +66,10 @@ def _hashed(values: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
 
 
 class AllBut:
-    """The numbers below ``number`` without ``left_out``, in order, computed when needed to save memory."""
+    """The numbers below ``number`` without ``left_out``, in order.
+
+    They are computed when needed: an array would take 8 bytes for each, in every process.
+    """
 
     def __init__(self, number: int, left_out: np.ndarray) -> None:
         self._number = number
@@ -73,9 +79,9 @@ class AllBut:
     def __len__(self) -> int:
         return self._number - len(self._before)
 
-    def __getitem__(self, places: ArrayLike) -> np.ndarray:
+    def __getitem__(self, positions: ArrayLike) -> np.ndarray:
         """Return the numbers at one or more positions."""
-        return np.add(places, np.searchsorted(self._before, places, side="right"))
+        return np.add(positions, np.searchsorted(self._before, positions, side="right"))
 
     def rank(self, numbers: np.ndarray) -> np.ndarray:
         """Return how many of these numbers are below each of ``numbers``."""
@@ -97,20 +103,17 @@ class Stream(NamedTuple):
     """A part of the row of blocks, from which each batch takes as many examples."""
 
     number: int
-    start: int  # place in the row
-    stop: int
-    width: int  # examples of a full batch
-    offset: int  # where they begin within a full batch, …
-    offset_of_last: int  # … and within the last batch, which may be smaller
+    width: int  # examples of a full batch; the last batch may be smaller
+    edges: list[int]  # the positions in the row where its windows begin, and where the last one ends
 
 
 class StreamOrder:
     """An epoch's order of a split's examples, which are in blocks. Its slices are arrays of indices of the split.
 
     The blocks are permuted into a row. Stream c is the c-th of ``num_streams`` almost equal parts of it; a block at a
-    border belongs to two streams. Within a stream, the examples of each four blocks are shuffled. A batch takes its
-    c-th part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So the batches do not depend on the
-    number of workers, and a worker that always takes the same parts reads only its own streams.
+    border belongs to two streams. Within a stream, the examples of every four blocks, a *window*, are shuffled. A batch
+    takes its c-th part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So the batches do not
+    depend on the number of workers, and a worker that always takes the same parts reads only its own streams.
     """
 
     def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, epoch: int) -> None:
@@ -127,66 +130,58 @@ class StreamOrder:
     def _streams_for(self, num_last: int) -> Iterator[Stream]:
         start = 0
         for number in range(self.num_streams):
-            in_full, in_last = (part_of(size, number, self.num_streams) for size in (self._batch_size, num_last))
-            stop = start + self._num_full * len(in_full) + len(in_last)
-            yield Stream(number, start, stop, len(in_full), in_full.start, in_last.start)
+            in_full, in_last = (len(part_of(size, number, self.num_streams)) for size in (self._batch_size, num_last))
+            stop = start + self._num_full * in_full + in_last
+            first_block, last_block = self._block_at(start), self._block_at(stop - 1)
+            within = self._edges[first_block + _WINDOW : last_block + 1 : _WINDOW].tolist()
+            yield Stream(number, in_full, [start, *within, stop] if start < stop else [start])
             start = stop
 
     def __len__(self) -> int:
         return int(self._edges[-1])
 
-    def __getitem__(self, places: slice) -> np.ndarray:
-        """Return the indices of the examples at the places of a slice, (stop - start,)."""
-        start, stop, _ = places.indices(len(self))
-        steps, within = np.divmod(np.arange(start, stop), self._batch_size)
-        of_full = np.searchsorted([stream.offset for stream in self._streams], within, side="right") - 1
-        of_last = np.searchsorted([stream.offset_of_last for stream in self._streams], within, side="right") - 1
-        numbers = np.where(steps == self._num_full, of_last, of_full)
-        indices = np.empty(len(steps), np.int64)
-        for number in np.unique(numbers).tolist():
-            stream, own = self._streams[number], np.flatnonzero(numbers == number)
-            step, place = int(steps[own[0]]), int(within[own[0]])
-            offset = stream.offset_of_last if step == self._num_full else stream.offset
-            first = stream.start + step * stream.width + place - offset
-            indices[own] = self._of_stream(stream, first, first + len(own))  # they follow each other in the row
-        return indices
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """Return the indices of the examples at the positions of a slice, (stop - start,)."""
+        start, stop, _ = positions.indices(len(self))
+        steps = range(start // self._batch_size, math.ceil(stop / self._batch_size))
+        of_streams = [self._parts(stream, steps) for stream in self._streams]
+        batches = [part for of_step in zip(*of_streams, strict=True) for part in of_step]
+        first = steps.start * self._batch_size
+        return np.concatenate(batches)[start - first : stop - first]
 
-    def _of_stream(self, stream: Stream, first: int, end: int) -> np.ndarray:
-        """Return the indices of a stream's examples at the places ``first`` to ``end - 1`` of the row."""
-        first_block, drawn = self._block_at(stream.start), []
-        windows = [(self._block_at(place) - first_block) // _WINDOW for place in (first, end - 1)]
-        for number in range(windows[0], windows[1] + 1):
-            start, stop = self._window(stream, number)
-            shuffled = Shuffled(stop - start, [*self._key, stream.number, number])
-            drawn.append(start + shuffled[max(first, start) - start : min(end, stop) - start])
-        places = np.concatenate(drawn)
-        blocks = self._block_at(places)
-        return self._firsts[blocks] + places - self._edges[blocks]
+    def _parts(self, stream: Stream, steps: range) -> list[np.ndarray]:
+        """Return the indices that a stream gives to each of some steps of the epoch."""
+        start, stop = (stream.edges[0] + stream.width * step for step in (steps.start, steps.stop))
+        indices = self._of_stream(stream, start, stream.edges[-1] if steps.stop > self._num_full else stop)
+        return np.split(indices, stream.width * np.arange(1, len(steps)))
+
+    def _of_stream(self, stream: Stream, start: int, stop: int) -> np.ndarray:
+        """Return the indices of a stream's examples at the positions ``start`` to ``stop - 1`` of the row."""
+        drawn = [np.empty(0, np.int64)]
+        for number in range(bisect_right(stream.edges, start) - 1, bisect_left(stream.edges, stop)):
+            first, end = stream.edges[number : number + 2]
+            shuffled = Shuffled(end - first, [*self._key, stream.number, number])
+            drawn.append(first + shuffled[max(start, first) - first : min(stop, end) - first])
+        positions = np.concatenate(drawn)
+        blocks = self._block_at(positions)
+        return self._firsts[blocks] + positions - self._edges[blocks]
 
     def reads(self, streams: Iterable[int], first_step: int) -> list[Read]:
         """Return the reads of some streams for the steps from ``first_step`` on, in the order of need."""
         found = []
         for stream in (self._streams[number] for number in streams):
-            num_blocks = self._block_at(stream.stop - 1) + 1 - self._block_at(stream.start)
-            for window in range(-(-num_blocks // _WINDOW)):
-                first, last = self._window(stream, window)
-                steps = self._step_of(stream, first), self._step_of(stream, last - 1)
-                if first < last and steps[1] >= first_step:
-                    blocks = self._blocks[self._block_at(first) : self._block_at(last - 1) + 1]
+            for start, stop in pairwise(stream.edges):
+                steps = self._step_of(stream, start), self._step_of(stream, stop - 1)
+                if steps[1] >= first_step:
+                    blocks = self._blocks[self._block_at(start) : self._block_at(stop - 1) + 1]
                     found += [Read(*steps, block) for block in blocks.tolist()]
         return sorted(found)
 
-    def _block_at(self, place: Any) -> Any:
-        """Return the number, in the row, of the block at one or more places of the row."""
-        return np.searchsorted(self._edges, place, side="right") - 1
+    def _block_at(self, position: Any) -> Any:
+        """Return the number, in the row, of the block at one or more positions of the row."""
+        return np.searchsorted(self._edges, position, side="right") - 1
 
-    def _window(self, stream: Stream, number: int) -> tuple[int, int]:
-        """Return where a window of a stream begins and ends in the row."""
-        first_block = self._block_at(stream.start) + number * _WINDOW
-        first, last = self._edges[first_block], self._edges[min(first_block + _WINDOW, len(self._edges) - 1)]
-        return int(max(first, stream.start)), int(min(last, stream.stop))
-
-    def _step_of(self, stream: Stream, place: int) -> int:
-        """Return the step that needs the example at a stream's place in the row."""
-        in_full = (place - stream.start) // stream.width if stream.width else self._num_full
+    def _step_of(self, stream: Stream, position: int) -> int:
+        """Return the step, counted over all epochs, that needs a stream's example at a position of the row."""
+        in_full = (position - stream.edges[0]) // stream.width if stream.width else self._num_full
         return int(self._first_step + min(in_full, self._num_full))
