@@ -75,8 +75,8 @@ class Chunks:
         self._own = part_of(num_chunks, rank, world_size)
         self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._places = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
-        self._first = [_as_real(getattr(module, name)) for module, name in self._places]
+        self._owners = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
+        self._first = [_as_real(getattr(module, name)) for module, name in self._owners]
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
         self._total: Callable[[Tensor], Tensor] | None = None  # set at the first step, when a row's length is known
@@ -88,22 +88,18 @@ class Chunks:
         return self._own
 
     def _buffers(self) -> list[Tensor]:
-        """Return the buffers: ``forward`` or a callback may have put others, of the same shape, in their places."""
-        now = [_as_real(getattr(module, name)) for module, name in self._places]
+        """Return the buffers: ``forward`` or a callback may have replaced them by others of the same shape."""
+        now = [_as_real(getattr(module, name)) for module, name in self._owners]
         return [new if new.shape == first.shape else first for new, first in zip(now, self._first, strict=True)]
 
     def collect(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
         """Move a chunk's gradients out of the model, and collect the ``sums`` over the chunk's examples."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        pairs = [*zip(self._buffers(), self._before, strict=True)]
-        changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
-        vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes)])
-        self._nodes = added_up([*self._nodes, Subtree(0, chunk, vector)])
+        self._nodes = added_up([*self._nodes, Subtree(0, chunk, self._flattened())])
         for name, value in sums.items():
             self._sums.setdefault(name, value.new_zeros(self._num_chunks, dtype=torch.float64))[chunk] = value
         for parameter in self._parameters:
             parameter.grad = None
-        for buffer, before in pairs:
+        for buffer, before in zip(self._buffers(), self._before, strict=True):
             buffer.copy_(before)
 
     def apply(self) -> dict[str, Tensor]:
@@ -113,15 +109,28 @@ class Chunks:
         """
         rows = torch.stack([node.vector for node in self._nodes])  # one per subtree
         self._total = self._total or self._connect(rows.shape[1])
-        total = self._total(rows)
-        self._nodes, buffers = [], self._buffers()
-        values = torch.split(total, [tensor.numel() for tensor in (*self._parameters, *buffers)])
-        for parameter, value in zip(self._parameters, values, strict=False):
-            parameter.grad = torch.empty_like(parameter).copy_(value.view_as(parameter))  # in the parameter's layout
-        for buffer, before, value in zip(buffers, self._before, values[len(self._parameters) :], strict=False):
-            change = value.view_as(before).double() / self._num_chunks
-            buffer.copy_(torch.where(change == 0, before, (before.double() + change).to(before.dtype)))
+        gradients, changes = self._unflattened(self._total(rows))
+        self._nodes = []
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in the parameter's layout
+        for buffer, before, change in zip(self._buffers(), self._before, changes, strict=True):
+            mean = change.double() / self._num_chunks
+            buffer.copy_(torch.where(mean == 0, before, (before.double() + mean).to(before.dtype)))
         return self._sums
+
+    def _flattened(self) -> Tensor:
+        """Return the model's gradients, then its buffers' changes since the step's start, as one vector."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        pairs = zip(self._buffers(), self._before, strict=True)
+        changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
+        return torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes)])
+
+    def _unflattened(self, vector: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients and the changes in a vector, in the shapes of the parameters and buffers."""
+        tensors = [*self._parameters, *self._before]
+        values = torch.split(vector, [tensor.numel() for tensor in tensors])
+        shaped = [value.view_as(tensor) for value, tensor in zip(values, tensors, strict=True)]
+        return shaped[: len(self._parameters)], shaped[len(self._parameters) :]
 
     def _connect(self, size: int) -> Callable[[Tensor], Tensor]:
         """Return a function from this rank's rows, of ``size`` numbers each, to the sum over all ranks' rows.
@@ -133,10 +142,10 @@ class Chunks:
             added_up(Subtree(0, chunk, none) for chunk in part_of(self._num_chunks, rank, self._world_size))
             for rank in range(self._world_size)
         ]
-        places = [node[:2] for nodes in of_ranks for node in nodes]
+        known = [node[:2] for nodes in of_ranks for node in nodes]  # level and number of each row's subtree
 
         def total(rows: Tensor) -> Tensor:
-            nodes = added_up(Subtree(*place, row) for place, row in zip(places, rows, strict=True))
+            nodes = added_up(Subtree(*subtree, row) for subtree, row in zip(known, rows, strict=True))
             return functools.reduce(operator.add, (node.vector for node in nodes))
 
         if self._world_size == 1:
