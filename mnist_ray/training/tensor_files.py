@@ -78,8 +78,7 @@ def content_of(tensors: Mapping[str, Rows]) -> tuple[list[Any], str]:
     for name, rows in sorted(tensors.items(), key=lambda item: -item[1].values.itemsize):  # aligns them
         content = _bytes_of(rows.values.reshape(-1))
         digested_rows = max(1, _DIGESTED_BYTES // (row_bytes(rows.shape, rows.values.dtype) or 1))
-        size = digested_rows * row_bytes(rows.shape, rows.values.dtype)
-        digests = [_digest(content[at : at + size]) for at in range(0, len(content), size or 1)]
+        digests = _digests(content, digested_rows * row_bytes(rows.shape, rows.values.dtype))
         entries[name] = [rows.start, rows.shape, digested_rows, digests]
         shape, stop = list(rows.values.shape), offset + len(content)
         header[name] = {"dtype": _NAMES[rows.values.dtype], "shape": shape, "data_offsets": [offset, stop]}
@@ -121,8 +120,9 @@ def row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape[1:]) * dtype.itemsize
 
 
-def _digest(content: memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
+def _digests(content: memoryview, size: int) -> list[str]:
+    """Return the digest of every ``size`` bytes."""
+    return [hashlib.sha256(content[at : at + size]).hexdigest()[:32] for at in range(0, len(content), size or 1)]
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,15 @@ class _Part:
 
     def read(self, folder: RunFolder, start: int, stop: int) -> memoryview:
         """Return the bytes of rows, which this part must have. Raises DamagedFileError and STORAGE_ERRORS."""
-        first = (start - self.start) // self.digested_rows
-        last = math.ceil((stop - self.start) / self.digested_rows)
-        at = first * self.digested_rows
-        number = min(last * self.digested_rows, self.stop - self.start) - at
-        read = _read_range(folder, self.file_name, self.offset + at * self.row_bytes, number * self.row_bytes)
-        size = self.digested_rows * self.row_bytes
-        found = [_digest(read[begin : begin + size]) for begin in range(0, len(read), size)]
-        if found != self.digests[first:last]:
+        wanted = range(start - self.start, stop - self.start)  # rows of this part
+        first, last = wanted.start // self.digested_rows, math.ceil(wanted.stop / self.digested_rows)
+        digested = range(self.stop - self.start)[first * self.digested_rows : last * self.digested_rows]
+        position = self.offset + digested.start * self.row_bytes
+        content = _read_range(folder, self.file_name, position, len(digested) * self.row_bytes)
+        if _digests(content, self.digested_rows * self.row_bytes) != self.digests[first:last]:
             raise DamagedFileError(f"{self.file_name}: its digest is wrong")
-        begin = (start - self.start - at) * self.row_bytes
-        return read[begin : begin + (stop - start) * self.row_bytes]
+        begin = (wanted.start - digested.start) * self.row_bytes
+        return content[begin : begin + len(wanted) * self.row_bytes]
 
 
 def _read_range(folder: RunFolder, file_name: str, start: int, size: int) -> memoryview:
@@ -229,10 +227,10 @@ class TensorFiles:
             return values
         from torch.distributed.tensor import DTensor
 
-        place: Any = own
+        sharded: Any = own
         values = values.to(own.device)
         return DTensor.from_local(
-            values, place.device_mesh, place.placements, run_check=False, shape=own.shape, stride=own.stride()
+            values, sharded.device_mesh, sharded.placements, run_check=False, shape=own.shape, stride=own.stride()
         )
 
     def read_all(self, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

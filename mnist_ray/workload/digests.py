@@ -30,24 +30,34 @@ def digests_of(splits: Splits) -> dict[str, str | None]:
 
 
 def _digest_of(split: Split) -> str | None:
+    examples = split.examples
     try:
-        if isinstance(split.examples, Blocks) and split.examples.identity is not None:
-            return hashlib.sha256(split.examples.identity.encode()).hexdigest()
-        if not isinstance(split.examples, Arrays):  # torchvision's folders: pairs (file, class)
-            return digest_of_files([path for path, _ in split.examples.samples])
-        digest = hashlib.sha256()
-        for array in split.examples.named.values():
-            if isinstance(owner := owner_of(array), np.memmap):
-                digest.update(digest_of_files([str(owner.filename)]).encode())
-                continue
-            if span_of(array) < array.nbytes:  # rows overlap: a copy would be much larger than what they show
-                digest.update(f"{array.shape} {array.strides}".encode())
-                array = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
-                array = as_strided(array, [span_of(array) // array.itemsize], [array.itemsize])
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        if isinstance(examples, Arrays):
+            return _digest_of_arrays(examples)
+        if isinstance(examples, Blocks) and examples.identity is not None:
+            return hashlib.sha256(examples.identity.encode()).hexdigest()
+        return digest_of_files([path for path, _ in examples.samples])  # torchvision's folders: pairs (file, class)
     except (AttributeError, TypeError, ValueError, OSError):
         return None
+
+
+def _digest_of_arrays(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for array in arrays.named.values():
+        if isinstance(owner := owner_of(array), np.memmap):
+            digest.update(digest_of_files([str(owner.filename)]).encode())
+        elif span_of(array) < array.nbytes:  # rows overlap: a copy would be much larger than what they show
+            digest.update(f"{array.shape} {array.strides}".encode())
+            digest.update(_memory_of(array).data)
+        else:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _memory_of(array: np.ndarray) -> np.ndarray:
+    """Return the memory that an array with overlapping rows shows, from its lowest address on, as one dimension."""
+    array = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
+    return as_strided(array, [span_of(array) // array.itemsize], [array.itemsize])
 
 
 def digest_of_files(paths: Iterable[str | Path]) -> str:
