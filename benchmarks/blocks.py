@@ -269,7 +269,7 @@ def read(place: str, rank: int, world_size: int, first_step: int = 0) -> dict[st
     dataset = batches_of(Split(Parquet(place)), torch.device("cpu"), None, _FEW_MIB)
     begun, state = time.perf_counter(), SimpleNamespace(epoch=0, total_step=first_step)
     config = TrainConfig(num_epochs=1)
-    order = dataset.announce(config, state, Group(rank, world_size))  # type: ignore[union-attr,arg-type]
+    order = dataset.announce(config, state, Group(rank, world_size), 0)  # type: ignore[union-attr,arg-type]
     options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step, "order": order}
     sampler = ShardedBatchSampler(len(dataset), config.batch_size, config.seed, 0, **options)
     sums, first_s = [], 0.0

@@ -320,7 +320,7 @@ def plain_losses(size: Size, config: TrainConfig, num_steps: int) -> list[float]
     model, data, losses = GPT(size), examples(size, num_steps * config.batch_size), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     inputs, targets = torch.tensor(data.inputs), torch.tensor(data.targets)
-    for indices, *_ in ShardedBatchSampler(len(data), config.batch_size, seed=config.seed, epoch=0):
+    for indices, *_ in ShardedBatchSampler(len(data), config.batch_size, seed=config.seed, pass_number=0):
         logits = model(inputs[indices])
         loss = F.cross_entropy(logits.flatten(0, 1), targets[indices].flatten())
         losses.append(loss.item())

@@ -67,7 +67,7 @@ class Job:
         steps_per_pass = config.steps_per_pass(size)
         passes = range(-(-config.total_steps(0) // steps_per_pass))
         requests = chain.from_iterable(
-            ShardedBatchSampler(size, config.batch_size, seed=config.seed, epoch=number) for number in passes
+            ShardedBatchSampler(size, config.batch_size, seed=config.seed, pass_number=number) for number in passes
         )
         return [request.indices.tolist() for request in requests]
 

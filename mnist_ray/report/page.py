@@ -154,11 +154,11 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
         return []
     total = steps[-1]
     training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
-    least = min(max(_MIN_EPOCH * record.steps_per_epoch, _MIN_PART * total), record.steps_per_epoch)
+    min_steps = min(max(_MIN_EPOCH * record.steps_per_epoch, _MIN_PART * total), record.steps_per_epoch)
     ends = [min(epoch * record.steps_per_epoch, total) for epoch in record.column("epoch")]
     marker = "o" if len(ends) <= _MAX_MARKERS else ""
     drawn = [
-        smoothed(Curve("training", steps, training, _TRAINING), least),
+        smoothed(Curve("training", steps, training, _TRAINING), min_steps),
         Curve("validation", ends, record.column(f"val_{metric.name}"), {**_VALIDATION, "marker": marker}),
     ]
     last = "; ".join(f"{curve.label} ends at {metric.format(curve.values[-1])}" for curve in drawn if curve.values)

@@ -30,12 +30,12 @@ class Curve:
     style: Mapping[str, Any]
 
 
-def smoothed(curve: Curve, least: float) -> Curve:
-    """Join points, each the mean over the steps since the one before, until each stands for ``least`` steps or more."""
+def smoothed(curve: Curve, min_steps: float) -> Curve:
+    """Join points, each the mean over the steps since the one before, until each stands for ``min_steps`` or more."""
     points = [point for point in zip(curve.steps, curve.values, strict=True) if math.isfinite(point[1])]
     ends = [0.0]
     for step, _ in points:
-        if step == points[-1][0] or min(step - ends[-1], points[-1][0] - step) >= least:
+        if step == points[-1][0] or min(step - ends[-1], points[-1][0] - step) >= min_steps:
             ends.append(step)
     steps, values = np.array([(0, 0), *points]).T
     sums = np.interp(ends, steps, np.cumsum(values * np.diff(steps, prepend=0)))
@@ -88,17 +88,17 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
     """
     axes.set_ylabel(plain(name or metric.name) + (" (%)" if metric.is_fraction else ""))
     drawn = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]
-    least, most = min(drawn, default=1.0), max(drawn, default=1.0)
-    if least <= _LINEAR_ABOVE if metric.is_fraction else metric.name == "loss" and least > 0:
+    low, high = min(drawn, default=1.0), max(drawn, default=1.0)
+    if low <= _LINEAR_ABOVE if metric.is_fraction else metric.name == "loss" and low > 0:
         axes.set_yscale("log")
-        label_log_axis(axes.yaxis, least, most)
+        label_log_axis(axes.yaxis, low, high)
     if metric.is_fraction:
         axes.invert_yaxis()
         axes.yaxis.set_major_formatter(lambda error, _: f"{100 - error:g}" if error > _MIN_ERROR else "100")
 
 
-def label_log_axis(axis: Axis, least: float, most: float) -> None:
-    """Label 1, 2 and 5 of each power of ten between ``least`` and ``most``; of many powers, only 1."""
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if most < 1000 * least else (1,)))
+def label_log_axis(axis: Axis, low: float, high: float) -> None:
+    """Label 1, 2 and 5 of each power of ten between ``low`` and ``high``; of many powers, only 1."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.FormatStrFormatter("%g"))

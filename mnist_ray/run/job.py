@@ -24,7 +24,7 @@ from mnist_ray.trackers import Tracker
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.user_code import Source
+from mnist_ray.workload.user_code import SourceCode
 
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
@@ -49,7 +49,7 @@ class Job:
     output: OutputConfig
     run: RunFolder
     resume_with: str  # the command that resumes the run; or the Python call, if a call started the run
-    callback: Source | None = None  # the user's code in the training loop
+    callback: SourceCode | None = None  # the user's code in the training loop
     initial: RunFolder | None = None  # the folder of INITIAL_FILE, with --init-from
     asked: Given = dataclasses.field(default_factory=dict)  # all settings, including a sweep's
     given: frozenset[str] = frozenset()  # the names of the settings that this command or call gives

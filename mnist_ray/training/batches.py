@@ -153,8 +153,11 @@ class BlockBatches(ExampleBatches):
         self._read_ahead_mib = read_ahead_mib
         self._reader: BlockReader = OnDemand(split, read_ahead_mib, self._sizes)
 
-    def announce(self, config: TrainConfig, state: TrainingState, group: Group, number: int) -> StreamOrder | None:
-        """Return the order of a pass over the data, and from now on read ahead; None if there is no such order."""
+    def announce(self, config: TrainConfig, state: TrainingState, group: Group, pass_number: int) -> StreamOrder | None:
+        """Return the order of a pass over the data, and from now on read ahead; None if there is no such order.
+
+        Raises ExampleError if there are fewer streams than workers.
+        """
         if (sizes := self._sizes) is None:
             return None
         if group.world_size > config.num_chunks:
@@ -168,10 +171,10 @@ class BlockBatches(ExampleBatches):
         if not isinstance(self._reader, ReadAhead):  # the first pass; the others follow without a wait
             first = state.total_step
             own = part_of(config.num_chunks, group.rank, group.world_size)
-            passes = range(number, math.ceil(config.total_steps(len(self)) / config.steps_per_pass(len(self))))
+            passes = range(pass_number, math.ceil(config.total_steps(len(self)) / config.steps_per_pass(len(self))))
             reads = (read for later in passes for read in order(later).reads(own, first))
             self._reader = ReadAhead(self.split, self._read_ahead_mib, reads, first)
-        return order(number)
+        return order(pass_number)
 
     def __getitem__(self, request: Request) -> MicroBatch:
         indices = self.split.indices_of(request.indices)

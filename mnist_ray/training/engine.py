@@ -176,7 +176,7 @@ def _steps_of_pass(
         len(source),
         config.batch_size,
         seed=config.seed,
-        epoch=pass_number,
+        pass_number=pass_number,
         rank=group.rank,
         world_size=group.world_size,
         first_step=first_step,

@@ -50,7 +50,7 @@ class ShardedBatchSampler:
     num_examples: int
     batch_size: int
     seed: int
-    epoch: int
+    pass_number: int  # of the pass over the data
     rank: int = 0
     world_size: int = 1
     first_step: int = 0
@@ -81,7 +81,7 @@ class ShardedBatchSampler:
         return math.ceil(largest / self.micro_batch_size)
 
     def _batches(self) -> Iterator[np.ndarray]:
-        order = self.order or Shuffled(self.num_examples, [self.seed, self.epoch])
+        order = self.order or Shuffled(self.num_examples, [self.seed, self.pass_number])
         length = math.ceil(_DRAWN_AT_ONCE / self.batch_size) * self.batch_size
         for start in range(self.first_step * self.batch_size, self.num_examples, length):
             drawn = order[start : start + length]

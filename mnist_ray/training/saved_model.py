@@ -58,20 +58,20 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
     return model.eval()
 
 
-def read_weights(place: RunFolder) -> dict[str, Tensor]:
+def read_weights(location: RunFolder) -> dict[str, Tensor]:
     """Return the weights of a checkpoint, or those in a file, whose code is not run. Raises UsageError and JobError."""
-    if place.exists(STATE_FILE):
-        with reading(place):
-            return tensors_of(place, read_state(place), MODEL).read_all()
-    content = read_file(place.storage, place.name) or b""
+    if location.exists(STATE_FILE):
+        with reading(location):
+            return tensors_of(location, read_state(location), MODEL).read_all()
+    content = read_file(location.storage, location.name) or b""
     try:
         with warnings.catch_warnings():  # torch warns of strange files
             warnings.simplefilter("ignore")
-            weights = load(content) if place.name.endswith(".safetensors") else unpickled(content)
+            weights = load(content) if location.name.endswith(".safetensors") else unpickled(content)
             return {name: Rows.of(tensor).copied().values for name, tensor in weights.items()}  # tied ones apart
     except Exception as error:  # torch's own message would advise to run the code
         remedy = "write .safetensors, or torch.save(model.state_dict(), 'FILE.pt')"
-        raise UsageError(f"{place.uri} has no weights that can be read: {remedy}") from error
+        raise UsageError(f"{location.uri} has no weights that can be read: {remedy}") from error
 
 
 def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import SearchSpace, build, values_of
-from mnist_ray.workload.user_code import Source, UserClass, load
+from mnist_ray.workload.user_code import SourceCode, UserClass, load
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +47,7 @@ class Metric:
 
 LOSS, ACCURACY = Metric("loss", "min"), Metric("accuracy", "max", is_fraction=True)
 TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
-Rows = Sequence[Mapping[str, str]]  # a CSV file's rows, each a mapping from column names to values
+CsvRows = Sequence[Mapping[str, str]]  # a CSV file's rows, each a mapping from column names to values
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class Workload(UserClass):
         """Return lines about the test set for the console, as pairs (label, text)."""
         return []
 
-    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
+    def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
         """Draw the report's pictures from result.json, the rows of predictions.csv ([] if missing) and the test set."""
         return []
 
@@ -307,7 +307,7 @@ def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
     return any(getattr(type(workload), method) is getattr(base, method) for method in methods)
 
 
-def create(source: Source, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> Workload:
+def create(source: SourceCode, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> Workload:
     """Unpickle a workload."""
     workload_class = load(source, Workload)
     return workload_class(build(workload_class.Settings, settings), metadata)

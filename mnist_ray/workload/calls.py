@@ -68,33 +68,33 @@ def _checked_data(workload: Workload, data: object) -> Data:
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
     for split in ("train", "validation", "test"):
-        examples, place = getattr(data, split), f"{name}.load_data: {split}"
+        examples, where = getattr(data, split), f"{name}.load_data: {split}"
         if examples is None and split == "validation":
             continue
         if isinstance(examples, Arrays):
-            _check_arrays(place, examples)
+            _check_arrays(where, examples)
         elif isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
             kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
-            raise UsageError(f"{place} is of type {type(examples).__name__}, {kinds}")
+            raise UsageError(f"{where} is of type {type(examples).__name__}, {kinds}")
         if hasattr(examples, "collate_fn"):
-            raise UsageError(f"{place} has a collate_fn, which nothing calls: make it {name}.collate(examples)")
+            raise UsageError(f"{where} has a collate_fn, which nothing calls: make it {name}.collate(examples)")
         if len(examples) == 0:
-            raise UsageError(f"{place} holds no examples")
+            raise UsageError(f"{where} holds no examples")
     files = tuple(data.files)
     digest_of_files(files)  # raises OSError if one is missing
     return dataclasses.replace(data, name=data.name or name, files=files)
 
 
-def _check_arrays(place: str, arrays: Arrays) -> None:
+def _check_arrays(where: str, arrays: Arrays) -> None:
     for what, array in arrays.named.items():
         if not isinstance(array, np.ndarray) or array.ndim == 0:
             kind = "a single number" if isinstance(array, np.ndarray) else type(array).__name__
-            raise UsageError(f"{place}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
+            raise UsageError(f"{where}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
         if isinstance(array, np.ma.MaskedArray):
-            raise UsageError(f"{place}: {what} are a masked array, whose mask would be ignored; call .filled(VALUE)")
+            raise UsageError(f"{where}: {what} are a masked array, whose mask would be ignored; call .filled(VALUE)")
         if array.dtype.kind not in "biuf":
-            raise UsageError(f"{place}: {what} must be numbers, not of dtype {array.dtype}")
+            raise UsageError(f"{where}: {what} must be numbers, not of dtype {array.dtype}")
     (first, array), *others = arrays.named.items()
     for what, other in others:
         if len(other) != len(array):
-            raise UsageError(f"{place} has {len(array):,} {first} but {len(other):,} {what}")
+            raise UsageError(f"{where} has {len(array):,} {first} but {len(other):,} {what}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mnist_ray.errors import ExampleError, UsageError
-from mnist_ray.workload.base import ACCURACY, TARGETS_REMEDY, Metric, Picture, Rows, Workload, uses_outputs
+from mnist_ray.workload.base import ACCURACY, TARGETS_REMEDY, CsvRows, Metric, Picture, Workload, uses_outputs
 from mnist_ray.workload.data import Arrays, Data, Split
 
 if TYPE_CHECKING:
@@ -64,14 +64,14 @@ class Classification(Workload):
     def check_data(self, data: Data) -> None:
         """Raise UsageError if an array's targets or a ``Dataset``'s classes do not fit the model's classes."""
         for split in ("train", "validation", "test"):
-            examples, place = getattr(data, split), f"{type(self).__name__}.load_data: {split}"
+            examples, where = getattr(data, split), f"{type(self).__name__}.load_data: {split}"
             if isinstance(examples, Arrays):
                 if isinstance(examples.targets, np.ndarray):  # others may have any form, with a loss of their own
-                    self._check_targets(place, examples.targets)
+                    self._check_targets(where, examples.targets)
             elif (classes := list(getattr(examples, "classes", self.class_names))) != self.class_names:
                 different = sorted(str(name) for name in {*classes} ^ {*self.class_names})
                 named = ", ".join(different) or "their order"
-                raise UsageError(f"{place} and the model differ in classes: {named}")
+                raise UsageError(f"{where} and the model differ in classes: {named}")
 
     def find_fault(self, examples: Any) -> str:
         """Name the first target of a block that is no class, unless methods of a subclass interpret the targets."""
@@ -99,12 +99,12 @@ class Classification(Workload):
             )
         self._check_targets(name, targets.numpy())
 
-    def _check_targets(self, place: str, targets: np.ndarray) -> None:
+    def _check_targets(self, where: str, targets: np.ndarray) -> None:
         if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
-            raise UsageError(f"{place}: targets must be integers (N,), not {targets.dtype} {targets.shape}")
+            raise UsageError(f"{where}: targets must be integers (N,), not {targets.dtype} {targets.shape}")
         wrong = targets[(targets < 0) | (targets >= self.num_classes)]
         if len(wrong):
-            raise UsageError(f"{place} has target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
+            raise UsageError(f"{where} has target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return each example's label, its prediction, and the probability of the prediction."""
@@ -152,7 +152,7 @@ class Classification(Workload):
             lines.append(("", f"{name:>{width}}{cells}{percent:>10}"))
         return lines
 
-    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
+    def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
         """Return the confusion matrix, and examples with their predictions."""
         from mnist_ray.workload import figures  # imports matplotlib
 

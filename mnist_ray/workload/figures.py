@@ -16,7 +16,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from mnist_ray.errors import escaped
-from mnist_ray.workload.base import Picture, Rows, Workload
+from mnist_ray.workload.base import CsvRows, Picture, Workload
 from mnist_ray.workload.data import Split
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
@@ -61,7 +61,7 @@ def png_of(drawn: Figure | Image.Image) -> bytes:
 
 
 def of_classification(
-    workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Split | None
+    workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: CsvRows, test: Split | None
 ) -> list[Picture]:
     """Return the confusion matrix, if there is one, and some of the examples, if they are pictures."""
     examples = _examples(workload, rows, test) if rows and test is not None else []
@@ -72,16 +72,16 @@ def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
     names, counts = list(map(drawable, classes)), np.array(result["confusion_matrix"])
     mistakes = counts * ~np.eye(len(counts), dtype=bool)
     label, prediction = map(int, np.unravel_index(mistakes.argmax(), mistakes.shape))
-    most = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
+    worst = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
     alt = f"Confusion matrix: {mistakes.sum()} mistakes among {counts.sum():,}"
-    alt += f"; {most}" if mistakes.any() else ""
+    alt += f"; {worst}" if mistakes.any() else ""
     caption = "Shade: the fraction of the label's examples that were predicted so. Right predictions have none."
     if names != [*map(str, classes)]:
         caption += " Names have escapes for characters that the font lacks."
     return Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
 
 
-def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
+def _examples(workload: Workload, rows: CsvRows, test: Split) -> list[Picture]:
     """Return test examples with their predictions, and the most confident mistakes; [] if examples are not pictures."""
     if workload.as_picture(test[0][0]) is None:
         return []
@@ -111,7 +111,7 @@ def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
     return pictures
 
 
-def of_regression(rows: Rows) -> list[Picture]:
+def of_regression(rows: CsvRows) -> list[Picture]:
     """Plot predictions against targets, and the distribution of the errors."""
     if not rows:
         return []
@@ -140,11 +140,11 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
     figure, axes = new_plot("prediction", "label")
     mistakes = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(mistakes, 0)
-    most = max(mistakes.max(), 1e-9)
-    axes.imshow(mistakes, cmap="OrRd", vmin=0, vmax=most)
+    darkest = max(mistakes.max(), 1e-9)
+    axes.imshow(mistakes, cmap="OrRd", vmin=0, vmax=darkest)
     if len(counts) <= _MAX_COUNTED:
         for (label, prediction), count in np.ndenumerate(counts):
-            is_dark = mistakes[label, prediction] > 0.6 * most
+            is_dark = mistakes[label, prediction] > 0.6 * darkest
             style: dict[str, Any] = {"color": "white" if is_dark else "black", "fontsize": min(8, 110 / len(counts))}
             if label == prediction:
                 style |= {"color": _RIGHT, "fontweight": "bold"}

@@ -14,7 +14,7 @@ from mnist_ray.errors import UsageError, with_place
 from mnist_ray.settings import build, check_known, flag, names_of, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.user_code import Source
+from mnist_ray.workload.user_code import SourceCode
 
 DEFAULT = "mnist_ray.mnist"
 
@@ -36,7 +36,7 @@ def load(reference: Reference) -> type[Workload]:
             text = ""
             with contextlib.suppress(OSError, TypeError):  # the class was made by exec
                 text = inspect.getsource(workload_class)
-            workload_class.source = Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
+            workload_class.source = SourceCode(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
     _check_class(workload_class)
     return workload_class
 

@@ -108,7 +108,7 @@ class Stream(NamedTuple):
 
 
 class StreamOrder:
-    """An epoch's order of a split's examples, which are in blocks. Its slices are arrays of indices of the split.
+    """The order of a split's examples, which are in blocks, in a pass over the data. Its slices are arrays of indices.
 
     The blocks are permuted into a row. Stream c is the c-th of ``num_streams`` almost equal parts of it; a block at a
     border belongs to two streams. Within a stream, the examples of every four blocks, a *window*, are shuffled. A batch
@@ -116,15 +116,15 @@ class StreamOrder:
     depend on the number of workers, and a worker that always takes the same parts reads only its own streams.
     """
 
-    def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, epoch: int) -> None:
+    def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, pass_number: int) -> None:
         self.num_streams = num_streams
-        self._batch_size, self._key = batch_size, (seed, epoch)
+        self._batch_size, self._key = batch_size, (seed, pass_number)
         blocks = Shuffled(len(sizes), self._key)[:]
         self._blocks = blocks[sizes[blocks] > 0]
         self._firsts = (np.cumsum(sizes) - sizes)[self._blocks]  # the index of each block's first example
         self._edges = np.append(0, np.cumsum(sizes[self._blocks]))  # of the blocks in the row
         self._num_full, num_last = divmod(len(self), batch_size)  # batches, examples
-        self._first_step = epoch * (self._num_full + (num_last > 0))
+        self._first_step = pass_number * (self._num_full + (num_last > 0))
         self._streams = list(self._streams_for(num_last))
 
     def _streams_for(self, num_last: int) -> Iterator[Stream]:
@@ -150,7 +150,7 @@ class StreamOrder:
         return np.concatenate(batches)[start - first : stop - first]
 
     def _parts(self, stream: Stream, steps: range) -> list[np.ndarray]:
-        """Return the indices that a stream gives to each of some steps of the epoch."""
+        """Return the indices that a stream gives to each of some steps of the pass."""
         start, stop = (stream.edges[0] + stream.width * step for step in (steps.start, steps.stop))
         indices = self._of_stream(stream, start, stream.edges[-1] if steps.stop > self._num_full else stop)
         return np.split(indices, stream.width * np.arange(1, len(steps)))

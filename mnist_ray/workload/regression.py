@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import TARGETS_REMEDY, Metric, Picture, Rows, Workload, uses_outputs
+from mnist_ray.workload.base import TARGETS_REMEDY, CsvRows, Metric, Picture, Workload, uses_outputs
 from mnist_ray.workload.data import Split
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Regression(Workload):
         """Return the number that is predicted for each example; it has no probability."""
         return [[(value, math.nan)] for value in _flat(outputs).tolist()]
 
-    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
+    def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
         """Plot predictions against targets, and the distribution of the errors."""
         from mnist_ray.workload import figures  # imports matplotlib
 

@@ -111,13 +111,13 @@ class Parquet(Blocks):
     def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
         """Read and decode a row group. Raises UsageError if a row cannot be used, or the file has changed."""
         (file, group), where = self._groups[block], self.block_names[block]
-        with self._filesystem.open_input_file(file.path) as source:
-            if _version(self._filesystem, file.path, source) != file.version:
+        with self._filesystem.open_input_file(file.path) as handle:
+            if _version(self._filesystem, file.path, handle) != file.version:
                 raise UsageError(f"{file.path} has changed since the data were loaded")
             try:
-                table = self._table(source, file, group)
+                table = self._table(handle, file, group)
             except STORAGE_ERRORS:  # does the storage fail, or is the file damaged?
-                content = pa.BufferReader(source.read_at(source.size(), 0))
+                content = pa.BufferReader(handle.read_at(handle.size(), 0))
                 with in_one_line(f"{where} is damaged"):
                     table = self._table(content, file, group)
         if self._decode is not None:
@@ -129,8 +129,8 @@ class Parquet(Blocks):
             raise UsageError(f"{where}: several columns of inputs must hold a number each; or {_REMEDY}")
         return Arrays(np.stack(inputs, axis=1).astype(np.float32), targets)
 
-    def _table(self, source: Any, file: _File, group: int) -> pa.Table:
-        return pq.ParquetFile(source, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
+    def _table(self, handle: Any, file: _File, group: int) -> pa.Table:
+        return pq.ParquetFile(handle, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
 
 
 class _File(NamedTuple):
@@ -170,14 +170,14 @@ def _index_of(schema: pa.Schema) -> list[Any]:
 
 
 def _opened(filesystem: fs.FileSystem, path: str) -> _File:
-    with filesystem.open_input_file(path) as source, in_one_line(f"{path} is not a whole Parquet file"):
-        return _File(path, _version(filesystem, path, source), pq.read_metadata(source))
+    with filesystem.open_input_file(path) as handle, in_one_line(f"{path} is not a whole Parquet file"):
+        return _File(path, _version(filesystem, path, handle), pq.read_metadata(handle))
 
 
-def _version(filesystem: fs.FileSystem, path: str, source: pa.NativeFile) -> str:
+def _version(filesystem: fs.FileSystem, path: str, handle: pa.NativeFile) -> str:
     """Return what changes if a file does; an object store has sent its ETag when it opened the file."""
-    tag = source.metadata().get("ETag") or filesystem.get_file_info(path).mtime_ns
-    return f"{source.size()} {tag!r}"
+    tag = handle.metadata().get("ETag") or filesystem.get_file_info(path).mtime_ns
+    return f"{handle.size()} {tag!r}"
 
 
 def _of_rows(function: Callable[[Any], Any], rows: Sequence[Any], where: str) -> list[Any]:

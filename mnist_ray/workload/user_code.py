@@ -24,7 +24,7 @@ from mnist_ray.settings import is_no_file, path_of
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCode:
     """The code of a class as it was when the job began. Other processes run this text, even if the file has changed."""
 
     reference: str  # an absolute path or a module's name, with `:NAME` once the class is loaded
@@ -45,7 +45,7 @@ class Source:
 class UserClass:
     """A class that a flag may name; the flag is named after the base class, like ``--workload``."""
 
-    source: ClassVar[Source]  # set by ``load``
+    source: ClassVar[SourceCode]  # set by ``load``
 
 
 T = TypeVar("T", bound=UserClass)
@@ -58,35 +58,35 @@ def find(reference: str, base: type[T]) -> type[T]:
 
     Raises UsageError if there is no such class, or if its code fails.
     """
-    flag, (place, name) = _flag(base), _split(reference)
+    flag, (code, name) = _flag(base), _split(reference)
     if not reference.strip():
         raise UsageError(f"{flag} is empty; name a FILE.py or a module")
-    if place.endswith(".py"):
-        path = str(path_of(place, flag).resolve())
+    if code.endswith(".py"):
+        path = str(path_of(code, flag).resolve())
         if _is_another_module(path):
-            raise UsageError(f"{flag} {place}: Python has another module named {Path(place).stem}; rename the file")
+            raise UsageError(f"{flag} {code}: Python has another module named {Path(code).stem}; rename the file")
         reference = path + (f":{name}" if name else "")
     else:
-        path = inspect.getsourcefile(_pick(_import_module(place, flag), reference, base)) or ""
+        path = inspect.getsourcefile(_pick(_import_module(code, flag), reference, base)) or ""
     if is_no_file(path):
         raise UsageError(f"{flag} {path} is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # as Python reads it
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{flag} {path} cannot be read: {getattr(error, 'strerror', error)}") from error
-    found = load(Source(reference, path, text), base)
+    found = load(SourceCode(reference, path, text), base)
     check_members(found, base)
     return found
 
 
-def load(source: Source, base: type[T]) -> type[T]:
+def load(source: SourceCode, base: type[T]) -> type[T]:
     """Return the class from its source, in any process. Raises UsageError like ``find``."""
-    place, _ = _split(source.reference)
+    code, _ = _split(source.reference)
     with alone:
-        module = _module_of(dataclasses.replace(source, reference=place), _flag(base))
+        module = _module_of(dataclasses.replace(source, reference=code), _flag(base))
     loaded = _pick(module, source.reference, base)
     name = next(name for name, value in vars(module).items() if value is loaded)
-    loaded.source = dataclasses.replace(source, reference=f"{place}:{name}")  # another class may come into the file
+    loaded.source = dataclasses.replace(source, reference=f"{code}:{name}")  # another class may come into the file
     return loaded
 
 
@@ -134,10 +134,10 @@ def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
 
     ``folders`` hold runs or their storage; other people may write there.
     """
-    place, _ = _split(reference)
-    if place.endswith(".py") and not Path(place).is_absolute():
+    code, _ = _split(reference)
+    if code.endswith(".py") and not Path(code).is_absolute():
         return "a relative path"
-    paths = [Path(place)] if place.endswith(".py") else _paths_of_module(place)
+    paths = [Path(code)] if code.endswith(".py") else _paths_of_module(code)
     untrusted = {folder.resolve() for folder in folders}
     return "in a folder of runs" if any(untrusted & set(path.resolve().parents) for path in paths) else ""
 
@@ -152,8 +152,8 @@ def _paths_of_module(name: str) -> list[Path]:
         found = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return []
-    places = (found.origin, *(found.submodule_search_locations or ())) if found else ()
-    return [Path(place) for place in places if place]
+    paths = (found.origin, *(found.submodule_search_locations or ())) if found else ()
+    return [Path(path) for path in paths if path]
 
 
 def _flag(base: type) -> str:
@@ -161,9 +161,9 @@ def _flag(base: type) -> str:
 
 
 def _split(reference: str) -> tuple[str, str]:
-    """Split ``PLACE:NAME``; a colon inside a path does not split it."""
-    place, colon, name = reference.rpartition(":")
-    return (place, name) if colon and name.isidentifier() else (reference, "")
+    """Split ``CODE:NAME``; a colon inside a path does not split it."""
+    code, colon, name = reference.rpartition(":")
+    return (code, name) if colon and name.isidentifier() else (reference, "")
 
 
 def _add_to_path(folder: Path) -> None:
@@ -172,12 +172,12 @@ def _add_to_path(folder: Path) -> None:
 
 
 @functools.cache
-def _module_of(source: Source, flag: str) -> types.ModuleType:
+def _module_of(source: SourceCode, flag: str) -> types.ModuleType:
     is_file = source.reference.endswith(".py")
     return _run_file(source, flag) if is_file else _import_module(source.reference, flag)
 
 
-def _run_file(source: Source, flag: str) -> types.ModuleType:
+def _run_file(source: SourceCode, flag: str) -> types.ModuleType:
     """Run a file's text as a module. Like a script, it can import the files next to it."""
     _add_to_path(source.folder)
     name = _module_name(source.path)

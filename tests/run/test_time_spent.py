@@ -14,7 +14,7 @@ from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import Progress, Saved, Started
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.data import Blocks, Split
-from mnist_ray.workload.user_code import Source
+from mnist_ray.workload.user_code import SourceCode
 
 HEALTHY = dict.fromkeys(PARTS, 0.0) | {"compute": 80.0, "workers": 8.0, "validation": 6.0, "data": 3.0, "start": 1.0}
 
@@ -110,7 +110,7 @@ def test_what_has_slowed_a_training_is_one_note(
 
 def test_a_slow_callback_is_named_only_if_there_is_one() -> None:
     slow = [HEALTHY | {"callbacks": 40.0}]
-    with_callback = dataclasses.replace(job(), callback=Source("slow.py", "", ""))
+    with_callback = dataclasses.replace(job(), callback=SourceCode("slow.py", "", ""))
     (note,) = notes_on(slow, ["host"], with_callback, EXAMPLES)
     assert note.startswith("the callback took 29% of the time (40.0 s)")
     assert notes_on(slow, ["host"], job(), EXAMPLES) == []

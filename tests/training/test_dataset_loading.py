@@ -61,7 +61,7 @@ def slices_of(
 ) -> list[MicroBatch]:
     """Return one rank's batches of an epoch."""
     sampler = ShardedBatchSampler(
-        len(dataset), BATCH_SIZE, seed=3, epoch=0, rank=rank, world_size=world_size, first_step=first_step
+        len(dataset), BATCH_SIZE, seed=3, pass_number=0, rank=rank, world_size=world_size, first_step=first_step
     )
     return list(batch_loader(dataset, sampler, CPU, num_processes))
 
@@ -122,7 +122,7 @@ def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order(kind: str) 
     rows.setflags(write=False)
     examples = Split(Rows()) if kind == "dataset" else Split(Arrays(rows, np.arange(NUM_EXAMPLES)))
     batches = slices_of(batches_of(examples, CPU), 0, 1)
-    sampled = list(ShardedBatchSampler(NUM_EXAMPLES, BATCH_SIZE, seed=3, epoch=0))
+    sampled = list(ShardedBatchSampler(NUM_EXAMPLES, BATCH_SIZE, seed=3, pass_number=0))
     assert [batch.targets.tolist() for batch in batches] == [indices.tolist() for indices, *_ in sampled]
     order = torch.cat([batch.targets for batch in batches])
     assert torch.cat([batch.inputs for batch in batches]).equal(order.float()[:, None].expand(-1, 3))

@@ -128,7 +128,7 @@ def train_plainly(case: str, optimizer: str, few_images: Arrays) -> tuple[dict[s
     average: dict[str, torch.Tensor] = {}
     steps, norms = OPTIMIZERS[optimizer](model.parameters()), []
     images, labels = torch.tensor(few_images.inputs), torch.tensor(few_images.targets)
-    for indices, *_ in ShardedBatchSampler(num_images, config.batch_size, seed=config.seed, epoch=0):
+    for indices, *_ in ShardedBatchSampler(num_images, config.batch_size, seed=config.seed, pass_number=0):
         chosen = torch.from_numpy(indices)
         logits = model(mnist().prepare(images[chosen], None))
         loss = F.cross_entropy(logits, labels[chosen].long(), label_smoothing=config.label_smoothing)

@@ -39,7 +39,7 @@ def test_shards_partition_every_epoch_into_the_same_global_batches(
 
 def test_each_epoch_and_seed_has_another_order() -> None:
     orders = [
-        next(iter(ShardedBatchSampler(500, 500, seed=seed, epoch=epoch)))[0].tolist()
+        next(iter(ShardedBatchSampler(500, 500, seed=seed, pass_number=epoch)))[0].tolist()
         for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]
     ]
     assert len({tuple(order) for order in orders}) == 4

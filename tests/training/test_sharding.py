@@ -279,7 +279,7 @@ def train_plainly(case: str) -> tuple[list[float], dict[str, Tensor]]:
     inputs, targets = torch.tensor(words.inputs), torch.tensor(words.targets)
     losses, average = [], dict[str, Tensor]()
     for epoch in range(config.num_epochs):
-        for indices, *_ in ShardedBatchSampler(len(words), config.batch_size, seed=config.seed, epoch=epoch):
+        for indices, *_ in ShardedBatchSampler(len(words), config.batch_size, seed=config.seed, pass_number=epoch):
             chosen = torch.from_numpy(indices)
             loss = F.cross_entropy(model(inputs[chosen]), targets[chosen])
             losses.append(loss.item())

@@ -119,7 +119,7 @@ def test_a_training_by_steps_goes_through_whole_passes(kind: str) -> None:
 
 def test_the_batches_are_those_of_the_passes_orders() -> None:
     trained("arrays")
-    samplers = [ShardedBatchSampler(50, 11, seed=CONFIG.seed, epoch=number) for number in range(3)]
+    samplers = [ShardedBatchSampler(50, 11, seed=CONFIG.seed, pass_number=number) for number in range(3)]
     expected = [sorted(request.indices.tolist()) for sampler in samplers for request in sampler]
     assert expected[:13] == SEEN
 

@@ -79,7 +79,9 @@ CASES: dict[str, dict[str, Any]] = {
 def words_of(case: str) -> Arrays:
     words = few_words()
     if "without words" in case:
-        for number, request in enumerate(ShardedBatchSampler(len(words), CONFIG.batch_size, CONFIG.seed, epoch=0)):
+        for number, request in enumerate(
+            ShardedBatchSampler(len(words), CONFIG.batch_size, CONFIG.seed, pass_number=0)
+        ):
             words.targets[request.indices] = np.where(number == 2, -1, words.targets[request.indices])
     return words
 
@@ -134,7 +136,7 @@ def train_plainly(words: Arrays) -> tuple[dict[str, Tensor], list[float]]:
     model = Words().create_model()
     optimizer = torch.optim.SGD(model.parameters(), CONFIG.learning_rate, momentum=CONFIG.momentum)
     losses, first = [], dict[str, Tensor]()
-    for indices, *_ in ShardedBatchSampler(len(words), CONFIG.batch_size, seed=CONFIG.seed, epoch=0):
+    for indices, *_ in ShardedBatchSampler(len(words), CONFIG.batch_size, seed=CONFIG.seed, pass_number=0):
         loss = F.cross_entropy(model(inputs[indices]).transpose(1, 2), targets[indices], ignore_index=-1)
         losses.append(loss.item())
         if loss.isnan():
@@ -189,7 +191,7 @@ def test_a_mean_of_the_slices_means_would_be_another_loss() -> None:
     _, _, losses = trained("plain", Group())
     counts = Words().weights(torch.tensor(words.targets))
     assert counts.float().std() > 2
-    first = next(iter(ShardedBatchSampler(len(words), CONFIG.batch_size, seed=CONFIG.seed, epoch=0))).indices
+    first = next(iter(ShardedBatchSampler(len(words), CONFIG.batch_size, seed=CONFIG.seed, pass_number=0))).indices
     torch.manual_seed(CONFIG.seed)
     model, inputs, targets = Words().create_model(), torch.tensor(words.inputs), torch.tensor(words.targets)
     halves = [

@@ -16,7 +16,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Workload
 from mnist_ray.workload.base import create
 from mnist_ray.workload.loading import load
-from mnist_ray.workload.user_code import Source, find
+from mnist_ray.workload.user_code import SourceCode, find
 from tests.conftest import callback_at
 
 Write = Callable[..., Path]
@@ -54,7 +54,7 @@ def test_a_file_gives_the_workload_that_it_holds(write: Write) -> None:
     file = write(DIGITS)
     workload_class = load(str(file))
     assert workload_class.__name__ == "Digits"
-    assert workload_class.source == Source(f"{file}:Digits", str(file), DIGITS)
+    assert workload_class.source == SourceCode(f"{file}:Digits", str(file), DIGITS)
     assert workload_class.source.folder == file.parent
 
 
@@ -65,7 +65,7 @@ def test_a_relative_path_and_a_tilde_become_an_absolute_path(
     file = write(DIGITS)
     monkeypatch.chdir(file.parent)
     monkeypatch.setenv("HOME", str(file.parent))
-    assert load(reference).source == Source(f"{file}:Digits", str(file), DIGITS)
+    assert load(reference).source == SourceCode(f"{file}:Digits", str(file), DIGITS)
 
 
 @pytest.mark.parametrize(
@@ -190,13 +190,13 @@ def test_a_module_gives_its_workload(bakery: Write) -> None:
     file = bakery(text, "bakery/cakes.py")
     workload_class = load("bakery.cakes")
     assert (workload_class.__name__, workload_class.noun) == ("Digits", "bun")
-    assert workload_class.source == Source("bakery.cakes:Digits", str(file), text)
+    assert workload_class.source == SourceCode("bakery.cakes:Digits", str(file), text)
 
 
 def test_a_package_gives_the_workload_that_it_imports_from_its_modules(bakery: Write) -> None:
     file = bakery(DIGITS, "bakery/cakes.py")
     bakery("from bakery.cakes import Digits\n", "bakery/__init__.py")
-    assert load("bakery").source == Source("bakery:Digits", str(file), DIGITS)
+    assert load("bakery").source == SourceCode("bakery:Digits", str(file), DIGITS)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.cakes", "bakery.nowhere"])
@@ -363,7 +363,7 @@ def test_a_workload_is_created_from_its_source_and_values_though_its_file_is_gon
 ) -> None:
     monkeypatch.syspath_prepend(write(TRAVELLER, "folder_of_the_job/problem.py").parent)
     metadata = {"class_names": ["a", "b"]}
-    gone = Source("/gone/gone.py", "/gone/gone.py", TRAVELLER)
+    gone = SourceCode("/gone/gone.py", "/gone/gone.py", TRAVELLER)
     workload = create(gone, {"width": 9, "batch_size": 3}, metadata)
     assert (workload.settings.width, workload.metadata) == (9, metadata)
     workload.metadata["more"] = 1
