@@ -142,9 +142,8 @@ class Split:
 
     def between(self, start: int, stop: int) -> Split:
         """Return the examples from ``start`` to ``stop - 1``; for whole arrays in memory, a view."""
-        return self.take(
-            slice(start, stop) if self.whole_arrays is not None else np.arange(start, min(stop, len(self)))
-        )
+        is_view = self.whole_arrays is not None
+        return self.take(slice(start, stop) if is_view else np.arange(start, min(stop, len(self))))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -38,10 +37,9 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
 def subset(splits: Splits, config: TrainConfig) -> Splits:
     """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed."""
     if config.limit < 1:
-        parts: dict[str, Any] = {
-            name: _part(getattr(splits, name), config.limit) for name in ("train", "validation", "test")
-        }
-        splits = dataclasses.replace(splits, name=f"{config.limit:.3g} of {splits.name}", **parts)
+        name = f"{config.limit:.3g} of {splits.name}"
+        parts = [_part(split, config.limit) for split in (splits.train, splits.validation, splits.test)]
+        splits = Splits(name, *parts, splits.files)
     if config.overfit_batches is None:
         return splits
     size = min(len(splits.train), config.overfit_batches * config.batch_size)
