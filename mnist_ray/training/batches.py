@@ -34,7 +34,7 @@ from mnist_ray.workload.tensors import map_tensors
 
 Collate = Callable[[list[tuple[Any, Any]]], "tuple[Any, Any] | None"]
 _PASSING = (MemoryError, ConnectionError, TimeoutError, bdb.BdbQuit)  # the last one ends a debugger
-_PR_SET_PDEATHSIG = 1  # of prctl.h: the signal for a process whose parent has ended
+_PR_SET_PDEATHSIG = 1  # of prctl.h: the signal for a process whose parent has exited
 _MAX_PART_OF_GPU = 0.4  # of a GPU's free memory; activations and a second worker may need the rest
 
 
@@ -161,13 +161,9 @@ class BlockBatches(ExampleBatches):
         if (sizes := self._sizes) is None:
             return None
         if group.world_size > config.num_chunks:
-            remedy = "start a run with more --num-chunks, or fewer workers"
-            too_many = f"{group.world_size} workers are more than the {config.num_chunks} streams of blocks"
-            raise ExampleError(f"{too_many}; {remedy}")
-
-        def order(number: int) -> StreamOrder:
-            return StreamOrder(sizes, config.batch_size, config.num_chunks, config.seed, number)
-
+            streams = f"the {config.num_chunks} streams of blocks; start a run with more --num-chunks, or fewer workers"
+            raise ExampleError(f"{group.world_size} workers are more than {streams}")
+        order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_chunks, config.seed)
         if not isinstance(self._reader, ReadAhead):  # the first pass; the others follow without a wait
             first = state.total_step
             own = part_of(config.num_chunks, group.rank, group.world_size)
@@ -188,10 +184,7 @@ class BlockBatches(ExampleBatches):
 
 
 def _rows_of_blocks(arrays_of: dict[int, Arrays], blocks: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
-    """Return the inputs and the targets of one example for each of ``blocks``, in this order: that in the given row.
-
-    ``arrays_of``: the arrays of the blocks, in the order of their numbers.
-    """
+    """Return the inputs and targets of the examples at some rows of ``blocks``; ``arrays_of`` is sorted by block."""
     by_block = [arrays[rows[blocks == block]] for block, arrays in arrays_of.items()]
     back = torch.from_numpy(np.argsort(np.argsort(blocks, kind="stable")))  # from the blocks' order
     return pytree.tree_map(lambda *arrays: torch.from_numpy(np.concatenate(arrays))[back], *by_block)
@@ -240,10 +233,10 @@ def allow_read_only() -> None:
 
 
 def _begin_process(number: int) -> None:
-    """Set up a loader process. A signal to all processes of the job must not end it: the job saves a checkpoint."""
+    """Set up a loader process. A signal to all processes of the job must not kill it: the job saves a checkpoint."""
     allow_read_only()
     os.setsid()
-    if sys.platform == "linux":  # if the job is killed, it cannot end this process
+    if sys.platform == "linux":  # a job that is killed cannot stop this process
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -1,8 +1,8 @@
 """Files of tensors, in the format of safetensors, of which any rows can be read and checked by themselves.
 
 *Rows* are numbered along a tensor's first dimension; a tensor without dimensions has one row. A file holds all rows of
-its tensors, or those of one worker (``--strategy fsdp``). Its header says which ones, and has a digest for every few of
-them. Files are written from the tensors' own memory, without a copy.
+its tensors, or those of one worker (``--strategy fsdp``). Its header has their numbers, and a digest of every few rows.
+Files are written from the tensors' own memory, without a copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 
-_DIGESTED_BYTES = 2**15  # about; whoever reads other rows than a worker has written reads, at each end, so much more
+_DIGESTED_BYTES = 2**15  # of a digest, about; reading rows reads up to so many bytes more at each end
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
@@ -45,9 +45,9 @@ class Rows:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Rows:
-        """Return all rows of a tensor or, of a ``DTensor``, those that this rank holds.
+        """Return all rows of a tensor or, of a ``DTensor`` that is sharded by rows, those that this rank holds.
 
-        Of a ``DTensor`` that is not sharded by rows, all; then all ranks must call this.
+        If a ``DTensor`` is sharded otherwise, all ranks must call this.
         """
         shape = tuple(tensor.shape)
         if not is_sharded(tensor):
@@ -104,7 +104,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def rows_here(tensor: Tensor) -> Tensor:
-    """Return the rows of a tensor that this rank holds: of a ``DTensor``, some; else all."""
+    """Return the rows of a tensor that this rank holds: some of a ``DTensor``, otherwise all."""
     sharded: Any = tensor
     return sharded.to_local() if is_sharded(tensor) else tensor
 
@@ -131,23 +131,22 @@ class _Part:
 
     file_name: str
     offset: int  # of the first row, in bytes
-    start: int  # number of the first row
-    stop: int  # number of the row after the last one
+    rows: range  # their numbers
     row_bytes: int
     digested_rows: int  # for each digest
     digests: list[str]
 
     def read(self, folder: RunFolder, start: int, stop: int) -> memoryview:
         """Return the bytes of rows, which this part must have. Raises DamagedFileError and STORAGE_ERRORS."""
-        wanted = range(start - self.start, stop - self.start)  # rows of this part
-        first, last = wanted.start // self.digested_rows, math.ceil(wanted.stop / self.digested_rows)
-        digested = range(self.stop - self.start)[first * self.digested_rows : last * self.digested_rows]
-        position = self.offset + digested.start * self.row_bytes
+        first = (start - self.rows.start) // self.digested_rows
+        last = math.ceil((stop - self.rows.start) / self.digested_rows)
+        digested = self.rows[first * self.digested_rows : last * self.digested_rows]  # by whole digests
+        position = self.offset + (digested.start - self.rows.start) * self.row_bytes
         content = _read_range(folder, self.file_name, position, len(digested) * self.row_bytes)
         if _digests(content, self.digested_rows * self.row_bytes) != self.digests[first:last]:
             raise DamagedFileError(f"{self.file_name}: its digest is wrong")
-        begin = (wanted.start - digested.start) * self.row_bytes
-        return content[begin : begin + len(wanted) * self.row_bytes]
+        begin = (start - digested.start) * self.row_bytes
+        return content[begin : begin + (stop - start) * self.row_bytes]
 
 
 def _read_range(folder: RunFolder, file_name: str, start: int, size: int) -> memoryview:
@@ -174,9 +173,9 @@ class TensorFiles:
                     raise DamagedFileError(f"{file_name}: {name} has another shape or type than in another file")
                 self._parts.setdefault(name, []).append(part)
         for name, parts in self._parts.items():
-            parts.sort(key=lambda part: part.start)
+            parts.sort(key=lambda part: part.rows.start)
             num_rows = (*self._tensors[name][0], 1)[0]
-            if [*(part.start for part in parts), num_rows] != [0, *(part.stop for part in parts)]:
+            if [*(part.rows.start for part in parts), num_rows] != [0, *(part.rows.stop for part in parts)]:
                 raise DamagedFileError(f"{parts[0].file_name}: some rows of {name} are missing, or in two files")
 
     def _parts_in(self, file_name: str, digest: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, _Part]]:
@@ -194,7 +193,7 @@ class TensorFiles:
             numbers = (*shape, start, stop - start, digested_rows - 1)
             if not all(isinstance(number, int) and number >= 0 for number in numbers):
                 raise DamagedFileError(f"{name} has no such rows")
-            part = _Part(file_name, offset, start, stop, row_bytes(shape, dtype), digested_rows, list(digests))
+            part = _Part(file_name, offset, range(start, stop), row_bytes(shape, dtype), digested_rows, list(digests))
             offset += (stop - start) * part.row_bytes
             yield name, shape, dtype, part
         if offset != file_size:
@@ -214,9 +213,9 @@ class TensorFiles:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._tensors.values())
 
     def read(self, name: str, own: Tensor | None = None) -> Tensor:
-        """Return a tensor; if ``own`` has its shape, in the memory format of ``own``, and sharded as ``own`` is.
+        """Return a tensor; if ``own`` has its shape, in the memory format of ``own``, and sharded like it.
 
-        Of a sharded tensor, only this rank's rows are read. Raises DamagedFileError and STORAGE_ERRORS.
+        Only this rank's rows of a sharded tensor are read. Raises DamagedFileError and STORAGE_ERRORS.
         """
         shape, dtype = self._tensors[name]
         if own is None or tuple(own.shape) != shape:
@@ -243,7 +242,7 @@ class TensorFiles:
         values = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=dtype)
         content = _bytes_of(values.view(-1))
         for part in self._parts[name]:
-            first, last = max(start, part.start), min(stop, part.stop)
+            first, last = max(start, part.rows.start), min(stop, part.rows.stop)
             if first < last and part.row_bytes:
                 begin, end = (first - start) * part.row_bytes, (last - start) * part.row_bytes
                 content[begin:end] = part.read(self._folder, first, last)

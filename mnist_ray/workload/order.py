@@ -66,10 +66,7 @@ def _hashed(values: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
 
 
 class AllBut:
-    """The numbers below ``number`` without ``left_out``, in order.
-
-    They are computed when needed: an array would take 8 bytes for each, in every process.
-    """
+    """The numbers below ``number`` without ``left_out``, in order; not stored, as an array takes 8 bytes each."""
 
     def __init__(self, number: int, left_out: np.ndarray) -> None:
         self._number = number
@@ -92,7 +89,7 @@ class AllBut:
 
 
 class Read(NamedTuple):
-    """A block that the examples of some steps are in. Steps are counted over all epochs."""
+    """A block that holds examples of some steps. Steps are counted over all epochs."""
 
     first_step: int
     last_step: int
@@ -100,20 +97,20 @@ class Read(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A part of the row of blocks, from which each batch takes as many examples."""
+    """A part of the row of blocks; each full batch takes the same number of examples from it."""
 
     number: int
-    width: int  # examples of a full batch; the last batch may be smaller
+    width: int  # that number; the last batch may take another
     edges: list[int]  # the positions in the row where its windows begin, and where the last one ends
 
 
 class StreamOrder:
     """The order of a split's examples, which are in blocks, in a pass over the data. Its slices are arrays of indices.
 
-    The blocks are permuted into a row. Stream c is the c-th of ``num_streams`` almost equal parts of it; a block at a
-    border belongs to two streams. Within a stream, the examples of every four blocks, a *window*, are shuffled. A batch
-    takes its c-th part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So the batches do not
-    depend on the number of workers, and a worker that always takes the same parts reads only its own streams.
+    The blocks are permuted into a row, which is cut into ``num_streams`` almost equal streams; a block at a border
+    belongs to two. Within a stream, the examples of every four blocks, a *window*, are shuffled. A batch takes its c-th
+    part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So batches do not depend on the number of
+    workers, and a worker that always takes the same parts reads only its own streams.
     """
 
     def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, pass_number: int) -> None:
@@ -152,11 +149,7 @@ class StreamOrder:
     def _parts(self, stream: Stream, steps: range) -> list[np.ndarray]:
         """Return the indices that a stream gives to each of some steps of the pass."""
         start, stop = (stream.edges[0] + stream.width * step for step in (steps.start, steps.stop))
-        indices = self._of_stream(stream, start, stream.edges[-1] if steps.stop > self._num_full else stop)
-        return np.split(indices, stream.width * np.arange(1, len(steps)))
-
-    def _of_stream(self, stream: Stream, start: int, stop: int) -> np.ndarray:
-        """Return the indices of a stream's examples at the positions ``start`` to ``stop - 1`` of the row."""
+        stop = stream.edges[-1] if steps.stop > self._num_full else stop
         drawn = [np.empty(0, np.int64)]
         for number in range(bisect_right(stream.edges, start) - 1, bisect_left(stream.edges, stop)):
             first, end = stream.edges[number : number + 2]
@@ -164,7 +157,8 @@ class StreamOrder:
             drawn.append(first + shuffled[max(start, first) - first : min(stop, end) - first])
         positions = np.concatenate(drawn)
         blocks = self._block_at(positions)
-        return self._firsts[blocks] + positions - self._edges[blocks]
+        indices = self._firsts[blocks] + positions - self._edges[blocks]
+        return np.split(indices, stream.width * np.arange(1, len(steps)))
 
     def reads(self, streams: Iterable[int], first_step: int) -> list[Read]:
         """Return the reads of some streams for the steps from ``first_step`` on, in the order of need."""
