@@ -31,7 +31,7 @@ _REFRESH_S = 10
 _MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
 _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "linestyle": "--"}
-_MAX_BARS, _MIN_SHARE = 16, 0.002  # of the time's picture; of the time that a part must have taken to be shown
+_MAX_BARS, _MIN_SHARE = 16, 0.002  # of the time's plot; of the time that a part must have taken to be shown
 _MAX_MARKERS = 50  # of epochs; more would hide the curves
 
 
@@ -199,7 +199,7 @@ def _time_spent(record: RunRecord) -> list[Picture]:
 
 
 def _sweep_picture(record: RunRecord) -> list[Picture]:
-    """Return the picture of a sweep's trials; none if the run is no sweep."""
+    """Return the plots of a sweep's trials; none if the run is no sweep."""
     png = record.run.read_bytes(SWEEP_PICTURE_FILE)
     alt = f"Validation {record.workload.monitor.name} of {len(record.trials)} trials; the table has all values"
     caption = "Grey or hollow: stopped early. Black or ringed: the best configuration."

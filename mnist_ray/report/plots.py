@@ -63,7 +63,7 @@ def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float) -
 
 
 def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], xlabel: str) -> bytes:
-    """Draw a bar for each label, of a piece for each part."""
+    """Draw a bar for each label, with a segment for each part."""
     figure, axes = new_plot(xlabel)
     starts = np.zeros(len(labels))
     for number, (part, values) in enumerate(parts.items()):

@@ -82,7 +82,7 @@ class Chunks:
         self._total: Callable[[Tensor], Tensor] | None = None  # set at the first step, when a row's length is known
 
     def start_step(self) -> range:
-        """Note the model's buffers as they are before the step; return this rank's chunks."""
+        """Keep the model's buffers as they are before the step; return this rank's chunks."""
         self._before = [buffer.clone() for buffer in self._buffers()]
         self._sums: dict[str, Tensor] = {}
         return self._own
@@ -119,14 +119,14 @@ class Chunks:
         return self._sums
 
     def _flattened(self) -> Tensor:
-        """Return the model's gradients, then its buffers' changes since the step's start, as one vector."""
+        """Return one vector: the model's gradients, then its buffers' changes since the step began."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         pairs = zip(self._buffers(), self._before, strict=True)
         changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
         return torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes)])
 
     def _unflattened(self, vector: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the gradients and the changes in a vector, in the shapes of the parameters and buffers."""
+        """Return a vector's gradients, shaped like the parameters, and changes, shaped like the buffers."""
         tensors = [*self._parameters, *self._before]
         values = torch.split(vector, [tensor.numel() for tensor in tensors])
         shaped = [value.view_as(tensor) for value, tensor in zip(values, tensors, strict=True)]

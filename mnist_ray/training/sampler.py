@@ -2,8 +2,8 @@
 
 A *batch* is global: the examples of one optimizer step, over all ranks. A rank's part of it is a *slice*. A rank
 computes its slice in *micro-batches*: in one, or, with ``--micro-batch-size``, in several. With ``--reproducible``, a
-batch is cut into a fixed number of *chunks* in place of slices; a rank has several of them, each one micro-batch (then
-``--micro-batch-size`` is refused).
+batch is cut into a fixed number of *chunks* instead of slices. A rank has several of them, and each is a micro-batch
+(``--micro-batch-size`` is then an error).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from mnist_ray.workload.order import Shuffled, StreamOrder, part_of
 
-_DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing one at a time takes 100 times as long
+_DRAWN_AT_ONCE = 2**13  # examples of a pass's order; drawing one at a time takes 100 times as long
 
 
 class Request(NamedTuple):
@@ -27,7 +27,7 @@ class Request(NamedTuple):
     indices: np.ndarray
     global_size: int = 0  # number of examples in the whole batch, over all ranks; 0 in an evaluation
     ends_step: bool = True  # whether this is the rank's last micro-batch of the step
-    is_filler: bool = False  # in place of an empty micro-batch: one example, which does not count
+    is_filler: bool = False  # one example, which does not count, instead of an empty micro-batch
 
 
 def split_bounds(num_examples: int, num_parts: int, batch_size: int) -> list[tuple[int, int]]:
@@ -40,9 +40,9 @@ def split_bounds(num_examples: int, num_parts: int, batch_size: int) -> list[tup
 
 @dataclass(frozen=True)
 class ShardedBatchSampler:
-    """One rank's slices of an epoch's global batches.
+    """One rank's slices of the global batches of a pass over the data.
 
-    The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's order is cut into
+    The global batches depend only on the seed and the pass, never on the number of ranks: the pass's order is cut into
     batches, and rank r of w takes the r-th of each batch's w slices. So a run can resume at any ``first_step`` with any
     number of workers and see the same batches. Every rank makes all steps, if need be with a filler.
     """
@@ -50,7 +50,7 @@ class ShardedBatchSampler:
     num_examples: int
     batch_size: int
     seed: int
-    pass_number: int  # of the pass over the data
+    pass_number: int
     rank: int = 0
     world_size: int = 1
     first_step: int = 0

@@ -43,7 +43,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
     except (UsageError, JobError) as error:
         if not any(frame.filename == _API for frame in traceback.extract_tb(error.__traceback__)):
             raise
-        said = f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder)}"  # of another run
+        said = f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder)}"  # of a run within
         raise type(error)(said) from error
     except bdb.BdbQuit:  # ends a debugger
         raise

@@ -13,13 +13,13 @@ from numpy.lib.stride_tricks import as_strided
 from mnist_ray.workload.data import Arrays, Blocks, Split, Splits
 from mnist_ray.workload.memory import owner_of, span_of
 
-_MAX_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
+_MAX_STATS = 1000  # of files, evenly spaced: file servers may be slow
 
 
 def digests_of(splits: Splits) -> dict[str, str | None]:
-    """Return digests of the splits and of the data's ``files``: a resumed run recognizes its data by them.
+    """Return digests of the splits and of the data's ``files``; None for a ``Dataset`` whose files are unknown.
 
-    Arrays in memory are hashed by content, other data by their files. None for a ``Dataset`` without known files.
+    Arrays in memory are hashed by content, other data by their files.
     """
     named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     digests = {name: _digest_of(split) for name, split in named.items()}
@@ -61,11 +61,11 @@ def _memory_of(array: np.ndarray) -> np.ndarray:
 
 
 def digest_of_files(paths: Iterable[str | Path]) -> str:
-    """Return a digest of the names, sizes and times of files. Raises OSError if a file is missing."""
+    """Return a digest of files' names, and of the sizes and times of some. Raises OSError if one is missing."""
     files = [os.fspath(path) for path in paths]
     folder = os.path.commonpath(map(os.path.dirname, files)) if files else ""
     digest = hashlib.sha256("\n".join(file[len(folder) :] for file in files).encode())
-    for index in np.linspace(0, len(files) - 1, min(_MAX_FILES_ASKED, len(files)), dtype=int):
+    for index in np.linspace(0, len(files) - 1, min(_MAX_STATS, len(files)), dtype=int):
         stat = os.stat(files[index])
         digest.update(f"{stat.st_size} {int(stat.st_mtime)} ".encode())
     return digest.hexdigest()

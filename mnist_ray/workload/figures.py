@@ -20,13 +20,13 @@ from mnist_ray.workload.base import CsvRows, Picture, Workload
 from mnist_ray.workload.data import Split
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
-_SIZE = (4.8, 4.0)  # inches: fits on a phone; side by side on a page, pictures have one height
+_SIZE = (4.8, 4.0)  # inches: fits on a phone; side by side on a page, plots have one height
 _RIGHT, _WRONG, _CAPTION = "#2e8b57", "#e0483f", "#777777"  # readable on white and on black
 _MIN_SIDE = 336  # pixels of the longer side of an image that is drawn alone
 _MIN_TILE, _MIN_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
 _MAX_FONT, _CHARACTER = 26, 0.62  # pixels; a character's width as a fraction of the font size
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 8, 32  # fill rows of eight
-_MAX_COUNTED = 20  # with more classes, pictures are drawn without counts and percentages
+_MAX_COUNTED = 20  # with more classes, a confusion matrix has no counts
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def _characters() -> frozenset[str]:
 
 
 def drawable(text: object) -> str:
-    """Return a text with escapes for characters that the pictures' font lacks, or that nobody would see."""
+    """Return a text with escapes for characters that the plots' font lacks, or that nobody would see."""
     known = _characters()
     return escaped(str(text), lambda letter: letter == "\n" or (letter in known and letter.isprintable()))
 
@@ -63,7 +63,7 @@ def png_of(drawn: Figure | Image.Image) -> bytes:
 def of_classification(
     workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: CsvRows, test: Split | None
 ) -> list[Picture]:
-    """Return the confusion matrix, if there is one, and some of the examples, if they are pictures."""
+    """Return the confusion matrix, if there is one, and some of the examples, if they are images."""
     examples = _examples(workload, rows, test) if rows and test is not None else []
     return [*([_confusion(classes, result)] if "confusion_matrix" in result else []), *examples]
 
@@ -82,7 +82,7 @@ def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
 
 
 def _examples(workload: Workload, rows: CsvRows, test: Split) -> list[Picture]:
-    """Return test examples with their predictions, and the most confident mistakes; [] if examples are not pictures."""
+    """Return test examples with their predictions, and the most confident mistakes; [] if examples are not images."""
     if workload.as_picture(test[0][0]) is None:
         return []
     labels, predicted = (np.array([row[name] for row in rows]) for name in ("label", "prediction"))

@@ -130,7 +130,7 @@ def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]
 
 
 def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
-    """Say why code may have come with a run: its path is relative, or in one of ``folders``. Empty if neither.
+    """Return why code may have come with a run: its path is relative, or in one of ``folders``. Empty if neither.
 
     ``folders`` hold runs or their storage; other people may write there.
     """
