@@ -37,9 +37,10 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
 def subset(splits: Splits, config: TrainConfig) -> Splits:
     """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed."""
     if config.limit < 1:
-        name = f"{config.limit:.3g} of {splits.name}"
-        parts = [_part(split, config.limit) for split in (splits.train, splits.validation, splits.test)]
-        splits = Splits(name, *parts, splits.files)
+        train, validation, test = (
+            _part(split, config.limit) for split in (splits.train, splits.validation, splits.test)
+        )
+        splits = Splits(f"{config.limit:.3g} of {splits.name}", train, validation, test, splits.files)
     if config.overfit_batches is None:
         return splits
     size = min(len(splits.train), config.overfit_batches * config.batch_size)
