@@ -37,9 +37,8 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
 def subset(splits: Splits, config: TrainConfig) -> Splits:
     """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed."""
     if config.limit < 1:
-        train, validation, test = (
-            _part(split, config.limit) for split in (splits.train, splits.validation, splits.test)
-        )
+        whole = splits.train, splits.validation, splits.test
+        train, validation, test = (_part(split, config.limit) for split in whole)
         splits = Splits(f"{config.limit:.3g} of {splits.name}", train, validation, test, splits.files)
     if config.overfit_batches is None:
         return splits
