@@ -47,7 +47,7 @@ class Rows:
     def of(cls, tensor: Tensor) -> Rows:
         """Return all rows of a tensor or, of a ``DTensor`` that is sharded by rows, those that this rank holds.
 
-        If a ``DTensor`` is sharded otherwise, all ranks must call this.
+        If a ``DTensor`` is not sharded by rows, all ranks must call this.
         """
         shape = tuple(tensor.shape)
         if not is_sharded(tensor):
