@@ -13,22 +13,12 @@ from safetensors.torch import save
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
 from mnist_ray.settings import build, check_known, names_of
-from mnist_ray.storage import (
-    RESULT_FILE,
-    RunFolder,
-    find_run,
-    in_one_line,
-    position_of,
-    untrusted_folders,
-    with_retries,
-)
+from mnist_ray.storage import RESULT_FILE, RunFolder, find_run, in_one_line, untrusted_folders, with_retries
 from mnist_ray.training.checkpoint import STATE_FILE, DamagedCheckpointError, read_state
 from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.saved_model import load_fitting, load_model, read_weights
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
-
-NUM_KEPT = 2  # checkpoints of a run, the best by validation; the last one is kept, too, so one may be damaged
 
 
 @dataclass(frozen=True)
@@ -121,14 +111,6 @@ def best_of(run: RunFolder) -> Fitted:
     for name, metrics in checkpoints_of(run):
         return Fitted(run.inside(name), metrics)
     raise JobError(f"{run.uri} has only damaged checkpoints; start another run")
-
-
-def drop_others(job: Job) -> None:
-    """Delete a run's whole checkpoints but the NUM_KEPT best and the last. Raises JobError and STORAGE_ERRORS."""
-    run = job.run
-    whole = [name for name, _ in checkpoints_of(run)]
-    for name in set(whole).difference(whole[:NUM_KEPT], sorted(whole, key=position_of)[-1:]):
-        run.inside(name).delete()
 
 
 def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:

@@ -25,8 +25,9 @@ from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.event_queue import open_event_queue, taken
 from mnist_ray.run.failures import FailureCallback, OldCheckpointError, cause_of, reason_of
-from mnist_ray.run.find import Fitted, best_of, drop_others
+from mnist_ray.run.find import Fitted, best_of
 from mnist_ray.run.life import TOLD_EVERY_S
+from mnist_ray.run.retention import drop_worse
 from mnist_ray.run.session import Session
 from mnist_ray.run.trainer import create_trainer, drop_rays_list
 from mnist_ray.run.worker import LoopSpec
@@ -76,7 +77,7 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
     if outcome.is_stopped:  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
         raise JobError("a callback has stopped the training")
     with in_one_line("the storage has failed"):
-        drop_others(job)  # Ray does not know the checkpoints from before a resume
+        drop_worse(job.run)  # Ray does not know the checkpoints from before a resume
         return best_of(job.run)
 
 

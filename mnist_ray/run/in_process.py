@@ -10,7 +10,8 @@ import torch
 from mnist_ray.cluster.plan import WorkerPlan, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
-from mnist_ray.run.find import Fitted, best_of, drop_others
+from mnist_ray.run.find import Fitted, best_of
+from mnist_ray.run.retention import drop_worse
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
@@ -66,4 +67,4 @@ class LocalReporter(Reporter):
 
     def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Save a checkpoint, and delete those that are no longer needed."""
-        self.save(state, metrics, functools.partial(drop_others, self._job))
+        self.save(state, metrics, functools.partial(drop_worse, self._job.run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
-from mnist_ray.run.find import drop_others
 from mnist_ray.run.job import Job
+from mnist_ray.run.retention import drop_earlier, drop_worse
 from mnist_ray.run.trainer import create_trainer, drop_rays_list
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
-from mnist_ray.storage import RunFolder, position_of
+from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.space import Point
 from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.metrics import CheckpointMetrics
@@ -76,7 +77,7 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     except ray.train.TrainingFailedError as error:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
-    drop_others(loop_spec.job)
+    drop_worse(loop_spec.job.run)
     tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it
 
 
@@ -90,14 +91,7 @@ class TuneReporter(Reporter):
 
     def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Save a checkpoint, remove the earlier ones, and report; a whole checkpoint always exists."""
-        run, position = self._job.run, (state.epoch, state.step)
-
-        def drop_earlier() -> None:
-            for name in run.checkpoint_names():
-                if position_of(name) < position:
-                    run.inside(name).delete()
-
-        self.save(state, metrics, drop_earlier)
+        self.save(state, metrics, functools.partial(drop_earlier, self._job.run, (state.epoch, state.step)))
         self._report(metrics)
 
     def _report(self, metrics: CheckpointMetrics) -> None:

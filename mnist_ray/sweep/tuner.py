@@ -22,7 +22,8 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, count, masked
-from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line, with_retries
+from mnist_ray.run.retention import drop_trials
+from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line
 from mnist_ray.sweep.halving import Candidates, Segment, climb, rungs_of, segments
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
@@ -301,11 +302,9 @@ class _Watcher(tune.Callback):
 
 
 def _drop_checkpoints(sweep: Sweep, table: TrialTable, kept: Container[Point]) -> None:
-    """Delete the checkpoints of finished trials except ``kept``, so that a sweep's disk use does not grow."""
-    trials = sweep.job.run.inside(TRIALS_FOLDER)
-    dropped = {record.point.name for record in table.finished() if record.point not in kept}
-    for name in dropped.intersection(with_retries(trials.subfolders)):
-        trials.inside(name).delete()
+    """Delete the checkpoints of finished trials except ``kept``."""
+    names = {record.point.name for record in table.finished() if record.point not in kept}
+    drop_trials(sweep.job.run.inside(TRIALS_FOLDER), names)
 
 
 def reason_of(trial: Trial) -> str:

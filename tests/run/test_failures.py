@@ -44,9 +44,10 @@ from mnist_ray.run import failures, fit, life, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.event_queue import EventQueue
 from mnist_ray.run.failures import OldCheckpointError, describe
-from mnist_ray.run.find import best_of, drop_others, find
+from mnist_ray.run.find import best_of, find
 from mnist_ray.run.life import Life
 from mnist_ray.run.record import logs_named
+from mnist_ray.run.retention import drop_worse
 from mnist_ray.run.session import ending_explained
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted
@@ -669,13 +670,13 @@ def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not
         state.epoch = epoch
         checkpoint.snapshot(state, about).write(run.inside(checkpoint_name(epoch, 0)))
         if epoch == 4:
-            drop_others(Mock(run=run))
+            drop_worse(run)
             assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 4)]
     assert best_of(run).checkpoint.name == checkpoint_name(2, 0)
     run.inside(checkpoint_name(2, 0)).write_text("state.json", "")
     (Path(run.path) / checkpoint_name(7, 0)).mkdir()  # cut off by a kill
     assert best_of(run).metrics.score == 0.7
-    drop_others(Mock(run=run))
+    drop_worse(run)
     assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 5, 6, 7)]
     assert find(run.uri, "~/ray_results").checkpoint.name == checkpoint_name(3, 0)
 
