@@ -91,11 +91,11 @@ class TrainReporter(Reporter):
             place = f"{socket.gethostname()} does not see {self._job.run.inside(known).uri}"
             raise FileNotFoundError(f"{place}, which the job has written; use a storage that all nodes share")
 
-    def report_start(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
+    def on_restored(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
         """Report the start. Raises OldCheckpointError if the last checkpoint that Ray has recorded is damaged."""
         if position_of(restored.name) < position_of(self._known):
             raise OldCheckpointError(f"{self._known} is damaged")
-        super().report_start(state, restored, hosts)
+        super().on_restored(state, restored, hosts)
         # Ray may not know the restored checkpoint: a kill came before Ray recorded it, or a sweep's trial has made it.
         # Report it now, or the run could end without its last checkpoint.
         if position_of(restored.name) > position_of(self._known):

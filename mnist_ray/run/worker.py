@@ -152,12 +152,12 @@ class Reporter(Callback):
         if is_segment_over and restored.metrics.validation is None:  # past the end: sweep.csv was lost
             metrics = replace(restored.metrics, validation=self._validated(state))
             restored = replace(restored, metrics=metrics)
-        self.report_start(state, restored, hosts)
+        self.on_restored(state, restored, hosts)
         if is_segment_over:
             raise StopWantedError
 
-    def report_start(self, state: TrainingState, restored: checkpoints.Restored, hosts: Sequence[str]) -> None:
-        """Report the start of training on the ranks' ``hosts``."""
+    def on_restored(self, state: TrainingState, restored: checkpoints.Restored, hosts: Sequence[str]) -> None:
+        """Report that all ranks, on these ``hosts``, have restored the same checkpoint or begin without one."""
         self.send(self._started(state, restored, hosts))
 
     def end(self, state: TrainingState) -> None:

@@ -84,7 +84,7 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
 class TuneReporter(Reporter):
     """Saves, validates and reports to Tune at every checkpoint. Tune may end the trial then."""
 
-    def report_start(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
+    def on_restored(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
         """Report a finished segment again: it was killed after its last checkpoint, before the sweep noted it."""
         if is_over(state, self._config) or restored.metrics.epochs >= self._spec.until_epoch:
             self._report(restored.metrics)

@@ -578,7 +578,7 @@ def test_a_worker_waits_until_the_storage_shows_the_checkpoint_that_ray_has_reco
     reporter = reporter_on(run=run)
     assert run.exists.call_args_list == [call(NEWEST)] * 3
     with pytest.raises(OldCheckpointError, match=f"^{NEWEST} is damaged$"):
-        reporter.report_start(Mock(), Restored(BEFORE, damaged=(NEWEST,)), ["node-1"])
+        reporter.on_restored(Mock(), Restored(BEFORE, damaged=(NEWEST,)), ["node-1"])
 
 
 def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(reporter_on: Callable[..., Any]) -> None:
