@@ -6,23 +6,18 @@ import csv
 import dataclasses
 import hashlib
 import io
-import itertools
-import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-import numpy as np
-
 from mnist_ray import settings
-from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError, did_you_mean
 from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_type
 from mnist_ray.workload.base import Workload
 
 _NONE, _LOG = "none", "log:"
 _MAX_VALUES = 1000  # in a list
-_DRAWS = 10  # per trial, as some may be equal
 _MAX_NAME_BYTES = 180  # bytes of a trial folder's name; file systems allow 255
 
 
@@ -216,48 +211,3 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
     if len(set(options)) < len(options):
         raise UsageError("values must differ")
     return name, Choice(options)
-
-
-def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
-    """Return all points of a random or grid search, each once. They depend only on the settings and the seed.
-
-    Raises UsageError if a grid has more combinations than trials.
-    """
-    if sweep.search == "grid":
-        return _grid(space, sweep.num_trials, seed)
-    rng = np.random.default_rng(seed)
-    drawn = [
-        space.point({name: _draw(axis, rng, space.types[name]) for name, axis in space.spaces.items()}, seed)
-        for _ in range(_DRAWS * sweep.num_trials)
-    ]
-    return list(dict.fromkeys(space.default_points(seed) + drawn))[: sweep.num_trials]
-
-
-def _draw(space: SearchSpace, rng: np.random.Generator, kind: type) -> Any:
-    if isinstance(space, Choice):
-        return space.options[int(rng.integers(len(space.options)))]
-    if space.log:
-        return _rounded(math.exp(rng.uniform(math.log(space.low), math.log(space.high))), kind, space)
-    return _rounded(rng.uniform(space.low, space.high), kind, space)
-
-
-def _rounded(value: float, kind: type, space: Range) -> Any:
-    return round(value) if kind is int else min(max(float(f"{value:.4g}"), space.low), space.high)
-
-
-def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
-    choices = {name: axis.options for name, axis in space.spaces.items() if isinstance(axis, Choice)}
-    ranges = {name: axis for name, axis in space.spaces.items() if isinstance(axis, Range)}
-    num_choices = math.prod(map(len, choices.values()))
-    if (needed := num_choices * 2 ** sum(axis.low < axis.high for axis in ranges.values())) > num_trials:
-        ends = f", with both ends of {', '.join(ranges)}" if ranges else ""
-        raise UsageError(f"--search grid needs {needed} trials for all combinations of {', '.join(space.spaces)}{ends}")
-    num_values = int((num_trials / num_choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
-    values: dict[str, Collection[Any]] = {}
-    for name, axis in ranges.items():
-        spaced = (np.geomspace if axis.log else np.linspace)(axis.low, axis.high, num_values)
-        values[name] = [_rounded(float(value), space.types[name], axis) for value in spaced]
-    values |= choices
-    combinations = itertools.product(*values.values())
-    points = (space.point(dict(zip(values, combination, strict=True)), seed) for combination in combinations)
-    return list(dict.fromkeys(points))

@@ -19,7 +19,8 @@ from mnist_ray.run.job_data import check_against_data, load_splits
 from mnist_ray.run.session import opened, say_data, started
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.halving import rungs_of
-from mnist_ray.sweep.space import propose, space_of
+from mnist_ray.sweep.proposals import propose
+from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.workload.data import Splits
 

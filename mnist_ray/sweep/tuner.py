@@ -24,7 +24,8 @@ from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, count, masked
 from mnist_ray.run.retention import drop_trials
 from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line
-from mnist_ray.sweep.halving import Candidates, Segment, climb, rungs_of, segments
+from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments
+from mnist_ray.sweep.proposals import Candidates
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable

@@ -7,7 +7,7 @@ import pytest
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import Choice, Range
-from mnist_ray.sweep import space
+from mnist_ray.sweep import proposals
 from mnist_ray.sweep.space import Point, Space, space_of
 from mnist_ray.workload import Workload, setting
 from tests.conftest import mnist
@@ -22,7 +22,7 @@ def over(*texts: str) -> Space:
 
 
 def propose(*texts: str, sweep: SweepConfig | None = None, seed: int = 0) -> list[Point]:
-    return space.propose(over(*texts), sweep or SweepConfig(), seed)
+    return proposals.propose(over(*texts), sweep or SweepConfig(), seed)
 
 
 DEFAULT = point(TrainConfig().batch_size, TrainConfig().learning_rate)
@@ -83,13 +83,13 @@ def test_a_workloads_settings_are_searched_with_the_jobs_and_a_grid_takes_each_c
     found = space_of(Searched, {})
     assert list(found.spaces) == ["batch_size", "learning_rate", "width", "depth", "kind"]
     assert found.defaults == {"batch_size": 128, "learning_rate": 0.5, "width": 16, "depth": 2, "kind": "a"}
-    points = space.propose(found, SweepConfig(num_trials=100), seed=0)
+    points = proposals.propose(found, SweepConfig(num_trials=100), seed=0)
     assert {point.values["depth"] for point in points} == {1, 2, 3, 4, 5}
     assert {point.values["kind"] for point in points} == {"a", "b"}
     assert all(0.1 <= point.values["learning_rate"] <= 1.0 for point in points)
 
     found = space_of(Searched, {}, fixed=["batch_size", "plain"])
-    grid = space.propose(found, SweepConfig(search="grid", num_trials=40), seed=0)
+    grid = proposals.propose(found, SweepConfig(search="grid", num_trials=40), seed=0)
     assert len(grid) == len(set(grid)) == 2 * 2 * 3 * 3
     assert {point.values["depth"] for point in grid} == {1, 3, 5}
 
@@ -113,7 +113,7 @@ def test_only_named_settings_are_searched() -> None:
     found = space_of(Searched, {"sweep": ["plain=1:9", "clip-grad-norm=none,0.5", "kind=b,c"]})
     assert found.spaces == {"plain": Range(1, 9), "clip_grad_norm": Choice((None, 0.5)), "kind": Choice(("b", "c"))}
     assert found.defaults == {"plain": 3, "clip_grad_norm": None, "kind": "a"}
-    points = space.propose(found, SweepConfig(num_trials=60), seed=0)
+    points = proposals.propose(found, SweepConfig(num_trials=60), seed=0)
     assert {point.values["plain"] for point in points} == set(range(1, 10))
     assert found.texts() == ("plain=1:9", "clip_grad_norm=none,0.5", "kind=b,c")
     assert space_of(Searched, {"sweep": found.texts()}) == found
@@ -210,7 +210,7 @@ def test_a_range_may_be_one_value_and_booleans_and_none_are_read_back() -> None:
 
     assert space_of(Odd, {"sweep": space_of(Odd, {}).texts()}) == space_of(Odd, {})
     found = space_of(Odd, {"sweep": ["residual=False", "depth=none,8", "norm=none,batch"]})
-    drawn = space.propose(found, SweepConfig(num_trials=20), seed=0)
+    drawn = proposals.propose(found, SweepConfig(num_trials=20), seed=0)
     assert {point.values["residual"] for point in drawn} == {False}
     assert {point.values["depth"] for point in drawn} == {None, 8}
     for each in drawn:
