@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from mnist_ray.sweep.proposals import Candidates
 from mnist_ray.sweep.race import still_racing
+from mnist_ray.sweep.ranking import FAILING, finalists, score_at, unreached
 from mnist_ray.sweep.space import Point
-from mnist_ray.sweep.trials import FAILING, Sweep, TrialTable
+from mnist_ray.sweep.trials import Sweep, TrialTable
 
 _MORE_SEEDS = 2  # in the race, at most
 _RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of all epochs
@@ -40,7 +41,7 @@ def climb(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[list[
     rungs, default = [candidates.points], sweep.space.default_points(sweep.job.train.seed)
     num_trials, num_confirmed = len(candidates.points), sweep.config.num_confirmed
     for number, epoch in enumerate(rungs_of(sweep)[:-1], 1):
-        scores = {point: table.score_at(point, epoch) for point in rungs[-1]}
+        scores = {point: score_at(table, point, epoch) for point in rungs[-1]}
         if not scores or candidates.num_unknown or any(map(math.isnan, scores.values())):
             break
         num_going_on = min(max(math.ceil(num_trials / 2**number), num_confirmed), len(scores))  # without ties
@@ -56,17 +57,17 @@ def segments(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_ra
     is_known = not found or len(rungs[-1]) <= sweep.config.num_confirmed  # who will race
     if not with_race or candidates.num_unknown or len(rungs) < len(epochs) or not is_known:
         return found
-    racing = rungs[-1] if found else table.finalists(sweep.config, seed)
+    racing = rungs[-1] if found else finalists(table, sweep.config.num_confirmed, seed)
     for num_seeds in range(2, _MORE_SEEDS + 2):
         if len(racing) < 2:
             break
         seeded = {p: [dataclasses.replace(p, seed=seed + more) for more in range(num_seeds)] for p in racing}
         if missing := _missing(table, itertools.chain(*seeded.values()), epochs[-1]):
             return missing
-        scores = {point: [table.score_at(trial, epochs[-1]) for trial in seeded[point]] for point in racing}
+        scores = {point: [score_at(table, trial, epochs[-1]) for trial in seeded[point]] for point in racing}
         racing = still_racing(sweep, scores)
     return found
 
 
 def _missing(table: TrialTable, points: Iterable[Point], epoch: float) -> list[Segment]:
-    return [Segment(point, epoch) for point in points if math.isnan(table.score_at(point, epoch))]
+    return [Segment(point, epoch) for point in unreached(table, points, epoch)]

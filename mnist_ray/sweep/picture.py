@@ -1,8 +1,9 @@
-"""A sweep's picture: the validation metric over epochs, and over each searched setting."""
+"""A sweep's plots: the validation metric over epochs, and over each searched setting."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,11 +12,14 @@ from matplotlib.figure import Figure
 from mnist_ray.errors import count, format_settings, format_value, in_words
 from mnist_ray.report.plots import label_log_axis, on_axis, scale_axis
 from mnist_ray.settings import Choice
+from mnist_ray.sweep.ranking import find_best
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
+from mnist_ray.workload.base import Metric
 from mnist_ray.workload.figures import plain, png_of
 
 _WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
 _TITLE_WIDTH = 80  # characters
+Records = Sequence[TrialRecord]
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
@@ -25,17 +29,18 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     trials are left out.
     """
     records = [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
-    searched = table.space.spaces
+    searched, monitor = table.space.spaces, table.workload.monitor
     varied = [name for name in searched if len({record.point.values[name] for record in records}) > 1] or [*searched]
     figure = Figure(figsize=(_WIDTH, 5 + 4 * len(varied)), dpi=150, layout="constrained")
     over_epochs, *plots = figure.subplots(1 + len(varied))
-    _draw_over_epochs(over_epochs, table, records)
+    of_best = best.records if (best := find_best(table)) else ()
+    _draw_over_epochs(over_epochs, monitor, records, of_best)
     for axes, name in zip(plots, varied, strict=True):
-        _draw_over(axes, table, records, name)
+        _draw_over(axes, table, records, of_best, name)
     title = [f"{count(len(records), 'trial')} of at most {count(num_epochs, 'epoch')}"]
-    if best := table.best:
-        settings = format_settings(best.records[0].point.values)
-        title += [f"best: {table.workload.monitor.format(best.val_monitor)}, {best.seeds_text}", *_balanced(settings)]
+    if best:
+        settings = format_settings(best.point.values)
+        title += [f"best: {monitor.format(best.val_monitor)}, {best.seeds_text}", *_balanced(settings)]
     over_epochs.set_title(plain("\n".join(title)))
     return png_of(figure)
 
@@ -48,9 +53,8 @@ def _balanced(text: str) -> list[str]:
     return next((lines for lines in narrower if len(lines) == len(wrapped)), wrapped)
 
 
-def _draw_over_epochs(axes: Axes, table: TrialTable, records: list[TrialRecord]) -> None:
+def _draw_over_epochs(axes: Axes, metric: Metric, records: Records, best: Records) -> None:
     """Draw a line for each trial, with a point for each report; grey if the trial was stopped early."""
-    metric, best = table.workload.monitor, table.best.records if table.best else ()
     for record in sorted(records, key=lambda record: record.state != STOPPED):  # the others are drawn above them
         style: dict[str, Any] = {"color": "silver" if record.state == STOPPED else "tab:blue"}
         style |= {"color": "black", "zorder": 3} if record in best else {}
@@ -61,16 +65,17 @@ def _draw_over_epochs(axes: Axes, table: TrialTable, records: list[TrialRecord])
     axes.grid(alpha=0.3)
 
 
-def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: str) -> None:
+def _draw_over(axes: Axes, table: TrialTable, records: Records, best: Records, name: str) -> None:
     """Draw all trials against a setting."""
-    metric, space, best = table.workload.monitor, table.space.spaces[name], table.best.records if table.best else ()
+    metric, space = table.workload.monitor, table.space.spaces[name]
     for record in records:
         value = record.point.values[name]
-        place = space.options.index(value) if isinstance(space, Choice) else value, on_axis(metric, record.val_monitor)
+        x = space.options.index(value) if isinstance(space, Choice) else value
+        y = on_axis(metric, record.val_monitor)
         fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
-        axes.plot(*place, color="tab:blue", marker="o", markersize=8, alpha=0.7, linestyle="none", **fill)
+        axes.plot(x, y, color="tab:blue", marker="o", markersize=8, alpha=0.7, linestyle="none", **fill)
         if record in best:
-            axes.plot(*place, color="black", marker="o", markersize=15, linestyle="none", markerfacecolor="none")
+            axes.plot(x, y, color="black", marker="o", markersize=15, linestyle="none", markerfacecolor="none")
     if isinstance(space, Choice):
         axes.set_xticks(range(len(space.options)), [plain(format_value(option)) for option in space.options])
     elif space.log:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mnist_ray.sweep.ranking import FAILING
 from mnist_ray.sweep.space import Point
-from mnist_ray.sweep.trials import FAILING, Sweep
+from mnist_ray.sweep.trials import Sweep
 
 # Student's t at 90 %, one-sided, for 1, 2, … degrees of freedom; the last one also for more.
 _T_90 = (3.08, 1.89, 1.64, 1.53, 1.48, 1.44, 1.41, 1.40, 1.38, 1.37)

@@ -18,6 +18,7 @@ from mnist_ray.run.record import logs_named, recorded, write_settings
 from mnist_ray.run.session import Clock, Session, console_of, say_run
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder, in_one_line
+from mnist_ray.sweep.ranking import find_best, result_of
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
@@ -78,15 +79,16 @@ def train_chosen(session: Session, sweep: Sweep, trial_plan: WorkerPlan, table: 
     """
     from mnist_ray.sweep import picture  # imports matplotlib, which must not delay the trials
 
-    assert table.best is not None
+    chosen = find_best(table)
+    assert chosen is not None
     console, run, monitor = session.console, sweep.job.run, sweep.job.workload.monitor
-    best = sweep.job.with_values(table.best.records[0].point.values)
+    best = sweep.job.with_values(chosen.point.values)
     best = dataclasses.replace(best, notes=())  # the sweep has shown the notes
     of_workers = settings.names_of([type(best.workers)])
     run.write_text(BEST_FILE, json_lines({name: best.values[name] for name in best.values if name not in of_workers}))
     run.write_bytes(SWEEP_PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
     console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {SWEEP_PICTURE_FILE}")
-    console.say("best", f"{monitor.format(table.best.val_monitor)} validation {monitor.name}, {table.best.seeds_text}")
+    console.say("best", f"{monitor.format(chosen.val_monitor)} validation {monitor.name}, {chosen.seeds_text}")
     default = best.with_values(dict(sweep.space.defaults))
     default = dataclasses.replace(default, run=run.inside(DEFAULT_FOLDER))
     is_default = default.values == best.values
@@ -98,7 +100,7 @@ def train_chosen(session: Session, sweep: Sweep, trial_plan: WorkerPlan, table: 
         console.say(title, values)
         value = (job.run.read_json(RESULT_FILE) or {}).get(f"test_{monitor.name}")
         if not isinstance(value, float):  # else an interrupted sweep has finished this training
-            trial = table.result_of(sweep.space.point(job.values, job.train.seed))
+            trial = result_of(table, sweep.space.point(job.values, job.train.seed))
             try:
                 value = train_and_test(session, job, trial_plan, trial, is_last=title == "best")
             except TrainingStoppedError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 
 from rich.console import Group
 from rich.table import Table
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import JobError, UsageError, command, count, format_settings, redact
+from mnist_ray.errors import JobError, UsageError, command, count, format_settings, format_value, in_words, redact
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
 from mnist_ray.run.job_data import check_against_data, load_splits
@@ -20,6 +21,7 @@ from mnist_ray.run.session import opened, say_data, started
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.halving import rungs_of
 from mnist_ray.sweep.proposals import propose
+from mnist_ray.sweep.ranking import find_best, ranked
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.workload.data import Splits
@@ -37,7 +39,7 @@ def read_sweep(given: Given | None = None) -> Sweep:
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
     sweep = Sweep(config, space, job)
-    if sweep.table().best is None and job.run.exists(BEST_FILE):  # a new choice would continue the old one's run
+    if find_best(sweep.table()) is None and job.run.exists(BEST_FILE):  # a new choice would continue the old one's run
         remedy = f"{command('train')} --config {job.run.inside(BEST_FILE).uri}"
         raise JobError(f"{job.run.uri} has {BEST_FILE}, but no {TRIALS_FILE}; train the best with {remedy}")
     return sweep
@@ -109,7 +111,7 @@ class SweepConsole(RunConsole):
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
         elif ended is not None and not (self._has_rungs and ended.state == STOPPED):  # its line has said "waiting"
-            *_, epochs, monitor, _, state = table.console_row(ended, self._num_epochs)
+            *_, epochs, monitor, _, state = self._row(table, ended)
             tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}: {table.workload.monitor.name}"
             line = f"{tried} {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
             self.say(f"trial {ended.trial}", line)
@@ -125,15 +127,27 @@ class SweepConsole(RunConsole):
 
     def _table(self, table: TrialTable) -> Table:
         view = Table(box=None, padding=(0, 1, 0, 0))
-        for column in table.console_columns:
+        searched, metric, rate = map(in_words, table.space.spaces), table.workload.monitor.name, table.workload.nouns
+        for column in ("trial", *searched, "seed", "epochs", metric, f"{rate}/s", "state"):
             view.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "state")
-        for record in table.ranked:
-            view.add_row(*map(redact, table.console_row(record, self._num_epochs)))
+        for record in ranked(table):
+            view.add_row(*map(redact, self._row(table, record)))
         return view
+
+    def _row(self, table: TrialTable, record: TrialRecord) -> tuple[str, ...]:
+        return (
+            str(record.trial),
+            *map(format_value, record.point.values.values()),
+            str(record.point.seed),
+            f"{record.epochs:.3g}/{self._num_epochs}",
+            table.workload.monitor.format(record.val_monitor),
+            "-" if math.isnan(record.rate) else f"{record.rate:,.0f}",
+            record.state + (f": {record.reason}" if record.reason else ""),
+        )
 
     def _summary(self, table: TrialTable) -> str:
         done, stopped, failed = table.count(DONE), table.count(STOPPED), table.count(FAILED, LOST)
         text = f"{done} done, {stopped} stopped early, {failed} failed"
-        if best := table.best:
+        if best := find_best(table):
             text += f"; best {table.workload.monitor.format(best.val_monitor)} ({best.seeds_text})"
         return text

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mnist_ray.run.retention import drop_trials
 from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line
 from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments
 from mnist_ray.sweep.proposals import Candidates
+from mnist_ray.sweep.ranking import find_best, may_be_tested, score_at
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable
@@ -64,11 +65,12 @@ def run_sweep(
     if config.scheduler == "asha":
         run(functools.partial(watcher.segments, with_race=False), _asha(sweep))
     run(watcher.segments, FIFOScheduler())
-    if watcher.failure is None and table.best is not None:
+    if watcher.failure is None and find_best(table) is not None:
         watcher.end()
     if watcher.failure is not None:
         raise watcher.failure
-    if table.best is None:
+    best = find_best(table)
+    if best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
         if not reasons:
             raise JobError(f"no trial was validated within --time-budget-s {config.time_budget_s:g}; allow more time")
@@ -76,8 +78,7 @@ def run_sweep(
         raise (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
     say("time", watcher.shares(concurrent, time.monotonic() - begun))
     with in_one_line("the storage has failed"):
-        kept = {table.best.records[0].point, *sweep.space.default_points(sweep.job.train.seed)}
-        _drop_checkpoints(sweep, table, kept)
+        _drop_checkpoints(sweep, table, num_confirmed=0)
     return table
 
 
@@ -190,7 +191,7 @@ class _Watcher(tune.Callback):
         yield from segments(self.sweep, self._table, self._candidates, with_race=with_race)
         if self._candidates.num_unknown:
             first_epoch = rungs_of(self.sweep)[0]
-            while point := self._candidates.propose(lambda point: self._table.score_at(point, first_epoch)):
+            while point := self._candidates.propose(lambda point: score_at(self._table, point, first_epoch)):
                 yield Segment(point, first_epoch)
             self._decide()  # if Optuna had only known points to propose, the next rung begins now
             yield from segments(self.sweep, self._table, self._candidates, with_race=with_race)
@@ -239,7 +240,7 @@ class _Watcher(tune.Callback):
         self._changed(record)
         self._decide()
         with self.failure_noted():
-            _drop_checkpoints(self.sweep, self._table, self._table.kept(self.sweep.config, self.sweep.job.train.seed))
+            _drop_checkpoints(self.sweep, self._table, self.sweep.config.num_confirmed)
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
         self._note_end(trial)
@@ -302,8 +303,9 @@ class _Watcher(tune.Callback):
             self._on_change(self._table, record)
 
 
-def _drop_checkpoints(sweep: Sweep, table: TrialTable, kept: Container[Point]) -> None:
-    """Delete the checkpoints of finished trials except ``kept``."""
+def _drop_checkpoints(sweep: Sweep, table: TrialTable, num_confirmed: int) -> None:
+    """Delete the checkpoints of finished trials, except of those that may be tested; see ``finalists``."""
+    kept = may_be_tested(table, num_confirmed, sweep.job.train.seed)
     names = {record.point.name for record in table.finished() if record.point not in kept}
     drop_trials(sweep.job.run.inside(TRIALS_FOLDER), names)
 

@@ -12,8 +12,9 @@ import pytest
 from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments
 from mnist_ray.sweep.proposals import Candidates
 from mnist_ray.sweep.race import still_racing
+from mnist_ray.sweep.ranking import FAILING, find_best, score_at
 from mnist_ray.sweep.space import Point
-from mnist_ray.sweep.trials import DONE, FAILED, FAILING, LOST, RUNNING, WAITING, Sweep
+from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, WAITING, Sweep
 from mnist_ray.sweep.tune import read_sweep
 from tests.sweep.conftest import point
 
@@ -65,7 +66,7 @@ class MadeUp:
 
     @property
     def outcome(self) -> Any:
-        best = self.table.best
+        best = find_best(self.table)
         assert best is not None
         reports = {record.point: (record.reports, record.state) for record in self.table.by_point.values()}
         return reports, best.records[0].point, best.val_monitor
@@ -193,16 +194,16 @@ def test_rungs_are_parts_of_all_epochs(settings: dict[str, Any], rungs: list[flo
 def test_only_what_was_reported_from_an_epoch_on_counts_there(tmp_path: Path) -> None:
     made_up = MadeUp(sweep_of(tmp_path))
     record = made_up.table.start(A)
-    assert math.isnan(made_up.table.score_at(B, 0.5))
+    assert math.isnan(score_at(made_up.table, B, 0.5))
     record.add_report(0.25, 0.1)
     record.add_report(0.5, 0.2)
     record.add_report(1.0, 0.3)
-    assert [made_up.table.score_at(A, epoch) for epoch in (0.25, 0.5, 1)] == [0.1, 0.2, 0.3]
-    assert math.isnan(made_up.table.score_at(A, 2))
+    assert [score_at(made_up.table, A, epoch) for epoch in (0.25, 0.5, 1)] == [0.1, 0.2, 0.3]
+    assert math.isnan(score_at(made_up.table, A, 2))
     record.state, record.val_monitor = DONE, 0.3  # by --early-stop
-    assert made_up.table.score_at(A, 2) == 0.3
+    assert score_at(made_up.table, A, 2) == 0.3
     record.state = FAILED
-    assert made_up.table.score_at(A, 0.25) == FAILING
+    assert score_at(made_up.table, A, 0.25) == FAILING
 
 
 def test_optuna_learns_from_the_first_rung_and_proposes_nothing_twice(tmp_path: Path) -> None:

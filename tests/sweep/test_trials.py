@@ -22,6 +22,7 @@ from mnist_ray.run.job import read_job
 from mnist_ray.run.worker import LoopSpec, train_worker
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.sweep import tuner
+from mnist_ray.sweep.ranking import finalists, find_best, may_be_tested, ranked, result_of
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trial import TuneReporter
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
@@ -57,11 +58,12 @@ def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last() -> None:
         record(5, DONE, 0.98),
     ]
     table = table_with(*rows)
-    assert [row.trial for row in table.ranked] == [5, 3, 2, 1, 4]
-    assert table.best is not None
-    assert table.best.records == (rows[4],)
+    assert [row.trial for row in ranked(table)] == [5, 3, 2, 1, 4]
+    best = find_best(table)
+    assert best is not None
+    assert best.records == (rows[4],)
     assert (table.count(DONE), table.count(STOPPED, FAILED)) == (2, 2)
-    assert table_with(rows[0], rows[3]).best is None
+    assert find_best(table_with(rows[0], rows[3])) is None
 
 
 def test_a_trial_goes_on_while_a_checkpoint_is_written_but_reports_a_validation_after_it(
@@ -95,7 +97,7 @@ def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_cho
         pass
 
     table = table_with(record(1, DONE, 12.0), record(2, DONE, 11.0), record(3, DONE, 11.0, loss=0.5), workload=Prices)
-    assert [row.trial for row in table.ranked] == [3, 2, 1]
+    assert [row.trial for row in ranked(table)] == [3, 2, 1]
     assert table.to_csv().startswith(
         "trial,batch_size,learning_rate,seed,state,epochs,val_rmse,val_mae,val_r2,val_loss,train_loss,examples_per_s,"
         "train_s,reports,reason\n"
@@ -106,7 +108,7 @@ def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_cho
 
     run = locate(str(tmp_path), "sweep")
     run.write_text("sweep.csv", table_with(record(1, DONE, 0.5, loss=0.5), workload=Plain).to_csv())
-    best = table_with(workload=Plain).read(run).best
+    best = find_best(table_with(workload=Plain).read(run))
     assert best is not None
     assert (best.val_monitor, best.val_loss) == (0.5, 0.5)
 
@@ -131,7 +133,7 @@ def test_a_metric_that_the_workload_did_not_have_yet_has_no_value(tmp_path: Path
     run.write_text("sweep.csv", csv_text(columns, table.rows, has_header=True))
     again = table_with(workload=Regression).read(run)
     assert math.isnan(again.rows[0]["val_r2"])
-    assert again.best is not None
+    assert find_best(again) is not None
 
 
 @pytest.mark.parametrize(
@@ -181,9 +183,9 @@ def test_no_more_trials_run_at_a_time_than_the_cluster_holds_unless_it_autoscale
 def test_the_best_and_the_default_race() -> None:
     default = TrainConfig().learning_rate
     table = table_of((1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.98), (3e-3, 0, STOPPED, 0.995), (default, 0, DONE, 0.9))
-    points = table.finalists(SweepConfig(num_confirmed=1), 0)
+    points = finalists(table, 1, 0)
     assert [(point.values["learning_rate"], point.seed) for point in points] == [(1e-3, 0), (default, 0)]
-    assert table.finalists(SweepConfig(num_confirmed=0), 0) == []
+    assert finalists(table, 0, 0) == []
 
 
 MEAN, ONE_SEED = (2e-3, 0.985, "mean of 2 seeds"), (1e-3, 0.99, "seed 0")
@@ -207,7 +209,7 @@ MEAN, ONE_SEED = (2e-3, 0.985, "mean of 2 seeds"), (1e-3, 0.99, "seed 0")
     ],
 )
 def test_the_best_mean_over_the_seeds_is_chosen(rows: list[tuple[float, int, str, float]], chosen: tuple) -> None:
-    best: Any = table_of(*rows).best
+    best: Any = find_best(table_of(*rows))
     assert (best.records[0].point.values["learning_rate"], best.val_monitor, best.seeds_text) == chosen
 
 
@@ -227,7 +229,7 @@ SEARCHED = [(1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.985), (3e-3, 0, DONE, 0.98)
 def test_the_checkpoints_that_may_be_tested_are_kept(
     rows: list[tuple[float, int, str, float]], num_confirmed: int, kept: set[tuple[float, int]]
 ) -> None:
-    points = table_of(*rows).kept(SweepConfig(num_confirmed=num_confirmed), 0)
+    points = may_be_tested(table_of(*rows), num_confirmed, 0)
     default = TrainConfig().learning_rate
     assert {(point.values["learning_rate"], point.seed) for point in points} == kept | {(default, 0)}
 
@@ -248,8 +250,8 @@ def test_a_trial_stands_for_its_run_if_its_last_epoch_is_its_best(
     (some,) = table.by_point.values()
     for epochs, accuracy in reports:
         some.add_report(epochs, accuracy)
-    assert table.result_of(some.point) == (some if is_tested else None)
-    assert table.result_of(point(64, 1e-3)) is None
+    assert result_of(table, some.point) == (some if is_tested else None)
+    assert result_of(table, point(64, 1e-3)) is None
 
 
 def test_a_failed_trials_reason_is_kept_without_secrets_and_printed_escaped(
