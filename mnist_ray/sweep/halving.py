@@ -1,24 +1,20 @@
 """What a sweep trains next, as functions of its table: so a resumed sweep does what is missing, and no more.
 
-The search is successive halving (https://arxiv.org/abs/1502.07943): at each rung, the better half of the trials goes
-on. Then the best configurations race (https://doi.org/10.1023/A:1006556606079): seed by seed, the worse ones drop out.
+The search is successive halving (https://arxiv.org/abs/1502.07943): at each rung, the better half of the trials
+continues. Then the best configurations race.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mnist_ray.sweep.proposals import Candidates
-from mnist_ray.sweep.race import still_racing
+from mnist_ray.sweep.race import race
 from mnist_ray.sweep.ranking import FAILING, finalists, score_at, unreached
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import Sweep, TrialTable
 
-_MORE_SEEDS = 2  # in the race, at most
 _RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of all epochs
 
 
@@ -52,22 +48,12 @@ def climb(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[list[
 
 def segments(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_race: bool = True) -> list[Segment]:
     """Return what can be trained now, or is being trained."""
-    rungs, epochs, seed = climb(sweep, table, candidates), rungs_of(sweep), sweep.job.train.seed
-    found = _missing(table, rungs[-1], epochs[len(rungs) - 1])
-    is_known = not found or len(rungs[-1]) <= sweep.config.num_confirmed  # who will race
-    if not with_race or candidates.num_unknown or len(rungs) < len(epochs) or not is_known:
-        return found
-    racing = rungs[-1] if found else finalists(table, sweep.config.num_confirmed, seed)
-    for num_seeds in range(2, _MORE_SEEDS + 2):
-        if len(racing) < 2:
-            break
-        seeded = {p: [dataclasses.replace(p, seed=seed + more) for more in range(num_seeds)] for p in racing}
-        if missing := _missing(table, itertools.chain(*seeded.values()), epochs[-1]):
-            return missing
-        scores = {point: [score_at(table, trial, epochs[-1]) for trial in seeded[point]] for point in racing}
-        racing = still_racing(sweep, scores)
-    return found
-
-
-def _missing(table: TrialTable, points: Iterable[Point], epoch: float) -> list[Segment]:
-    return [Segment(point, epoch) for point in unreached(table, points, epoch)]
+    rungs, epochs = climb(sweep, table, candidates), rungs_of(sweep)
+    last, epoch = rungs[-1], epochs[len(rungs) - 1]
+    missing = unreached(table, last, epoch)
+    if with_race and len(rungs) == len(epochs) and not candidates.num_unknown:
+        # Before all have reached the end, it is known who will race only if nobody has to drop out.
+        in_time = last if len(last) <= sweep.config.num_confirmed else []
+        racing = in_time if missing else finalists(table, sweep.config.num_confirmed, sweep.job.train.seed)
+        missing = race(sweep, table, racing, epoch) or missing
+    return [Segment(point, epoch) for point in missing]

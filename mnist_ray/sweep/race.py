@@ -1,18 +1,40 @@
-"""The race of a sweep's best configurations, which is decided by more seeds."""
+"""The race of a sweep's best configurations (https://doi.org/10.1023/A:1006556606079).
+
+Each of them is trained with more seeds. After each seed, those that are worse by more than chance drop out.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mnist_ray.sweep.ranking import FAILING
+from mnist_ray.sweep.ranking import FAILING, score_at, unreached
 from mnist_ray.sweep.space import Point
-from mnist_ray.sweep.trials import Sweep
+from mnist_ray.sweep.trials import Sweep, TrialTable
 
+_MAX_SEEDS = 3  # of a configuration, with that of the search
 # Student's t at 90 %, one-sided, for 1, 2, … degrees of freedom; the last one also for more.
 _T_90 = (3.08, 1.89, 1.64, 1.53, 1.48, 1.44, 1.41, 1.40, 1.38, 1.37)
+
+
+def race(sweep: Sweep, table: TrialTable, racing: Sequence[Point], epoch: float) -> list[Point]:
+    """Return the trials that the race lacks now, trained to ``epoch``; none if it is over.
+
+    ``racing`` are the configurations that begin it, with the seed of the search.
+    """
+    for num_seeds in range(2, _MAX_SEEDS + 1):
+        if len(racing) < 2:
+            break
+        seeded = {p: [dataclasses.replace(p, seed=p.seed + more) for more in range(num_seeds)] for p in racing}
+        if missing := unreached(table, itertools.chain(*seeded.values()), epoch):
+            return missing
+        scores = {point: [score_at(table, trial, epoch) for trial in trials] for point, trials in seeded.items()}
+        racing = still_racing(sweep, scores)
+    return []
 
 
 def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[Point]:
