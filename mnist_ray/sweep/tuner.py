@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import re
@@ -69,17 +68,22 @@ def run_sweep(
         watcher.end()
     if watcher.failure is not None:
         raise watcher.failure
-    best = find_best(table)
-    if best is None:
-        reasons = [record.reason for record in table.by_point.values() if record.reason]
-        if not reasons:
-            raise JobError(f"no trial was validated within --time-budget-s {config.time_budget_s:g}; allow more time")
-        failed = f"every trial failed; the first one: {reasons[0]}"
-        raise (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
+    if find_best(table) is None:
+        raise _failure_of(sweep, table)
     say("time", watcher.shares(concurrent, time.monotonic() - begun))
     with in_one_line("the storage has failed"):
         _drop_checkpoints(sweep, table, num_confirmed=0)
     return table
+
+
+def _failure_of(sweep: Sweep, table: TrialTable) -> JobError:
+    """Return the error of a sweep that has validated no trial: TrainingStoppedError if a resumed one would fail too."""
+    reasons = [record.reason for record in table.by_point.values() if record.reason]
+    if not reasons:
+        budget = f"--time-budget-s {sweep.config.time_budget_s:g}"
+        return JobError(f"no trial was validated within {budget}; allow more time")
+    is_resumable = table.count(LOST, RUNNING, WAITING)
+    return (JobError if is_resumable else TrainingStoppedError)(f"every trial failed; the first one: {reasons[0]}")
 
 
 def _run_segments(
@@ -94,18 +98,12 @@ def _run_segments(
     run, seconds = watcher.sweep.job.run, deadline - time.monotonic()
     if seconds <= 0 or next(next_segments(), None) is None:
         return
-    if spec.plan.num_workers > 1:  # a trial only waits for its workers, but Tune has to reserve something
-        group = tune.PlacementGroupFactory([{"memory": 2**20}])
-    else:
-        resources = {"CPU": spec.plan.cpus_per_worker, **({"GPU": 1} if spec.plan.use_gpu else {})}
-        labels = {"bundle_label_selector": [dict(spec.plan.labels)]} if spec.plan.labels else {}
-        group = tune.PlacementGroupFactory([resources], **labels)
     run.inside(_TUNE_FOLDER).delete()  # an interrupted sweep has left it; it is never read
     tuner = tune.Tuner(
-        tune.with_resources(functools.partial(run_trial, spec=spec), group),
+        tune.with_resources(functools.partial(run_trial, spec=spec), _reserved(spec.plan)),
         tune_config=tune.TuneConfig(
-            search_alg=_Source(next_segments, concurrent),
-            num_samples=-1,  # until the source is empty
+            search_alg=_SegmentSearcher(next_segments, concurrent),
+            num_samples=-1,  # until no segments are left
             scheduler=scheduler,
             time_budget_s=None if math.isinf(seconds) else seconds,
             reuse_actors=spec.plan.num_workers == 1 and not spec.plan.use_gpu,  # an error may leave CUDA unusable
@@ -130,6 +128,15 @@ def _run_segments(
         run.inside(_TUNE_FOLDER).delete()
 
 
+def _reserved(plan: WorkerPlan) -> tune.PlacementGroupFactory:
+    """Return what Tune reserves for a trial."""
+    if plan.num_workers > 1:  # the trial only waits for its workers, but Tune has to reserve something
+        return tune.PlacementGroupFactory([{"memory": 2**20}])
+    resources = {"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}
+    labels = {"bundle_label_selector": [dict(plan.labels)]} if plan.labels else {}
+    return tune.PlacementGroupFactory([resources], **labels)
+
+
 def _asha(sweep: Sweep) -> TrialScheduler:
     """Return ASHA (https://arxiv.org/abs/1810.05934): at each rung the worse half of the trials so far stops."""
     monitor, num_epochs = sweep.job.workload.monitor, sweep.job.train.num_epochs
@@ -137,7 +144,7 @@ def _asha(sweep: Sweep) -> TrialScheduler:
     return ASHAScheduler("epochs", **goal, max_t=num_epochs, grace_period=1, reduction_factor=2)
 
 
-class _Source(Searcher):
+class _SegmentSearcher(Searcher):
     """Gives Tune the next segment as soon as fewer than ``concurrent`` run. To Tune, each segment is a trial."""
 
     def __init__(self, next_segments: Callable[[], Iterator[Segment]], concurrent: int) -> None:
@@ -158,7 +165,7 @@ class _Source(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Note that a segment has ended."""
-        self._running.pop(trial_id, None)  # Tune may say it again, of a trial that could not be stopped
+        self._running.pop(trial_id, None)  # Tune may report it again for a trial that could not be stopped
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: Tune's own restore is never used."""
@@ -188,13 +195,18 @@ class _Watcher(tune.Callback):
         """Yield what can be trained now, or is being trained; a point is only proposed if the caller takes it."""
         if self.failure is not None:
             return
-        yield from segments(self.sweep, self._table, self._candidates, with_race=with_race)
+        known = functools.partial(segments, self.sweep, self._table, self._candidates, with_race=with_race)
+        yield from known()
         if self._candidates.num_unknown:
-            first_epoch = rungs_of(self.sweep)[0]
-            while point := self._candidates.propose(lambda point: score_at(self._table, point, first_epoch)):
-                yield Segment(point, first_epoch)
-            self._decide()  # if Optuna had only known points to propose, the next rung begins now
-            yield from segments(self.sweep, self._table, self._candidates, with_race=with_race)
+            yield from self._proposed()
+            self._begin_rungs()  # nothing is left to propose: the first rung may be complete
+            yield from known()
+
+    def _proposed(self) -> Iterator[Segment]:
+        """Yield the first segments of new points."""
+        epoch = rungs_of(self.sweep)[0]
+        while point := self._candidates.propose(lambda point: score_at(self._table, point, epoch)):
+            yield Segment(point, epoch)
 
     def on_step_begin(self, **info: Any) -> None:
         self._waiting.look(is_waiting=not self._begun_at)
@@ -203,10 +215,6 @@ class _Watcher(tune.Callback):
         self._table.start(self._point(trial))
         self._begun_at[trial.trial_id] = time.monotonic()
         self._changed()
-
-    def _note_end(self, trial: Trial) -> None:
-        now = time.monotonic()
-        self._begun_s += now - self._begun_at.pop(trial.trial_id, now)
 
     def _sum_trained(self) -> float:
         return math.fsum(record.train_s for record in self._table.by_point.values())
@@ -232,55 +240,59 @@ class _Watcher(tune.Callback):
         self._changed()
 
     def on_trial_complete(self, trial: Trial, **info: Any) -> None:
-        self._note_end(trial)
         record = self._table.by_point[self._point(trial)]
-        unfinished = WAITING if len(rungs_of(self.sweep)) > 1 else STOPPED
-        ended = DONE if CheckpointMetrics.of(trial.last_result or {}).is_over else unfinished
-        record.state = FAILED if record.reason else ended
-        self._changed(record)
-        self._decide()
+        if record.reason:
+            record.state = FAILED
+        elif CheckpointMetrics.of(trial.last_result or {}).is_over:
+            record.state = DONE
+        else:  # it waits for its rung, or ASHA has stopped it
+            record.state = WAITING if len(rungs_of(self.sweep)) > 1 else STOPPED
+        self._segment_ended(trial, record)
         with self.failure_noted():
             _drop_checkpoints(self.sweep, self._table, self.sweep.config.num_confirmed)
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
-        self._note_end(trial)
         # Tune does not retry a process that dies as it is reset. If none has started, the trial has no record yet.
         record = self._table.start(self._point(trial))
-        is_lost = trial.num_failures > self.sweep.job.workers.max_failures
         record.state = self._without_process(record)
-        if record.state == WAITING and is_lost:
+        if record.state == WAITING and trial.num_failures > self.sweep.job.workers.max_failures:
             record.state, record.reason = LOST, reason_of(trial)
-        self._changed(*([] if record.state == WAITING else [record]))
-        self._decide()
+        self._segment_ended(trial, *([] if record.state == WAITING else [record]))
 
     def _without_process(self, record: TrialRecord) -> str:
         """Return the state of a trial whose process has died: done, if that was after the report of its last epoch."""
         has_ended = bool(record.reported) and record.reported[-1][0] >= self.sweep.job.train.num_epochs
         return DONE if has_ended else WAITING
 
+    def _segment_ended(self, trial: Trial, *ended: TrialRecord) -> None:
+        now = time.monotonic()
+        self._begun_s += now - self._begun_at.pop(trial.trial_id, now)
+        self._changed(*ended)
+        self._begin_rungs()
+
     def end(self) -> None:
-        """Mark the trials that were cut off when the time was up, and the race's that did not begin."""
+        """Stop the trials that were cut off when the time was up, and those of the race that did not begin."""
         for segment in segments(self.sweep, self._table, self._candidates):
             if segment.point.seed != self.sweep.job.train.seed:
                 self._table.start(segment.point)
-        cut_off = [record for record in self._table.by_point.values() if record.state in (RUNNING, WAITING)]
-        for record in cut_off:
-            record.state = STOPPED
-        self._changed(*cut_off)
+        self._stop([record for record in self._table.by_point.values() if record.state in (RUNNING, WAITING)])
 
-    def _decide(self) -> None:
-        """Where a new rung has begun, say so, and stop the trials that are not on it."""
+    def _begin_rungs(self) -> None:
+        """Report the rungs that begin now, and stop the trials that are not on them."""
         rungs, epochs = climb(self.sweep, self._table, self._candidates), rungs_of(self.sweep)
-        for number, (before, rung) in enumerate(itertools.pairwise(rungs), 2):
-            if number > self._num_begun and rung:
+        for number in range(self._num_begun, len(rungs)):
+            before, rung = rungs[number - 1], rungs[number]
+            if rung:
                 going = f"{count(len(rung), 'trial')} {'go' if len(rung) > 1 else 'goes'} on"
-                self._say("rungs", f"rung {number} of {len(epochs)}: {going} to epoch {epochs[number - 1]:g}")
+                self._say("rungs", f"rung {number + 1} of {len(epochs)}: {going} to epoch {epochs[number]:g}")
                 left = [self._table.by_point[point] for point in before if point not in rung]
-                stopped = [record for record in left if record.state == WAITING]  # the others have failed or ended
-                for record in stopped:
-                    record.state = STOPPED
-                self._changed(*stopped)
+                self._stop([record for record in left if record.state == WAITING])  # the others have failed or ended
         self._num_begun = len(rungs)
+
+    def _stop(self, records: list[TrialRecord]) -> None:
+        for record in records:
+            record.state = STOPPED
+        self._changed(*records)
 
     def _point(self, trial: Trial) -> Point:
         return self.sweep.space.point(trial.config["values"], trial.config["seed"])
