@@ -73,47 +73,57 @@ def _event_of(table: TrialTable, record: TrialRecord) -> TrialEnded:
 
 
 def train_chosen(session: Session, sweep: Sweep, trial_plan: WorkerPlan, table: TrialTable) -> None:
-    """Write the best configuration. Train and evaluate the default one, unless it is the best, and then the best one.
+    """Write the best configuration. Train and test the default one, unless it is the best, and then the best one.
 
     Nothing is trained that a trial, or an interrupted sweep, has trained.
     """
+    best = _write_best(session, sweep, table)
+    default = best.with_values(dict(sweep.space.defaults))
+    default = dataclasses.replace(default, run=sweep.job.run.inside(DEFAULT_FOLDER))
+    is_default = default.values == best.values
+    jobs = {"best": best} if is_default else {"default": default, "best": best}
+    tested = {title: _tested(session, sweep, trial_plan, table, title, job) for title, job in jobs.items()}
+    session.console.say("", "")
+    for title, result in tested.items():
+        if result is not None:
+            session.console.result(title, result + " (the default)" * is_default)
+
+
+def _write_best(session: Session, sweep: Sweep, table: TrialTable) -> Job:
+    """Write the best configuration and the plots, and report them; return the job that trains this configuration."""
     from mnist_ray.sweep import picture  # imports matplotlib, which must not delay the trials
 
-    chosen = find_best(table)
+    console, run, monitor, chosen = session.console, sweep.job.run, sweep.job.workload.monitor, find_best(table)
     assert chosen is not None
-    console, run, monitor = session.console, sweep.job.run, sweep.job.workload.monitor
-    best = sweep.job.with_values(chosen.point.values)
-    best = dataclasses.replace(best, notes=())  # the sweep has shown the notes
+    best = dataclasses.replace(sweep.job.with_values(chosen.point.values), notes=())  # the sweep has shown the notes
     of_workers = settings.names_of([type(best.workers)])
     run.write_text(BEST_FILE, json_lines({name: best.values[name] for name in best.values if name not in of_workers}))
     run.write_bytes(SWEEP_PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
     console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {SWEEP_PICTURE_FILE}")
     console.say("best", f"{monitor.format(chosen.val_monitor)} validation {monitor.name}, {chosen.seeds_text}")
-    default = best.with_values(dict(sweep.space.defaults))
-    default = dataclasses.replace(default, run=run.inside(DEFAULT_FOLDER))
-    is_default = default.values == best.values
-    jobs = {"best": best} if is_default else {"default": default, "best": best}
-    came_out = {}
-    for title, job in jobs.items():
-        values = format_settings({name: job.values[name] for name in sweep.space.spaces})
-        console.say("", "")
-        console.say(title, values)
-        value = (job.run.read_json(RESULT_FILE) or {}).get(f"test_{monitor.name}")
-        if not isinstance(value, float):  # else an interrupted sweep has finished this training
-            trial = result_of(table, sweep.space.point(job.values, job.train.seed))
-            try:
-                value = train_and_test(session, job, trial_plan, trial, is_last=title == "best")
-            except TrainingStoppedError as error:
-                if title == "best":
-                    raise
-                console.say("note", f"the default cannot be trained: {error}")
-                continue
-        name = "" if monitor.is_fraction else f"{monitor.name} "
-        end = " (the default)" if is_default else ""
-        came_out[title] = f"{name}{monitor.format(value)} on the test set with {values}{end}"
+    return best
+
+
+def _tested(
+    session: Session, sweep: Sweep, trial_plan: WorkerPlan, table: TrialTable, title: str, job: Job
+) -> str | None:
+    """Train and test the best or the default configuration; return its result, or None if the default cannot train."""
+    console, monitor, is_best = session.console, sweep.job.workload.monitor, title == "best"
+    values = format_settings({name: job.values[name] for name in sweep.space.spaces})
     console.say("", "")
-    for title, line in came_out.items():
-        console.result(title, line)
+    console.say(title, values)
+    value = (job.run.read_json(RESULT_FILE) or {}).get(f"test_{monitor.name}")
+    if not isinstance(value, float):  # else an interrupted sweep has finished this training
+        trial = result_of(table, sweep.space.point(job.values, job.train.seed))
+        try:
+            value = train_and_test(session, job, trial_plan, trial, is_last=is_best)
+        except TrainingStoppedError as error:
+            if is_best:
+                raise
+            console.say("note", f"the default cannot be trained: {error}")
+            return None
+    name = "" if monitor.is_fraction else f"{monitor.name} "
+    return f"{name}{monitor.format(value)} on the test set with {values}"
 
 
 def train_and_test(
