@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,7 +18,6 @@ from mnist_ray.workload.figures import plain, png_of
 
 _WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
 _TITLE_WIDTH = 80  # characters
-Records = Sequence[TrialRecord]
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
@@ -33,7 +31,7 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     varied = [name for name in searched if len({record.point.values[name] for record in records}) > 1] or [*searched]
     figure = Figure(figsize=(_WIDTH, 5 + 4 * len(varied)), dpi=150, layout="constrained")
     over_epochs, *plots = figure.subplots(1 + len(varied))
-    of_best = best.records if (best := find_best(table)) else ()
+    of_best = [*best.records] if (best := find_best(table)) else []
     _draw_over_epochs(over_epochs, monitor, records, of_best)
     for axes, name in zip(plots, varied, strict=True):
         _draw_over(axes, table, records, of_best, name)
@@ -53,7 +51,7 @@ def _balanced(text: str) -> list[str]:
     return next((lines for lines in narrower if len(lines) == len(wrapped)), wrapped)
 
 
-def _draw_over_epochs(axes: Axes, metric: Metric, records: Records, best: Records) -> None:
+def _draw_over_epochs(axes: Axes, metric: Metric, records: list[TrialRecord], best: list[TrialRecord]) -> None:
     """Draw a line for each trial, with a point for each report; grey if the trial was stopped early."""
     for record in sorted(records, key=lambda record: record.state != STOPPED):  # the others are drawn above them
         style: dict[str, Any] = {"color": "silver" if record.state == STOPPED else "tab:blue"}
@@ -65,7 +63,7 @@ def _draw_over_epochs(axes: Axes, metric: Metric, records: Records, best: Record
     axes.grid(alpha=0.3)
 
 
-def _draw_over(axes: Axes, table: TrialTable, records: Records, best: Records, name: str) -> None:
+def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], best: list[TrialRecord], name: str) -> None:
     """Draw all trials against a setting."""
     metric, space = table.workload.monitor, table.space.spaces[name]
     for record in records:

@@ -17,18 +17,11 @@ _ROUNDING = 1e-6  # of the epochs in sweep.csv
 
 @dataclass(frozen=True)
 class Averaged:
-    """A configuration's finished trials, one for each seed, and their means; if none has finished, all its trials."""
+    """A configuration with its finished trials, one for each seed; if there are none, with those that have begun."""
 
     records: tuple[TrialRecord, ...]
     val_monitor: float  # mean over the seeds
     val_loss: float  # mean over the seeds
-
-    @classmethod
-    def over(cls, records: Sequence[TrialRecord]) -> Averaged:
-        """Return the averages over a configuration's validated trials."""
-        of = [record for record in records if record.state == DONE] or records
-        monitor, loss = statistics.mean(r.val_monitor for r in of), statistics.mean(r.val_loss for r in of)
-        return cls(tuple(of), monitor, loss)
 
     @property
     def point(self) -> Point:
@@ -56,23 +49,26 @@ def find_best(table: TrialTable) -> Averaged | None:
 
     A later seed is ignored if the time was up before all configurations had finished it.
     """
+    records = table.by_point.values()
+    failed = {record.point.configuration for record in records if record.state == FAILED}
+    first_seed = min((point.seed for point in table.by_point), default=0)
+    cut_off = {record.point.seed for record in records if record.state == STOPPED} - {first_seed}
     by_configuration: dict[Any, list[TrialRecord]] = {}
-    for record in _comparable(table):
-        by_configuration.setdefault(record.point.configuration, []).append(record)
-    failed = {record.point.configuration for record in table.by_point.values() if record.state == FAILED}
+    for record in records:
+        if record.is_validated and record.point.seed not in cut_off:
+            by_configuration.setdefault(record.point.configuration, []).append(record)
 
     def rank(trials: Averaged) -> _Rank:
         num_done = sum(record.state == DONE for record in trials.records)
         return _Rank(trials.point.configuration not in failed, num_done, *_worth(table, trials))
 
-    return max(map(Averaged.over, by_configuration.values()), key=rank, default=None)
+    return max(map(_averaged, by_configuration.values()), key=rank, default=None)
 
 
-def _comparable(table: TrialTable) -> list[TrialRecord]:
-    """Return the validated trials, except those of later seeds for which the time was up."""
-    stopped = {record.point.seed for record in table.by_point.values() if record.state == STOPPED}
-    cut_off = stopped - {min((point.seed for point in table.by_point), default=0)}
-    return [record for record in table.by_point.values() if record.is_validated and record.point.seed not in cut_off]
+def _averaged(trials: Sequence[TrialRecord]) -> Averaged:
+    records = [record for record in trials if record.state == DONE] or trials
+    means = (statistics.mean(getattr(record, name) for record in records) for name in ("val_monitor", "val_loss"))
+    return Averaged(tuple(records), *means)
 
 
 def _worth(table: TrialTable, trials: TrialRecord | Averaged) -> tuple[float, float]:
@@ -128,8 +124,7 @@ def finalists(table: TrialTable, num_confirmed: int, seed: int) -> list[Point]:
 
 def may_be_tested(table: TrialTable, num_confirmed: int, seed: int) -> set[Point]:
     """Return the points whose checkpoints may be tested at the end: the default one, and those that may be best."""
-    best = find_best(table)
-    leading = [best.point] if best else []
+    leading = [best.point] if (best := find_best(table)) else []
     return {*leading, *finalists(table, num_confirmed, seed), *table.space.default_points(seed)}
 
 

@@ -76,10 +76,6 @@ class TrialTable:
         record.state, record.reason = RUNNING, ""
         return record
 
-    def finished(self) -> list[TrialRecord]:
-        """Return the records of the trials that a resumed sweep does not repeat."""
-        return [record for record in self.by_point.values() if record.state in ENDED]
-
     def count(self, *states: str) -> int:
         """Count the trials in one of the states."""
         return sum(record.state in states for record in self.by_point.values())

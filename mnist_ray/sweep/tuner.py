@@ -28,7 +28,7 @@ from mnist_ray.sweep.proposals import Candidates
 from mnist_ray.sweep.ranking import find_best, may_be_tested, score_at
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
-from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.training.metrics import CheckpointMetrics
 
 TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"
@@ -57,44 +57,34 @@ def run_sweep(
 ) -> TrialTable:
     """Run a sweep's unfinished trials; return the table of all its trials. Raises JobError if every trial failed."""
     os.environ.update(_SETTINGS)
-    config, table, begun = sweep.config, sweep.table(), time.monotonic()
+    table, begun = sweep.table(), time.monotonic()
+    deadline = begun + (sweep.config.time_budget_s or math.inf)
     watcher = _Watcher(sweep, table, on_change, say)
-    deadline = begun + (config.time_budget_s or math.inf)
-    run = functools.partial(_run_segments, spec, watcher, concurrent, deadline)
-    if config.scheduler == "asha":
-        run(functools.partial(watcher.segments, with_race=False), _asha(sweep))
-    run(watcher.segments, FIFOScheduler())
+    if sweep.config.scheduler == "asha":
+        _run_segments(watcher, spec, concurrent, deadline, with_asha=True)
+    _run_segments(watcher, spec, concurrent, deadline)
     if watcher.failure is None and find_best(table) is not None:
         watcher.end()
     if watcher.failure is not None:
         raise watcher.failure
     if find_best(table) is None:
-        raise _failure_of(sweep, table)
+        reasons = [record.reason for record in table.by_point.values() if record.reason]
+        if not reasons:
+            budget = f"--time-budget-s {sweep.config.time_budget_s:g}"
+            raise JobError(f"no trial was validated within {budget}; allow more time")
+        failed = f"every trial failed; the first one: {reasons[0]}"
+        raise (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
     say("time", watcher.shares(concurrent, time.monotonic() - begun))
     with in_one_line("the storage has failed"):
         _drop_checkpoints(sweep, table, num_confirmed=0)
     return table
 
 
-def _failure_of(sweep: Sweep, table: TrialTable) -> JobError:
-    """Return the error of a sweep that has validated no trial: TrainingStoppedError if a resumed one would fail too."""
-    reasons = [record.reason for record in table.by_point.values() if record.reason]
-    if not reasons:
-        budget = f"--time-budget-s {sweep.config.time_budget_s:g}"
-        return JobError(f"no trial was validated within {budget}; allow more time")
-    is_resumable = table.count(LOST, RUNNING, WAITING)
-    return (JobError if is_resumable else TrainingStoppedError)(f"every trial failed; the first one: {reasons[0]}")
-
-
 def _run_segments(
-    spec: TrialSpec,
-    watcher: _Watcher,
-    concurrent: int,
-    deadline: float,
-    next_segments: Callable[[], Iterator[Segment]],
-    scheduler: TrialScheduler,
+    watcher: _Watcher, spec: TrialSpec, concurrent: int, deadline: float, *, with_asha: bool = False
 ) -> None:
-    """Let Tune run the segments until there are no more, or until the deadline."""
+    """Let Tune run the segments until there are no more, or until the deadline; ``with_asha``, without the race."""
+    next_segments = functools.partial(watcher.segments, with_race=not with_asha)
     run, seconds = watcher.sweep.job.run, deadline - time.monotonic()
     if seconds <= 0 or next(next_segments(), None) is None:
         return
@@ -104,7 +94,7 @@ def _run_segments(
         tune_config=tune.TuneConfig(
             search_alg=_SegmentSearcher(next_segments, concurrent),
             num_samples=-1,  # until no segments are left
-            scheduler=scheduler,
+            scheduler=_asha(watcher.sweep) if with_asha else FIFOScheduler(),
             time_budget_s=None if math.isinf(seconds) else seconds,
             reuse_actors=spec.plan.num_workers == 1 and not spec.plan.use_gpu,  # an error may leave CUDA unusable
         ),
@@ -318,7 +308,8 @@ class _Watcher(tune.Callback):
 def _drop_checkpoints(sweep: Sweep, table: TrialTable, num_confirmed: int) -> None:
     """Delete the checkpoints of finished trials, except of those that may be tested; see ``finalists``."""
     kept = may_be_tested(table, num_confirmed, sweep.job.train.seed)
-    names = {record.point.name for record in table.finished() if record.point not in kept}
+    ended = [record.point for record in table.by_point.values() if record.state in ENDED]
+    names = {point.name for point in ended if point not in kept}
     drop_trials(sweep.job.run.inside(TRIALS_FOLDER), names)
 
 
