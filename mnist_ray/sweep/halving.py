@@ -40,9 +40,9 @@ def climb(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[list[
         scores = {point: score_at(table, point, epoch) for point in rungs[-1]}
         if not scores or candidates.num_unknown or any(map(math.isnan, scores.values())):
             break
-        num_going_on = min(max(math.ceil(num_trials / 2**number), num_confirmed), len(scores))  # without ties
-        least = sorted(scores.values(), reverse=True)[num_going_on - 1]
-        rungs.append([p for p, score in scores.items() if score > FAILING and (score >= least or p in default)])
+        num_continuing = min(max(math.ceil(num_trials / 2**number), num_confirmed), len(scores))  # without ties
+        min_score = sorted(scores.values(), reverse=True)[num_continuing - 1]
+        rungs.append([p for p, score in scores.items() if score > FAILING and (score >= min_score or p in default)])
     return rungs
 
 

@@ -54,10 +54,10 @@ def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[
     unexplained = measured - means[:, None] - measured.mean(axis=0) + measured.mean()
     freedom = (num_points - 1) * (num_seeds - 1)
     standard_error = math.sqrt(2 * float((unexplained**2).sum()) / freedom / num_seeds)  # of two means' difference
-    least = means.max() - _T_90[min(freedom, len(_T_90)) - 1] * standard_error
-    racing = [point for point, mean in zip(complete, means, strict=True) if mean >= least]
+    min_mean = means.max() - _T_90[min(freedom, len(_T_90)) - 1] * standard_error
+    racing = [point for point, mean in zip(complete, means, strict=True) if mean >= min_mean]
     if sweep.job.workload.monitor.is_fraction and sweep.num_validation:
         best = abs(float(means.max()))
-        if means.max() - means[means >= least].min() < math.sqrt(max(0.0, best * (1 - best)) / sweep.num_validation):
+        if means.max() - means[means >= min_mean].min() < math.sqrt(max(0.0, best * (1 - best)) / sweep.num_validation):
             return []
     return racing

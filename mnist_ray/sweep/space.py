@@ -35,10 +35,10 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The trial's folder: of each point another one, but for upper and lower case."""
+        """The trial's folder: unique to the point, if the file system distinguishes upper and lower case."""
         pairs = (*self.configuration, ("seed", self.seed))
         name = "_".join(f"{name}-{value}" for name, value in pairs)
-        marks = ["/", *(f"_{name}-" for name, _ in pairs)]  # with one in a value, another point could have this name
+        marks = ["/", *(f"_{name}-" for name, _ in pairs)]  # in a value, they could give another point the same name
         if any(value == "None" or any(mark in str(value) for mark in marks) for _, value in pairs):
             name = repr(pairs)
         elif len(name.encode()) <= _MAX_NAME_BYTES:
@@ -64,14 +64,14 @@ class Space:
         inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
         return [self.point(self.defaults, seed)] if inside else []
 
-    def up_to(self, most: int, name: str) -> Space:
-        """Return the space with ``most`` in place of larger values of a searched setting, and of its default."""
+    def up_to(self, maximum: int, name: str) -> Space:
+        """Return the space with ``maximum`` instead of larger values of a searched setting, and of its default."""
         space = self.spaces[name]
         if isinstance(space, Choice):
-            limited: SearchSpace = Choice(tuple(dict.fromkeys(min(option, most) for option in space.options)))
+            limited: SearchSpace = Choice(tuple(dict.fromkeys(min(option, maximum) for option in space.options)))
         else:
-            limited = Range(min(space.low, most), min(space.high, most), space.log)
-        defaults = {**self.defaults, name: min(self.defaults[name], most)}
+            limited = Range(min(space.low, maximum), min(space.high, maximum), space.log)
+        defaults = {**self.defaults, name: min(self.defaults[name], maximum)}
         return Space({**self.spaces, name: limited}, self.types, defaults)
 
     def texts(self) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ class _Setting:
             raise UsageError(f"{self.name} cannot be searched: all trials share it")
 
     def check(self, space: SearchSpace) -> None:
-        """Raise UsageError if the setting is not searched, or refuses values of the space."""
+        """Raise UsageError if the setting cannot be searched, or rejects a value of the space."""
         self.check_searched()
         if not isinstance(space, SearchSpace):
             raise UsageError(f"{space!r:.40} is neither a Choice nor a Range")

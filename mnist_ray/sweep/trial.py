@@ -78,14 +78,14 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
     drop_worse(loop_spec.job.run)
-    tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it
+    tune.report(result.metrics)  # again, in case the trial was killed before the sweep recorded it
 
 
 class TuneReporter(Reporter):
     """Saves, validates and reports to Tune at every checkpoint. Tune may end the trial then."""
 
     def on_restored(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
-        """Report a finished segment again: it was killed after its last checkpoint, before the sweep noted it."""
+        """Report a finished segment again: it was killed after its last checkpoint, before the sweep recorded it."""
         if is_over(state, self._config) or restored.metrics.epochs >= self._spec.until_epoch:
             self._report(restored.metrics)
 

@@ -112,7 +112,7 @@ class TrialTable:
     def read(self, run: RunFolder) -> TrialTable:
         """Return the table in a sweep's folder; an empty one if there is none. Raises JobError."""
         try:
-            required = {*self._all_columns} - {*self._others}  # the workload may have got more metrics
+            required = {*self._all_columns} - {*self._others}  # the workload may have more metrics since then
             records = [self._record(row) for row in read_csv(run, TRIALS_FILE, required)]
         except (ValueError, TypeError) as error:
             raise run.damaged(TRIALS_FILE, error) from error
@@ -136,7 +136,7 @@ class Sweep:
 
     @property
     def workers(self) -> WorkerConfig:
-        """The workers of a trial; by default one worker with one core, as parallel trials gain more than threads."""
+        """The workers of a trial; by default one with one core, because parallel trials gain more than threads."""
         own = self.job.workers
         return dataclasses.replace(own, num_workers=own.num_workers or 1, cpus_per_worker=own.cpus_per_worker or 1)
 

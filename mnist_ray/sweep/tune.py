@@ -110,7 +110,7 @@ class SweepConsole(RunConsole):
         """Show the trials after one of them has ``ended`` or reported."""
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
-        elif ended is not None and not (self._has_rungs and ended.state == STOPPED):  # its line has said "waiting"
+        elif ended is not None and not (self._has_rungs and ended.state == STOPPED):  # it had a line as "waiting"
             *_, epochs, monitor, _, state = self._row(table, ended)
             tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}: {table.workload.monitor.name}"
             line = f"{tried} {monitor} after {epochs} epochs, {state} · {self._summary(table)}"

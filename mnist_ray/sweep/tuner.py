@@ -57,10 +57,10 @@ def run_sweep(
 ) -> TrialTable:
     """Run a sweep's unfinished trials; return the table of all its trials. Raises JobError if every trial failed."""
     os.environ.update(_SETTINGS)
-    table, begun = sweep.table(), time.monotonic()
-    deadline = begun + (sweep.config.time_budget_s or math.inf)
+    config, table, begun = sweep.config, sweep.table(), time.monotonic()
+    deadline = begun + (config.time_budget_s or math.inf)
     watcher = _Watcher(sweep, table, on_change, say)
-    if sweep.config.scheduler == "asha":
+    if config.scheduler == "asha":
         _run_segments(watcher, spec, concurrent, deadline, with_asha=True)
     _run_segments(watcher, spec, concurrent, deadline)
     if watcher.failure is None and find_best(table) is not None:
@@ -70,8 +70,7 @@ def run_sweep(
     if find_best(table) is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
         if not reasons:
-            budget = f"--time-budget-s {sweep.config.time_budget_s:g}"
-            raise JobError(f"no trial was validated within {budget}; allow more time")
+            raise JobError(f"no trial was validated within --time-budget-s {config.time_budget_s:g}; allow more time")
         failed = f"every trial failed; the first one: {reasons[0]}"
         raise (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
     say("time", watcher.shares(concurrent, time.monotonic() - begun))
@@ -171,7 +170,7 @@ class _Watcher(tune.Callback):
             if record.state in (LOST, RUNNING):  # in an interrupted sweep
                 record.state = self._without_process(record)
         self._waiting = Waiting("a trial", functools.partial(say, "note"))
-        self._num_begun = len(climb(sweep, table, self._candidates))  # rungs
+        self._num_rungs = len(climb(sweep, table, self._candidates))  # that have begun
         self.failure: JobError | None = None  # of the storage; Tune would hide it, and repeat the trial
         self._trained_s = self._sum_trained()  # in an interrupted sweep
         self._validated_s = self._begun_s = 0.0  # of all segments
@@ -210,7 +209,7 @@ class _Watcher(tune.Callback):
         return math.fsum(record.train_s for record in self._table.by_point.values())
 
     def shares(self, concurrent: int, seconds: float) -> str:
-        """Return what the ``concurrent`` places for trials did in so many seconds."""
+        """Return how the ``concurrent`` slots for trials spent these seconds, in words."""
         trained_s, whole_s = self._sum_trained() - self._trained_s, concurrent * seconds
         parts = {
             "training": trained_s,
@@ -246,15 +245,16 @@ class _Watcher(tune.Callback):
         record = self._table.start(self._point(trial))
         record.state = self._without_process(record)
         if record.state == WAITING and trial.num_failures > self.sweep.job.workers.max_failures:
-            record.state, record.reason = LOST, reason_of(trial)
+            record.state, record.reason = LOST, error_line_of(trial)
         self._segment_ended(trial, *([] if record.state == WAITING else [record]))
 
     def _without_process(self, record: TrialRecord) -> str:
-        """Return the state of a trial whose process has died: done, if that was after the report of its last epoch."""
+        """Return the state of a trial whose process has died: done if it had reported its last epoch, else waiting."""
         has_ended = bool(record.reported) and record.reported[-1][0] >= self.sweep.job.train.num_epochs
         return DONE if has_ended else WAITING
 
     def _segment_ended(self, trial: Trial, *ended: TrialRecord) -> None:
+        """Record the end of a segment, and of its trial if it has ``ended``."""
         now = time.monotonic()
         self._begun_s += now - self._begun_at.pop(trial.trial_id, now)
         self._changed(*ended)
@@ -270,14 +270,14 @@ class _Watcher(tune.Callback):
     def _begin_rungs(self) -> None:
         """Report the rungs that begin now, and stop the trials that are not on them."""
         rungs, epochs = climb(self.sweep, self._table, self._candidates), rungs_of(self.sweep)
-        for number in range(self._num_begun, len(rungs)):
+        for number in range(self._num_rungs, len(rungs)):
             before, rung = rungs[number - 1], rungs[number]
             if rung:
                 going = f"{count(len(rung), 'trial')} {'go' if len(rung) > 1 else 'goes'} on"
                 self._say("rungs", f"rung {number + 1} of {len(epochs)}: {going} to epoch {epochs[number]:g}")
                 left = [self._table.by_point[point] for point in before if point not in rung]
                 self._stop([record for record in left if record.state == WAITING])  # the others have failed or ended
-        self._num_begun = len(rungs)
+        self._num_rungs = len(rungs)
 
     def _stop(self, records: list[TrialRecord]) -> None:
         for record in records:
@@ -313,7 +313,7 @@ def _drop_checkpoints(sweep: Sweep, table: TrialTable, num_confirmed: int) -> No
     drop_trials(sweep.job.run.inside(TRIALS_FOLDER), names)
 
 
-def reason_of(trial: Trial) -> str:
+def error_line_of(trial: Trial) -> str:
     """Return the last line of a failed trial's error text, without secrets: the exception and its message."""
     text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
     last_line = text.strip().rpartition("\n")[2].strip()

@@ -259,7 +259,7 @@ def test_a_failed_trials_reason_is_kept_without_secrets_and_printed_escaped(
 ) -> None:
     (tmp_path / "error.txt").write_text("Traceback …\npyarrow.lib.ArrowInvalid: s3://KEY:SECRET@bucket [red]\x1b[31m\n")
     failed = record(1, FAILED, math.nan)
-    failed.reason = tuner.reason_of(Mock(error_file=str(tmp_path / "error.txt")))
+    failed.reason = tuner.error_line_of(Mock(error_file=str(tmp_path / "error.txt")))
     assert failed.reason == "ArrowInvalid: s3://***@bucket [red]\x1b[31m"
     with SweepConsole(read_sweep({"storage_path": str(tmp_path), "num_trials": 1, "num_confirmed": 0})) as console:
         console.show_table(table_with(failed), failed)
