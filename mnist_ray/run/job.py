@@ -49,7 +49,7 @@ class Job:
     output: OutputConfig
     run: RunFolder
     resume_with: str  # the command that resumes the run; or the Python call, if a call started the run
-    callback: SourceCode | None = None  # the user's code in the training loop
+    callbacks: tuple[SourceCode, ...] = ()  # the user's code in the training loop
     initial: RunFolder | None = None  # the folder of INITIAL_FILE, with --init-from
     asked: Given = dataclasses.field(default_factory=dict)  # all settings, including a sweep's
     given: frozenset[str] = frozenset()  # the names of the settings that this command or call gives
@@ -65,7 +65,7 @@ class Job:
     @property
     def code_folders(self) -> list[Path]:
         """The folders of the user's code."""
-        return [code.folder for code in (self.callback, self.workload.source) if code is not None]
+        return [code.folder for code in (*self.callbacks, self.workload.source)]
 
     def with_values(self, values: Given) -> Job:
         """Return the job with these values for settings of the training and the workload. Raises UsageError."""
@@ -165,7 +165,7 @@ def _job_of(
         output=output,
         run=run,
         resume_with=resume_command(kind, run, more, is_call=is_call),
-        callback=code.get("callback"),
+        callbacks=tuple(code[name] for name in code if name == "callback"),
         initial=None if train.init_from is None else run,
         asked=asked,
         given=given,

@@ -136,7 +136,7 @@ class Reporter(Callback):
         self._batch_size: int | None = None  # of a validation; the first one finds it
         self._saving: Future[None] | None = None  # the last checkpoint, in a thread of its own
         # The user's callback comes first: checkpoints match callbacks by position.
-        self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
+        self.callbacks: list[Callback] = [user_code.load(code, Callback)() for code in job.callbacks]
 
     def start(self, state: TrainingState, restored: checkpoints.Restored, life: Life) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one; from now on, show ``life``.

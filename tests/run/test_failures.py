@@ -436,7 +436,7 @@ def reporter_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., reporter.Train
     monkeypatch.setattr("sys.breakpointhook", sys.breakpointhook)  # a worker sets its own
 
     def create(run: Any = None, **spec: Any) -> reporter.TrainReporter:
-        job = Mock(callback=None, run=run or Mock(), workload=mnist())
+        job = Mock(callbacks=(), run=run or Mock(), workload=mnist())
         return reporter.TrainReporter(LoopSpec(job=job, train=Mock(), **spec), Group(), TrainConfig())
 
     return create
@@ -534,7 +534,7 @@ def test_each_part_of_a_workers_start_has_a_time_limit(
     for module, name in parts:
         monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
     monkeypatch.setattr(worker.Reporter, "start", Mock(side_effect=StopWantedError))
-    job = job_of(run=run, train=TrainConfig(), workload=mnist(), callback=None, initial=None)
+    job = job_of(run=run, train=TrainConfig(), workload=mnist(), callbacks=(), initial=None)
     with pytest.raises(StopWantedError):
         worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
     assert begun == {"resolve_precision": 1, "_opened": 1, "create_state": 2, "restore_newest": 3}
@@ -617,7 +617,7 @@ def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest
         seen[1] = ("node-2", others)
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    job, state = Mock(callback=None), create_state(mnist(), TrainConfig(), 600, Group())
+    job, state = Mock(callbacks=()), create_state(mnist(), TrainConfig(), 600, Group())
     job.run.uri = "/runs/one"
     first, sent = worker.Reporter(LoopSpec(job=job, train=Mock()), Group(0, 2), TrainConfig()), Mock()
     monkeypatch.setattr(first, "send", sent)
@@ -859,7 +859,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
 
     monkeypatch.setattr(engine, "train", fail)
     workers = Mock(hang_timeout_s=600.0)
-    job = Mock(run=run, train=config, workload=mnist(), workers=workers, callback=None, code_folders=[], initial=None)
+    job = Mock(run=run, train=config, workload=mnist(), workers=workers, callbacks=(), code_folders=[], initial=None)
     with pytest.raises(TrainingStoppedError if is_codes else torch.OutOfMemoryError) as raised:
         worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
     advice = (
@@ -894,7 +894,7 @@ def test_too_many_shapes_to_compile_are_one_line(tmp_path: Path, monkeypatch: py
     compile_model = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_model(self, backend="eager", **options))
     monkeypatch.setattr(worker.Reporter, "start", lambda self, state, restored, life: setattr(self, "_life", life))
-    job = Mock(run=run, train=config, workload=OfLengths(), callback=None, code_folders=[], initial=None)
+    job = Mock(run=run, train=config, workload=OfLengths(), callbacks=(), code_folders=[], initial=None)
     job.workers = Mock(hang_timeout_s=600.0, loader_workers=0, read_ahead_mib=1)
     spec = LoopSpec(job=job, train=Split(Lengths()))
     said = "^--compile: the inputs have too many shapes; pad them to a few in collate$"

@@ -110,7 +110,7 @@ def test_what_has_slowed_a_training_is_one_note(
 
 def test_a_slow_callback_is_named_only_if_there_is_one() -> None:
     slow = [HEALTHY | {"callbacks": 40.0}]
-    with_callback = dataclasses.replace(job(), callback=SourceCode("slow.py", "", ""))
+    with_callback = dataclasses.replace(job(), callbacks=(SourceCode("slow.py", "", ""),))
     (note,) = notes_on(slow, ["host"], with_callback, EXAMPLES)
     assert note.startswith("the callback took 29% of the time (40.0 s)")
     assert notes_on(slow, ["host"], job(), EXAMPLES) == []
