@@ -20,7 +20,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, workload_of
 from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.train import train as train_job
-from mnist_ray.settings import build, check_known, names_of
+from mnist_ray.settings import build, check_known, declared
 from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder, find_run
 from mnist_ray.sweep.space import options_text
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
@@ -175,7 +175,7 @@ def evaluate(
     kept.end_unless_fit(WorkerConfig(plain_ray=plain_ray), verbose=False)
     with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
         found = find(run, workload, storage_path, settings)
-        check_known(settings, names_of([found.workload.Settings]), "evaluate()")
+        check_known(settings, declared(found.workload.Settings), "evaluate()")
 
         from mnist_ray.run.evaluate import evaluate_found
 

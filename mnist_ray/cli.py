@@ -6,21 +6,21 @@ import bdb
 import contextlib
 import functools
 import importlib
+import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from mnist_ray import api, signals
+from mnist_ray import api, config, signals
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.cluster.plan import usable_cores
-from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, about_limit, about_ray, prepare_output, say, writing
 from mnist_ray.report.run_files import workload_of
 from mnist_ray.run.job import read_job, resume_command
 from mnist_ray.run.train import train as train_job
-from mnist_ray.settings import UNSET, Parser, build, names_of, peek
+from mnist_ray.settings import UNSET, Parser, build, peek
 from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE, find_run
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
@@ -29,7 +29,7 @@ from mnist_ray.workload import loading
 
 def train() -> None:
     """Train a workload on Ray, evaluate it on the test set, and write the run's files."""
-    if peek("num_workers")[0].get("num_workers") == "0":
+    if peek(config.WorkerConfig)[0].get("num_workers") == "0":
         spin_briefly_if_busy(usable_cores())  # before this process imports torch, as the workload's file may
     train_job(read_job())
 
@@ -41,28 +41,28 @@ def tune() -> None:
 
 def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
-    flags = _flags_of_run(evaluate, EvaluationConfig)
+    flags = _flags_of_run(evaluate, config.EvaluationConfig)
     api.evaluate(flags.pop("run"), **flags)
 
 
 def predict() -> None:
     """Print a trained model's predictions for your own pictures."""
-    parser = _parser(predict, PredictionConfig)
+    parser = _parser(predict, config.PredictionConfig)
     _add_run(parser, "--run", default=None)
     help_text = "pictures, or folders of pictures; for a language model, texts to continue"
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help=help_text)
     flags = parser.read_flags()
     found = api.find(flags["run"], flags.get("workload"), flags["storage_path"])
-    _tool("predict")(flags["images"], found, build(PredictionConfig, flags))
+    _tool("predict")(flags["images"], found, build(config.PredictionConfig, flags))
 
 
 def view() -> None:
     """Look at the examples of a workload's data."""
-    workload_class = loading.load(peek("workload")[0].get("workload", loading.DEFAULT))
-    parser = Parser(view.__doc__ or "", ViewConfig, workload_class.Settings)
+    workload_class = loading.load(peek(config.SourceConfig)[0].get("workload", loading.DEFAULT))
+    parser = Parser(view.__doc__ or "", config.ViewConfig, workload_class.Settings)
     _add_workload(parser, "MNIST")
     flags = parser.read_flags()
-    _tool("view")(workload_class(build(workload_class.Settings, flags)), build(ViewConfig, flags))
+    _tool("view")(workload_class(build(workload_class.Settings, flags)), build(config.ViewConfig, flags))
 
 
 def report() -> None:
@@ -74,16 +74,16 @@ def report() -> None:
 
     from mnist_ray.report import page
 
-    resume_with = resume_command("tune" if run.exists(TRIALS_FILE) else "train", run)
+    output = config.OutputConfig(run_name=run.name, storage_path=run.storage_path)
+    resume_with = resume_command("tune" if run.exists(TRIALS_FILE) else "train", output)
     page.write_again(run, flags.get("workload"), flags["storage_path"], resume_with)
 
 
 def export() -> None:
     """Write a trained model as a program of torch.export."""
-    flags = _flags_of_run(export, ExportConfig)
-    config = build(ExportConfig, {name: flags.pop(name) for name in names_of([ExportConfig]) & flags.keys()})
-    found = api.find(flags.pop("run"), flags.pop("workload", None), flags.pop("storage_path"), changes=flags)
-    _tool("export")(found, config)
+    flags = _flags_of_run(export, config.ExportConfig)
+    found = api.find(flags["run"], flags.get("workload"), flags["storage_path"], changes=flags)
+    _tool("export")(found, build(config.ExportConfig, flags))
 
 
 COMMANDS: dict[str, Callable[[], None]] = {
@@ -150,12 +150,12 @@ def _tool(name: str) -> Callable[..., Any]:
 
 def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, Any]:
     """Return the flags of a command that loads a run's data; the settings of the run's workload are flags, too."""
-    early, run = peek("workload", "storage_path", *names_of([config_class]))
+    early, words = peek(config.SourceConfig, config.OutputConfig, config_class)
     workload_class = loading.load(early.get("workload", loading.DEFAULT))
     if "workload" not in early:
         with contextlib.suppress(UsageError, JobError, *STORAGE_ERRORS):  # reported when the checkpoint is read
-            storage_path = early.get("storage_path", OutputConfig().storage_path)
-            folder = find_run(run, storage_path)
+            storage_path = early.get("storage_path", config.OutputConfig().storage_path)
+            folder = find_run(run_among(words), storage_path)
             known = [place for place in (folder, folder.storage) if place.exists(CONFIG_FILE)]  # also of a checkpoint
             # If there is none, the word may be the value of a flag that is not yet known.
             run_folder = known[0] if known else find_run(None, storage_path)
@@ -165,11 +165,22 @@ def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, 
     return parser.read_flags()
 
 
+def run_among(words: Sequence[str]) -> str | None:
+    """Return the word that names a run, if any, among flags that are not known yet and their values.
+
+    A word after such a flag may be its value, so it is taken for the name only if there is no other candidate.
+    """
+    pairs = [(before, word) for before, word in itertools.pairwise(["", *words]) if not word.startswith("-")]
+    pairs.sort(key=lambda pair: pair[0].startswith("-") and "=" not in pair[0])
+    return next((word for _, word in pairs), None)
+
+
 def _parser(command: Callable[[], None], *classes: type) -> Parser:
     """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
-    where, default = "folder or URI in which to find a run by its name, or the newest run", OutputConfig().storage_path
-    parser.add_argument("--storage-path", default=default, help=f"{where} (default: {default})")
+    default = config.OutputConfig().storage_path
+    where = f"folder or URI in which to find a run by its name, or the newest run (default: {default})"
+    parser.add_argument("--storage-path", default=default, help=where)
     _add_workload(parser, "the run's workload")
     return parser
 

@@ -12,11 +12,31 @@ from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _PLAIN = "use only Ray's public API: slower to start; try it if something is odd"
 READ_AHEAD_MIB = 512  # of each worker
+_AGAIN: Any = {"on_resume": "given"}
+_DROPPED: Any = {"on_resume": "dropped"}
 _LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 
 
 def _ending(suffix: str) -> dict[str, Any]:
     return rule(lambda path: path.lower().endswith(suffix), f"must end in {suffix}")
+
+
+def _code(description: str, base: str, **more: Any) -> Any:
+    description += ": FILE.py[:NAME] or package.module[:NAME]"
+    return setting(None, description, code=base, is_single=True, **more)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """Options: where the settings of a job come from."""
+
+    workload: str | None = setting(
+        None,
+        "the workload: FILE.py or package.module, with :NAME if there are several in it; default: MNIST",
+        metavar="FILE.py",
+    )
+    recipe: str | None = setting(None, "a named set of settings, which flags override", is_single=True, **_DROPPED)
+    config: str | None = setting(None, "settings from a run's config.json", metavar="FILE", is_single=True, **_DROPPED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,17 +103,13 @@ class TrainConfig:
         "ddp",
         "ddp: each worker holds the whole model; fsdp: its part of the weights, gradients and optimizer state",
         decides_weights=False,
-        is_searchable=False,
     )
     recompute_activations: bool = setting(
-        False,
-        "compute activations again in the backward pass, to hold fewer of them",
-        decides_weights=False,
-        is_searchable=False,
+        False, "compute activations again in the backward pass, to hold fewer of them", decides_weights=False
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, takes a minute")
-    callback: str | None = setting(
-        None, "your Callback in the training loop: FILE.py[:NAME] or package.module[:NAME]", is_searchable=False
+    callback: str | None = _code(
+        "your Callback in the training loop", "mnist_ray.training.callback:Callback", is_searchable=False
     )
     limit: float = setting(
         1.0,
@@ -193,18 +209,21 @@ class WorkerConfig:
 class OutputConfig:
     """Results and messages."""
 
-    storage_path: str = setting("~/ray_results", "folder or URI (s3://…) for all runs; every node must see it")
     run_name: str | None = setting(
         None,
         "folder of this run under --storage-path; default: date, time and a random number",
         check=lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name) is not None,
         must="must be at most 200 letters, digits, '.', '_' or '-'",
+        **_AGAIN,
     )
-    resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint")
-    tracker: str | None = setting(None, "your Tracker that follows the run: FILE.py[:NAME] or package.module[:NAME]")
-    check: bool = setting(False, "train nothing; print the plan, and whether every node is ready for it")
-    quiet: bool = setting(False, "print only the result")
-    verbose: bool = setting(False, "also print Ray's own log")
+    storage_path: str = setting(
+        "~/ray_results", "folder or URI (s3://…) for all runs; every node must see it", **_AGAIN
+    )
+    resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint", **_DROPPED)
+    tracker: str | None = _code("your Tracker that follows the run", "mnist_ray.trackers:Tracker", **_AGAIN)
+    check: bool = setting(False, "train nothing; print the plan, and whether every node is ready for it", **_DROPPED)
+    quiet: bool = setting(False, "print only the result", **_DROPPED)
+    verbose: bool = setting(False, "also print Ray's own log", **_DROPPED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
+import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,7 +19,10 @@ from mnist_ray.errors import UsageError, did_you_mean, first_line, redact
 
 T = TypeVar("T")
 Check = Callable[[Any], bool]
+Given = Mapping[str, Any]
+"""Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
 UNSET = argparse.SUPPRESS  # a flag that is not given leaves no value
+_NOTHING: Given = {}
 
 
 @dataclass(frozen=True)
@@ -45,29 +48,73 @@ class Range:
 SearchSpace = Choice | Range
 
 
-def setting(
-    default: T,
-    description: str,
-    *,
-    check: Check | None = None,
-    must: str = "",
-    search: SearchSpace | None = None,
-    decides_data: bool = False,
-    decides_weights: bool = True,
-    is_searchable: bool = True,
-    unset: str = "none",
-) -> T:
-    """Declare a field of a settings class.
+@dataclass(frozen=True)
+class Setting:
+    """A declared setting: its field's name, default and type, and what ``setting`` tells of it."""
 
-    ``description`` is the flag's help: unit, scope, and ``default: …`` if None lets the job choose. If ``check`` is
-    false for a value, the error says ``must``; ``**at_least(1)`` and the like give both. ``search``: the values that
-    ``jobs/tune.py`` tries. ``decides_data``: ``load_data`` reads it, so all trials share it: it cannot be searched.
-    If not ``decides_weights``, a resumed run may have another value. If not ``is_searchable``, all trials of a sweep
-    have the same. ``unset``: the word for None on the command line.
-    """
-    more = {"decides_data": decides_data, "decides_weights": decides_weights, "is_searchable": is_searchable}
-    metadata = {"help": description, "check": check, "must": must, "search": search, "unset": unset, **more}
-    return dataclasses.field(default=default, metadata=metadata)
+    name: str = ""
+    default: Any = None
+    plain: type[Any] = object  # without `| None`
+    arguments: tuple[Any, ...] = ()  # the choices of a Literal, or the item type of a tuple
+    may_be_none: bool = False
+    help: str = ""  # unit, scope, and `default: …` if None lets the job choose
+    check: Check | None = None  # if it is false for a value, the error says `must`; `**at_least(1)` gives both
+    must: str = ""
+    search: SearchSpace | None = None  # the values that jobs/tune.py tries
+    code: str = ""  # the value names a class of the user's; this is its base class, as MODULE:NAME
+    bare: Any = None  # the value of the flag without a word
+    unset: str = "none"  # the word for None on the command line
+    metavar: str | None = None  # the word for a value in the help
+    decides_data: bool = False  # load_data reads it, so all trials of a sweep share it: it cannot be searched
+    decides_weights: bool = True  # a resumed run must not have another value
+    is_searchable: bool = True  # the trials of a sweep may have different values
+    is_single: bool = False  # a second flag is a mistake
+    on_resume: Literal["saved", "given", "dropped"] = "saved"  # in a run's file; or not, but given again
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The words that the flag takes, for ``add_argument``."""
+        if self.plain is bool:
+            return {"action": argparse.BooleanOptionalAction}
+        if self.plain is tuple:
+            return {"type": self.arguments[0], "nargs": "+", "action": "extend"}
+        if self.plain in (int, float) and not self.arguments and self.may_be_none:
+            return {"type": _or_none(self.plain, self.unset)}
+        kind = str if self.plain is Path else self.plain  # Path("") would be the current folder
+        number = {} if self.bare is None else {"nargs": "?", "const": self.bare}
+        return {"type": kind, "choices": self.arguments or None, "metavar": self.metavar, **number}
+
+    def help_with(self, default: Any) -> str:
+        """Return the flag's help with a default, if there is one."""
+        if default is None and self.unset != "none":
+            default = self.unset
+        if self.plain is bool or default is None:
+            return self.help
+        return f"{self.help} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+    def checked(self, value: Any) -> Any:
+        """Return a value in the setting's type. Raises UsageError for a wrong value."""
+        if value is None and self.may_be_none:
+            return None
+        name, plain, arguments = flag(self.name), self.plain, self.arguments
+        try:
+            if plain is tuple and isinstance(value, (list, tuple)):
+                value = tuple(_of_type(arguments[0], item, name) for item in value)
+            else:
+                value = _of_type(plain, value, name)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError):
+            kind = f"a list of {arguments[0].__name__}" if plain is tuple else f"of type {plain.__name__}"
+            raise UsageError(f"{name} must be {kind}, not {value!r:.40}") from None
+        if plain is not tuple and arguments and value not in arguments:
+            raise UsageError(f"{name} must be one of {', '.join(map(str, arguments))}, not {value!r}")
+        if self.check and not self.check(value):
+            raise UsageError(f"{name} {self.must}, not {value!r}")
+        return value
+
+
+def setting(default: T, description: str, **more: Any) -> T:
+    """Declare a field of a settings class. ``description`` is the flag's help; ``more``: attributes of ``Setting``."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(help=description, **more)})
 
 
 def rule(check: Check, must: str) -> dict[str, Any]:
@@ -101,14 +148,15 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def value_type(annotation: Any) -> tuple[type[Any], tuple[Any, ...]]:
-    """Return a setting's plain type, and the choices of a ``Literal`` or the item type of a tuple."""
+def _type_of(annotation: Any) -> dict[str, Any]:
+    """Return what a field's type says of its setting."""
+    may_be_none = type(None) in get_args(annotation)
     if get_origin(annotation) in (Union, types.UnionType):  # X | None
         annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return type(arguments[0]), arguments
-    return origin or annotation, arguments if origin is tuple else ()
+    plain = type(arguments[0]) if origin is Literal else origin or annotation
+    arguments = arguments if origin in (Literal, tuple) else ()
+    return {"plain": plain, "arguments": arguments, "may_be_none": may_be_none}
 
 
 def parse_text(kind: type[Any], text: str) -> Any:
@@ -120,42 +168,31 @@ def parse_text(kind: type[Any], text: str) -> Any:
     return text.lower() == "true"
 
 
-_hints_of = functools.cache(get_type_hints)  # a sweep checks thousands of configurations
+def _declared(*config_classes: type) -> dict[str, Setting]:
+    found = {}
+    for config_class in config_classes:
+        hints = get_type_hints(config_class)
+        for field in dataclasses.fields(config_class):
+            told, of_type = field.metadata.get("setting", Setting()), _type_of(hints[field.name])
+            found[field.name] = dataclasses.replace(told, name=field.name, default=field.default, **of_type)
+    return found
 
 
-def checked(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's settings in ``values``, each checked by itself. Raises UsageError for a wrong value."""
-    hints = _hints_of(config_class)
-    given = [field for field in dataclasses.fields(config_class) if field.name in values]
-    return {field.name: _checked_value(field, hints[field.name], values[field.name]) for field in given}
+declared: Callable[..., dict[str, Setting]] = functools.cache(_declared)  # a sweep checks thousands of configurations
+"""Return the settings of some classes by their names."""
+
+
+def checked(values: Mapping[str, Any], *config_classes: type) -> dict[str, Any]:
+    """Return the classes' settings in ``values``, each checked by itself. Raises UsageError for a wrong value."""
+    return {name: about.checked(values[name]) for name, about in declared(*config_classes).items() if name in values}
 
 
 def build(config_class: type[T], values: Mapping[str, Any]) -> T:
     """Build a config from ``values``, ignoring other configs' settings. Raises UsageError for a wrong value."""
     try:
-        return config_class(**checked(config_class, values))
+        return config_class(**checked(values, config_class))
     except ValueError as error:  # of a workload's own __post_init__
         raise UsageError(first_line(error)) from error
-
-
-def _checked_value(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
-    if value is None and type(None) in get_args(annotation):
-        return None
-    name, (plain, arguments) = flag(field.name), value_type(annotation)
-    try:
-        if plain is tuple and isinstance(value, (list, tuple)):
-            value = tuple(_of_type(arguments[0], item, name) for item in value)
-        else:
-            value = _of_type(plain, value, name)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError):
-        kind = f"a list of {arguments[0].__name__}" if plain is tuple else f"of type {plain.__name__}"
-        raise UsageError(f"{name} must be {kind}, not {value!r:.40}") from None
-    if plain is not tuple and arguments and value not in arguments:
-        raise UsageError(f"{name} must be one of {', '.join(map(str, arguments))}, not {value!r}")
-    check: Check | None = field.metadata.get("check")
-    if check and not check(value):
-        raise UsageError(f"{name} {field.metadata['must']}, not {value!r}")
-    return value
 
 
 def _of_type(kind: type[Any], value: Any, name: str) -> Any:
@@ -203,11 +240,6 @@ def is_no_file(path: str | Path) -> bool:
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def names_of(config_classes: Iterable[type]) -> set[str]:
-    """Return the names of all settings of the classes."""
-    return {field.name for config_class in config_classes for field in dataclasses.fields(config_class)}
-
-
 def values_of(*configs: Any) -> dict[str, Any]:
     """Return all settings of the configs as one dict, as in config.json."""
     values = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
@@ -235,9 +267,9 @@ def read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
-def check_known(values: Iterable[str], known: set[str], source: str) -> None:
+def check_known(values: Iterable[str], known: Collection[str], source: str) -> None:
     """Raise UsageError if ``source``, a file or a call, has unknown settings."""
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted({*values}.difference(known)):
         raise UsageError(f"{source} has unknown settings: {', '.join(unknown)}{did_you_mean(unknown[0], known)}")
 
 
@@ -249,50 +281,34 @@ def json_lines(values: Mapping[str, Any]) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser with a flag for each setting of some classes. It reports errors in one line.
 
-    ``--help`` shows ``defaults`` in place of the settings' own defaults.
+    ``--help`` shows ``defaults`` in place of the settings' own. ``choices``: values that the declarations do not know.
     """
 
-    def __init__(self, description: str, *config_classes: type, defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, description: str, *classes: type, defaults: Given = _NOTHING, choices: Given = _NOTHING) -> None:
         super().__init__(description=description, allow_abbrev=False)
-        self._config_classes = config_classes
-        for config_class in config_classes:
-            self._add_settings(config_class, defaults or {})
-
-    def _add_settings(self, config_class: type, defaults: Mapping[str, Any]) -> None:
-        title = (config_class.__doc__ or "").split(":")[0].strip().rstrip(".")
-        # A dataclass without a docstring gets one from Python, such as "Settings(width: int = 32)".
-        group = self.add_argument_group("The workload's settings" if "(" in title else title)
-        hints = get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            plain, arguments = value_type(hints[field.name])
-            unset = field.metadata.get("unset", "none")  # a workload's fields may be plain
-            kind: dict[str, Any] = {"type": plain, "choices": arguments or None}
-            if plain is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
-            elif plain in (int, float) and not arguments and type(None) in get_args(hints[field.name]):
-                kind = {"type": _or_none(plain, unset)}
-            elif plain is tuple:
-                kind = {"type": arguments[0], "nargs": "+", "action": "extend"}
-            elif plain is Path:
-                kind = {"type": str}  # Path("") would be the current folder
-            help_text = field.metadata.get("help", "")
-            default = defaults.get(field.name, field.default)
-            if default is None and unset != "none":
-                default = unset
-            if plain is not bool and default is not None:
-                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-                help_text += f" (default: {shown})"
-            group.add_argument(flag(field.name), default=UNSET, help=help_text.replace("%", "%%"), **kind)
+        self._config_classes = classes
+        for config_class in classes:
+            title = (config_class.__doc__ or "").split(":")[0].strip().rstrip(".")
+            # A dataclass without a docstring gets one from Python, such as "Settings(width: int = 32)".
+            title = "The workload's settings" if "(" in title else title
+            group: Any = self if title == "Options" else self.add_argument_group(title)  # beside --help
+            for name, about in declared(config_class).items():
+                form = about.form | ({"choices": choices[name]} if name in choices else {})
+                help_text = about.help_with(defaults.get(name, about.default)).replace("%", "%%")
+                group.add_argument(flag(name), default=UNSET, help=help_text, **form)
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the given flags, after checking them. Raises UsageError."""
+        given = [word.partition("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)]
+        for name, about in declared(*self._config_classes).items():
+            if about.is_single and given.count(flag(name)) > 1:
+                raise UsageError(f"{flag(name)} is given twice, but only one can have an effect; leave the others out")
         found, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
             flags = [text for action in self._actions for text in action.option_strings]
             wrong = [text.partition("=")[0] for text in unknown if text.startswith("--")]
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(wrong[0], flags) if wrong else ''}")
-        for config_class in self._config_classes:
-            checked(config_class, vars(found))
+        checked(vars(found), *self._config_classes)
         return vars(found)
 
     def error(self, message: str) -> NoReturn:
@@ -300,18 +316,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
 
 
-def peek(*names: str) -> tuple[dict[str, Any], str | None]:
-    """Return some flags' values, and the run's name if one is given, while most flags are not yet known.
-
-    A word after an unknown flag may be its value, so it is taken for the name only if there is no other candidate.
-    """
+def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:
+    """Return the flags of some classes as text, and the other words, while most flags are not yet known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in names:
-        parser.add_argument(flag(name), default=UNSET, action="store_true" if name == "resume" else "store")
+    for name, about in declared(*config_classes).items():
+        form = {key: value for key, value in about.form.items() if key in ("action", "nargs", "const")}
+        parser.add_argument(flag(name), default=UNSET, **form)
     try:
-        found, rest = parser.parse_known_args()
+        found, others = parser.parse_known_args()
     except argparse.ArgumentError:  # reported when all flags are read
-        return {}, None
-    pairs = [(before, word) for before, word in itertools.pairwise(["", *rest]) if not word.startswith("-")]
-    pairs.sort(key=lambda pair: pair[0].startswith("-") and "=" not in pair[0])
-    return vars(found), next((word for _, word in pairs), None)
+        return {}, []
+    return vars(found), others

@@ -10,14 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
+from mnist_ray.cli import run_among
+from mnist_ray.config import EvaluationConfig, OutputConfig, SourceConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.settings import (
     Parser,
     at_least,
     build,
+    declared,
     fraction,
-    names_of,
     peek,
     positive,
     setting,
@@ -46,6 +47,7 @@ class Oven:
     )
     sizes: tuple[int, ...] | None = setting(None, "grams")
     baker: str | None = setting(None, "who bakes")
+    timer: str = setting("off", "when it rings", bare="on")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def test_values_are_written_flat_and_read_back() -> None:
     oven, shop = Oven(recipe=Path("/bread.txt"), times=(1, 2), heat=0.1 + 0.2), Shop(city="Oslo")
     values = values_of(oven, shop)
     assert values["recipe"] == "/bread.txt"
-    assert values.keys() == names_of([Oven, Shop])
+    assert values.keys() == declared(Oven, Shop).keys()
     assert (build(Oven, values), build(Shop, values)) == (oven, shop)
 
 
@@ -231,7 +233,8 @@ def test_a_runs_name_is_found_among_flags_that_are_not_all_known(
     line: str, run: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
-    assert peek("num_tasks", "storage_path", "workload")[1] == run
+    _, words = peek(SourceConfig, OutputConfig, EvaluationConfig)
+    assert run_among(words) == run
 
 
 def test_the_newest_runs_settings_are_flags_even_if_a_value_could_be_a_runs_path(tmp_path: Path) -> None:
@@ -240,6 +243,22 @@ def test_the_newest_runs_settings_are_flags_even_if_a_value_could_be_a_runs_path
     (run / "config.json").write_text(json.dumps({"workload": str(ROOT / "examples" / "shards.py")}))
     with pytest.raises(JobError, match="has only damaged checkpoints"):
         run_main("evaluate", "--storage-path", str(tmp_path / "runs"), "--data", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "timer"), [("", None), ("--timer", "on"), ("--timer --trays 3", "on"), ("--timer 12:00", "12:00")]
+)
+def test_a_flag_without_a_word_has_the_value_that_its_setting_declares(
+    line: str, timer: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Parser("", Oven).read_flags(line.split()).get("timer") == timer
+    monkeypatch.setattr("sys.argv", ["bake.py", *line.split(), "--unknown", "5"])
+    assert peek(Oven)[0].get("timer") == timer
+
+
+def test_a_misspelled_property_of_a_setting_is_an_error_where_it_is_declared() -> None:
+    with pytest.raises(TypeError, match="decide_data"):
+        setting(32, "units of the hidden layer", decide_data=True)
 
 
 def test_settings_without_a_docstring_have_a_heading_in_the_help() -> None:

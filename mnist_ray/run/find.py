@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
-from mnist_ray.settings import build, check_known, names_of
+from mnist_ray.settings import build, check_known, declared
 from mnist_ray.storage import RESULT_FILE, RunFolder, find_run, in_one_line, untrusted_folders, with_retries
 from mnist_ray.training.checkpoint import STATE_FILE, DamagedCheckpointError, read_state
 from mnist_ray.training.metrics import CheckpointMetrics
@@ -66,7 +66,7 @@ def find(
     is_same_file = saved["reference"] in (now, now.rpartition(":")[0])  # older checkpoints do not name the class
     if is_same_file and saved["sha256"] not in ("", workload_class.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {now}")
-    check_known(saved["settings"], names_of([workload_class.Settings]), source)
+    check_known(saved["settings"], declared(workload_class.Settings), source)
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
     workload = workload_class(settings, saved["metadata"])
     return Found(checkpoint, workload, document.get("config", {}), tuple(notes))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pkgutil
 import secrets
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,23 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from mnist_ray import settings, storage
-from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig, WorkerConfig
+from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError, command, count, masked
 from mnist_ray.ray_versions import check_workers
-from mnist_ray.settings import UNSET, Parser, flag, peek
+from mnist_ray.settings import Given, Parser, Setting, declared, flag, peek
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder, find_run
-from mnist_ray.trackers import Tracker
-from mnist_ray.training.callback import Callback
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import SourceCode
 
-Given = Mapping[str, Any]
-"""Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
 _OF_RAY = {  # settings that do nothing with --num-workers 0
     *("min_workers", "placement", "label_selector", "autoscaling"),
     *("max_failures", "fork_workers", "plain_ray", "hang_timeout_s"),
 }
+_FILES = {"train": CONFIG_FILE, "tune": SWEEP_FILE}  # of a run's settings
+_DECIDING: dict[str, tuple[type, ...]] = {"train": (TrainConfig,), "tune": (SweepConfig, TrainConfig)}
 _DESCRIPTIONS = {
     "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
     "tune": "Search settings with Ray Tune, train with the best and evaluate once on the test set. A trial has one "
@@ -53,6 +51,7 @@ class Job:
     initial: RunFolder | None = None  # the folder of INITIAL_FILE, with --init-from
     asked: Given = dataclasses.field(default_factory=dict)  # all settings, including a sweep's
     given: frozenset[str] = frozenset()  # the names of the settings that this command or call gives
+    is_resumed: bool = False
     origin: Given = dataclasses.field(default_factory=dict)  # a resumed run's origin.json
     notes: tuple[str, ...] = ()  # printed before the job starts
 
@@ -76,100 +75,159 @@ class Job:
         return dataclasses.replace(self, workload=changed, train=train)
 
 
-def _merged(layers: Mapping[str, Given]) -> dict[str, Any]:
-    """Return the settings of all layers in one dictionary; later layers win."""
-    return {name: value for layer in layers.values() for name, value in layer.items()}
+@dataclass(frozen=True)
+class Layers:
+    """Settings by the place that gives them: a file, a recipe, the flags. Later places win."""
 
+    places: dict[str, Given]
 
-def _layer_of(name: str, layers: Mapping[str, Given]) -> str:
-    """Return the name of the layer that decides a setting; empty if no layer has the setting."""
-    return ["", *(place for place, layer in layers.items() if name in layer)][-1]
+    @property
+    def values(self) -> dict[str, Any]:
+        """The settings of all places."""
+        return {name: value for given in self.places.values() for name, value in given.items()}
+
+    def place_of(self, name: str) -> str:
+        """Return the place that decides a setting; empty if none gives it."""
+        return next((place for place, given in reversed(self.places.items()) if name in given), "")
 
 
 def read_job(given: Given | None = None, kind: str = "train") -> Job:
     """Read the settings of ``train`` or ``tune`` from ``given``, or from the command line if it is None.
 
-    Later layers win: default recipe or saved run, recipe, config file, flags. Raises UsageError and JobError.
+    Flags and files are read into layers, the run is chosen, its code is trusted, the job is built. Later layers win:
+    default recipe or saved run, recipe, config file, flags. Raises UsageError and JobError.
     """
-    config_file, more_settings = (SWEEP_FILE, [SweepConfig]) if kind == "tune" else (CONFIG_FILE, [])
-    early = peek("workload", "config", "resume", "run_name", "storage_path")[0] if given is None else given
-    run, saved = _find_run(early, kind, config_file)
-    untrusted = storage.untrusted_folders(run, run.storage_path)
-    resumed, file = {run.inside(config_file).uri: saved} if saved else {}, dict[str, Given]()
-    if "config" in early:
-        file[early["config"]] = settings.read_config_file(early["config"])
-        folder = settings.path_of(early["config"], "--config").absolute().parent
-        untrusted += storage.untrusted_folders(storage.locate(str(folder.parent), folder.name), run.storage_path)
-    files: dict[str, Given] = {**resumed, **file}
-    reference = _merged(files).get("workload") or loading.DEFAULT
-    workload_class = loading.load_again(reference, early.get("workload"), _layer_of("workload", files), untrusted)
-
-    kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
-    classes, recipes = (*kept, OutputConfig), workload_class.recipes
-    flags = _read_flags(kind, classes, recipes) if given is None else _checked(given, classes, recipes)
-    _check_files(files, kept)
-    layers: dict[str, Given] = {
-        "the default recipe": {} if saved else recipes.get("default", {}),
-        **resumed,
-        "the recipe": recipes.get(flags.get("recipe", ""), {}),
-        **file,
-        "the flags": flags,
-    }
-    asked = _merged(layers)
-    if asked.get("callback") is not None and (place := _layer_of("callback", layers)) in files:
-        user_code.check_trusted(asked["callback"], Callback, place, untrusted)
-
-    job = _job_of(kind, workload_class, run, asked, frozenset(flags), is_call=given is not None)
+    early = peek(*_classes(kind))[0] if given is None else given  # as text, and without the workload's own settings
+    file = {early["config"]: settings.read_config_file(early["config"])} if "config" in early else {}
+    run, saved = _choose_run(kind, early)
+    files = Layers({**saved, **file})
+    workload_class = _load_trusted(kind, run, early, files)
+    flags, recipes = _read_flags(kind, workload_class, given), workload_class.recipes
+    _check_files(files.places, _classes(kind, workload_class.Settings))
+    default, recipe = {} if saved else recipes.get("default", {}), recipes.get(flags.get("recipe", ""), {})
+    layers = Layers({"the default recipe": default, **saved, "the recipe": recipe, **file, "the flags": flags})
+    job = _build_job(kind, run, workload_class, layers, is_resumed=bool(saved), is_call=given is not None)
+    _check_used(kind, job)
     if not saved:
-        check_free(run, resume=False)
+        check_free(run, resume=False)  # after all mistakes, and --help
         return job
-    resolved = {**asked, "init_from": job.train.init_from, "callback": job.train.callback}
-    _check_unchanged(run, (*more_settings, TrainConfig, workload_class.Settings), saved, resolved)
-    origin, notes = _left_by(run, kind, workload_class)
-    return dataclasses.replace(job, origin=origin, notes=notes)
+    _check_unchanged(kind, job, saved, layers)
+    return _with_origin(kind, job)
 
 
-def _job_of(
-    kind: str, workload_class: type[Workload], run: RunFolder, asked: Given, given: frozenset[str], *, is_call: bool
-) -> Job:
-    """Return the job that the settings in ``asked`` describe. Raises UsageError."""
-    train, workers = _in_steps(settings.build(TrainConfig, asked), given), settings.build(WorkerConfig, asked)
-    output = settings.build(OutputConfig, asked)
-    if output.tracker is not None:
-        user_code.find(output.tracker, Tracker)
-    _check_together(train, workers)
-    for name in sorted(given & _OF_RAY) if workers.num_workers == 0 else ():
-        raise UsageError(f"{flag(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
-    check_workers(workers)
-    if kind == "train" and workload_class.create_optimizer is Workload.create_optimizer:
-        for name in sorted(given & train.unused):
-            raise UsageError(f"{flag(name)} has no effect: {train.optimizer} does not use it; leave it out")
-    code = {"workload": workload_class.source}
-    if train.callback is not None:
-        code["callback"] = user_code.find(train.callback, Callback).source
-        train = dataclasses.replace(train, callback=code["callback"].reference)
-    if train.init_from is not None and (not output.resume or "init_from" in given):  # else it is resolved already
-        place = find_run(train.init_from, run.storage_path)
-        if not output.resume and not place.exists():  # a resumed run has its own copy of the weights
-            raise UsageError(f"--init-from {train.init_from}: there is no such run, checkpoint or file")
-        train = dataclasses.replace(train, init_from=masked(place.uri))  # a path that is right in any folder
+def _classes(kind: str, *of_workload: type) -> list[type]:
+    """Return the classes of the settings of ``train`` or ``tune``."""
+    return [*_DECIDING[kind], *of_workload, WorkerConfig, OutputConfig, SourceConfig]
+
+
+def _choose_run(kind: str, early: Given) -> tuple[RunFolder, dict[str, Given]]:
+    """Return a job's folder, and a resumed run's settings by their file; empty for a new run. Raises like read_job."""
+    output, file = settings.build(OutputConfig, early), _FILES[kind]
+    if output.resume and output.run_name is None:
+        raise UsageError("--resume needs --run-name NAME")
+    new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # unique even within a second
+    run = storage.locate(output.storage_path, output.run_name or new_name)
+    if not output.resume:
+        return run, {}
+    with storage.in_one_line(f"cannot read {run.uri}"):
+        is_there = run.exists(file)
+    if not is_there:
+        raise UsageError(f"--resume: there is no run of {kind} in {run.uri}; check --run-name and --storage-path")
+    check_free(run, resume=True)
+    return run, {run.inside(file).uri: run.require_json(file)}
+
+
+def check_free(run: RunFolder, *, resume: bool) -> None:
+    """Raise UsageError if a new run exists already, or a resumed run is finished."""
+    if resume and run.read_json(RESULT_FILE) is not None:
+        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    if not resume and run.exists():
+        raise UsageError(f"run {run.uri} exists already; add --resume to continue it, or give another --run-name")
+
+
+def _load_trusted(kind: str, run: RunFolder, early: Given, files: Layers) -> type[Workload]:
+    """Return the workload. Raises UsageError if only a file names some code, which may have come with a run."""
     folders = storage.untrusted_folders(run, run.storage_path)
-    references = {name: source.reference for name, source in code.items()}
-    more = {name: reference for name, reference in references.items() if user_code.why_untrusted(reference, folders)}
-    if output.tracker is not None:
-        more = {"tracker": output.tracker, **more}
+    if "config" in early:
+        home = settings.path_of(early["config"], "--config").absolute().parent
+        folders += storage.untrusted_folders(storage.locate(str(home.parent), home.name), run.storage_path)
+    for name, about in declared(*_classes(kind)).items():
+        if about.code and name not in early and isinstance(reference := files.values.get(name), str):
+            user_code.check_trusted(reference, flag(name), files.place_of(name), folders)
+    reference = files.values.get("workload") or loading.DEFAULT
+    return loading.load_again(reference, early.get("workload"), files.place_of("workload"), folders)
+
+
+def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) -> Given:
+    """Return the flags, or the settings that a call has ``given``, after checking their names."""
+    classes, recipes = _classes(kind, workload_class.Settings), workload_class.recipes
+    if given is None:
+        defaults, choices = recipes.get("default", {}), {"recipe": recipes or ["default"]}
+        return Parser(_DESCRIPTIONS[kind], *classes, defaults=defaults, choices=choices).read_flags()
+    settings.check_known(given, declared(*classes), "the call")
+    if given.get("recipe", "default") not in (*recipes, "default"):
+        raise UsageError(f"there is no recipe {given['recipe']}; known: {', '.join(recipes) or 'none'}")
+    return given
+
+
+def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
+    """Raise UsageError, with the file's name, if a setting is unknown or wrong."""
+    for file, values in files.items():
+        known = {name for name, about in declared(*classes).items() if about.on_resume == "saved"}
+        settings.check_known(values, known, file)
+        try:
+            settings.checked(values, *classes)
+        except UsageError as error:
+            raise UsageError(f"{file}: {error}") from error
+
+
+def _build_job(
+    kind: str, run: RunFolder, workload_class: type[Workload], layers: Layers, *, is_resumed: bool, is_call: bool
+) -> Job:
+    """Return the job that the settings describe. Raises UsageError."""
+    asked, given = layers.values, frozenset(layers.places["the flags"])
+    train, workers = _in_steps(settings.build(TrainConfig, asked), given), settings.build(WorkerConfig, asked)
+    output = dataclasses.replace(settings.build(OutputConfig, asked), run_name=run.name, storage_path=run.storage_path)
+    _check_together(train, workers)
+    _find_code(output)
+    code = _find_code(train)
+    references: dict[str, Any] = {name: source.reference for name, source in code.items()}
+    train = dataclasses.replace(train, **references, init_from=_initial(train, run, given, is_resumed=is_resumed))
+    folders = storage.untrusted_folders(run, run.storage_path)
+    saved = {"workload": workload_class.source.reference, **references}
+    untrusted = {name: reference for name, reference in saved.items() if user_code.why_untrusted(reference, folders)}
     return Job(
         workload=workload_class(settings.build(workload_class.Settings, asked)),
         train=train,
         workers=workers,
         output=output,
         run=run,
-        resume_with=resume_command(kind, run, more, is_call=is_call),
-        callbacks=tuple(code[name] for name in code if name == "callback"),
+        resume_with=resume_command(kind, output, untrusted, is_call=is_call),
+        callbacks=tuple(code.values()),
         initial=None if train.init_from is None else run,
         asked=asked,
         given=given,
+        is_resumed=is_resumed,
     )
+
+
+def _find_code(config: Any) -> dict[str, SourceCode]:
+    """Load the user's classes that a config names; return their sources by setting. Raises UsageError."""
+    found = {}
+    for name, about in declared(type(config)).items():
+        if about.code and (reference := getattr(config, name)) is not None:
+            found[name] = user_code.find(reference, pkgutil.resolve_name(about.code)).source
+    return found
+
+
+def _initial(train: TrainConfig, run: RunFolder, given: frozenset[str], *, is_resumed: bool) -> str | None:
+    """Return the place of the weights to start from, as a path that is right in any folder. Raises UsageError."""
+    if train.init_from is None or (is_resumed and "init_from" not in given):  # it is resolved already
+        return train.init_from
+    place = find_run(train.init_from, run.storage_path)
+    if not is_resumed and not place.exists():  # a resumed run has its own copy of the weights
+        raise UsageError(f"--init-from {train.init_from}: there is no such run, checkpoint or file")
+    return masked(place.uri)
 
 
 def _in_steps(train: TrainConfig, given: frozenset[str]) -> TrainConfig:
@@ -185,82 +243,25 @@ def _in_steps(train: TrainConfig, given: frozenset[str]) -> TrainConfig:
     return dataclasses.replace(train, validate_every=every, num_epochs=math.ceil(train.num_steps / every))
 
 
-def resume_command(kind: str, run: RunFolder, more: Mapping[str, str] | None = None, *, is_call: bool = False) -> str:
+def resume_command(kind: str, output: OutputConfig, more: Given | None = None, *, is_call: bool = False) -> str:
     """Return the command or Python call that resumes a run of ``kind``, with ``more`` settings and without secrets."""
-    values = {"run_name": run.name, "storage_path": masked(run.storage_path), **(more or {})}
+    about = declared(OutputConfig)
+    again = {name: getattr(output, name) for name in about if about[name].on_resume == "given"}
+    values = {name: masked(value) for name, value in {**again, **(more or {})}.items() if value is not None}
     if is_call:
         return f"{kind}(resume=True, {', '.join(f'{name}={value!r}' for name, value in values.items())})"
     words = [word for name, value in values.items() for word in (flag(name), value)]
     return f"{command(kind)} {shlex.join(['--resume', *words])}"
 
 
-def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:
-    """Return a job's folder, and a resumed run's settings. Raises UsageError; JobError if the settings are damaged."""
-    output = settings.build(OutputConfig, early)
-    if output.resume and output.run_name is None:
-        raise UsageError("--resume needs --run-name NAME")
-    new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # unique even within a second
-    run = storage.locate(output.storage_path, output.run_name or new_name)
-    if not output.resume:
-        return run, {}
-    with storage.in_one_line(f"cannot read {run.uri}"):
-        is_there = run.exists(config_file)
-    if not is_there:
-        raise UsageError(f"--resume: there is no run of {kind} in {run.uri}; check --run-name and --storage-path")
-    check_free(run, resume=True)
-    return run, run.require_json(config_file)
-
-
-def check_free(run: RunFolder, *, resume: bool) -> None:
-    """Raise UsageError if a new run exists already, or a resumed run is finished."""
-    if resume and run.read_json(RESULT_FILE) is not None:
-        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
-    if not resume and run.exists():
-        raise UsageError(f"run {run.uri} exists already; add --resume to continue it, or give another --run-name")
-
-
-def _left_by(run: RunFolder, kind: str, workload_class: type[Workload]) -> tuple[Given, tuple[str, ...]]:
-    """Return a resumed run's origin, and notes for the user."""
-    notes: list[str] = []
-    origin = run.read_json(ORIGIN_FILE) or {}
-    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
-        missing = "finished trial" if kind == "tune" else "checkpoint"
-        notes.append(f"run {run.name} has no {missing} yet; starting from the beginning")
-    if origin.get("workload_sha256") not in (None, workload_class.source.sha256):
-        notes.append(f"the workload has changed since the run was started: {workload_class.source.reference}")
-    return origin, tuple(notes)
-
-
-def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
-    """Raise UsageError, with the file's name, if a setting is unknown or wrong."""
-    for file, values in files.items():
-        settings.check_known(values, settings.names_of(classes) | {"workload"}, file)
-        try:
-            for config_class in classes:
-                settings.checked(config_class, values)
-        except UsageError as error:
-            raise UsageError(f"{file}: {error}") from error
-
-
-def _read_flags(kind: str, classes: Sequence[type], recipes: Mapping[str, Given]) -> dict[str, Any]:
-    parser = Parser(_DESCRIPTIONS[kind], *classes, defaults=recipes.get("default", {}))
-    workload_help = "the workload: FILE.py or package.module, with :NAME if there are several in it; default: MNIST"
-    recipe_help = "a named set of settings, which flags override"
-    parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=workload_help)
-    parser.add_argument("--recipe", choices=recipes or ["default"], default=UNSET, help=recipe_help)
-    parser.add_argument("--config", metavar="FILE", default=UNSET, help="settings from a run's config.json")
-    given = [word.partition("=")[0] for word in sys.argv]
-    for name in ("--callback", "--tracker", "--recipe", "--config"):
-        if given.count(name) > 1:
-            raise UsageError(f"{name} is given twice, but only one can have an effect; leave the others out")
-    return parser.read_flags()
-
-
-def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
-    settings.check_known(given, settings.names_of(classes) | {"workload", "recipe", "config"}, "the call")
-    if given.get("recipe", "default") not in (*recipes, "default"):
-        raise UsageError(f"there is no recipe {given['recipe']}; known: {', '.join(recipes) or 'none'}")
-    return dict(given)
+def _check_used(kind: str, job: Job) -> None:
+    """Raise UsageError if a given setting has no effect, or this version of Ray lacks it."""
+    for name in sorted(job.given & _OF_RAY) if job.workers.num_workers == 0 else ():
+        raise UsageError(f"{flag(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
+    check_workers(job.workers)
+    if kind == "train" and type(job.workload).create_optimizer is Workload.create_optimizer:
+        for name in sorted(job.given & job.train.unused):
+            raise UsageError(f"{flag(name)} has no effect: {job.train.optimizer} does not use it; leave it out")
 
 
 def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
@@ -289,25 +290,39 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
             raise UsageError(conflict)
 
 
-def _has_moved(field: dataclasses.Field[Any], old: Any, new: Any) -> bool:
+def _check_unchanged(kind: str, job: Job, saved: Mapping[str, Given], layers: Layers) -> None:
+    """Raise UsageError if a resumed run's settings have changed, except those that do not affect the weights."""
+    ((file, then),) = saved.items()
+    named = {name for place, values in layers.places.items() if place != file for name in values}
+    for config_class in (*_DECIDING[kind], type(job.workload.settings)):
+        before: Any = settings.build(config_class, then)
+        after: Any = settings.build(config_class, {**job.asked, **job.values})
+        for name, about in declared(config_class).items():
+            old, new = getattr(before, name), getattr(after, name)
+            if name in named and about.decides_weights and old != new and not _has_moved(about, old, new):
+                raise UsageError(
+                    f"--resume: run {job.run.name} was started with {flag(name)} {old}, not {new}; "
+                    "leave the flag out, or start another run"
+                )
+
+
+def _has_moved(about: Setting, old: Any, new: Any) -> bool:
     """Tell whether two values name the same file or folder in two places; of data, the digests are compared, too."""
     are_places = isinstance(old, (str, Path)) and isinstance(new, (str, Path))
-    if are_places and field.name == "callback":  # which older runs have without its class
+    if are_places and about.code:  # which older runs have without its class
         return Path(old).name in (Path(new).name, Path(new).name.rpartition(":")[0])
     if not are_places or Path(old).name != Path(new).name:
         return False
-    return os.path.exists(new) and (field.metadata.get("decides_data", False) or not os.path.exists(old))
+    return os.path.exists(new) and (about.decides_data or not os.path.exists(old))
 
 
-def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:
-    """Raise UsageError if a resumed run's settings have changed, except those that do not affect the weights."""
-    for config_class in classes:
-        before: Any = settings.build(config_class, then)
-        after: Any = settings.build(config_class, now)
-        for field in dataclasses.fields(config_class):
-            name, old, new = field.name, getattr(before, field.name), getattr(after, field.name)
-            if field.metadata.get("decides_weights", True) and old != new and not _has_moved(field, old, new):
-                raise UsageError(
-                    f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
-                    "leave the flag out, or start another run"
-                )
+def _with_origin(kind: str, job: Job) -> Job:
+    """Return a resumed job with its origin, and with notes for the user."""
+    run, source, notes = job.run, job.workload.source, list[str]()
+    origin = run.read_json(ORIGIN_FILE) or {}
+    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
+        missing = "finished trial" if kind == "tune" else "checkpoint"
+        notes.append(f"run {run.name} has no {missing} yet; starting from the beginning")
+    if origin.get("workload_sha256") not in (None, source.sha256):
+        notes.append(f"the workload has changed since the run was started: {source.reference}")
+    return dataclasses.replace(job, origin=origin, notes=tuple(notes))

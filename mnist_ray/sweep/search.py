@@ -96,7 +96,7 @@ def _write_best(session: Session, sweep: Sweep, table: TrialTable) -> Job:
     console, run, monitor, chosen = session.console, sweep.job.run, sweep.job.workload.monitor, find_best(table)
     assert chosen is not None
     best = dataclasses.replace(sweep.job.with_values(chosen.point.values), notes=())  # the sweep has shown the notes
-    of_workers = settings.names_of([type(best.workers)])
+    of_workers = settings.declared(type(best.workers))
     run.write_text(BEST_FILE, json_lines({name: best.values[name] for name in best.values if name not in of_workers}))
     run.write_bytes(SWEEP_PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
     console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {SWEEP_PICTURE_FILE}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import io
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError, did_you_mean
-from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_type
+from mnist_ray.settings import Choice, Range, SearchSpace, Setting, parse_text
 from mnist_ray.workload.base import Workload
 
 _NONE, _LOG = "none", "log:"
@@ -114,7 +113,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
     The default configuration has the ``values`` of a recipe or a file, and otherwise the workload's defaults. Raises
     UsageError if there is nothing to search, or a text is not a valid space.
     """
-    known, texts = _settings_of(workload_class), values.get("sweep")
+    known, texts = settings.declared(TrainConfig, workload_class.Settings), values.get("sweep")
     spaces: dict[str, SearchSpace] = {}
     for text in texts or ():
         try:
@@ -125,65 +124,47 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
             raise UsageError(f"--sweep searches {name}: name it only once, and without {settings.flag(name)}")
         spaces[name] = space
     if not texts:
-        spaces = {name: about.search for name, about in known.items() if about.search and name not in fixed}
+        own = {name: workload_class.search.get(name, setting.search) for name, setting in known.items()}
+        spaces = {name: space for name, space in own.items() if space and name not in fixed}
         for name, space in spaces.items():
             try:
-                known[name].check(space)
+                _check(known[name], space)
             except UsageError as error:
                 raise UsageError(f"the search space of {name}: {error}") from error
     if not spaces:
         raise UsageError(f"nothing to search: name settings of {workload_class.__name__} with --sweep NAME=A,B,C")
     defaults = {**workload_class().defaults, **values}
-    return Space(spaces, {name: known[name].kind for name in spaces}, {name: defaults[name] for name in spaces})
+    return Space(spaces, {name: known[name].plain for name in spaces}, {name: defaults[name] for name in spaces})
 
 
-@dataclass(frozen=True)
-class _Setting:
-    name: str
-    config_class: type
-    annotation: Any
-    kind: type
-    search: SearchSpace | None  # used without --sweep
-    is_shared: bool  # all trials have the same value
-
-    def parse(self, text: str) -> Any:
-        """Parse and check a value. Raises UsageError."""
-        is_none = text == _NONE and type(None) in get_args(self.annotation)
-        try:
-            value = None if is_none else parse_text(self.kind, text.strip())
-        except ValueError as error:
-            raise UsageError(f"{text!r} is not of type {self.kind.__name__}") from error
-        return settings.checked(self.config_class, {self.name: value})[self.name]
-
-    def check_searched(self) -> None:
-        """Raise UsageError if all trials must have the same value."""
-        if self.is_shared:
-            raise UsageError(f"{self.name} cannot be searched: all trials share it")
-
-    def check(self, space: SearchSpace) -> None:
-        """Raise UsageError if the setting cannot be searched, or rejects a value of the space."""
-        self.check_searched()
-        if not isinstance(space, SearchSpace):
-            raise UsageError(f"{space!r:.40} is neither a Choice nor a Range")
-        if isinstance(space, Range) and (space.low > space.high or (space.log and space.low <= 0)):
-            raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
-        for value in space.options if isinstance(space, Choice) else map(self.kind, (space.low, space.high)):
-            settings.checked(self.config_class, {self.name: value})
+def _value_of(setting: Setting, text: str) -> Any:
+    """Parse and check a value. Raises UsageError."""
+    is_none = text == _NONE and setting.may_be_none
+    try:
+        value = None if is_none else parse_text(setting.plain, text.strip())
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not of type {setting.plain.__name__}") from error
+    return setting.checked(value)
 
 
-def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:
-    found = {}
-    for config_class in (TrainConfig, workload_class.Settings):
-        hints = get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            hint, about = hints[field.name], field.metadata
-            search, kind = workload_class.search.get(field.name, about.get("search")), value_type(hint)[0]
-            differs = about.get("is_searchable", True) and about.get("decides_weights", True) and kind is not tuple
-            found[field.name] = _Setting(field.name, config_class, hint, kind, search, is_shared=not differs)
-    return found
+def _check_searched(setting: Setting) -> None:
+    """Raise UsageError if all trials must have the same value."""
+    if not (setting.is_searchable and setting.decides_weights) or setting.plain is tuple:
+        raise UsageError(f"{setting.name} cannot be searched: all trials share it")
 
 
-def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]:
+def _check(setting: Setting, space: SearchSpace) -> None:
+    """Raise UsageError if a setting cannot be searched, or rejects a value of the space."""
+    _check_searched(setting)
+    if not isinstance(space, SearchSpace):
+        raise UsageError(f"{space!r:.40} is neither a Choice nor a Range")
+    if isinstance(space, Range) and (space.low > space.high or (space.log and space.low <= 0)):
+        raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
+    for value in space.options if isinstance(space, Choice) else map(setting.plain, (space.low, space.high)):
+        setting.checked(value)
+
+
+def _parsed(text: str, known: Mapping[str, Setting]) -> tuple[str, SearchSpace]:
     """Parse a text of ``--sweep`` into a setting's name and its space. Raises UsageError."""
     name, _, values = (part.strip() for part in text.partition("="))
     name = name.replace("-", "_")
@@ -192,14 +173,14 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
     if name not in known:
         raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     setting = known[name]
-    setting.check_searched()
-    if ":" in values and setting.kind in (int, float):
+    _check_searched(setting)
+    if ":" in values and setting.plain in (int, float):
         is_log = values.startswith(_LOG)
-        ends = [setting.parse(end) for end in values.removeprefix(_LOG).split(":")]
+        ends = [_value_of(setting, end) for end in values.removeprefix(_LOG).split(":")]
         if len(ends) != 2 or None in ends:
             raise UsageError("a range is LOW:HIGH or log:LOW:HIGH")
         space = Range(ends[0], ends[1], log=is_log)
-        setting.check(space)
+        _check(setting, space)
         return name, space
     if values.count(",") >= _MAX_VALUES:
         raise UsageError(f"these are more than {_MAX_VALUES:,} values; write a range, NAME=LOW:HIGH")
@@ -207,7 +188,7 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
         (texts,) = csv.reader(io.StringIO(values, newline=""), skipinitialspace=True, strict=True)
     except (ValueError, csv.Error) as error:
         raise UsageError("write A,B,C, with double quotes around a value that contains a comma") from error
-    options = tuple(map(setting.parse, texts))
+    options = tuple(_value_of(setting, text) for text in texts)
     if len(set(options)) < len(options):
         raise UsageError("values must differ")
     return name, Choice(options)

@@ -15,9 +15,10 @@ from mnist_ray import settings
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, UsageError, command, count, format_settings, format_value, in_words, redact
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.job import Given, read_job
+from mnist_ray.run.job import read_job
 from mnist_ray.run.job_data import check_against_data, load_splits
 from mnist_ray.run.session import opened, say_data, started
+from mnist_ray.settings import Given
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.halving import rungs_of
 from mnist_ray.sweep.proposals import propose
@@ -48,9 +49,9 @@ def read_sweep(given: Given | None = None) -> Sweep:
 def check_sweep(sweep: Sweep, data: Splits) -> Sweep:
     """Return the sweep with notes about its data, and with a space that fits them. Raises UsageError if none does."""
     job = check_against_data(sweep.job, data, sweep.batch_sizes)
-    for field in dataclasses.fields(job.workload.settings):
-        if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
-            raise UsageError(f"--sweep {field.name}: load_data depends on it, and all trials have the same data")
+    for name, about in settings.declared(type(job.workload.settings)).items():
+        if name in sweep.space.spaces and about.decides_data:
+            raise UsageError(f"--sweep {name}: load_data depends on it, and all trials have the same data")
     if len(data.validation) == 0:
         monitor = job.workload.monitor.name
         remedy = "leave --validation-size 0 and --overfit-batches out"

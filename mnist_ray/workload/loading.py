@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mnist_ray import config
 from mnist_ray.errors import UsageError, with_place
-from mnist_ray.settings import build, check_known, flag, names_of, values_of
+from mnist_ray.settings import build, check_known, declared, flag, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import SourceCode
@@ -48,7 +48,7 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
     """
     if given is not None:
         return load(given)
-    user_code.check_trusted(saved, Workload, file, folders)
+    user_code.check_trusted(saved, "--workload", file, folders)
     try:
         return load(saved)
     except UsageError as error:
@@ -76,10 +76,10 @@ def _check_class(workload_class: type[Workload]) -> None:
     known: list[type] = [config.TrainConfig, settings]
     with _checking(workload_class, "recipes"):
         for recipe, values in workload_class.recipes.items():
-            check_known(values, names_of([*known, config.WorkerConfig]), recipe)
+            check_known(values, declared(*known, config.WorkerConfig), recipe)
             for config_class in (*known, config.WorkerConfig):
                 build(config_class, {**workload_class.recipes.get("default", {}), **values})
-    check_known(workload_class.search, names_of(known), f"{name}.search")
+    check_known(workload_class.search, declared(*known), f"{name}.search")
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def _checking(workload_class: type[Workload], attribute: str) -> Iterator[None]:
 def _check_settings(settings: type) -> None:
     """Raise an error if settings cannot become flags, or cannot be saved as JSON."""
     of_jobs = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
-    taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help"}
+    taken = {*declared(*of_jobs), "run", "help"}
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING:
             raise UsageError(f"{field.name} needs a default: use setting(DEFAULT, HELP)")

@@ -120,12 +120,12 @@ def _check_arguments(user_class: type, name: str, method: types.FunctionType) ->
         raise UsageError(f"{user_class.__name__}.{name} must take ({taken}) ({place})") from error
 
 
-def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]) -> None:
+def check_trusted(reference: str, flag: str, file: str, folders: Iterable[Path]) -> None:
     """Raise UsageError if the code that ``file`` names may have come with the file: see ``why_untrusted``."""
     if reason := why_untrusted(reference, folders):
         raise UsageError(
-            f"{file} names {_flag(base)} {reference}, {reason}: the code may have come with the run; if you trust it, "
-            f"name it with {_flag(base)}"
+            f"{file} names {flag} {reference}, {reason}: the code may have come with the run; if you trust it, "
+            f"name it with {flag}"
         )
 
 

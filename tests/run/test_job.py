@@ -8,17 +8,17 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from pyarrow import fs
 from torch import nn
 
 from mnist_ray.cluster.plan import Cluster
+from mnist_ray.config import OutputConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job, read_job, resume_command
 from mnist_ray.run.job_data import load_splits
 from mnist_ray.run.record import write_settings
 from mnist_ray.run.session import Clock, Session, Start, connected, ending_explained
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RunFolder, locate
+from mnist_ray.storage import RunFolder
 from mnist_ray.workload import Data, Regression, user_code
 from mnist_ray.workload.data import Arrays, Splits
 from mnist_ray.workload.digests import digests_of
@@ -116,6 +116,17 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     assert not list(sent.parent.rglob("it_ran"))
 
 
+def test_no_code_is_loaded_before_all_of_it_is_trusted(read: Any, sent: Path, tmp_path: Path) -> None:
+    own = tmp_path / "code" / "own.py"
+    own.parent.mkdir()
+    own.write_text(STEALS)
+    config = {"num_epochs": 3, "workload": str(own), "callback": str(sent / "steals.py")}
+    (sent / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="names --callback"):
+        read("--resume", "--run-name", "sent")
+    assert not list(tmp_path.rglob("it_ran"))
+
+
 def test_this_package_is_trusted_wherever_the_settings_lie() -> None:
     assert user_code.why_untrusted("mnist_ray.mnist", [ROOT.parent]) == ""
     assert user_code.why_untrusted(str(ROOT / "examples" / "shapes.py"), [ROOT.parent]) == "in a folder of runs"
@@ -130,12 +141,12 @@ def test_code_in_a_run_is_loaded_if_a_flag_names_it_also_to_resume(read: Any, se
 
 
 def test_the_command_to_resume_is_quoted_and_has_no_secrets(tmp_path: Path) -> None:
-    run = locate(str(tmp_path / "my runs"), "one")
+    output = OutputConfig(run_name="one", storage_path=f"{tmp_path}/my runs", tracker="lines.py")
     said = f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --tracker lines.py"
-    assert resume_command("tune", run, {"tracker": "lines.py"}) == said
-    run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
+    assert resume_command("tune", output) == said
+    output = OutputConfig(run_name="run", storage_path="s3://KEY:SEC%2FRET@bucket/runs?region=us", quiet=True)
     said = "python jobs/train.py --resume --run-name run --storage-path 's3://***@bucket/runs?region=us'"
-    assert resume_command("train", run) == said
+    assert resume_command("train", output) == said
 
 
 def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
