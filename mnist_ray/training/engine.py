@@ -30,9 +30,10 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler
-from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
+from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over, move_average
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.tensor_files import rows_here
+from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import with_fast_layout

@@ -1,19 +1,15 @@
-"""The state that training changes, this process's rank, and the window of steps between two reports."""
+"""The state that training changes, and this process's rank."""
 
 from __future__ import annotations
 
-import functools
 import io
 import math
-import operator
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,14 +18,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
-from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS, Pace, Stopwatch
+from mnist_ray.training.metrics import MetricSums
+from mnist_ray.training.stopwatch import Pace, Stopwatch
 from mnist_ray.training.tensor_files import is_sharded, rows_here
-from mnist_ray.workload.base import Workload
-
-_FIRST_INTERVAL_STEPS = 10
-_REPORT_INTERVAL_S = 0.5
 
 
 class StopWantedError(Exception):
@@ -138,87 +129,3 @@ def state_of(callback: Callback) -> dict[str, Any]:
         place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
         raise TrainingStoppedError(f"{type(callback).__name__}.state_dict {said} ({place})") from error
     return values
-
-
-class LoggingWindow:
-    """The steps since the last report. Their sums stay on the device until the window is closed.
-
-    Within an epoch, ranks communicate only for gradients and when a window closes. Rank 0's clock sets the length of
-    the next window in steps, so that all ranks close it at the same step.
-    """
-
-    def __init__(self, workload: Workload, group: Group) -> None:
-        self._workload, self._group = workload, group
-        self._interval_steps = _FIRST_INTERVAL_STEPS
-        self._sums: list[dict[str, Tensor]] = []  # of each step, on this rank
-        self._sizes: list[int] = []  # of each step's global batch
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave out the time since the last window, which was spent on saving or between epochs."""
-        self._start = time.perf_counter()
-
-    def add(self, sums: dict[str, Tensor], global_size: int) -> None:
-        """Add a step: its sums on this rank, one or a row of the chunks', and the size of its global batch."""
-        self._sums.append(sums)
-        self._sizes.append(global_size)
-
-    def is_full(self, steps_left: int) -> bool:
-        """Tell whether to close the window. It stays open if an epoch's last steps are too few for another."""
-        return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
-
-    def close(self, state: TrainingState, *, stop_wanted: bool, save_wanted: bool) -> tuple[Progress, bool]:
-        """Sum the window over all ranks, add it to ``state``, and empty it.
-
-        Returns the progress, and whether rank 0 wanted to stop; whether it wanted to save is in the progress. Raises
-        TrainingDivergedError.
-        """
-        state.watch.turn(WORKERS)
-        names = list(self._sums[0])
-        sums = torch.stack([step[name] for step in self._sums for name in names]).double()
-        if sums.is_cuda:
-            torch.cuda.synchronize()  # otherwise unfinished kernels would be timed in the next window
-        now = time.perf_counter()
-        elapsed_s, self._start = now - self._start, now
-        next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        of_first = sums.new_tensor([next_interval, stop_wanted, save_wanted, elapsed_s])
-        parts = sums.new_zeros(self._group.world_size, len(PARTS))  # each rank fills its row
-        parts[self._group.rank] = sums.new_tensor(state.watch.taken())
-        if self._group.world_size > 1:
-            whole = torch.cat([sums.view(-1), parts.view(-1)])
-            dist.all_reduce(whole)
-            dist.broadcast(of_first, 0)
-            sums, parts = whole[: sums.numel()].view_as(sums), whole[sums.numel() :].view_as(parts)
-        if sums.dim() > 1:
-            sums = functools.reduce(operator.add, sums.unbind(1))  # chunk by chunk, in double
-        next_interval, stop_wanted, save_wanted, elapsed_s = of_first.tolist()
-        rows = [dict(zip(names, row, strict=True)) for row in sums.view(-1, len(names)).tolist()]
-        state.watch.turn(CALLBACKS)
-        steps = [MetricSums(row, size) for row, size in zip(rows, self._sizes, strict=True)]
-        window = MetricSums()
-        for offset, step in enumerate(steps, start=state.step - len(steps) + 1):
-            if not step.weight >= 0:
-                found = f"one in step {offset} of epoch {state.epoch + 1} is negative or NaN"
-                raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: {found}; leave it out")
-            if not math.isfinite(step.sums["loss"]):
-                raise TrainingDivergedError(state.epoch + 1, offset)
-            window += step
-            state.sums += step  # step by step: the bits of the sum must not depend on when windows close
-        self._sums, self._sizes = [], []
-        self._interval_steps = int(next_interval)
-        state.epoch_s += elapsed_s
-        progress = Progress(
-            epoch=state.epoch + 1,
-            step=state.step,
-            num_steps=state.epoch_steps,
-            losses=[step.sums["loss"] / step.weight if step.weight else math.nan for step in steps],
-            window=window.values(self._workload),
-            so_far=state.sums.values(self._workload),
-            num_examples=state.sums.num_examples,
-            epoch_s=state.epoch_s,
-            learning_rate=state.learning_rate,
-            total_step=state.total_step,
-            saves=bool(stop_wanted or save_wanted),
-            parts=parts.tolist(),
-        )
-        return progress, bool(stop_wanted)
