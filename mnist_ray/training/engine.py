@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -110,7 +110,7 @@ def train(
         callback.on_start(state, group)
     gradients = Gradients(workload, state, config, group)
     source = batches_of(checked(split, workload), group.device, workload.collate, read_ahead_mib)
-    window, decision, watch = LoggingWindow(workload, group), None, state.watch
+    window, progress, watch = LoggingWindow(workload, group), None, state.watch
     while not is_over(state, config):
         window.restart_clock()
         watch.turn(DATA)
@@ -128,20 +128,20 @@ def train(
                 callback.on_step(state)
             watch.end_start()
             window.add(sums, micro_batches[0].global_size)
-            decision = _decide(window, state, config, callbacks)
-            if decision is not None and decision.saves_within_epoch:
-                _save(state, decision.progress, callbacks)
-                if decision.stops:
+            progress = _decide(window, state, config, callbacks)
+            if progress is not None and progress.saves and state.step < state.epoch_steps:
+                _save(state, progress, callbacks)
+                if progress.stops:
                     raise StopWantedError
                 window.restart_clock()
             watch.turn(DATA)
         watch.turn(CALLBACKS)
-        assert decision is not None  # an epoch's last step closes a window
+        assert progress is not None  # an epoch's last step closes a window
         state.finish_epoch()
         for callback in callbacks:
-            callback.on_epoch(state, decision.progress)
-        _save(state, decision.progress, callbacks)
-        if decision.stops and not is_over(state, config):
+            callback.on_epoch(state, progress)
+        _save(state, progress, callbacks)
+        if progress.stops and not is_over(state, config):
             raise StopWantedError
 
 
@@ -216,18 +216,9 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
         move_average(state, config.ema_decay)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What all ranks do after a step that closed a window."""
-
-    progress: Progress
-    saves_within_epoch: bool  # after an epoch's last step, a checkpoint is saved in any case
-    stops: bool  # once the checkpoint is saved
-
-
 def _decide(
     window: LoggingWindow, state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]
-) -> Decision | None:
+) -> Progress | None:
     """Close the window, on all ranks, if it is full or a checkpoint is due; report it, and return what to do then."""
     is_last = state.total_step == state.last_step
     is_due = is_last or state.step % (config.checkpoint_every or MAX_STEPS_UNSAVED) == 0
@@ -235,12 +226,11 @@ def _decide(
         return None
     stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
     save_wanted = state.pace.is_due(at_any_cost=is_due) if config.checkpoint_every is None else is_due
-    progress, stops = window.close(state, stop_wanted=stop_wanted, save_wanted=save_wanted)
+    progress = window.close(state, stop_wanted=stop_wanted, save_wanted=save_wanted)
     for callback in callbacks:
         callback.on_progress(state, progress)
     wanted = [callback.wants_checkpoint() for callback in callbacks]  # asks all of them
-    saves = (progress.saves or any(wanted)) and state.step < state.epoch_steps
-    return Decision(progress, saves_within_epoch=saves, stops=stops)
+    return replace(progress, saves=progress.saves or any(wanted))
 
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:

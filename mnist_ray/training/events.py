@@ -88,6 +88,7 @@ class Progress(Event):
     learning_rate: float  # with which the last step was made, in the optimizer's first parameter group
     total_step: int  # finished steps over all epochs
     saves: bool = False  # whether a checkpoint follows
+    stops: bool = False  # whether the training stops after that
     parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
 
     @property

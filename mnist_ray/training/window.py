@@ -49,13 +49,18 @@ class LoggingWindow:
         """Tell whether to close the window. It stays open if an epoch's last steps are too few for another."""
         return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
 
-    def close(self, state: TrainingState, *, stop_wanted: bool, save_wanted: bool) -> tuple[Progress, bool]:
-        """Sum the window over all ranks, add it to ``state``, and empty it.
-
-        Returns the progress, and whether rank 0 wanted to stop; whether it wanted to save is in the progress. Raises
-        TrainingDivergedError.
-        """
+    def close(self, state: TrainingState, *, stop_wanted: bool, save_wanted: bool) -> Progress:
+        """Sum the window over all ranks, add it to ``state``, and empty it. Raises TrainingDivergedError."""
         state.watch.turn(WORKERS)
+        steps, ranks, of_first = self._reduce(state, stop_wanted, save_wanted)
+        state.watch.turn(CALLBACKS)
+        self._check(steps, state)
+        progress = self._report(steps, ranks, of_first, state)
+        self._sums, self._sizes = [], []
+        return progress
+
+    def _reduce(self, state: TrainingState, *wishes: bool) -> tuple[list[MetricSums], list[list[float]], list[float]]:
+        """Return the steps over all ranks, a row of each rank, and what rank 0 decides."""
         names = list(self._sums[0])
         sums = torch.stack([step[name] for step in self._sums for name in names]).double()
         if sums.is_cuda:
@@ -63,33 +68,41 @@ class LoggingWindow:
         now = time.perf_counter()
         elapsed_s, self._start = now - self._start, now
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        of_first = sums.new_tensor([next_interval, stop_wanted, save_wanted, elapsed_s])
-        parts = sums.new_zeros(self._group.world_size, len(PARTS))  # each rank fills its row
-        parts[self._group.rank] = sums.new_tensor(state.watch.taken())
+        of_first = sums.new_tensor([next_interval, elapsed_s, *wishes])
+        ranks = sums.new_zeros(self._group.world_size, len(PARTS))  # each rank fills its row
+        ranks[self._group.rank] = sums.new_tensor(state.watch.taken())
         if self._group.world_size > 1:
-            whole = torch.cat([sums.view(-1), parts.view(-1)])
+            whole = torch.cat([sums.view(-1), ranks.view(-1)])
             dist.all_reduce(whole)
             dist.broadcast(of_first, 0)
-            sums, parts = whole[: sums.numel()].view_as(sums), whole[sums.numel() :].view_as(parts)
+            sums, ranks = whole[: sums.numel()].view_as(sums), whole[sums.numel() :].view_as(ranks)
         if sums.dim() > 1:
             sums = functools.reduce(operator.add, sums.unbind(1))  # chunk by chunk, in double
-        next_interval, stop_wanted, save_wanted, elapsed_s = of_first.tolist()
         rows = [dict(zip(names, row, strict=True)) for row in sums.view(-1, len(names)).tolist()]
-        state.watch.turn(CALLBACKS)
         steps = [MetricSums(row, size) for row, size in zip(rows, self._sizes, strict=True)]
-        window = MetricSums()
-        for offset, step in enumerate(steps, start=state.step - len(steps) + 1):
+        return steps, ranks.tolist(), of_first.tolist()
+
+    def _check(self, steps: list[MetricSums], state: TrainingState) -> None:
+        """Raise TrainingStoppedError for a wrong sum of weights, TrainingDivergedError if a loss is not finite."""
+        for number, step in enumerate(steps, start=state.step - len(steps) + 1):
             if not step.weight >= 0:
-                found = f"one in step {offset} of epoch {state.epoch + 1} is negative or NaN"
+                found = f"one in step {number} of epoch {state.epoch + 1} is negative or NaN"
                 raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: {found}; leave it out")
             if not math.isfinite(step.sums["loss"]):
-                raise TrainingDivergedError(state.epoch + 1, offset)
-            window += step
-            state.sums += step  # step by step: the bits of the sum must not depend on when windows close
-        self._sums, self._sizes = [], []
+                raise TrainingDivergedError(state.epoch + 1, number)
+
+    def _report(
+        self, steps: list[MetricSums], ranks: list[list[float]], of_first: list[float], state: TrainingState
+    ) -> Progress:
+        """Add the steps to ``state``, and return the progress."""
+        next_interval, elapsed_s, stop_wanted, save_wanted = of_first
         self._interval_steps = int(next_interval)
         state.epoch_s += elapsed_s
-        progress = Progress(
+        window = MetricSums()
+        for step in steps:
+            window += step
+            state.sums += step  # step by step: the bits of the sum must not depend on when windows close
+        return Progress(
             epoch=state.epoch + 1,
             step=state.step,
             num_steps=state.epoch_steps,
@@ -101,6 +114,6 @@ class LoggingWindow:
             learning_rate=state.learning_rate,
             total_step=state.total_step,
             saves=bool(stop_wanted or save_wanted),
-            parts=parts.tolist(),
+            stops=bool(stop_wanted),
+            parts=ranks,
         )
-        return progress, bool(stop_wanted)
