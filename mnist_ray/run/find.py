@@ -119,6 +119,6 @@ def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
     for name in with_retries(run.checkpoint_names):
         with contextlib.suppress(DamagedCheckpointError, UsageError):
             found.append((name, CheckpointMetrics.of(read_state(run.inside(name)).get("metrics", {}))))
-    validated = [pair for pair in found if pair[1].validation is not None]
-    others = [pair for pair in reversed(found) if pair[1].validation is None]
+    validated = [pair for pair in found if pair[1].is_validated]
+    others = [pair for pair in reversed(found) if not pair[1].is_validated]
     return sorted(validated, key=lambda pair: -pair[1].score) + others

@@ -71,7 +71,7 @@ class History:
         """Add what checkpoints tell of epochs whose events have not reached the job, since it was killed."""
         for _, metrics in checkpoints_of(self._run):
             if metrics.step == 0 and 0 < metrics.epoch <= last_epoch:
-                told, row = metrics.to_dict(self._workload.rate), self.rows.get(metrics.epoch, {})
+                told, row = metrics.values, self.rows.get(metrics.epoch, {})
                 if lacking := {name: told[name] for name in self._columns if name in told and not row.get(name)}:
                     self._update(metrics.epoch, lacking)
 

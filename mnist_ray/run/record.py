@@ -181,8 +181,8 @@ class Recorder:
         result = tested.to_dict(workload) | {
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": weights_digest(read_state(fitted.checkpoint)),
-            "checkpoint_metrics": fitted.metrics.to_dict(workload.rate),
-            workload.rate: self._history.mean_rate() or fitted.metrics.examples_per_s,
+            "checkpoint_metrics": fitted.metrics.to_dict(),
+            workload.rate: self._history.mean_rate() or fitted.metrics.values.get(workload.rate, math.nan),
             "seconds": self._clock.seconds(),
             "num_workers": self._history.num_workers,
             "workers": self._origin.get("workers"),

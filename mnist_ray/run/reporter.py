@@ -100,8 +100,8 @@ class TrainReporter(Reporter):
         # Report it now, or the run could end without its last checkpoint.
         if position_of(restored.name) > position_of(self._known):
             self._report(restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
-            if state.step == 0 and restored.metrics.validation is not None:
-                self.send_validation(state.epoch, restored.metrics.validation)
+            if state.step == 0 and restored.metrics.is_validated:
+                self.send_validation(state.epoch, restored.metrics)
 
     def end(self, state: TrainingState) -> None:
         """Report an early end of training, and wait until the driver's queue has all events."""
@@ -178,7 +178,7 @@ class TrainReporter(Reporter):
         """Report a checkpoint, which only rank 0 has."""
         folder = self._job.run.inside(name)
         ray.train.report(
-            {"val_score": metrics.score, **metrics.to_dict(self._job.workload.rate)},  # Ray asks for it in each report
+            {"val_score": metrics.score, **metrics.to_dict()},  # Ray asks for it in each report
             checkpoint=Checkpoint(folder.path, filesystem=folder.filesystem) if self._is_first else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=mode,

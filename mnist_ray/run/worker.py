@@ -30,7 +30,7 @@ from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together, evaluating
 from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
-from mnist_ray.training.metrics import CheckpointMetrics, Validation, score
+from mnist_ray.training.metrics import CheckpointMetrics, score
 from mnist_ray.training.reproducible import check_arithmetic
 from mnist_ray.training.saved_model import load_fitting, read_weights
 from mnist_ray.training.sharding import resharded
@@ -149,8 +149,8 @@ class Reporter(Callback):
         life.show()
         hosts = self._hosts_with(restored.name)
         is_segment_over = state.total_step >= state.last_step and not is_over(state, self._config)
-        if is_segment_over and restored.metrics.validation is None:  # past the end: sweep.csv was lost
-            metrics = replace(restored.metrics, validation=self._validated(state))
+        if is_segment_over and not restored.metrics.is_validated:  # past the end: sweep.csv was lost
+            metrics = replace(restored.metrics, values={**restored.metrics.values, **self._validated(state)})
             restored = replace(restored, metrics=metrics)
         self.on_restored(state, restored, hosts)
         if is_segment_over:
@@ -238,7 +238,7 @@ class Reporter(Callback):
                 drop()
 
         self._saving = in_thread(write)
-        if state.step == 0 or metrics.validation is not None:
+        if state.step == 0 or metrics.is_validated:
             self.finish_saving(state)
 
     def finish_saving(self, state: TrainingState) -> None:
@@ -250,7 +250,7 @@ class Reporter(Callback):
     def snapshot(self, state: TrainingState, metrics: CheckpointMetrics) -> checkpoints.Snapshot:
         """Return a copy of the state for a checkpoint."""
         about = {"config": asdict(self._job.train), "workload": self._job.workload.identity}
-        about |= {"metrics": metrics.to_dict(self._job.workload.rate), "versions": versions()}
+        about |= {"metrics": metrics.to_dict(), "versions": versions()}
         if self._config.reproducible:
             about["arithmetic"] = arithmetic()
         return checkpoints.snapshot(state, about, self.callbacks, self._group)
@@ -265,23 +265,17 @@ class Reporter(Callback):
             self.send(EpochFinished(progress))
         epochs = state.epoch + state.step / state.num_steps
         is_due = self._validation is not None and (is_epoch_end or epochs >= self._spec.until_epoch)
-        validation = self._validated(state) if is_due else None
-        if is_epoch_end and validation is not None:
-            state.scores.append(validation.score)
-            self.send_validation(state.epoch, validation, self._sample(state))
-        return CheckpointMetrics(
-            epoch=state.epoch,
-            step=state.step,
-            epochs=epochs,
-            train=progress.so_far,
-            examples_per_s=progress.examples_per_s,
-            train_s=state.finished_s + state.epoch_s,
-            validation=validation,
-            is_over=is_over(state, self._config),
-        )
+        values = {f"train_{name}": value for name, value in progress.so_far.items()}
+        values |= {self._job.workload.rate: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
+        values |= self._validated(state) if is_due else {}
+        metrics = CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
+        if is_epoch_end and metrics.is_validated:
+            state.scores.append(metrics.score)
+            self.send_validation(state.epoch, metrics, self._sample(state))
+        return replace(metrics, is_over=is_over(state, self._config))
 
-    def _validated(self, state: TrainingState) -> Validation:
-        """Let all ranks validate."""
+    def _validated(self, state: TrainingState) -> dict[str, float]:
+        """Let all ranks validate; return what a checkpoint's metrics tell of it."""
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
         split, loader_workers = self._validation, self._job.workers.loader_workers
@@ -299,7 +293,8 @@ class Reporter(Callback):
                 batch_size=self._batch_size,
             )
         values = evaluation.values(workload)
-        return Validation(values, score(workload, values), time.perf_counter() - start)
+        of_metrics = {f"val_{name}": value for name, value in values.items()}
+        return {**of_metrics, "val_score": score(workload, values), "val_s": time.perf_counter() - start}
 
     def _sample(self, state: TrainingState) -> str:
         """Return how the model continues the workload's prompt, if it has one; all ranks must call this."""
@@ -309,8 +304,8 @@ class Reporter(Callback):
         with state.watch.on(VALIDATION), resharded(state.result), evaluating(state.result):
             return workload.complete(state.result, workload.prompt)
 
-    def send_validation(self, epoch: int, validation: Validation, sample: str = "") -> None:
+    def send_validation(self, epoch: int, metrics: CheckpointMetrics, sample: str = "") -> None:
         """Report the validation of an epoch, and how the model continues a text."""
-        names = [metric.name for metric in self._job.workload.all_metrics]
-        values = {name: validation.values.get(name, math.nan) for name in names}  # an older checkpoint may have fewer
-        self.send(Validated(epoch, values, validation.seconds, sample))
+        names, known = [metric.name for metric in self._job.workload.all_metrics], metrics.values
+        values = {name: known.get(f"val_{name}", math.nan) for name in names}  # an older checkpoint may have fewer
+        self.send(Validated(epoch, values, known.get("val_s", math.nan), sample))

@@ -95,4 +95,4 @@ class TuneReporter(Reporter):
         self._report(metrics)
 
     def _report(self, metrics: CheckpointMetrics) -> None:
-        tune.report(metrics.to_dict(self._job.workload.rate))
+        tune.report(metrics.to_dict())

@@ -223,8 +223,8 @@ class _Watcher(tune.Callback):
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
         record, metrics = self._table.by_point[self._point(trial)], CheckpointMetrics.of(result)
         self._table.update(record, result)
-        if metrics.validation is not None:
-            self._validated_s += metrics.validation.seconds
+        if metrics.is_validated:
+            self._validated_s += metrics.values.get("val_s", math.nan)
             record.add_report(metrics.epochs, record.val_monitor)
         self._changed()
 

@@ -90,54 +90,34 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """A model's results on the validation split."""
-
-    values: Mapping[str, float]  # loss and metrics
-    score: float  # larger for a better model: Ray keeps the checkpoints with the best scores
-    seconds: float
-
-
-@dataclass(frozen=True)
 class CheckpointMetrics:
     """What is known of a checkpoint. Ray gets it, and state.json keeps it, as a flat dict."""
 
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
     epochs: float = 0.0  # trained; not always a whole number
-    train: Mapping[str, float] = field(default_factory=dict)  # loss and metrics of the epoch so far
-    examples_per_s: float = math.nan  # over all ranks, in the epoch so far
-    train_s: float = 0.0  # seconds of training, without validation
-    validation: Validation | None = None  # made at the end of an epoch, or of a trial's segment
     is_over: bool = False  # whether the training ends here
+    values: Mapping[str, Any] = field(default_factory=dict)  # of the epoch so far and of a validation, by column
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the checkpoint was validated: at the end of an epoch, or of a trial's segment."""
+        return "val_score" in self.values
 
     @property
     def score(self) -> float:
-        """The validation's score; minus infinity without a validation."""
-        return -math.inf if self.validation is None else self.validation.score
+        """The validation's score, larger for a better model; minus infinity without a validation."""
+        return float(self.values.get("val_score", -math.inf))
 
-    def to_dict(self, rate: str) -> dict[str, Any]:
-        """Return the flat dict; ``rate`` is the name of the training speed."""
-        flat = {"epoch": self.epoch, "step": self.step, "epochs": self.epochs, "is_over": self.is_over}
-        flat |= {f"train_{name}": value for name, value in self.train.items()}
-        flat |= {rate: self.examples_per_s, "train_s": self.train_s}
-        if self.validation is not None:
-            flat |= {f"val_{name}": value for name, value in self.validation.values.items()}
-            flat |= {"val_score": self.validation.score, "val_s": self.validation.seconds}
-        return flat
+    def to_dict(self) -> dict[str, Any]:
+        """Return the flat dict."""
+        return {"epoch": self.epoch, "step": self.step, "epochs": self.epochs, "is_over": self.is_over, **self.values}
 
     @classmethod
     def of(cls, flat: Mapping[str, Any]) -> CheckpointMetrics:
         """Return the metrics in a flat dict, which may lack some or have more."""
-        own = {name: flat[name] for name in ("epoch", "step", "epochs", "train_s", "is_over") if name in flat}
-        train = {name.removeprefix("train_"): flat[name] for name in flat if name.startswith("train_")}
-        rates = [flat[name] for name in flat if name.endswith("_per_s") and not name.startswith(("train_", "val_"))]
-        validation = None
-        if "val_score" in flat:
-            values = {name.removeprefix("val_"): flat[name] for name in flat if name.startswith("val_")}
-            validation = Validation(values, values.pop("score"), values.pop("s", math.nan))
-        train.pop("s", None)  # train_s is no metric
-        return cls(**own, train=train, examples_per_s=[*rates, math.nan][0], validation=validation)
+        own = {name: flat[name] for name in ("epoch", "step", "epochs", "is_over") if name in flat}
+        return cls(**own, values={name: value for name, value in flat.items() if name not in own})
 
 
 def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:

@@ -595,8 +595,7 @@ def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_mi
 ) -> None:
     event_queue = Mock()
     reporter = reporter_on(event_queue=event_queue)
-    of_checkpoint = CheckpointMetrics.of({"epoch": 1, "val_loss": 0.5, "val_score": -0.5, "val_s": 1.0}).validation
-    reporter.send_validation(1, of_checkpoint)
+    reporter.send_validation(1, CheckpointMetrics.of({"epoch": 1, "val_loss": 0.5, "val_score": -0.5, "val_s": 1.0}))
     (event,) = event_queue.put.remote.call_args.args
     assert event.values["loss"] == 0.5
     assert math.isnan(event.values["accuracy"])
@@ -656,7 +655,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
     found = restore_newest(run, restored)
     assert restored.step == 1
     assert found.damaged == (empty.name, cut.name, corrupt.name)
-    assert (found.name, found.metrics.train) == (whole.name, {"loss": 0.5})
+    assert (found.name, found.metrics.values) == (whole.name, {"train_loss": 0.5})
 
 
 def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:

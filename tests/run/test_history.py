@@ -11,7 +11,7 @@ from mnist_ray.run.record import repeat
 from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.checkpoint import FORMAT, Snapshot
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
-from mnist_ray.training.metrics import CheckpointMetrics, Validation
+from mnist_ray.training.metrics import CheckpointMetrics
 from tests.conftest import mnist
 
 
@@ -67,11 +67,11 @@ def test_epochs_that_a_killed_job_did_not_hear_of_are_filled_from_checkpoints(ru
     first = History(run, mnist())
     for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
         first.add(event)
-    validation = Validation({"loss": 0.75, "accuracy": 0.25}, score=0.25, seconds=1.5)
+    values = {"train_loss": 8.0, "train_accuracy": 0.0, "images_per_s": 5.0, "train_s": 2.0}
+    values |= {"val_loss": 0.75, "val_accuracy": 0.25, "val_score": 0.25, "val_s": 1.5}
     for epoch, step in ((2, 0), (3, 0), (3, 4), (4, 0)):
-        train = {"loss": 8.0, "accuracy": 0.0}
-        metrics = CheckpointMetrics(epoch, step, train=train, examples_per_s=5.0, validation=validation)
-        document = {"format": FORMAT, "epoch": epoch, "step": step, "metrics": metrics.to_dict("images_per_s")}
+        metrics = CheckpointMetrics(epoch, step, values=values)
+        document = {"format": FORMAT, "epoch": epoch, "step": step, "metrics": metrics.to_dict()}
         Snapshot({}, {}, document).write(run.inside(checkpoint_name(epoch, step)))
     again = History(run, mnist())
     again.add(started(3))
