@@ -21,7 +21,7 @@ from mnist_ray.report.run_files import SAMPLES_FILE, RunRecord, number_of, read_
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
+from mnist_ray.workload.base import LOSS, Figure, Metric, Picture, Workload, formatted
 from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.splits import splits_of, subset
@@ -84,7 +84,9 @@ def write(
     if result:
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
-    pictures += drawn("curve of the learning rate", lambda: _learning_rate(record))
+    for figure in workload.all_figures:
+        if "step" in figure.at and figure.over != "mean":  # curves of metrics have their validation, too
+            pictures += drawn(f"curve of the {figure.label}", functools.partial(_over_steps, record, figure))
     pictures += drawn("picture of the time", lambda: _time_spent(record))
     pngs = {re.sub(r"[^\w.@-]", "_", picture.name): picture.png for picture in pictures}  # a "/" would name a folder
     for name, png in pngs.items():
@@ -129,7 +131,7 @@ def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
         return f"running: {epochs}\n{about}"
     if record.result is None:
         return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}\n{about}"
-    tested = _number(record.result.get(f"num_test_{nouns}"), ",.0f")
+    tested = formatted(number_of(record.result.get(f"num_test_{nouns}")), ",.0f")
     return f"finished: {epochs}, tested on {tested} {nouns}\n{about}"
 
 
@@ -142,8 +144,8 @@ def _headlines(record: RunRecord) -> dict[str, str]:
     if not math.isnan(record.best_validation):
         lines[f"best validation {workload.monitor.name}"] = workload.monitor.format(record.best_validation)
     if result:
-        lines[f"{workload.nouns}/s in training"] = _number(result.get(workload.rate), ",.0f")
-        lines["seconds until tested"] = _number(result["seconds"].get("total"), ".1f")
+        lines[f"{workload.nouns}/s in training"] = formatted(number_of(result.get(workload.rate)), ",.0f")
+        lines["seconds until tested"] = formatted(number_of(result["seconds"].get("total")), ".1f")
         lines["workers"] = str(result.get("num_workers", "-"))
     return lines
 
@@ -166,13 +168,14 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     return [Picture(metric.name, metric.name, f"{metric.name} over {total:,.0f} steps. {last}", png)]
 
 
-def _learning_rate(record: RunRecord) -> list[Picture]:
-    rates = [row.get("learning_rate", math.nan) for row in record.steps]
-    if all(map(math.isnan, rates)):  # a run of an earlier version
+def _over_steps(record: RunRecord, figure: Figure) -> list[Picture]:
+    values = [row.get(figure.name, math.nan) for row in record.steps]
+    if all(map(math.isnan, values)):  # without such a figure, or of an earlier version
         return []
-    curve = Curve("learning rate", [row["step"] for row in record.steps], rates, _TRAINING)
-    png = curves_of(Metric("learning rate", "min"), [curve], record.steps_per_epoch)
-    return [Picture("learning_rate", "Learning rate", f"Learning rate over the steps. It ends at {rates[-1]:g}", png)]
+    curve = Curve(figure.label, [row["step"] for row in record.steps], values, _TRAINING)
+    png = curves_of(Metric(figure.label, "min", figure.form == "fraction"), [curve], record.steps_per_epoch)
+    title, end = figure.label.capitalize(), formatted(values[-1], figure.form)
+    return [Picture(figure.name, title, f"{title} over the steps. It ends at {end}", png)]
 
 
 def _time_spent(record: RunRecord) -> list[Picture]:
@@ -208,16 +211,11 @@ def _sweep_picture(record: RunRecord) -> list[Picture]:
 
 def _trials(record: RunRecord) -> list[Table]:
     """Return the rows of sweep.csv, best first."""
-    workload, monitor = record.workload, record.workload.monitor
-    shown: dict[str, tuple[str, Callable[[float], str]]] = {
-        **{f"val_{metric.name}": (f"validation {metric.name}", metric.format) for metric in workload.all_metrics},
-        "train_loss": ("training loss", LOSS.format),
-        workload.rate: (f"{workload.nouns}/s", lambda value: _number(value, ",.0f")),
-        "train_s": ("seconds", lambda value: _number(value, ".1f")),
-    }
+    monitor = record.workload.monitor
+    shown = {figure.name: figure for figure in record.workload.all_figures if figure.at != ("step",)}
 
     def cell(name: str, text: str) -> str:
-        return shown[name][1](float(text or math.nan)) if name in shown else _shortened(text)
+        return formatted(float(text or math.nan), shown[name].form) if name in shown else _shortened(text)
 
     def rank(row: Mapping[str, str]) -> tuple[bool, float]:
         value = float(row.get(f"val_{monitor.name}", math.nan))
@@ -225,41 +223,35 @@ def _trials(record: RunRecord) -> list[Table]:
 
     columns = [name for name in record.trials[0] if name != "reports"]
     rows = [[cell(name, row[name]) for name in columns] for row in sorted(record.trials, key=rank)]
-    headers = [shown[name][0] if name in shown else in_words(name) for name in columns]
+    headers = [shown[name].label if name in shown else in_words(name) for name in columns]
     return [Table("Trials, best first", headers, rows)]
 
 
 def _shortened(text: str) -> str:
     """Return a text from a CSV file; a number that is not whole with at most five digits."""
     try:
-        return text if text.isdigit() else _number(float(text), ".5g")
+        return text if text.isdigit() else formatted(float(text), ".5g")
     except ValueError:
         return text
 
 
 def _seconds(result: Mapping[str, Any]) -> list[Table]:
     title = "Seconds until tested"
-    rows = [(name, _number(value, ".1f")) for name, value in result["seconds"].items()]
+    rows = [(name, formatted(number_of(value), ".1f")) for name, value in result["seconds"].items()]
     return [Table(title, (), rows, is_wide=False)]
 
 
 def _epochs(record: RunRecord) -> Table:
-    workload, parts = record.workload, {"train": "training", "val": "validation"}
-    cells = [(part, metric) for part in parts for metric in workload.all_metrics]
-    cells = [
-        (part, metric) for part, metric in cells if not all(map(math.isnan, record.column(f"{part}_{metric.name}")))
+    shown = [
+        figure for figure in record.workload.all_figures if figure.label and {"epoch", "validation"} & {*figure.at}
     ]
-    columns = ["epoch", *(f"{parts[part]} {metric.name}" for part, metric in cells), "seconds", f"{workload.nouns}/s"]
+    known = [name for row in record.epochs for name, value in row.items() if not math.isnan(value)]
+    shown = [figure for figure in shown if figure.over == "last" or figure.name in known]  # speed and time always
     rows = [
-        (
-            f"{row['epoch']:.0f}",
-            *(metric.format(row.get(f"{part}_{metric.name}", math.nan)) for part, metric in cells),
-            _number(row.get("epoch_s"), ".2f"),
-            _number(row.get(workload.rate), ",.0f"),
-        )
+        (f"{row['epoch']:.0f}", *(formatted(row.get(figure.name, math.nan), figure.form) for figure in shown))
         for row in record.epochs
     ]
-    return Table("Epochs", columns, rows)
+    return Table("Epochs", ["epoch", *(figure.label for figure in shown)], rows)
 
 
 def _samples(run: RunFolder) -> list[Table]:
@@ -279,10 +271,6 @@ def _settings(record: RunRecord) -> list[Table]:
     origin = {**record.origin, **record.origin.get("versions", {})}
     said = [(name, str(value)) for name, value in origin.items() if not isinstance(value, (dict, list))]
     return [Table("Settings", (), rows, num_bold=len(changed)), Table("Origin", (), said)]
-
-
-def _number(value: object, how: str) -> str:
-    return "-" if math.isnan(number := number_of(value)) else format(number, how)
 
 
 def write_again(run: RunFolder, reference: str | None, storage_path: str, resume_with: str) -> None:

@@ -9,6 +9,7 @@ samples.csv      a row per validation of a language model: how it continues the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mnist_ray.config import TrainConfig
 from mnist_ray.report.run_files import (
     METRICS_FILE,
     PREDICTIONS_FILE,
@@ -27,9 +29,9 @@ from mnist_ray.report.run_files import (
 )
 from mnist_ray.run.find import checkpoints_of
 from mnist_ray.storage import RunFolder
-from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated, figures_of
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.base import Workload
+from mnist_ray.workload.base import Figure, Workload
 
 MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 
@@ -37,13 +39,13 @@ MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 class History:
     """The rows of a run's metrics.csv and steps.csv. A resumed run continues the files that it finds."""
 
-    def __init__(self, run: RunFolder, workload: Workload) -> None:
-        self._run, self._workload = run, workload
-        train, val = ([f"{split}_{metric.name}" for metric in workload.all_metrics] for split in ("train", "val"))
-        self._columns = ("epoch", *train, *val, "epoch_s", workload.rate, "val_s")
+    def __init__(self, run: RunFolder, workload: Workload, config: TrainConfig) -> None:
+        self._run, self._rate = run, workload.rate
+        self.figures = [figure for figure in workload.all_figures if not figure.needs or getattr(config, figure.needs)]
+        self._columns = ("epoch", *(figure.name for figure in self.figures if {"epoch", "validation"} & {*figure.at}))
         epochs = zip(read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE), strict=True)
         self.rows: dict[int, dict[str, Any]] = {int(numbers["epoch"]): dict(row) for numbers, row in epochs}
-        self._step_columns = ("step", "epoch", *train, "learning_rate")
+        self._step_columns = ("step", "epoch", *(figure.name for figure in self.figures if "step" in figure.at))
         steps = read_numbers(run, STEPS_FILE, "step", "epoch")
         self._steps: list[Mapping[str, float]] = [{**row, "step": int(row["step"])} for row in steps]
         self.num_workers = 0  # in the last attempt; it may change in an elastic run
@@ -60,10 +62,10 @@ class History:
             case Progress():
                 self._add_step(event)
             case EpochFinished(last):
-                rate = {self._workload.rate: round(last.examples_per_s, 1)}
-                self._update(last.epoch, _named("train", last.so_far) | {"epoch_s": round(last.epoch_s, 3)} | rate)
+                rows = [row for row in self._steps if last.epoch - 1 < row["epoch"] <= last.epoch]
+                self._update(last.epoch, {**joined(rows, self.figures), **figures_of(event, self._rate)})
             case Validated():
-                self._update(event.epoch, _named("val", event.values) | {"val_s": round(event.seconds, 3)})
+                self._update(event.epoch, figures_of(event, self._rate))
                 if event.sample:
                     self._add_sample(event.epoch, event.sample)
 
@@ -76,7 +78,9 @@ class History:
                     self._update(metrics.epoch, lacking)
 
     def _update(self, epoch: int, values: Mapping[str, Any]) -> None:
-        self.rows.setdefault(epoch, {"epoch": epoch}).update(values)
+        places = {figure.name: figure.places for figure in self.figures if figure.places is not None}
+        rounded = {name: round(values[name], number) for name, number in places.items() if name in values}
+        self.rows.setdefault(epoch, {"epoch": epoch}).update({**values, **rounded})
         rows = (self.rows[epoch] for epoch in sorted(self.rows))
         self._run.write_text(METRICS_FILE, csv_text(self._columns, rows, has_header=True))
 
@@ -87,10 +91,9 @@ class History:
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.num_steps, 5)
-        row = {"step": event.total_step, "epoch": epochs, "learning_rate": event.learning_rate}
-        self._steps.append(row | _named("train", event.window))
+        self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event, self._rate)})
         if len(self._steps) > MAX_STEP_ROWS:
-            self._steps = merged(self._steps, MAX_STEP_ROWS // 2)
+            self._steps = merged(self._steps, MAX_STEP_ROWS // 2, self.figures)
 
     def write_steps(self) -> None:
         """Write steps.csv. Raises JobError."""
@@ -99,15 +102,15 @@ class History:
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate, which a kill may prevent; None without any."""
-        rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._workload.rate)]
+        rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._rate)]
         seconds = sum(float(row["epoch_s"]) for row in rated)
-        examples = sum(float(row[self._workload.rate]) * float(row["epoch_s"]) for row in rated)
+        examples = sum(float(row[self._rate]) * float(row["epoch_s"]) for row in rated)
         return round(examples / seconds, 1) if rated else None
 
 
-def merged(rows: Sequence[Mapping[str, float]], max_rows: int) -> list[Mapping[str, float]]:
+def merged(rows: Sequence[Mapping[str, float]], max_rows: int, figures: Sequence[Figure]) -> list[Mapping[str, float]]:
     """Merge neighbouring rows of steps.csv into about ``max_rows``, of about as many steps; NaN does not count."""
-    names = [name for name in rows[-1] if name.startswith("train_")]
+    names = [figure.name for figure in figures if figure.over == "mean" and figure.name in rows[-1]]
     values = np.array([[row.get(name, math.nan) for name in names] for row in rows])
     steps = np.array([row["step"] for row in rows])
     width = 2.0 ** math.ceil(math.log2(steps[-1] / max_rows))  # a power of 2, so that whole rows are merged next time
@@ -115,12 +118,15 @@ def merged(rows: Sequence[Mapping[str, float]], max_rows: int) -> list[Mapping[s
     weights = np.diff(steps, prepend=0)[:, None] * ~np.isnan(values)
     with np.errstate(invalid="ignore"):  # NaN if nothing is known
         means = np.add.reduceat(np.where(weights, values, 0) * weights, starts) / np.add.reduceat(weights, starts)
-    last = [rows[place - 1] for place in [*starts[1:], 0]]
-    return [{**row, **dict(zip(names, mean, strict=True))} for row, mean in zip(last, means.tolist(), strict=True)]
+    groups = [rows[start:stop] for start, stop in itertools.pairwise([*starts, len(rows)])]
+    of_groups = zip(groups, means.tolist(), strict=True)
+    return [{**rows[-1], **dict(zip(names, mean, strict=True)), **joined(rows, figures)} for rows, mean in of_groups]
 
 
-def _named(split: str, values: Mapping[str, float]) -> dict[str, Any]:
-    return {f"{split}_{name}": value for name, value in values.items()}
+def joined(rows: Sequence[Mapping[str, float]], figures: Sequence[Figure]) -> dict[str, float]:
+    """Return one value of each figure that is no mean for those in rows of steps.csv."""
+    others = [figure for figure in figures if "step" in figure.at and figure.over != "mean"]
+    return {figure.name: figure.join(row.get(figure.name, math.nan) for row in rows) for figure in others}
 
 
 def write_predictions(run: RunFolder, workload: Workload, evaluation: Evaluation) -> None:

@@ -126,7 +126,7 @@ class Recorder:
         self._first_loss = math.nan
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
-        self._history, self._times = History(run, workload), TimeSpent(run)
+        self._history, self._times = History(run, workload, self._job.train), TimeSpent(run)
         self._trackers = start.start(run, workload, self._job.values, self._job.output, self._warn)
         self._is_over, draw = threading.Event(), functools.partial(self._draw_report, is_running=True)
         self._live_report = threading.Thread(target=repeat, args=[draw, _REPORT_EVERY_S, self._is_over], daemon=True)
@@ -179,6 +179,7 @@ class Recorder:
         if is_last:
             self._session.cluster.leave()
         result = tested.to_dict(workload) | {
+            "formats": {figure.name: figure.form for figure in self._history.figures},
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": weights_digest(read_state(fitted.checkpoint)),
             "checkpoint_metrics": fitted.metrics.to_dict(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mnist_ray.storage import RunFolder
-from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
+from mnist_ray.training.events import EpochFinished, Event, Progress, Validated, figures_of
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import UserClass
 
@@ -51,22 +51,18 @@ class Tracker(UserClass):
             case Progress():
                 first = event.total_step - len(event.losses) + 1
                 losses = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
-                metrics = {name: value for name, value in event.window.items() if name != "loss"}
-                measured = [(f"step/train_{name}", value, event.total_step) for name, value in metrics.items()]
-                measured += [(f"time/{part}", share, event.total_step) for part, share in event.shares.items()]
-                return [*losses, *measured, ("step/learning_rate", event.learning_rate, event.total_step)]
-            case EpochFinished(last):
-                values = {f"train_{name}": value for name, value in last.so_far.items()}
-                values |= {self.workload.rate: last.examples_per_s, "epoch_s": last.epoch_s}
-                return [(f"epoch/{name}", value, last.epoch) for name, value in values.items()]
-            case Validated():
-                values = {f"val_{name}": value for name, value in event.values.items()} | {"val_s": event.seconds}
-                return [(f"epoch/{name}", value, event.epoch) for name, value in values.items()]
+                figures = figures_of(event, self.workload.rate).items()
+                values = [(f"step/{name}", value) for name, value in figures if name != "train_loss"]
+                values += [(f"time/{part}", share) for part, share in event.shares.items()]
+                return [*losses, *((name, value, event.total_step) for name, value in values)]
+            case EpochFinished() | Validated():
+                epoch = event.last.epoch if isinstance(event, EpochFinished) else event.epoch
+                return [
+                    (f"epoch/{name}", value, epoch) for name, value in figures_of(event, self.workload.rate).items()
+                ]
         return []
 
     def final(self, ending: Ending) -> dict[str, float]:
         """Return the test metrics as ``final/…``; empty if the run did not finish."""
-        if ending.result is None:
-            return {}
-        names = [*(f"test_{metric.name}" for metric in self.workload.all_metrics), self.workload.rate]
-        return {f"final/{name}": ending.result[name] for name in names if ending.result.get(name) is not None}
+        result = ending.result or {}
+        return {f"final/{name}": result[name] for name in result.get("formats", ()) if result.get(name) is not None}

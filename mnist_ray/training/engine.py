@@ -34,7 +34,7 @@ from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_o
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.tensor_files import rows_here
 from mnist_ray.training.window import LoggingWindow
-from mnist_ray.workload.base import Workload
+from mnist_ray.workload.base import Figure, Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import with_fast_layout
 
@@ -116,9 +116,9 @@ def train(
         watch.turn(DATA)
         for micro_batches in _steps(source, state, config, group, num_loader_processes):
             watch.turn(COMPUTE)
-            sums = gradients.compute(micro_batches)
+            sums, others = gradients.compute(micro_batches), dict[Figure, Tensor]()
             if gradients.have_weight:
-                _update(state, config, callbacks)
+                others = _update(state, config, callbacks)
             else:
                 state.model.zero_grad()
                 state.scheduler.step()
@@ -127,7 +127,7 @@ def train(
             for callback in callbacks:
                 callback.on_step(state)
             watch.end_start()
-            window.add(sums, micro_batches[0].global_size)
+            window.add(sums, micro_batches[0].global_size, others)
             progress = _decide(window, state, config, callbacks)
             if progress is not None and progress.saves and state.step < state.epoch_steps:
                 _save(state, progress, callbacks)
@@ -196,8 +196,9 @@ def _steps_of_pass(
             micro_batches = []
 
 
-def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
-    """Make a step of the optimizer, the schedule and the EMA, from the gradients in the model."""
+def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> dict[Figure, Tensor]:
+    """Make a step of the optimizer, the schedule and the EMA, from the gradients in the model; return its figures."""
+    figures: dict[Figure, Tensor] = {}
     state.watch.turn(CALLBACKS)
     state.scaler.unscale_(state.optimizer)
     for callback in callbacks:
@@ -214,6 +215,7 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     state.scheduler.step()
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)
+    return figures
 
 
 def _decide(

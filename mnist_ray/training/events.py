@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mnist_ray.training.stopwatch import PARTS
@@ -90,6 +90,7 @@ class Progress(Event):
     saves: bool = False  # whether a checkpoint follows
     stops: bool = False  # whether the training stops after that
     parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
+    others: Mapping[str, float] = field(default_factory=dict)  # figures over the steps since then that are no means
 
     @property
     def loss(self) -> float:
@@ -160,3 +161,15 @@ class TrialEnded(Event):
     state: str
     has_failed: bool
     values: Mapping[str, float]  # the trial's columns of sweep.csv, except NaN
+
+
+def figures_of(event: Progress | EpochFinished | Validated, rate: str) -> dict[str, float]:
+    """Return the figures that an event reports, by name; ``rate`` is the name of the training speed."""
+    match event:
+        case Progress():
+            split, values, others = "train", event.window, {"learning_rate": event.learning_rate, **event.others}
+        case EpochFinished(last):
+            split, values, others = "train", last.so_far, {rate: last.examples_per_s, "epoch_s": last.epoch_s}
+        case Validated():
+            split, values, others = "val", event.values, {"val_s": event.seconds}
+    return {**{f"{split}_{name}": value for name, value in values.items()}, **others}

@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 import time
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS
-from mnist_ray.workload.base import Workload
+from mnist_ray.workload.base import Figure, Workload
 
 _FIRST_INTERVAL_STEPS = 10
 _REPORT_INTERVAL_S = 0.5
@@ -34,16 +35,19 @@ class LoggingWindow:
         self._interval_steps = _FIRST_INTERVAL_STEPS
         self._sums: list[dict[str, Tensor]] = []  # of each step, on this rank
         self._sizes: list[int] = []  # of each step's global batch
+        self._others: dict[Figure, list[Tensor]] = {}  # on this rank; all ranks have the same figures
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out the time since the last window, which was spent on saving or between epochs."""
         self._start = time.perf_counter()
 
-    def add(self, sums: dict[str, Tensor], global_size: int) -> None:
-        """Add a step: its sums on this rank, one or a row of the chunks', and the size of its global batch."""
+    def add(self, sums: dict[str, Tensor], global_size: int, others: Mapping[Figure, Tensor]) -> None:
+        """Add a step: sums on this rank, one or a row of the chunks'; global batch size; figures that are no means."""
         self._sums.append(sums)
         self._sizes.append(global_size)
+        for figure, value in others.items():
+            self._others.setdefault(figure, []).append(value)
 
     def is_full(self, steps_left: int) -> bool:
         """Tell whether to close the window. It stays open if an epoch's last steps are too few for another."""
@@ -56,7 +60,7 @@ class LoggingWindow:
         state.watch.turn(CALLBACKS)
         self._check(steps, state)
         progress = self._report(steps, ranks, of_first, state)
-        self._sums, self._sizes = [], []
+        self._sums, self._sizes, self._others = [], [], {}
         return progress
 
     def _reduce(self, state: TrainingState, *wishes: bool) -> tuple[list[MetricSums], list[list[float]], list[float]]:
@@ -69,8 +73,9 @@ class LoggingWindow:
         elapsed_s, self._start = now - self._start, now
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
         of_first = sums.new_tensor([next_interval, elapsed_s, *wishes])
-        ranks = sums.new_zeros(self._group.world_size, len(PARTS))  # each rank fills its row
-        ranks[self._group.rank] = sums.new_tensor(state.watch.taken())
+        others = [figure.join(torch.stack(values).tolist()) for figure, values in self._others.items()]
+        ranks = sums.new_zeros(self._group.world_size, len(PARTS) + len(others))  # each rank fills its row
+        ranks[self._group.rank] = sums.new_tensor([*state.watch.taken(), *others])
         if self._group.world_size > 1:
             whole = torch.cat([sums.view(-1), ranks.view(-1)])
             dist.all_reduce(whole)
@@ -102,6 +107,7 @@ class LoggingWindow:
         for step in steps:
             window += step
             state.sums += step  # step by step: the bits of the sum must not depend on when windows close
+        columns = [*zip(*ranks, strict=True)][len(PARTS) :]
         return Progress(
             epoch=state.epoch + 1,
             step=state.step,
@@ -115,5 +121,6 @@ class LoggingWindow:
             total_step=state.total_step,
             saves=bool(stop_wanted or save_wanted),
             stops=bool(stop_wanted),
-            parts=ranks,
+            parts=[row[: len(PARTS)] for row in ranks],
+            others={figure.name: figure.join(column) for figure, column in zip(self._others, columns, strict=True)},
         )

@@ -96,6 +96,15 @@ def test_with_fp16_sgd_waits_at_each_step_to_learn_whether_the_gradients_are_fin
     assert all(wait.is_in({"_maybe_opt_step"}) for wait in of_steps)
 
 
+def test_no_step_waits_for_the_norm_of_its_gradients() -> None:
+    norms = list[float]()
+    hooks = Hooks(on_progress=lambda state, progress: norms.append(progress.others["gradient_norm"]))
+    with pretended_gpu() as gpu:
+        trained_on("cuda", replace(CONFIG, clip_grad_norm=0.1), SPLIT, hooks)
+    assert [wait for wait in gpu.waits if not wait.is_in(NOT_AT_EACH_STEP)] == []
+    assert min(norms) > 0.1
+
+
 def test_chunks_are_added_up_on_the_gpu() -> None:
     config = replace(CONFIG, reproducible=True)
     expected = trained_on("cpu", config).model.state_dict()

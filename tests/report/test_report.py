@@ -97,6 +97,13 @@ def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
     assert ["ray", result["versions"]["ray"]] in page.rows
 
 
+def test_the_result_has_the_forms_of_all_figures(finished_run: Path) -> None:
+    formats = json.loads((finished_run / "result.json").read_text())["formats"]
+    assert (formats["test_accuracy"], formats["val_loss"], formats["images_per_s"]) == ("fraction", "number", ",.0f")
+    of_files = {name for file in ("metrics.csv", "steps.csv") for name in read_csv(folder_at(finished_run), file)[0]}
+    assert of_files - {"epoch", "step"} <= formats.keys()
+
+
 def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images: Split) -> None:
     rows = read_csv(folder_at(finished_run), "predictions.csv")
     labels, predicted, probabilities = (
@@ -295,7 +302,7 @@ def tested_run(run: RunFolder) -> RunFolder:
     """The files of a run of one epoch, tested on two images."""
     workload = mnist()
     figures = {"loss": 0.5, "accuracy": 0.5}
-    history = History(run, workload)
+    history = History(run, workload, TrainConfig())
     progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0, learning_rate=0.01, total_step=9)
     for event in (progress, EpochFinished(progress), Validated(1, figures, 1.0)):
         history.add(event)

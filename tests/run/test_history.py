@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
 from mnist_ray.report.run_files import STEPS_FILE, read_csv
 from mnist_ray.run.history import History, merged
@@ -12,6 +13,7 @@ from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.checkpoint import FORMAT, Snapshot
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
 from mnist_ray.training.metrics import CheckpointMetrics
+from mnist_ray.workload.base import Figure
 from tests.conftest import mnist
 
 
@@ -35,7 +37,7 @@ def columns(run: RunFolder, *names: str) -> list[tuple[str, ...]]:
 
 
 def test_an_epoch_gets_one_row_in_any_order_of_its_events(run: RunFolder) -> None:
-    history = History(run, mnist())
+    history = History(run, mnist(), TrainConfig())
     for event in (started(0), finished(1), finished(2), validated(1, 0.25, 0.5), validated(2, 0.125, 0.75)):
         history.add(event)
     found = columns(run, "epoch", "train_loss", "val_accuracy", "images_per_s")
@@ -43,10 +45,10 @@ def test_an_epoch_gets_one_row_in_any_order_of_its_events(run: RunFolder) -> Non
 
 
 def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(run: RunFolder) -> None:
-    first = History(run, mnist())
+    first = History(run, mnist(), TrainConfig())
     for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
         first.add(event)
-    again = History(run, mnist())
+    again = History(run, mnist(), TrainConfig())
     again.add(dataclasses.replace(started(1), num_workers=3))
     assert again.num_workers == 3
     assert list(again.rows) == [1]
@@ -56,15 +58,15 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(run: RunFolder) 
 
 def test_a_run_whose_workload_has_other_metrics_now_is_resumed(run: RunFolder) -> None:
     run.write_text("metrics.csv", "epoch,train_loss,train_f1,epoch_s\n1,0.25,0.5,2.0\n")
-    history = History(run, mnist())
+    history = History(run, mnist(), TrainConfig())
     assert history.mean_rate() is None
     history.add(finished(2))
     assert columns(run, "train_loss", "train_accuracy") == [("0.25", ""), ("0.5", "0.9")]
-    assert history.mean_rate() == History(run, mnist()).mean_rate() == 50.0
+    assert history.mean_rate() == History(run, mnist(), TrainConfig()).mean_rate() == 50.0
 
 
 def test_epochs_that_a_killed_job_did_not_hear_of_are_filled_from_checkpoints(run: RunFolder) -> None:
-    first = History(run, mnist())
+    first = History(run, mnist(), TrainConfig())
     for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
         first.add(event)
     values = {"train_loss": 8.0, "train_accuracy": 0.0, "images_per_s": 5.0, "train_s": 2.0}
@@ -73,7 +75,7 @@ def test_epochs_that_a_killed_job_did_not_hear_of_are_filled_from_checkpoints(ru
         metrics = CheckpointMetrics(epoch, step, values=values)
         document = {"format": FORMAT, "epoch": epoch, "step": step, "metrics": metrics.to_dict()}
         Snapshot({}, {}, document).write(run.inside(checkpoint_name(epoch, step)))
-    again = History(run, mnist())
+    again = History(run, mnist(), TrainConfig())
     again.add(started(3))
     names = ("epoch", "train_loss", "val_loss", "epoch_s", "images_per_s")
     assert columns(run, *names) == [
@@ -93,11 +95,11 @@ def progress(step: int) -> Progress:
 
 
 def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -> None:
-    first = History(run, mnist())
+    first = History(run, mnist(), TrainConfig())
     for step in (2, 5, 9, 13):
         first.add(progress(step))
     first.write_steps()
-    again = History(run, mnist())
+    again = History(run, mnist(), TrainConfig())
     again.add(started(1))
     again.add(progress(11))
     again.write_steps()
@@ -106,7 +108,7 @@ def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -
 
 def test_a_long_run_has_few_rows_of_steps_with_right_means(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnist_ray.run.history.MAX_STEP_ROWS", 10)
-    history = History(run, mnist())
+    history = History(run, mnist(), TrainConfig())
     for step in range(2, 2002, 2):
         history.add(progress(step))
     history.write_steps()
@@ -123,7 +125,7 @@ def test_a_long_run_has_few_rows_of_steps_with_right_means(run: RunFolder, monke
 def test_a_row_of_merged_steps_leaves_out_what_is_not_known() -> None:
     losses, scores = {3: 1.0, 4: 5.0, 9: 2.0}, {3: 0.5, 4: math.nan, 9: math.nan}
     rows = [{"step": step, "train_loss": losses[step], "train_f1": scores[step]} for step in losses]
-    first, last = merged(rows, 2)
+    first, last = merged(rows, 2, [Figure(name, ("step",), "mean") for name in ("train_loss", "train_f1")])
     assert first == {"step": 4, "train_loss": 2.0, "train_f1": 0.5}
     assert last["train_loss"] == 2.0
     assert math.isnan(last["train_f1"])

@@ -37,7 +37,8 @@ from tests.conftest import ROOT, Digits, folder_at
 EXAMPLES = ROOT / "examples"
 INTERRUPTED = Ending(None, {}, None)
 PICTURE = curves_of(LOSS, [], 1)
-RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
+FORMATS = {"val_loss": "number", "test_loss": "number", "test_accuracy": "fraction", "images_per_s": ",.0f"}
+RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0, "formats": FORMATS}
 
 
 def started(step: int = 0) -> Started:

@@ -10,6 +10,7 @@ import torch
 from mnist_ray.errors import UsageError
 from mnist_ray.training.metrics import Evaluation, MetricSums, score
 from mnist_ray.workload import Metric, Workload
+from mnist_ray.workload.base import Figure
 from tests.conftest import Digits
 
 
@@ -21,6 +22,13 @@ def test_sums_add_up_and_are_divided_last() -> None:
     sums = MetricSums() + sums_of(3.0, 1, 2) + sums_of(1.0, 3, 6)
     assert sums.values(Digits()) == {"loss": 0.5, "accuracy": 0.5}
     assert str(MetricSums().values(Digits())) == "{'loss': nan, 'accuracy': nan}"
+
+
+@pytest.mark.parametrize(("over", "expected"), [("max", 4.0), ("last", -3.0), ("root", 5.0)])
+def test_values_of_steps_and_ranks_become_one_without_those_that_are_not_finite(over: Any, expected: float) -> None:
+    figure = Figure("figure", ("step",), over)
+    assert figure.join([4.0, math.inf, -3.0, math.nan]) == expected
+    assert math.isnan(figure.join([math.inf, math.nan]))
 
 
 def test_an_epoch_that_began_before_a_metric_was_added_has_none() -> None:
