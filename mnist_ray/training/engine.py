@@ -6,10 +6,11 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
@@ -32,9 +33,9 @@ from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over, move_average
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
-from mnist_ray.training.tensor_files import rows_here
+from mnist_ray.training.tensor_files import is_sharded, rows_here
 from mnist_ray.training.window import LoggingWindow
-from mnist_ray.workload.base import Figure, Workload
+from mnist_ray.workload.base import GRADIENT_NORM, Figure, Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import with_fast_layout
 
@@ -206,7 +207,8 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     state.watch.turn(OPTIMIZER)
     if config.clip_grad_norm is not None:
         trained = itertools.chain(*(group["params"] for group in state.optimizer.param_groups))
-        nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
+        norm: Any = nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
+        figures[GRADIENT_NORM] = norm.full_tensor() if is_sharded(norm) else norm
     state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.scaler.step(state.optimizer)
     state.scaler.update()

@@ -76,6 +76,7 @@ def formatted(value: float, form: str, places: int = 2) -> str:
 
 
 LEARNING_RATE = Figure("learning_rate", ("step",), "last", "g", "learning rate")
+GRADIENT_NORM = Figure("gradient_norm", ("step", "epoch"), "max", label="gradient norm", needs="clip_grad_norm")
 EPOCH_S = Figure("epoch_s", ("epoch",), "last", ".2f", "seconds", places=3)
 VALIDATION_S = Figure("val_s", ("validation",), "last", ".1f", places=3)
 TRAIN_S = Figure("train_s", ("trial",), "last", ".1f", "seconds")
@@ -307,7 +308,7 @@ class Workload(UserClass):
         val = [Figure(f"val_{m.name}", ("validation",), "mean", m.form, f"validation {m.name}") for m in every]
         test = [Figure(f"test_{m.name}", ("test",), "mean", m.form, f"test {m.name}") for m in every]
         rate = Figure(self.rate, ("epoch",), "last", ",.0f", f"{self.nouns}/s", places=1)
-        return (*train, *val, *test, LEARNING_RATE, EPOCH_S, rate, VALIDATION_S, TRAIN_S)
+        return (*train, *val, *test, LEARNING_RATE, GRADIENT_NORM, EPOCH_S, rate, VALIDATION_S, TRAIN_S)
 
     @property
     def identity(self) -> dict[str, Any]:

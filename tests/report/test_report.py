@@ -37,6 +37,7 @@ from tests.sweep.conftest import point
 PHOTOS = ["predictions", "mistakes"]
 METRICS = [metric.name for metric in mnist().all_metrics]
 OF_TRAINING = [*METRICS, "learning_rate"]
+OF_STEPS = ["learning_rate", "gradient_norm"]
 RUN_PICTURES = [*METRICS, "confusion", *PHOTOS, "learning_rate"]
 
 
@@ -102,6 +103,7 @@ def test_the_result_has_the_forms_of_all_figures(finished_run: Path) -> None:
     assert (formats["test_accuracy"], formats["val_loss"], formats["images_per_s"]) == ("fraction", "number", ",.0f")
     of_files = {name for file in ("metrics.csv", "steps.csv") for name in read_csv(folder_at(finished_run), file)[0]}
     assert of_files - {"epoch", "step"} <= formats.keys()
+    assert "gradient_norm" not in formats
 
 
 def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images: Split) -> None:
@@ -333,6 +335,21 @@ def test_a_damaged_file_of_a_run_is_one_line_with_a_remedy(tested_run: RunFolder
     tested_run.write_bytes(name, content)
     with pytest.raises(JobError, match=rf"/run/{name} is damaged: .*; restore it, or delete it$"):
         page.write(tested_run, mnist(), "", None)
+
+
+def test_figures_of_steps_have_a_curve_and_those_of_epochs_a_column(tested_run: RunFolder) -> None:
+    history = History(tested_run, mnist(), TrainConfig(clip_grad_norm=1.0))
+    values = {"loss": 0.5, "accuracy": 0.5}
+    progress = Progress(2, 9, 9, [0.5], values, values, 100, 2.0, 0.01, 18, others={"gradient_norm": 3.25})
+    for event in (progress, EpochFinished(progress)):
+        history.add(event)
+    history.write_steps()
+    assert [name for name in write(tested_run) if name not in METRICS] == ["confusion", *OF_STEPS]
+    text = tested_run.read_text("report.html") or ""
+    assert "Gradient norm over the steps. It ends at 3.2500" in text
+    (header, *rows) = [row for row in Page(text).rows if len(row) == 8 and row[0] in ("epoch", "1", "2")]
+    assert header[-3:] == ["gradient norm", "seconds", "images/s"]
+    assert [row[-3] for row in rows] == ["-", "3.2500"]
 
 
 def test_a_prediction_may_be_long(run: RunFolder) -> None:

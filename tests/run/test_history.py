@@ -122,6 +122,24 @@ def test_a_long_run_has_few_rows_of_steps_with_right_means(run: RunFolder, monke
     assert rows[-1]["step"] == 2000
 
 
+def test_figures_that_are_no_means_are_in_both_files_if_the_run_has_them(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    History(run, mnist(), TrainConfig()).add(finished(1))
+    assert "gradient_norm" not in read_csv(run, "metrics.csv")[0]
+    monkeypatch.setattr("mnist_ray.run.history.MAX_STEP_ROWS", 4)
+    for first, last in ((1, 2), (3, 5)):  # resumed after two steps
+        history = History(run, mnist(), TrainConfig(clip_grad_norm=0.5))
+        for step in range(first, last + 1):
+            others = {} if step == 4 else {"gradient_norm": 10.0 - step}  # a step without weight has none
+            history.add(dataclasses.replace(progress(step), others=others))
+        history.write_steps()
+    history.add(finished(1))
+    found = [(row["step"], row["gradient_norm"]) for row in read_csv(run, STEPS_FILE)]
+    assert found == [("3", "9.0"), ("5", "5.0")]
+    assert columns(run, "train_loss", "gradient_norm", "epoch_s") == [("0.5", "9.0", "2.0")]
+
+
 def test_a_row_of_merged_steps_leaves_out_what_is_not_known() -> None:
     losses, scores = {3: 1.0, 4: 5.0, 9: 2.0}, {3: 0.5, 4: math.nan, 9: math.nan}
     rows = [{"step": step, "train_loss": losses[step], "train_f1": scores[step]} for step in losses]

@@ -124,6 +124,12 @@ def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
 
 
+def test_tensorboard_has_each_figure_of_the_steps(run: RunFolder, tmp_path: Path) -> None:
+    events: list[Event] = [replace(progress(2, [4.0, 3.0]), others={"gradient_norm": 1.5})]
+    assert follow(run, events, INTERRUPTED) == []
+    assert points(read_events(tmp_path / "run"), "step/gradient_norm") == [(2, 1.5)]
+
+
 def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, write: Any, tmp_path: Path) -> None:
     own = """
         from mnist_ray.trackers import Tracker

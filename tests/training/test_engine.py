@@ -307,6 +307,29 @@ def test_progress_has_the_learning_rate_with_which_its_last_step_was_made(few_im
     assert (len(rates), len(set(rates))) == (30, 30)
 
 
+@pytest.mark.parametrize("clip_grad_norm", [None, 0.2])
+def test_progress_has_the_largest_gradient_norm_before_clipping(
+    few_images: Arrays, clip_grad_norm: float | None
+) -> None:
+    norms: list[float] = []
+    found: list[float | None] = []
+    expected: list[float] = []
+
+    def note(state: TrainingState, progress: Progress) -> None:
+        found.append(progress.others.get("gradient_norm"))
+        expected.append(max(norms[-len(progress.losses) :]))
+
+    hooks = Hooks(
+        on_gradients=lambda state: norms.append(
+            nn.utils.get_total_norm(p.grad for p in state.model.parameters()).item()
+        ),
+        on_progress=note,
+    )
+    weights_after(replace(CONFIG, clip_grad_norm=clip_grad_norm), few_images, hooks)
+    assert len(norms) == 30
+    assert found == (expected if clip_grad_norm else [None] * len(expected))
+
+
 @pytest.mark.parametrize(
     ("config", "kind", "options"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -131,9 +132,12 @@ def few_words(config: TrainConfig = CONFIG) -> Arrays:
 
 def trained(
     workload: Words, config: TrainConfig, group: Group, run: RunFolder, resumed: RunFolder | None = None
-) -> tuple[TrainingState, list[float]]:
-    """Train, with a checkpoint in the middle and at the end; return the state and the loss of each step."""
-    losses: list[float] = []
+) -> tuple[TrainingState, list[float], list[tuple[int, float]]]:
+    """Train, with a checkpoint in the middle and at the end; return the state and the loss of each step.
+
+    And, for each report that has it, the number of steps so far and the largest gradient norm since the report before.
+    """
+    losses, norms = list[float](), list[tuple[int, float]]()
 
     def save(state: TrainingState, progress: Progress) -> None:
         about: dict[str, Any] = {"workload": {}, "metrics": {}}
@@ -141,13 +145,18 @@ def trained(
         if (name := checkpoint_name(state.epoch, state.step)) in (MIDDLE, END):
             taken.write(run.inside(name), dist.group.WORLD if state.is_sharded else None)
 
+    def note(state: TrainingState, progress: Progress) -> None:
+        losses.extend(progress.losses)
+        if (norm := progress.others.get("gradient_norm")) is not None:
+            norms.append((len(losses), norm))
+
     split = Split(few_words(config))
     state = engine.create_state(workload, config, len(split), group)
     if resumed is not None:
         assert checkpoint.restore_newest(resumed, state, group=group).name == MIDDLE
-    hooks = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses), on_checkpoint=save)
+    hooks = Hooks(on_progress=note, on_checkpoint=save)
     engine.train(workload, state, split, replace(config, checkpoint_every=4), group, [hooks])
-    return state, losses
+    return state, losses, norms
 
 
 def only_middle(run: RunFolder, group: Group) -> RunFolder:
@@ -169,10 +178,10 @@ def train_cases(rank: int, folder: Path) -> None:
         group, storage = Group(rank, world_size), str(folder)
         store = f"file://{folder}/store-{world_size}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-        losses = {}
+        losses, norms = {}, {}
         for case, (kind, _) in CASES.items():
             run = locate(storage, f"{case}-{world_size}")
-            state, losses[case] = trained(kind(), config_of(case), group, run)
+            state, losses[case], norms[case] = trained(kind(), config_of(case), group, run)
             split = Split(few_words(replace(CONFIG, batch_size=50)))  # of three batches for an evaluation
             together = evaluate_together(kind(), state.result, split, group)
             alone = evaluate(kind(), saved_model.load_model(run.inside(END), kind()), split)
@@ -184,7 +193,7 @@ def train_cases(rank: int, folder: Path) -> None:
         trained(Varying(), config, group, run)
         trained(Varying(), CONFIG, group, locate(storage, f"resumed varying-{world_size}"), only_middle(run, group))
         if rank == 0:
-            (folder / f"losses-{world_size}.json").write_text(json.dumps(losses))
+            (folder / f"losses-{world_size}.json").write_text(json.dumps([losses, norms]))
         if world_size == 2:
             check_damage(locate(storage, "plain-2"), group)
             check_failure(locate(storage, "failed").inside(MIDDLE), group)
@@ -267,8 +276,11 @@ def runs(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def train_plainly(case: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Return the loss of each step, and the last weights or their EMA, of whole batches in a loop of plain PyTorch."""
+def train_plainly(case: str) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Return each step's loss and gradient norm, and the last weights or their EMA, of a loop of plain PyTorch.
+
+    It computes whole batches.
+    """
     kind, config = CASES[case][0], config_of(case)
     words = few_words(config)
     torch.manual_seed(config.seed)
@@ -277,7 +289,7 @@ def train_plainly(case: str) -> tuple[list[float], dict[str, Tensor]]:
     optimizer = kind().create_optimizer(model, config)
     scheduler = kind().create_scheduler(optimizer, config, total_steps)
     inputs, targets = torch.tensor(words.inputs), torch.tensor(words.targets)
-    losses, average = [], dict[str, Tensor]()
+    losses, norms, average = [], [], dict[str, Tensor]()
     for epoch in range(config.num_epochs):
         for indices, *_ in ShardedBatchSampler(len(words), config.batch_size, seed=config.seed, pass_number=epoch):
             chosen = torch.from_numpy(indices)
@@ -285,13 +297,13 @@ def train_plainly(case: str) -> tuple[list[float], dict[str, Tensor]]:
             losses.append(loss.item())
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf).item())
             optimizer.step()
             scheduler.step()
             decay = config.ema_decay or 0.0 if average else 0.0
             for name, value in model.state_dict().items():
                 average[name] = decay * average.get(name, 0) + (1 - decay) * value
-    return losses, average if config.ema_decay else model.state_dict()
+    return losses, norms, average if config.ema_decay else model.state_dict()
 
 
 def weights_in(run: Path) -> dict[str, Tensor]:
@@ -301,11 +313,16 @@ def weights_in(run: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_sharded_training_agrees_with_a_plain_loop(runs: Path, case: str, world_size: int) -> None:
-    losses, weights = train_plainly(case)
-    found = json.loads((runs / f"losses-{world_size}.json").read_text())[case]
+    losses, norms, weights = train_plainly(case)
+    of_cases, norms_of_cases = json.loads((runs / f"losses-{world_size}.json").read_text())
+    found, largest = of_cases[case], norms_of_cases[case]
     assert found[0] == pytest.approx(losses[0], rel=1e-5)
     assert found == pytest.approx(losses, rel=1e-3)
     assert losses[-1] < losses[0]
+    ends = [0, *(end for end, _ in largest)]
+    expected = [max(norms[start:end]) for start, end in itertools.pairwise(ends)]
+    assert [norm for _, norm in largest] == pytest.approx(expected, rel=1e-3)
+    assert bool(largest) == ("clip_grad_norm" in CASES[case][1])
     of_run = weights_in(runs / f"{case}-{world_size}")
     assert all(torch.allclose(of_run[name], value, atol=1e-3) for name, value in weights.items())
     assert of_run.keys() == weights.keys()
