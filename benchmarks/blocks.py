@@ -31,7 +31,6 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -267,9 +266,8 @@ def train(place: str, number: int, num_epochs: int, read_ahead_mib: int, first_s
 def read(place: str, rank: int, world_size: int, first_step: int = 0) -> dict[str, Any]:
     """Read a rank's part of an epoch; return a digest of each step's labels, in the order of the ranks."""
     dataset = batches_of(Split(Parquet(place)), torch.device("cpu"), None, _FEW_MIB)
-    begun, state = time.perf_counter(), SimpleNamespace(epoch=0, total_step=first_step)
-    config = TrainConfig(num_epochs=1)
-    order = dataset.announce(config, state, Group(rank, world_size), 0)  # type: ignore[union-attr,arg-type]
+    begun, config = time.perf_counter(), TrainConfig(num_epochs=1)
+    order = dataset.announce(config, 0, first_step, rank, world_size)  # type: ignore[union-attr]
     options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step, "order": order}
     sampler = ShardedBatchSampler(len(dataset), config.batch_size, config.seed, 0, **options)
     sums, first_s = [], 0.0

@@ -24,14 +24,13 @@ from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.errors import ExampleError, UsageError, first_line
 from mnist_ray.training.block_reader import BlockReader, OnDemand, ReadAhead
 from mnist_ray.training.sampler import Request
-from mnist_ray.training.state import Group, TrainingState
-from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Split
 from mnist_ray.workload.memory import map_arrays
 from mnist_ray.workload.order import StreamOrder, part_of
 from mnist_ray.workload.splits import sizes_in
 from mnist_ray.workload.tensors import map_tensors
 
+FindFault = Callable[[Any], str]
 Collate = Callable[[list[tuple[Any, Any]]], "tuple[Any, Any] | None"]
 _PASSING = (MemoryError, ConnectionError, TimeoutError, bdb.BdbQuit)  # the last one ends a debugger
 _PR_SET_PDEATHSIG = 1  # of prctl.h: the signal for a process whose parent has exited
@@ -153,23 +152,25 @@ class BlockBatches(ExampleBatches):
         self._read_ahead_mib = read_ahead_mib
         self._reader: BlockReader = OnDemand(split, read_ahead_mib, self._sizes)
 
-    def announce(self, config: TrainConfig, state: TrainingState, group: Group, pass_number: int) -> StreamOrder | None:
+    def announce(
+        self, config: TrainConfig, pass_number: int, first_step: int, rank: int, world_size: int
+    ) -> StreamOrder | None:
         """Return the order of a pass over the data, and from now on read ahead; None if there is no such order.
 
-        Raises ExampleError if there are fewer streams than workers.
+        ``first_step``: the first step, over all epochs, that this process makes. Raises ExampleError if there are fewer
+        streams than workers.
         """
         if (sizes := self._sizes) is None:
             return None
-        if group.world_size > config.num_chunks:
+        if world_size > config.num_chunks:
             streams = f"the {config.num_chunks} streams of blocks; start a run with more --num-chunks, or fewer workers"
-            raise ExampleError(f"{group.world_size} workers are more than {streams}")
+            raise ExampleError(f"{world_size} workers are more than {streams}")
         order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_chunks, config.seed)
         if not isinstance(self._reader, ReadAhead):  # the first pass; the others follow without a wait
-            first = state.total_step
-            own = part_of(config.num_chunks, group.rank, group.world_size)
+            own = part_of(config.num_chunks, rank, world_size)
             passes = range(pass_number, math.ceil(config.total_steps(len(self)) / config.steps_per_pass(len(self))))
-            reads = (read for later in passes for read in order(later).reads(own, first))
-            self._reader = ReadAhead(self.split, self._read_ahead_mib, reads, first)
+            reads = (read for later in passes for read in order(later).reads(own, first_step))
+            self._reader = ReadAhead(self.split, self._read_ahead_mib, reads, first_step)
         return order(pass_number)
 
     def __getitem__(self, request: Request) -> MicroBatch:
@@ -193,13 +194,13 @@ def _rows_of_blocks(arrays_of: dict[int, Arrays], blocks: np.ndarray, rows: np.n
 class _Checked(Blocks):
     """Blocks that are checked as they are read: arrays must be like those of the first block, and fit the workload."""
 
-    def __init__(self, blocks: Blocks, workload: Workload) -> None:
-        self._blocks, self._workload, self.sizes = blocks, workload, blocks.sizes
+    def __init__(self, blocks: Blocks, find_fault: FindFault) -> None:
+        self._blocks, self._find_fault, self.sizes = blocks, find_fault, blocks.sizes
         self._shapes = dict[str, tuple[str, Any]]()  # of the first block that any thread has read, with its name
 
     def read(self, block: int) -> Any:
         examples, names = self._blocks.read(block), self._blocks.block_names
-        name, fault = names[block] if names else f"block {block}", self._workload.find_fault(examples)
+        name, fault = names[block] if names else f"block {block}", self._find_fault(examples)
         if isinstance(examples, Arrays):
             shapes = {part: array.shape[1:] for part, array in examples.named.items()}
             first, others = self._shapes.setdefault("first", (name, shapes))
@@ -210,10 +211,10 @@ class _Checked(Blocks):
         return examples
 
 
-def checked(split: Split, workload: Workload) -> Split:
-    """Return a split, whose blocks are now checked as they are read, if it has any."""
+def checked(split: Split, find_fault: FindFault) -> Split:
+    """Return a split, whose blocks are now checked as they are read, if it has any. ``find_fault`` is the workload's."""
     blocks = split.examples
-    return Split(_Checked(blocks, workload), split.indices, split.origin) if isinstance(blocks, Blocks) else split
+    return Split(_Checked(blocks, find_fault), split.indices, split.origin) if isinstance(blocks, Blocks) else split
 
 
 def batches_of(

@@ -110,7 +110,7 @@ def train(
     for callback in callbacks:
         callback.on_start(state, group)
     gradients = Gradients(workload, state, config, group)
-    source = batches_of(checked(split, workload), group.device, workload.collate, read_ahead_mib)
+    source = batches_of(checked(split, workload.find_fault), group.device, workload.collate, read_ahead_mib)
     window, progress, watch = LoggingWindow(workload, group), None, state.watch
     while not is_over(state, config):
         window.restart_clock()
@@ -184,7 +184,9 @@ def _steps_of_pass(
         first_step=first_step,
         num_chunks=config.reproducible_chunks,
         micro_batch_size=config.micro_batch_size,
-        order=source.announce(config, state, group, pass_number) if isinstance(source, BlockBatches) else None,
+        order=source.announce(config, pass_number, state.total_step, group.rank, group.world_size)
+        if isinstance(source, BlockBatches)
+        else None,
     )
     if isinstance(source, ExampleBatches):
         source.seed = seed_of(config.seed, pass_number, 0)

@@ -4,7 +4,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,7 +15,6 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError
 from mnist_ray.training.batches import BlockBatches, MicroBatch, batch_loader, batches_of, checked
 from mnist_ray.training.sampler import Request, ShardedBatchSampler
-from mnist_ray.training.state import Group
 from mnist_ray.workload import Arrays, Blocks, Classification, Regression, Workload
 from mnist_ray.workload.data import Split
 from tests.conftest import SIZES, Numbers, wait_for
@@ -35,14 +33,13 @@ def epochs(
     dataset: BlockBatches, rank: int = 0, world_size: int = 1, first_step: int = 0, config: TrainConfig = CONFIG
 ) -> Iterator[MicroBatch]:
     """Yield a rank's batches of all epochs, as the engine reads them."""
-    state: Any = SimpleNamespace(epoch=0, step=first_step, total_step=first_step)
-    for state.epoch in range(config.num_epochs):
-        order = dataset.announce(config, state, Group(rank, world_size), state.epoch)
+    for epoch in range(config.num_epochs):
+        order = dataset.announce(config, epoch, first_step, rank, world_size)
+        step = 0 if epoch else first_step
         sampler = ShardedBatchSampler(
-            len(dataset), config.batch_size, config.seed, state.epoch, rank, world_size, state.step, order=order
+            len(dataset), config.batch_size, config.seed, epoch, rank, world_size, step, order=order
         )
         yield from batch_loader(dataset, sampler, CPU)
-        state.step = 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -187,7 +184,7 @@ class OfLabels(Blocks):
 
 def read_all(blocks: Blocks, workload: Workload) -> list[int]:
     """Return the targets, as an evaluation reads them."""
-    batches = batches_of(checked(Split(blocks), workload), CPU, workload.collate)
+    batches = batches_of(checked(Split(blocks), workload.find_fault), CPU, workload.collate)
     return [target for start in (0, 4, 8) for target in batches[Request(np.arange(start, start + 4))].targets.tolist()]
 
 
@@ -258,7 +255,7 @@ def test_examples_that_no_order_announces_are_read_when_needed() -> None:
     assert sorted(blocks.read_blocks) == [0, 1]
     few = Split(blocks, np.tile(np.arange(35, 45), 3))  # as with --overfit-batches
     dataset = BlockBatches(few, None, 64)
-    assert dataset.announce(CONFIG, Mock(total_step=0), Group(), 0) is None
+    assert dataset.announce(CONFIG, 0, 0, rank=0, world_size=1) is None
 
 
 def test_an_evaluation_reads_each_block_once_and_holds_few_whatever_the_memory() -> None:
