@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule
 
+from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.state import TrainingState
 
 TRACE = Path.home() / "trace.json.gz"
 

@@ -20,10 +20,11 @@ from torch.multiprocessing.spawn import spawn
 
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
+from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine, shared_memory
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of

@@ -13,11 +13,12 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from mnist_ray.mnist import problem
+from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder
 from mnist_ray.trackers import Tracker
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Event
-from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Arrays, Data, setting
 
 

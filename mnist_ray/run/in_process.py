@@ -10,6 +10,7 @@ import torch
 from mnist_ray.cluster.plan import WorkerPlan, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
+from mnist_ray.parallel.group import Group
 from mnist_ray.run.find import Fitted, best_of
 from mnist_ray.run.retention import drop_worse
 from mnist_ray.run.session import Session
@@ -17,7 +18,7 @@ from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.metrics import CheckpointMetrics
-from mnist_ray.training.state import Group, StopWantedError, TrainingState
+from mnist_ray.training.state import StopWantedError, TrainingState
 
 
 def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:

@@ -20,6 +20,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
+from mnist_ray.parallel.group import Group
 from mnist_ray.ray_versions import preemption_info
 from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
 from mnist_ray.run.life import STORAGE_LIMIT_S
@@ -29,7 +30,7 @@ from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Note, Outcome, Progress
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.sharding import is_wanted
-from mnist_ray.training.state import Group, StopWantedError, TrainingState
+from mnist_ray.training.state import StopWantedError, TrainingState
 from mnist_ray.training.stopwatch import STORAGE, Pace
 
 _ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be preempted: every tenth window

@@ -21,6 +21,7 @@ from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.cluster.watch import in_thread
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
+from mnist_ray.parallel.group import Group
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.job import Job
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
@@ -34,7 +35,7 @@ from mnist_ray.training.metrics import CheckpointMetrics, score
 from mnist_ray.training.reproducible import check_arithmetic
 from mnist_ray.training.saved_model import load_fitting, read_weights
 from mnist_ray.training.sharding import resharded
-from mnist_ray.training.state import Group, StopWantedError, TrainingState, best_epoch, is_over
+from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split

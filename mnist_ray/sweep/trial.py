@@ -17,6 +17,7 @@ from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
+from mnist_ray.parallel.group import Group
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
 from mnist_ray.run.job import Job
 from mnist_ray.run.retention import drop_earlier, drop_worse
@@ -26,7 +27,7 @@ from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.space import Point
 from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.metrics import CheckpointMetrics
-from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over
+from mnist_ray.training.state import StopWantedError, TrainingState, is_over
 
 
 @dataclass(frozen=True)

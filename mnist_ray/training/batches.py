@@ -212,7 +212,7 @@ class _Checked(Blocks):
 
 
 def checked(split: Split, find_fault: FindFault) -> Split:
-    """Return a split, whose blocks are now checked as they are read, if it has any. ``find_fault`` is the workload's."""
+    """Return a split whose blocks, if it has any, are checked as they are read. ``find_fault`` is the workload's."""
     blocks = split.examples
     return Split(_Checked(blocks, find_fault), split.indices, split.origin) if isinstance(blocks, Blocks) else split
 

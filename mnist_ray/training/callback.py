@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from mnist_ray.workload.user_code import UserClass
 
 if TYPE_CHECKING:
+    from mnist_ray.parallel.group import Group
     from mnist_ray.training.events import Progress
-    from mnist_ray.training.state import Group, TrainingState
+    from mnist_ray.training.state import TrainingState
 
 
 class Callback(UserClass):

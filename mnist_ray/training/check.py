@@ -23,10 +23,10 @@ from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.settings import values_of
 from mnist_ray.training import sharding
 from mnist_ray.training.batches import MicroBatch, batches_of
-from mnist_ray.training.checkpoint import snapshot
+from mnist_ray.training.checkpoint import check_kept, snapshot
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.sampler import Request
-from mnist_ray.training.state import TrainingState, check_kept
+from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
 from mnist_ray.training.tensor_files import check_held
 from mnist_ray.workload import Classification, Regression, Workload

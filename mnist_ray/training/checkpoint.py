@@ -22,6 +22,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
+from mnist_ray.parallel.group import Group
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, position_of, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import CheckpointMetrics, MetricSums
-from mnist_ray.training.state import Group, TrainingState, state_of
+from mnist_ray.training.state import TrainingState
 from mnist_ray.training.tensor_files import (
     DamagedFileError,
     Rows,
@@ -43,9 +45,8 @@ from mnist_ray.training.tensor_files import (
     content_of,
     file_name,
     files_of,
-    is_sharded,
 )
-from mnist_ray.workload.tensors import map_tensors
+from mnist_ray.workload.tensors import is_sharded, map_tensors
 
 STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
@@ -365,3 +366,22 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFol
     except RuntimeError as error:
         difference = f"{str(error).splitlines()[-1].strip()}; restore the code and the settings"
         raise OtherModelError(f"checkpoint {folder.uri} does not fit the model: {difference}") from error
+
+
+def check_kept(values: object) -> None:
+    """Raise torch's error if a checkpoint cannot hold these values, since it is read with ``weights_only``."""
+    saved = io.BytesIO()
+    torch.save(values, saved)
+    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+
+
+def state_of(callback: Callback) -> dict[str, Any]:
+    """Return a callback's state for a checkpoint. Raises TrainingStoppedError if a checkpoint cannot hold it."""
+    values = callback.state_dict()
+    try:
+        check_kept(values)
+    except Exception as error:  # torch's own message would advise to run code
+        code, said = callback.state_dict.__code__, "returns more than numbers, strings, lists, dicts and tensors"
+        place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
+        raise TrainingStoppedError(f"{type(callback).__name__}.state_dict {said} ({place})") from error
+    return values

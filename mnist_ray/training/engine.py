@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
+from mnist_ray.parallel.group import Group
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import sharding
 from mnist_ray.training.batches import (
@@ -31,13 +33,12 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler
-from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over, move_average
+from mnist_ray.training.state import StopWantedError, TrainingState, is_over
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
-from mnist_ray.training.tensor_files import is_sharded, rows_here
 from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload.base import GRADIENT_NORM, Figure, Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.tensors import with_fast_layout
+from mnist_ray.workload.tensors import is_sharded, rows_here, with_fast_layout
 
 MAX_STEPS_UNSAVED = 1000  # without --checkpoint-every
 
@@ -261,3 +262,17 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
     if group.world_size > 1:
         dist.all_reduce(supported, dist.ReduceOp.MIN)
     return "bf16" if supported.item() else "fp32"
+
+
+@torch.no_grad()
+def move_average(state: TrainingState, decay: float) -> None:
+    """Move the EMA towards the weights; copy buffers and whole numbers. ``AveragedModel`` would wait for the GPU."""
+    assert state.average is not None
+    moved, copied = list[tuple[Tensor, Tensor]](), [*zip(state.average.buffers(), state.model.buffers(), strict=True)]
+    both = (map(rows_here, model.parameters()) for model in (state.average, state.model))
+    for pair in zip(*both, strict=True):
+        (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
+    is_first = state.epoch == state.step == 0
+    get_ema_multi_avg_fn(0.0 if is_first else decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]
+    for own, value in copied:
+        own.copy_(value)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mnist_ray.errors import UsageError
+from mnist_ray.parallel.group import Group
 from mnist_ray.training import sharding
 from mnist_ray.training.batches import batch_loader, batches_of, checked, to_device
 from mnist_ray.training.metrics import Evaluation, check_columns
 from mnist_ray.training.sampler import Request, split_bounds
-from mnist_ray.training.state import Group
 from mnist_ray.training.step import forward, sums_of
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split

@@ -1,39 +1,24 @@
-"""The state that training changes, and this process's rank."""
+"""The state that training changes."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import TrainingStoppedError
-from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.stopwatch import Pace, Stopwatch
-from mnist_ray.training.tensor_files import is_sharded, rows_here
+from mnist_ray.workload.tensors import is_sharded
 
 
 class StopWantedError(Exception):
     """Training has saved a checkpoint and stopped, as it was asked to. Raised on every rank alike."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """This process's rank and device. With several ranks, ``torch.distributed`` is initialized."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass
@@ -86,20 +71,6 @@ class TrainingState:
         return self.model if self.average is None else self.average
 
 
-@torch.no_grad()
-def move_average(state: TrainingState, decay: float) -> None:
-    """Move the EMA towards the weights; copy buffers and whole numbers. ``AveragedModel`` would wait for the GPU."""
-    assert state.average is not None
-    moved, copied = list[tuple[Tensor, Tensor]](), [*zip(state.average.buffers(), state.model.buffers(), strict=True)]
-    both = (map(rows_here, model.parameters()) for model in (state.average, state.model))
-    for pair in zip(*both, strict=True):
-        (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
-    is_first = state.epoch == state.step == 0
-    get_ema_multi_avg_fn(0.0 if is_first else decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]
-    for own, value in copied:
-        own.copy_(value)
-
-
 def is_over(state: TrainingState, config: TrainConfig) -> bool:
     """Tell whether training ends here: after the last epoch, by early stopping, or by a callback."""
     scores, patience = state.scores, config.early_stop
@@ -110,22 +81,3 @@ def is_over(state: TrainingState, config: TrainConfig) -> bool:
 def best_epoch(scores: Sequence[float]) -> int:
     """Return the epoch with the best score, counted from 1; of equal scores, the first."""
     return scores.index(max(scores)) + 1
-
-
-def check_kept(values: object) -> None:
-    """Raise torch's error if a checkpoint cannot hold these values, since it is read with ``weights_only``."""
-    saved = io.BytesIO()
-    torch.save(values, saved)
-    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-
-
-def state_of(callback: Callback) -> dict[str, Any]:
-    """Return a callback's state for a checkpoint. Raises TrainingStoppedError if a checkpoint cannot hold it."""
-    values = callback.state_dict()
-    try:
-        check_kept(values)
-    except Exception as error:  # torch's own message would advise to run code
-        code, said = callback.state_dict.__code__, "returns more than numbers, strings, lists, dicts and tensors"
-        place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
-        raise TrainingStoppedError(f"{type(callback).__name__}.state_dict {said} ({place})") from error
-    return values

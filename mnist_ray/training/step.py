@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from mnist_ray.config import Precision
 from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.metrics import WEIGHT
-from mnist_ray.training.tensor_files import is_sharded
 from mnist_ray.workload import Classification, Regression, Workload
-from mnist_ray.workload.tensors import as_fp32, autocast, detached
+from mnist_ray.workload.tensors import as_fp32, autocast, detached, is_sharded
 
 
 def forward(

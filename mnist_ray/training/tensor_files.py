@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
+from mnist_ray.workload.tensors import is_sharded
 
 _DIGESTED_BYTES = 2**15  # of a digest, about; reading rows reads up to so many bytes more at each end
 _DTYPES = {
@@ -96,17 +97,6 @@ def check_held(tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
             kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
             raise UsageError(f"a checkpoint cannot hold {name} ({kind}); use another type, or persistent=False")
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a ``DTensor``, without the import of its class, which takes a second."""
-    return hasattr(tensor, "to_local")
-
-
-def rows_here(tensor: Tensor) -> Tensor:
-    """Return the rows of a tensor that this rank holds: some of a ``DTensor``, otherwise all."""
-    sharded: Any = tensor
-    return sharded.to_local() if is_sharded(tensor) else tensor
 
 
 def _bytes_of(values: Tensor) -> memoryview:

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mnist_ray.errors import TrainingStoppedError
+from mnist_ray.parallel.group import Group
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
-from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS
 from mnist_ray.workload.base import Figure, Workload
 

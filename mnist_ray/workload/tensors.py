@@ -55,3 +55,14 @@ def with_fast_layout(model: nn.Module) -> nn.Module:
     if any(tensor.dim() == 5 for tensor in (*model.parameters(), *model.buffers())):  # PyTorch would raise
         return model
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a ``DTensor``, without the import of its class, which takes a second."""
+    return hasattr(tensor, "to_local")
+
+
+def rows_here(tensor: Tensor) -> Tensor:
+    """Return the rows of a tensor that this rank holds: some of a ``DTensor``, otherwise all."""
+    sharded: Any = tensor
+    return sharded.to_local() if is_sharded(tensor) else tensor

@@ -39,6 +39,7 @@ from mnist_ray.cluster import waiting
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
+from mnist_ray.parallel.group import Group
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, life, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
@@ -58,7 +59,7 @@ from mnist_ray.training.engine import create_state
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
-from mnist_ray.training.state import Group, StopWantedError
+from mnist_ray.training.state import StopWantedError
 from mnist_ray.workload import Regression
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from mnist_ray import train
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.parallel.group import Group
 from mnist_ray.run.find import read_initial
 from mnist_ray.run.job import Job, read_job
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import INITIAL_FILE, RunFolder
 from mnist_ray.training import checkpoint, engine
-from mnist_ray.training.state import Group
 from tests.conftest import METADATA, folder_at, mnist
 
 HEAD = """

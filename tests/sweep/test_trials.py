@@ -17,6 +17,7 @@ from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.parallel.group import Group
 from mnist_ray.report.run_files import csv_text
 from mnist_ray.run.job import read_job
 from mnist_ray.run.worker import LoopSpec, train_worker
@@ -28,7 +29,7 @@ from mnist_ray.sweep.trial import TuneReporter
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
 from mnist_ray.sweep.tune import SweepConsole, read_sweep
 from mnist_ray.training.checkpoint import Snapshot, read_state
-from mnist_ray.training.state import Group, StopWantedError
+from mnist_ray.training.state import StopWantedError
 from mnist_ray.workload import Regression, Workload, setting
 from tests.conftest import QUICK, mnist, with_data
 from tests.sweep.conftest import point

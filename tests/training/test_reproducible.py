@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
+from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
 from mnist_ray.training.reproducible import Chunks, Subtree, added_up, check_arithmetic
-from mnist_ray.training.state import Group
 from mnist_ray.workload import Regression, Workload
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.order import part_of

@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.parallel.group import Group
 from mnist_ray.run.job import read_job
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.events import Progress
 from mnist_ray.training.sampler import ShardedBatchSampler
-from mnist_ray.training.state import Group, StopWantedError, TrainingState
+from mnist_ray.training.state import StopWantedError, TrainingState
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Split
 from tests.conftest import ROOT

@@ -20,13 +20,14 @@ from torch.amp import GradScaler
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
 from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.check import check_batch
 from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.sampler import ShardedBatchSampler
-from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.base import Metric
 from mnist_ray.workload.data import Arrays, Split
