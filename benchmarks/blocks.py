@@ -42,17 +42,17 @@ from pyarrow import parquet as pq
 
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
+from mnist_ray.data.batches import batch_loader, batches_of
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.data.sources import Parquet
 from mnist_ray.mnist import MNIST, idx, problem
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
-from mnist_ray.training.batches import batch_loader, batches_of
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
-from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Data, setting
-from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.sources import Parquet
 
 PEER = Path(__file__).parent / "peers" / "streams.py"
 NUMBER = 59_900  # images

@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.splits import splits_of
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
@@ -35,7 +36,6 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.state import StopWantedError, TrainingState
 from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.loading import DEFAULT, load
-from mnist_ray.workload.splits import splits_of
 
 ROOT = Path(__file__).parent.parent
 GPT = str(ROOT / "examples" / "gpt.py")

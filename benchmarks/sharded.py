@@ -32,18 +32,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from mnist_ray.checkpoints import checkpoint
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.data.tensors import rows_here
+from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder, locate
-from mnist_ray.training import checkpoint, engine, sharding
+from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Arrays, Workload
-from mnist_ray.workload.data import Split
-from mnist_ray.workload.tensors import rows_here
 
 PARTS = ("memory", "losses")
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, optimizer="adamw", learning_rate=3e-4, schedule="constant")

@@ -26,7 +26,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.run.job_data import load_splits
+from mnist_ray.job.job_data import load_splits
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import locate
 from mnist_ray.sweep import trial, tuner

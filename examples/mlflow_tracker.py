@@ -16,12 +16,12 @@ import mlflow
 import torch
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
+from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.errors import masked
 from mnist_ray.storage import ORIGIN_FILE
 from mnist_ray.tools.export import inputs_of, test_batches
 from mnist_ray.trackers import Tracker
 from mnist_ray.training.events import Started, TrialEnded
-from mnist_ray.training.saved_model import load_model
 
 FOLDER = "mnist_ray.run"  # a tag with the run's folder, to find the MLflow run again
 MOST_METRICS = 1000  # a server takes no more in one request

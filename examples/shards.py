@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from mnist_ray.data.sources import Parquet, open_picture
 from mnist_ray.workload import Choice, Classification, Data, at_least, setting
-from mnist_ray.workload.sources import Parquet, open_picture
 
 
 @dataclass(frozen=True, kw_only=True)

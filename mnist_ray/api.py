@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from mnist_ray.cluster import environment, kept
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.job.job import Job, read_job
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, workload_of
-from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, declared
 from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder, find_run
@@ -33,7 +33,7 @@ from ray_fork.starting import prepared_forking
 if TYPE_CHECKING:
     from torch import nn
 
-    from mnist_ray.run.find import Found
+    from mnist_ray.job.find import Found
     from mnist_ray.tools.predict import Prediction
 
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
@@ -256,7 +256,7 @@ def find(
     changes: Mapping[str, Any] | None = None,
 ) -> Found:
     """Find a run's checkpoint and its workload like ``run.find.find``."""
-    from mnist_ray.run.find import find as find_checkpoint  # imports torch
+    from mnist_ray.job.find import find as find_checkpoint  # imports torch
 
     if isinstance(run, Run):
         workload, run = workload or type(run.workload), run.checkpoint

@@ -26,15 +26,15 @@ from pyarrow import parquet as pq
 
 from mnist_ray import cli
 from mnist_ray.cluster import environment
+from mnist_ray.data.data import Arrays, Blocks, Splits
 from mnist_ray.extras import is_on
+from mnist_ray.job.job import Job
+from mnist_ray.job.job_data import check_against_data, load_splits
 from mnist_ray.mnist import MNIST, idx
-from mnist_ray.run.job import Job
-from mnist_ray.run.job_data import check_against_data, load_splits
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
-from mnist_ray.workload.data import Arrays, Blocks, Splits
 from ray_fork.starting import prepared_forking
 
 ROOT = Path(__file__).parent.parent

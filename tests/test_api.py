@@ -27,13 +27,13 @@ import mnist_ray
 from mnist_ray import Run
 from mnist_ray.api import reference_of
 from mnist_ray.cluster import environment
+from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.job.job import read_job
+from mnist_ray.job.job_data import load_splits
 from mnist_ray.mnist import MNIST
-from mnist_ray.run.job import read_job
-from mnist_ray.run.job_data import load_splits
 from mnist_ray.storage import locate
 from mnist_ray.sweep.trials import Sweep
-from mnist_ray.workload.data import Arrays
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import prepared_forking
 from tests.conftest import CELL, QUICK, ROOT, callback_at

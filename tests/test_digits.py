@@ -8,9 +8,9 @@ from PIL import Image
 from scipy import ndimage
 
 from examples.digits import Digits, augmented, to_mnist
+from mnist_ray.data.data import Arrays
 from mnist_ray.errors import UsageError
 from mnist_ray.tools.predict import read_image
-from mnist_ray.workload.data import Arrays
 
 EXIF_ORIENTATION = 0x0112
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_ray.training.batches import batches_of
-from mnist_ray.training.sampler import Request
+from mnist_ray.data.batches import batches_of
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import Request
 from mnist_ray.workload import Arrays
-from mnist_ray.workload.data import Split
 from tests.conftest import QUICK, ROOT, as_flags
 
 PAGES = [

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import mnist_ray
+from mnist_ray.data.data import Arrays
+from mnist_ray.data.memory import owner_of
 from mnist_ray.errors import JobError
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.workload.data import Arrays
 from mnist_ray.workload.loading import load
-from mnist_ray.workload.memory import owner_of
 from tests.conftest import ROOT, as_flags, callback_at, folder_at, run_main, write_pictures
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -20,16 +20,17 @@ from torch.multiprocessing.spawn import spawn
 
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Splits
+from mnist_ray.data.splits import splits_of
+from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import engine, shared_memory
+from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of
-from mnist_ray.workload.data import Splits
-from mnist_ray.workload.splits import splits_of
 
 
 class _Rates(Callback):

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.training.sampler import ShardedBatchSampler
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.data.splits import splits_of
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of
-from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load
-from mnist_ray.workload.splits import splits_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gpt.py"
 

@@ -13,12 +13,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster.devices import UnusableGPUError, device_here
 from mnist_ray.cluster.plan import WorkerPlan, node_of, suitable
+from mnist_ray.data.data import Blocks, Origin, Split
+from mnist_ray.data.order import AllBut
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.provenance import versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Blocks, Origin, Split
-from mnist_ray.workload.order import AllBut
 from ray_fork.starting import has_own_python
 
 _TIMEOUT_S, _INSTALLING_TIMEOUT_S = 60.0, 900.0  # the latter if nodes first install packages

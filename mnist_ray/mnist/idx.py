@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.settings import path_of
-from mnist_ray.workload.data import Arrays
 
 IMAGE_SHAPE = (28, 28)
 _MAX_CLASSES = 10

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mnist_ray.data.data import Data
 from mnist_ray.mnist import idx
 from mnist_ray.settings import setting
 from mnist_ray.workload.classification import Classification
-from mnist_ray.workload.data import Data
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,25 +11,25 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from mnist_ray import extras
+from mnist_ray.checkpoints.checkpoint import read_state
+from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, without_unusable_gpus
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import EvaluationConfig, WorkerConfig
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import split_bounds
+from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
-from mnist_ray.run.console import RunConsole
-from mnist_ray.run.find import Found
+from mnist_ray.job.find import Found
+from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import flag
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
-from mnist_ray.training.checkpoint import read_state
 from mnist_ray.training.evaluation import batch_size_of, evaluate
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.training.sampler import split_bounds
-from mnist_ray.training.saved_model import load_model
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
-from mnist_ray.workload.data import Split
-from mnist_ray.workload.tensors import with_fast_layout
 from ray_fork.starting import Forking
 
 

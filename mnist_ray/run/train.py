@@ -2,9 +2,9 @@
 
 import functools
 
-from mnist_ray.run.job import Job
-from mnist_ray.run.job_data import check_against_data, load_splits
-from mnist_ray.run.session import console_of, opened, say_run, started
+from mnist_ray.job.job import Job
+from mnist_ray.job.job_data import check_against_data, load_splits
+from mnist_ray.job.session import console_of, opened, say_run, started
 
 
 def train(job: Job) -> None:
@@ -14,13 +14,14 @@ def train(job: Job) -> None:
         job = check_against_data(job, data)
         console = console_of(job)
         with opened(start, job, data, console, functools.partial(say_run, console, job, data)) as session:
-            from mnist_ray.run import fit, in_process, record  # they import torch, which was loaded while Ray started
+            from mnist_ray.record import recorder  # these import torch, which was loaded while Ray started
+            from mnist_ray.run import fit, in_process
 
             plan = fit.plan(session)
             if job.output.check:
-                record.check(session, plan)
+                recorder.check(session, plan)
                 return
             fit_run = in_process.fit_here if session.is_here else fit.fit
-            with record.recorded(session, plan) as this_run:  # however the run ends, a report is written
+            with recorder.recorded(session, plan) as this_run:  # however the run ends, a report is written
                 fitted = fit_run(session, plan, this_run.on_event)
                 this_run.test(fitted)

@@ -14,31 +14,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from mnist_ray.checkpoints import checkpoint as checkpoints
+from mnist_ray.checkpoints.saved_model import load_fitting, read_weights
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.cluster.watch import in_thread
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Split
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
+from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.reproducible import check_arithmetic
+from mnist_ray.parallel.sharding import resharded
 from mnist_ray.provenance import arithmetic, versions
-from mnist_ray.run.job import Job
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, position_of
-from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together, evaluating
 from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import CheckpointMetrics, score
-from mnist_ray.training.reproducible import check_arithmetic
-from mnist_ray.training.saved_model import load_fitting, read_weights
-from mnist_ray.training.sharding import resharded
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.workload import user_code
-from mnist_ray.workload.data import Split
 
 
 @dataclass(frozen=True, kw_only=True)

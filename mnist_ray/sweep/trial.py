@@ -13,19 +13,19 @@ import ray.train
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from mnist_ray.checkpoints.checkpoint import Restored
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
+from mnist_ray.job.job import Job
+from mnist_ray.job.retention import drop_earlier, drop_worse
 from mnist_ray.parallel.group import Group
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
-from mnist_ray.run.job import Job
-from mnist_ray.run.retention import drop_earlier, drop_worse
 from mnist_ray.run.trainer import create_trainer, drop_rays_list
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.space import Point
-from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from mnist_ray.config import SweepConfig, WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.job.job import Job
 from mnist_ray.report.run_files import csv_text, read_csv
-from mnist_ray.run.job import Job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweep.space import Point, Space

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig
+from mnist_ray.data.data import Splits
 from mnist_ray.errors import JobError, UsageError, command, count, format_settings, format_value, in_words, redact
-from mnist_ray.run.console import RunConsole
-from mnist_ray.run.job import read_job
-from mnist_ray.run.job_data import check_against_data, load_splits
-from mnist_ray.run.session import opened, say_data, started
+from mnist_ray.job.job import read_job
+from mnist_ray.job.job_data import check_against_data, load_splits
+from mnist_ray.job.session import opened, say_data, started
+from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import Given
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.halving import rungs_of
@@ -25,7 +26,6 @@ from mnist_ray.sweep.proposals import propose
 from mnist_ray.sweep.ranking import find_best, ranked
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
-from mnist_ray.workload.data import Splits
 
 
 def read_sweep(given: Given | None = None) -> Sweep:
@@ -69,7 +69,7 @@ def tune(sweep: Sweep) -> Sweep:
         console = SweepConsole(sweep)
         say_header = functools.partial(say_sweep, console, sweep, data)
         with opened(start, sweep.job, data, console, say_header, sweep.batch_sizes) as session:
-            from mnist_ray.run.record import check_nodes_for  # torch is loaded by now
+            from mnist_ray.record.recorder import check_nodes_for  # torch is loaded by now
             from mnist_ray.sweep.search import plan_trials, search, train_chosen
 
             plan, concurrent = plan_trials(session, sweep)

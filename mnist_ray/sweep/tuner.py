@@ -21,7 +21,7 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, count, masked
-from mnist_ray.run.retention import drop_trials
+from mnist_ray.job.retention import drop_trials
 from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line
 from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments
 from mnist_ray.sweep.proposals import Candidates

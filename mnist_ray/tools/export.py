@@ -18,15 +18,15 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from mnist_ray.config import ExportConfig
+from mnist_ray.data.batches import ArrayBatches, ExampleBatches, batches_of
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import Request
 from mnist_ray.errors import JobError, UsageError, say, with_place
-from mnist_ray.run.find import Found
+from mnist_ray.job.find import Found
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
-from mnist_ray.training.batches import ArrayBatches, ExampleBatches, batches_of
-from mnist_ray.training.sampler import Request
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
-from mnist_ray.workload.data import Split
 
 _TOLERANCE = 1e-4
 _NUM_COMPARED = 512

@@ -25,15 +25,15 @@ from torch.utils.data import default_collate
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
+from mnist_ray.data.batches import MicroBatch
+from mnist_ray.data.sources import as_displayed, open_picture
 from mnist_ray.errors import JobError, UsageError, say
-from mnist_ray.run import find
+from mnist_ray.job import find
 from mnist_ray.settings import is_no_file, path_of
 from mnist_ray.storage import write_file
-from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.step import forward
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import placed
-from mnist_ray.workload.sources import as_displayed, open_picture
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of the files taken from folders
 _BATCH_SIZE = 64
@@ -184,7 +184,7 @@ def read_image(file: Path | io.BytesIO) -> Image.Image:
 
 def _grid(predictions: Sequence[Prediction], workload: Workload, config: PredictionConfig) -> bytes:
     """Draw the model's inputs and predictions. Raises JobError if there is nothing to draw."""
-    from mnist_ray.workload.figures import image_grid  # imports matplotlib, which only a grid needs
+    from mnist_ray.workload.drawing import image_grid  # imports matplotlib, which only a grid needs
 
     images, captions = [], []
     for prediction in predictions[:_MAX_DRAWN]:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from mnist_ray.config import ViewConfig
+from mnist_ray.data.data import Split
 from mnist_ray.errors import UsageError, count, say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, picture_of, placed
 from mnist_ray.workload.classification import Classification
-from mnist_ray.workload.data import Split
-from mnist_ray.workload.figures import image_grid, single_image
+from mnist_ray.workload.drawing import image_grid, single_image
 
 _MAX_VALUES, _MAX_TEXT = 16, 80  # of an array or, in characters, of a text that is printed whole
 _FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}

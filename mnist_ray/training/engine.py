@@ -15,10 +15,7 @@ from torch.amp import GradScaler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
-from mnist_ray.parallel.group import Group
-from mnist_ray.provenance import cpu_has_bf16
-from mnist_ray.training import sharding
-from mnist_ray.training.batches import (
+from mnist_ray.data.batches import (
     ArrayBatches,
     BlockBatches,
     ExampleBatches,
@@ -28,17 +25,20 @@ from mnist_ray.training.batches import (
     checked,
     to_device,
 )
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.data.tensors import is_sharded, rows_here, with_fast_layout
+from mnist_ray.parallel import sharding
+from mnist_ray.parallel.group import Group
+from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload.base import GRADIENT_NORM, Figure, Workload
-from mnist_ray.workload.data import Split
-from mnist_ray.workload.tensors import is_sharded, rows_here, with_fast_layout
 
 MAX_STEPS_UNSAVED = 1000  # without --checkpoint-every
 

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mnist_ray.data.batches import batch_loader, batches_of, checked, to_device
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import Request, split_bounds
 from mnist_ray.errors import UsageError
+from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import sharding
-from mnist_ray.training.batches import batch_loader, batches_of, checked, to_device
 from mnist_ray.training.metrics import Evaluation, check_columns
-from mnist_ray.training.sampler import Request, split_bounds
 from mnist_ray.training.step import forward, sums_of
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Split
 
 MAX_OUTPUT_BYTES = 2**26  # that an evaluation computes at a time, if the workload leaves that to us
 MAX_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory

@@ -16,17 +16,17 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.batches import MicroBatch
+from mnist_ray.data.tensors import rows_here
 from mnist_ray.errors import TrainingStoppedError
+from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import shared_memory
-from mnist_ray.training.batches import MicroBatch
+from mnist_ray.parallel.reproducible import Chunks
 from mnist_ray.training.metrics import WEIGHT
-from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward, sums_of
 from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.workload import Workload
-from mnist_ray.workload.tensors import rows_here
 
 
 class Gradients:

@@ -12,9 +12,9 @@ from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.tensors import is_sharded
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.stopwatch import Pace, Stopwatch
-from mnist_ray.workload.tensors import is_sharded
 
 
 class StopWantedError(Exception):

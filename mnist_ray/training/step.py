@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mnist_ray.config import Precision
-from mnist_ray.training.batches import MicroBatch
+from mnist_ray.data.batches import MicroBatch
+from mnist_ray.data.tensors import as_fp32, autocast, detached, is_sharded
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.workload import Classification, Regression, Workload
-from mnist_ray.workload.tensors import as_fp32, autocast, detached, is_sharded
 
 
 def forward(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.optim.optimizer import Optimizer
 
-    from mnist_ray.workload.data import Data, Split
+    from mnist_ray.data.data import Data, Split
 
 
 @dataclass(frozen=True)

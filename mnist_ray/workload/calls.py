@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from mnist_ray import config
+from mnist_ray.data.data import Arrays, Data
+from mnist_ray.data.digests import digest_of_files
 from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Data
-from mnist_ray.workload.digests import digest_of_files
 
 _API = str(Path(config.__file__).with_name("api.py"))
 _REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}

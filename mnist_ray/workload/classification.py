@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.errors import ExampleError, UsageError
 from mnist_ray.workload.base import ACCURACY, TARGETS_REMEDY, CsvRows, Metric, Picture, Workload, uses_outputs
-from mnist_ray.workload.data import Arrays, Data, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,9 +154,9 @@ class Classification(Workload):
 
     def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
         """Return the confusion matrix, and examples with their predictions."""
-        from mnist_ray.workload import figures  # imports matplotlib
+        from mnist_ray.workload import drawing  # imports matplotlib
 
-        return figures.of_classification(self, self.class_names, result, rows, test)
+        return drawing.of_classification(self, self.class_names, result, rows, test)
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mnist_ray.data.data import Split
 from mnist_ray.errors import UsageError
 from mnist_ray.workload.base import TARGETS_REMEDY, CsvRows, Metric, Picture, Workload, uses_outputs
-from mnist_ray.workload.data import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,9 +66,9 @@ class Regression(Workload):
 
     def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
         """Plot predictions against targets, and the distribution of the errors."""
-        from mnist_ray.workload import figures  # imports matplotlib
+        from mnist_ray.workload import drawing  # imports matplotlib
 
-        return figures.of_regression(rows)
+        return drawing.of_regression(rows)
 
 
 def _flat(outputs: Tensor) -> Tensor:

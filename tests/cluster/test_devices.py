@@ -16,8 +16,8 @@ from mnist_ray.cluster import devices, remote_data
 from mnist_ray.cluster.devices import UnusableGPUError, device_here
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import TrainConfig
+from mnist_ray.job.session import say_plan
 from mnist_ray.run import evaluate
-from mnist_ray.run.session import say_plan
 from mnist_ray.storage import RunFolder
 from tests.conftest import Flags, mnist, run_job, run_main
 

@@ -24,13 +24,13 @@ from mnist_ray import extras, ray_versions
 from mnist_ray.cli import status_of
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
+from mnist_ray.data.data import Arrays, Split
 from mnist_ray.extras import EXTRAS, is_on, listed, loopback, note, small, uses
-from mnist_ray.run.job import read_job
+from mnist_ray.job.job import read_job
 from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import SNAPSHOT_FILE
 from mnist_ray.training.events import WorkersLost
-from mnist_ray.workload.data import Arrays, Split
 from ray_fork import starting
 from tests.conftest import ROOT, Flags, run_main, weights
 

@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.state import TrainingState
-from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import callback_at, mnist
 from tests.gpu.conftest import Train, losses
 from tests.gpu.pretended_gpu import pretended_gpu

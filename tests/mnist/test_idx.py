@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError
 from mnist_ray.mnist import idx
-from mnist_ray.workload.data import Arrays
 from tests.conftest import idx_bytes, write_data_set
 
 

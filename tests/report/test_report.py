@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 
 from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
+from mnist_ray.record.history import History, write_predictions
 from mnist_ray.report import page
 from mnist_ray.report.plots import Curve, scale_axis, smoothed
 from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
-from mnist_ray.run.history import History, write_predictions
 from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.picture import draw
@@ -29,8 +30,7 @@ from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import ACCURACY, LOSS, Metric, Picture
-from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.figures import new_plot
+from mnist_ray.workload.drawing import new_plot
 from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
 from tests.sweep.conftest import point
 

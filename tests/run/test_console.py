@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from mnist_ray.errors import clock_time
-from mnist_ray.run import console
-from mnist_ray.run.console import RunConsole
+from mnist_ray.report import console
+from mnist_ray.report.console import RunConsole
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated, WorkersLost
 from tests.conftest import mnist
 

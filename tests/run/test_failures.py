@@ -35,33 +35,34 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from torch import nn
 from torch.utils.data import Dataset
 
+from mnist_ray.checkpoints import checkpoint
+from mnist_ray.checkpoints.checkpoint import Restored, restore_newest
 from mnist_ray.cluster import waiting
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
+from mnist_ray.job.find import best_of, find
+from mnist_ray.job.retention import drop_worse
+from mnist_ray.job.session import ending_explained
 from mnist_ray.parallel.group import Group
+from mnist_ray.record.recorder import logs_named
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, life, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.event_queue import EventQueue
 from mnist_ray.run.failures import OldCheckpointError, describe
-from mnist_ray.run.find import best_of, find
 from mnist_ray.run.life import Life
-from mnist_ray.run.record import logs_named
-from mnist_ray.run.retention import drop_worse
-from mnist_ray.run.session import ending_explained
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted
 from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, checkpoint_name, locate
-from mnist_ray.training import checkpoint, engine
-from mnist_ray.training.checkpoint import Restored, restore_newest
+from mnist_ray.training import engine
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.state import StopWantedError
 from mnist_ray.workload import Regression
-from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
     Flags,
     Gate,

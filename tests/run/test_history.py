@@ -4,13 +4,13 @@ import threading
 
 import pytest
 
+from mnist_ray.checkpoints.checkpoint import FORMAT, Snapshot
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
+from mnist_ray.record.history import History, merged
+from mnist_ray.record.recorder import repeat
 from mnist_ray.report.run_files import STEPS_FILE, read_csv
-from mnist_ray.run.history import History, merged
-from mnist_ray.run.record import repeat
 from mnist_ray.storage import RunFolder, checkpoint_name
-from mnist_ray.training.checkpoint import FORMAT, Snapshot
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
 from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.workload.base import Figure
@@ -107,7 +107,7 @@ def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -
 
 
 def test_a_long_run_has_few_rows_of_steps_with_right_means(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_ray.run.history.MAX_STEP_ROWS", 10)
+    monkeypatch.setattr("mnist_ray.record.history.MAX_STEP_ROWS", 10)
     history = History(run, mnist(), TrainConfig())
     for step in range(2, 2002, 2):
         history.add(progress(step))
@@ -127,7 +127,7 @@ def test_figures_that_are_no_means_are_in_both_files_if_the_run_has_them(
 ) -> None:
     History(run, mnist(), TrainConfig()).add(finished(1))
     assert "gradient_norm" not in read_csv(run, "metrics.csv")[0]
-    monkeypatch.setattr("mnist_ray.run.history.MAX_STEP_ROWS", 4)
+    monkeypatch.setattr("mnist_ray.record.history.MAX_STEP_ROWS", 4)
     for first, last in ((1, 2), (3, 5)):  # resumed after two steps
         history = History(run, mnist(), TrainConfig(clip_grad_norm=0.5))
         for step in range(first, last + 1):

@@ -19,13 +19,13 @@ import pytest
 from torch import nn
 
 from mnist_ray import evaluate, train
+from mnist_ray.checkpoints.checkpoint import Snapshot, read_state
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
 from mnist_ray.storage import RunFolder, position_of
-from mnist_ray.training.checkpoint import Snapshot, read_state
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Arrays, Blocks, Classification, Data
 from tests.conftest import (
@@ -211,7 +211,7 @@ def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
     here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     advice, write = list[str](), page.write
-    monkeypatch.setattr("mnist_ray.run.record.if_ended", advice.append)
+    monkeypatch.setattr("mnist_ray.record.recorder.if_ended", advice.append)
 
     def write_interrupted(*given: Any, **options: Any) -> dict[str, bytes]:
         if not options["is_running"]:

@@ -16,14 +16,15 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from mnist_ray import train
+from mnist_ray.checkpoints import checkpoint
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.job.find import read_initial
+from mnist_ray.job.job import Job, read_job
 from mnist_ray.parallel.group import Group
-from mnist_ray.run.find import read_initial
-from mnist_ray.run.job import Job, read_job
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import INITIAL_FILE, RunFolder
-from mnist_ray.training import checkpoint, engine
+from mnist_ray.training import engine
 from tests.conftest import METADATA, folder_at, mnist
 
 HEAD = """
@@ -148,7 +149,7 @@ def test_a_relative_path_is_saved_as_an_absolute_one(tmp_path: Path, monkeypatch
 
 def test_a_uri_is_saved_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = RunFolder("a.pt", "s3://KEY:SECRET@bucket", fs.LocalFileSystem(), str(tmp_path))
-    monkeypatch.setattr("mnist_ray.run.job.find_run", lambda *given: place)
+    monkeypatch.setattr("mnist_ray.job.job.find_run", lambda *given: place)
     assert job_from(place.uri, tmp_path).values["init_from"] == "s3://***@bucket/a.pt"
 
 

@@ -12,16 +12,16 @@ from torch import nn
 
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.config import OutputConfig
+from mnist_ray.data.data import Arrays, Splits
+from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run.job import Job, read_job, resume_command
-from mnist_ray.run.job_data import load_splits
-from mnist_ray.run.record import write_settings
-from mnist_ray.run.session import Clock, Session, Start, connected, ending_explained
+from mnist_ray.job.job import Job, read_job, resume_command
+from mnist_ray.job.job_data import load_splits
+from mnist_ray.job.session import Clock, Session, Start, connected, ending_explained
+from mnist_ray.record.recorder import write_settings
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder
 from mnist_ray.workload import Data, Regression, user_code
-from mnist_ray.workload.data import Arrays, Splits
-from mnist_ray.workload.digests import digests_of
 from tests.conftest import ROOT, Numbers, callback_at, with_data, write_data_set
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")
@@ -298,7 +298,7 @@ def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_
     reproducible: bool, part: Fraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = Mock(return_value=None)
-    monkeypatch.setattr("mnist_ray.training.check.try_batch", tried)
+    monkeypatch.setattr("mnist_ray.job.dry_run.try_batch", tried)
     given = {"workload": InBlocks, "storage_path": str(tmp_path), "num_workers": 0, "reproducible": reproducible}
     job = read_job(given)
     with connected(Start(Clock(), job.workers, "math", None), job, load_splits(job), Mock()):

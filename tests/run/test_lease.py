@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run import lease
-from mnist_ray.run.lease import Owner, owned, this_process
+from mnist_ray.job import lease
+from mnist_ray.job.lease import Owner, owned, this_process
 from mnist_ray.storage import RunFolder, locate
 from tests.conftest import wait_for
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mnist_ray.record.recorder import overfit_verdict
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.run.record import overfit_verdict
 from tests.conftest import Flags, callback_at, folder_at, run_main
 
 

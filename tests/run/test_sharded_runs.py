@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mnist_ray.checkpoints.saved_model import read_weights
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.training.saved_model import read_weights
 from tests.conftest import Flags, folder_at, run_main
 
 CUSTOM = """\

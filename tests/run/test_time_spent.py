@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from mnist_ray.data.data import Blocks, Split
 from mnist_ray.errors import JobError
-from mnist_ray.run.job import Job, read_job
-from mnist_ray.run.time_spent import TimeSpent, notes_on, shares_of
+from mnist_ray.job.job import Job, read_job
+from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import Progress, Saved, Started
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload.data import Blocks, Split
 from mnist_ray.workload.user_code import SourceCode
 
 HEALTHY = dict.fromkeys(PARTS, 0.0) | {"compute": 80.0, "workers": 8.0, "validation": 6.0, "data": 3.0, "start": 1.0}

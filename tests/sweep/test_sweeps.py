@@ -19,16 +19,18 @@ import pytest
 import ray
 from torch import nn
 
+from mnist_ray.checkpoints.checkpoint import digest_of
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
+from mnist_ray.data.data import Split, Splits
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
+from mnist_ray.job.job import Job
+from mnist_ray.job.job_data import load_splits
+from mnist_ray.job.session import Session
 from mnist_ray.mnist import MNIST
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.run.job import Job
-from mnist_ray.run.job_data import load_splits
 from mnist_ray.run.life import STORAGE_LIMIT_S
-from mnist_ray.run.session import Session
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep import search
@@ -36,9 +38,7 @@ from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import Sweep
 from mnist_ray.sweep.tune import check_sweep, read_sweep, say_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
-from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
-from mnist_ray.workload.data import Split, Splits
 from tests.conftest import ROOT, as_flags, callback_at, folder_at, mnist, run_main, write_data_set
 
 QUICK: dict[str, Any] = {

@@ -13,13 +13,14 @@ import pytest
 from ray import tune
 from ray.tune.search import Searcher
 
+from mnist_ray.checkpoints.checkpoint import Snapshot, read_state
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.job.job import read_job
 from mnist_ray.parallel.group import Group
 from mnist_ray.report.run_files import csv_text
-from mnist_ray.run.job import read_job
 from mnist_ray.run.worker import LoopSpec, train_worker
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.sweep import tuner
@@ -28,7 +29,6 @@ from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trial import TuneReporter
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
 from mnist_ray.sweep.tune import SweepConsole, read_sweep
-from mnist_ray.training.checkpoint import Snapshot, read_state
 from mnist_ray.training.state import StopWantedError
 from mnist_ray.workload import Regression, Workload, setting
 from tests.conftest import QUICK, mnist, with_data

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from mnist_ray.checkpoints.checkpoint import snapshot
 from mnist_ray.config import ExportConfig, TrainConfig
+from mnist_ray.data.data import Arrays
 from mnist_ray.errors import UsageError
+from mnist_ray.job.dry_run import try_batch
+from mnist_ray.job.find import Found, find
+from mnist_ray.job.job import read_job
 from mnist_ray.mnist.cnn import CNN
 from mnist_ray.parallel.group import Group
-from mnist_ray.run.find import Found, find
-from mnist_ray.run.job import read_job
 from mnist_ray.tools import export
-from mnist_ray.training.check import try_batch
-from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
-from mnist_ray.workload.data import Arrays
 from tests.conftest import folder_at, mnist, run_main, with_data
 
 

@@ -14,13 +14,14 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mnist_ray.checkpoints.checkpoint import digest_of
 from mnist_ray.config import PredictionConfig
+from mnist_ray.data import sources
+from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run.find import find
+from mnist_ray.job.find import find
 from mnist_ray.tools import predict
-from mnist_ray.training.checkpoint import digest_of
-from mnist_ray.workload import Classification, Regression, sources
-from mnist_ray.workload.data import Arrays
+from mnist_ray.workload import Classification, Regression
 from tests.conftest import ROOT, mnist, run_job, run_main
 
 

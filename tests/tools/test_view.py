@@ -8,13 +8,13 @@ from PIL import Image
 
 from examples.digits import Digits
 from mnist_ray.config import ViewConfig
+from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.tools import view
 from mnist_ray.tools.predict import read_image
-from mnist_ray.workload import figures
+from mnist_ray.workload import drawing
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Data, Split
 from tests.conftest import mnist, run_job
 
 
@@ -34,7 +34,7 @@ def test_digit_10_is_printed_and_drawn_as_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_drawn_digit_can_be_read_as_a_picture(mnist_test: Arrays) -> None:
-    drawn = Digits().read_picture(read_image(io.BytesIO(figures.single_image(mnist_test.inputs[0]))))
+    drawn = Digits().read_picture(read_image(io.BytesIO(drawing.single_image(mnist_test.inputs[0]))))
     assert np.abs(drawn.astype(float) - mnist_test.inputs[0]).mean() < 15
 
 

@@ -22,8 +22,8 @@ from pyarrow import fs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_ray.config import OutputConfig, TrainConfig
+from mnist_ray.job.find import find
 from mnist_ray.report.plots import curves_of
-from mnist_ray.run.find import find
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
 from mnist_ray.trackers import Ending, Tracker, start

@@ -14,9 +14,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from mnist_ray.data.data import Arrays
+from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import shared_memory
-from mnist_ray.workload.data import Arrays
 
 WORLD_SIZES = (1, 2, 3)  # with 3, slices are uneven, and some empty
 WAYS = ("memory", "gloo")

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.batches import BlockBatches, MicroBatch, batch_loader, batches_of, checked
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import Request, ShardedBatchSampler
 from mnist_ray.errors import ExampleError
-from mnist_ray.training.batches import BlockBatches, MicroBatch, batch_loader, batches_of, checked
-from mnist_ray.training.sampler import Request, ShardedBatchSampler
 from mnist_ray.workload import Arrays, Blocks, Classification, Regression, Workload
-from mnist_ray.workload.data import Split
 from tests.conftest import SIZES, Numbers, wait_for
 
 CPU = torch.device("cpu")

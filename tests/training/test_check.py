@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.data.batches import batches_of
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.sampler import Request
+from mnist_ray.data.splits import splits_of
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.training.batches import batches_of
-from mnist_ray.training.check import NUM_EXAMPLES, check_batch, try_batch
-from mnist_ray.training.sampler import Request
+from mnist_ray.job.dry_run import NUM_EXAMPLES, check_batch, try_batch
 from mnist_ray.workload.calls import data_of
-from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.loading import load
-from mnist_ray.workload.splits import splits_of
 from tests.conftest import mnist
 
 Write = Callable[..., Path]
@@ -364,7 +364,7 @@ def test_a_part_of_a_batch_is_tried_only_if_it_has_few_examples(
     few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = Mock()
-    monkeypatch.setattr("mnist_ray.training.check.check_smallest", tried)
+    monkeypatch.setattr("mnist_ray.job.dry_run.check_smallest", tried)
     try_batch(mnist(), Split(few_images), FP32, [256, 599], Fraction(1))
     assert [call.args[1].global_size for call in tried.call_args_list] == [1]
     tried.reset_mock()

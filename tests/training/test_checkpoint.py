@@ -13,19 +13,20 @@ import pytest
 import torch
 from torch import nn
 
+from mnist_ray.checkpoints import checkpoint, saved_model
+from mnist_ray.checkpoints.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.tensors import map_tensors
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder
-from mnist_ray.training import checkpoint, engine, gradients, saved_model
+from mnist_ray.training import engine, gradients
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Workload
-from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.tensors import map_tensors
 from tests.conftest import folder_at, mnist
 from tests.training.conftest import Hooks
 

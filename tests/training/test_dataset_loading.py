@@ -14,8 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.errors import ExampleError, TrainingStoppedError, with_place
-from mnist_ray.training.batches import (
+from mnist_ray.data.batches import (
     ArrayBatches,
     ExampleBatches,
     MicroBatch,
@@ -23,9 +22,10 @@ from mnist_ray.training.batches import (
     batches_of,
     to_device,
 )
-from mnist_ray.training.sampler import Request, ShardedBatchSampler
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import Request, ShardedBatchSampler
+from mnist_ray.errors import ExampleError, TrainingStoppedError, with_place
 from mnist_ray.workload import Arrays, Blocks
-from mnist_ray.workload.data import Split
 from tests.conftest import mnist
 
 CPU = torch.device("cpu")

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
@@ -23,9 +25,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import StopWantedError, TrainingState
-from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 from tests.training.conftest import Hooks
 from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from mnist_ray.data.data import Arrays, Split
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
-from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 
 

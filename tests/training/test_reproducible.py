@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.order import part_of
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.reproducible import Chunks, Subtree, added_up, check_arithmetic
 from mnist_ray.training import engine
-from mnist_ray.training.reproducible import Chunks, Subtree, added_up, check_arithmetic
 from mnist_ray.workload import Regression, Workload
-from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.order import part_of
 from tests.conftest import mnist
 from tests.training.conftest import Hooks
 from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from mnist_ray.training.sampler import ShardedBatchSampler
+from mnist_ray.data.sampler import ShardedBatchSampler
 
 
 def shards(num_examples: int, batch_size: int, world_size: int, epoch: int = 0) -> list[list]:

@@ -20,18 +20,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mnist_ray.checkpoints import checkpoint, saved_model
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.data.tensors import rows_here
 from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
-from mnist_ray.training import checkpoint, engine, saved_model, sharding
+from mnist_ray.training import engine
 from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
-from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Workload
-from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.tensors import rows_here
 from tests.conftest import folder_at
 from tests.training.conftest import Hooks
 from tests.training.ranks import call_on_ranks

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mnist_ray.training import shared_memory
+from mnist_ray.parallel import shared_memory
 from tests.training.ranks import call_on_ranks
 
 WORLD_SIZE, SIZE, NUM_CALLS = 3, 1000, 60

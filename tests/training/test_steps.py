@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mnist_ray.checkpoints import checkpoint
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Blocks, Split
+from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import UsageError
+from mnist_ray.job.job import read_job
 from mnist_ray.parallel.group import Group
-from mnist_ray.run.job import read_job
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
-from mnist_ray.training import checkpoint, engine
+from mnist_ray.training import engine
 from mnist_ray.training.events import Progress
-from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import StopWantedError, TrainingState
 from mnist_ray.workload import Workload
-from mnist_ray.workload.data import Arrays, Blocks, Split
 from tests.conftest import ROOT
 from tests.training.conftest import Hooks
 from tests.training.ranks import call_on_ranks, joined

@@ -15,14 +15,14 @@ import torch
 from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import UsageError
+from mnist_ray.job.job import read_job
 from mnist_ray.parallel.group import Group
-from mnist_ray.run.job import read_job
 from mnist_ray.training import engine
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, DATA, PARTS, START, WORKERS, Pace, Stopwatch
-from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 from tests.training.conftest import Hooks
 from tests.training.ranks import call_on_ranks, joined

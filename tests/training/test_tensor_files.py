@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from mnist_ray.checkpoints.tensor_files import DamagedFileError, Rows, TensorFiles, content_of
 from mnist_ray.storage import RunFolder
-from mnist_ray.training.tensor_files import DamagedFileError, Rows, TensorFiles, content_of
 from tests.conftest import folder_at
 
 LARGE = torch.arange(3000 * 100, dtype=torch.float32).reshape(3000, 100)  # 1.2 MB

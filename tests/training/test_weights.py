@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.batches import MicroBatch
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.job.dry_run import check_batch
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
-from mnist_ray.training.batches import MicroBatch
-from mnist_ray.training.check import check_batch
 from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.base import Metric
-from mnist_ray.workload.data import Arrays, Split
 from tests.training.conftest import Hooks
 from tests.training.ranks import WORLD_SIZES, call_on_ranks, joined
 

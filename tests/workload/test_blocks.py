@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Split
+from mnist_ray.data.order import StreamOrder, part_of
+from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.data.splits import sizes_in, splits_of, subset, whole_blocks
 from mnist_ray.errors import UsageError
-from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.workload import Data
-from mnist_ray.workload.data import Split
-from mnist_ray.workload.order import StreamOrder, part_of
-from mnist_ray.workload.splits import sizes_in, splits_of, subset, whole_blocks
 from tests.conftest import SIZES, Numbers
 
 

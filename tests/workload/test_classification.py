@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, UsageError
 from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
-from mnist_ray.workload.figures import confusion_matrix, drawable, image_grid
+from mnist_ray.workload.drawing import confusion_matrix, drawable, image_grid
 
 SMOOTHED = TrainConfig(label_smoothing=0.2)
 NAMES = ["ant", "bee", "cat", "dog", "elephant"]

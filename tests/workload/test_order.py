@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mnist_ray.workload.order import AllBut, Shuffled
+from mnist_ray.data.order import AllBut, Shuffled
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 100, 4097, 2**17 + 5])

@@ -14,11 +14,12 @@ import pytest
 from PIL import ExifTags, Image, UnidentifiedImageError
 from pyarrow import parquet as pq
 
+from mnist_ray.data import sources
+from mnist_ray.data.digests import digests_of
+from mnist_ray.data.sources import Parquet
+from mnist_ray.data.splits import splits_of
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.workload import Arrays, Data, sources
-from mnist_ray.workload.digests import digests_of
-from mnist_ray.workload.sources import Parquet
-from mnist_ray.workload.splits import splits_of
+from mnist_ray.workload import Arrays, Data
 
 
 def encoded(image: np.ndarray, kind: str = "png") -> bytes:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnist_ray.workload.tensors import as_fp32, detached, map_tensors
+from mnist_ray.data.tensors import as_fp32, detached, map_tensors
 
 Pair = namedtuple("Pair", ["first", "second"])
 

@@ -10,11 +10,11 @@ from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Split, Splits
+from mnist_ray.data.digests import digest_of_files, digests_of
+from mnist_ray.data.splits import splits_of, subset
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Data, Workload
-from mnist_ray.workload.data import Split, Splits
-from mnist_ray.workload.digests import digest_of_files, digests_of
-from mnist_ray.workload.splits import splits_of, subset
 
 
 class Squares(Dataset):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from mnist_ray.data.data import Blocks, Splits
+from mnist_ray.data.digests import digests_of
+from mnist_ray.data.splits import splits_of, subset
 from mnist_ray.errors import UsageError, count
-from mnist_ray.run.job import Job
+from mnist_ray.job.job import Job
 from mnist_ray.workload.calls import data_of
-from mnist_ray.workload.data import Blocks, Splits
-from mnist_ray.workload.digests import digests_of
-from mnist_ray.workload.splits import splits_of, subset
 
 
 def load_splits(job: Job) -> Splits:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_ray.workload.order import Shuffled, StreamOrder, part_of
+from mnist_ray.data.order import Shuffled, StreamOrder, part_of
 
 _DRAWN_AT_ONCE = 2**13  # examples of a pass's order; drawing one at a time takes 100 times as long
 

@@ -17,22 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
+from mnist_ray.checkpoints.tensor_files import check_held
 from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.data.batches import MicroBatch, batches_of
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import Request
+from mnist_ray.data.tensors import detached
 from mnist_ray.errors import UsageError, count, with_place
+from mnist_ray.parallel import sharding
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.settings import values_of
-from mnist_ray.training import sharding
-from mnist_ray.training.batches import MicroBatch, batches_of
-from mnist_ray.training.checkpoint import check_kept, snapshot
 from mnist_ray.training.metrics import WEIGHT, check_columns
-from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
-from mnist_ray.training.tensor_files import check_held
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.calls import picture_of, placed
-from mnist_ray.workload.data import Split
-from mnist_ray.workload.tensors import detached
 
 NUM_EXAMPLES = 16  # in that batch
 _OF_OPTIMIZER = {"optimizer", "learning_rate", "beta1", "beta2", "momentum", "weight_decay", "schedule", "warmup_steps"}

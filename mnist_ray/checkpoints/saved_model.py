@@ -11,9 +11,7 @@ import psutil
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from mnist_ray.errors import JobError, UsageError, size_of
-from mnist_ray.storage import RunFolder
-from mnist_ray.training.checkpoint import (
+from mnist_ray.checkpoints.checkpoint import (
     MODEL,
     STATE_FILE,
     load_weights,
@@ -23,7 +21,9 @@ from mnist_ray.training.checkpoint import (
     tensors_of,
     unpickled,
 )
-from mnist_ray.training.tensor_files import Rows, files_of
+from mnist_ray.checkpoints.tensor_files import Rows, files_of
+from mnist_ray.errors import JobError, UsageError, size_of
+from mnist_ray.storage import RunFolder
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import placed
 

@@ -19,11 +19,11 @@ from PIL import Image, ImageOps
 from pyarrow import compute, fs
 from pyarrow import parquet as pq
 
+from mnist_ray.data.data import Arrays, Blocks, Data
+from mnist_ray.data.order import Shuffled
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.settings import path_of
 from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
-from mnist_ray.workload.data import Arrays, Blocks, Data
-from mnist_ray.workload.order import Shuffled
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""

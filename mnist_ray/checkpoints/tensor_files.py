@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mnist_ray.data.tensors import is_sharded
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
-from mnist_ray.workload.tensors import is_sharded
 
 _DIGESTED_BYTES = 2**15  # of a digest, about; reading rows reads up to so many bytes more at each end
 _DTYPES = {

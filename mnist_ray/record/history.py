@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.job.find import checkpoints_of
 from mnist_ray.report.run_files import (
     METRICS_FILE,
     PREDICTIONS_FILE,
@@ -27,7 +28,6 @@ from mnist_ray.report.run_files import (
     read_csv,
     read_numbers,
 )
-from mnist_ray.run.find import checkpoints_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated, figures_of
 from mnist_ray.training.metrics import Evaluation

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mnist_ray.data.order import part_of
 from mnist_ray.errors import TrainingStoppedError
+from mnist_ray.parallel import shared_memory
 from mnist_ray.provenance import arithmetic
-from mnist_ray.training import shared_memory
-from mnist_ray.workload.order import part_of
 
 
 def check_arithmetic(world_size: int) -> None:

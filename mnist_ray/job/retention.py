@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from mnist_ray.run.find import checkpoints_of
+from mnist_ray.job.find import checkpoints_of
 from mnist_ray.storage import RunFolder, position_of, with_retries
 
 NUM_KEPT = 2  # checkpoints of a run, the best by validation; the last one is kept, too, so one may be damaged

@@ -15,6 +15,7 @@ from mnist_ray import extras
 from mnist_ray.cluster import environment, kept
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, check_memory, suitable, threads_per_worker, usable_cores
 from mnist_ray.config import WorkerConfig
+from mnist_ray.data.data import Blocks, Split, Splits
 from mnist_ray.errors import (
     JobError,
     TrainingStoppedError,
@@ -25,14 +26,13 @@ from mnist_ray.errors import (
     size_of,
     with_place,
 )
-from mnist_ray.run.console import RunConsole
-from mnist_ray.run.job import Job, check_free
-from mnist_ray.run.lease import owned
+from mnist_ray.job.job import Job, check_free
+from mnist_ray.job.lease import owned
+from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import flag
 from mnist_ray.signals import if_ended, take_signals
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started, Validated
-from mnist_ray.workload.data import Blocks, Split, Splits
 from ray_fork.starting import Forking, prepared_forking
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _too_large(job: Job) -> str:
     """Return why a model cannot be tried in this process, which may have less memory than the workers together."""
     import psutil
 
-    from mnist_ray.training.sharding import on_meta
+    from mnist_ray.parallel.sharding import on_meta
 
     model, free = on_meta(job.workload)[0], psutil.virtual_memory().available
     needed = 2 * sum(parameter.nbytes for parameter in model.parameters()) if model else 0  # weights and gradients
@@ -200,7 +200,7 @@ def _too_large(job: Job) -> str:
 
 def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] | None:
     """Send a batch through the job's workload; return like ``try_batch``. Raises UsageError."""
-    from mnist_ray.training.check import try_batch  # imports torch
+    from mnist_ray.job.dry_run import try_batch  # imports torch
 
     num_workers, num_chunks = job.workers.num_workers or 1, job.train.num_chunks
     smallest = Fraction(1, job.train.reproducible_chunks or num_workers)
@@ -280,7 +280,7 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
 
 def _created(job: Job) -> tuple[nn.Module, str]:
     """Return a new model: one to be sharded without memory for its tensors or, if it cannot be created so, why not."""
-    from mnist_ray.training.sharding import on_meta
+    from mnist_ray.parallel.sharding import on_meta
 
     without_memory, why_whole = on_meta(job.workload) if job.train.strategy == "fsdp" else (None, "")
     return without_memory or job.workload.create_model(), why_whole
@@ -288,7 +288,7 @@ def _created(job: Job) -> tuple[nn.Module, str]:
 
 def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module, why_whole: str) -> None:
     """Print what each worker holds of a sharded model. Raises UsageError if the nodes have no memory for it."""
-    from mnist_ray.training import sharding
+    from mnist_ray.parallel import sharding
 
     workload, config = session.job.workload, session.job.train
     held = sharding.held_bytes(model, workload, config, plan.num_workers)

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from mnist_ray.data.data import Split
 from mnist_ray.errors import escaped
 from mnist_ray.workload.base import CsvRows, Picture, Workload
-from mnist_ray.workload.data import Split
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
 _SIZE = (4.8, 4.0)  # inches: fits on a phone; side by side on a page, plots have one height

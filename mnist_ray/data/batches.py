@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
+from mnist_ray.data.block_reader import BlockReader, OnDemand, ReadAhead
+from mnist_ray.data.data import Arrays, Blocks, Split
+from mnist_ray.data.memory import map_arrays
+from mnist_ray.data.order import StreamOrder, part_of
+from mnist_ray.data.sampler import Request
+from mnist_ray.data.splits import sizes_in
+from mnist_ray.data.tensors import map_tensors
 from mnist_ray.errors import ExampleError, UsageError, first_line
-from mnist_ray.training.block_reader import BlockReader, OnDemand, ReadAhead
-from mnist_ray.training.sampler import Request
-from mnist_ray.workload.data import Arrays, Blocks, Split
-from mnist_ray.workload.memory import map_arrays
-from mnist_ray.workload.order import StreamOrder, part_of
-from mnist_ray.workload.splits import sizes_in
-from mnist_ray.workload.tensors import map_tensors
 
 FindFault = Callable[[Any], str]
 Collate = Callable[[list[tuple[Any, Any]]], "tuple[Any, Any] | None"]

@@ -9,13 +9,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from mnist_ray.data.data import Blocks, Split
+from mnist_ray.job.job import Job
 from mnist_ray.report.run_files import TIMES_FILE, csv_text, read_numbers
-from mnist_ray.run.job import Job
 from mnist_ray.storage import RunFolder
 from mnist_ray.training import stopwatch
 from mnist_ray.training.events import Event, Progress, Saved, Started
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload.data import Blocks, Split
 
 Seconds = Mapping[str, float]  # of each of PARTS
 _MIN_SHOWN = 0.01  # of the time

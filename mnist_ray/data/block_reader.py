@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch.utils import _pytree as pytree
 
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.order import Read
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, with_retries
-from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.order import Read
 
 Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target), and their bytes
 _NUM_THREADS = 8  # they mostly wait for the storage

@@ -30,14 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
-from mnist_ray.parallel.group import Group
-from mnist_ray.settings import json_lines
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, position_of, with_retries
-from mnist_ray.training.callback import Callback
-from mnist_ray.training.metrics import CheckpointMetrics, MetricSums
-from mnist_ray.training.state import TrainingState
-from mnist_ray.training.tensor_files import (
+from mnist_ray.checkpoints.tensor_files import (
     DamagedFileError,
     Rows,
     TensorFiles,
@@ -46,7 +39,14 @@ from mnist_ray.training.tensor_files import (
     file_name,
     files_of,
 )
-from mnist_ray.workload.tensors import is_sharded, map_tensors
+from mnist_ray.data.tensors import is_sharded, map_tensors
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
+from mnist_ray.parallel.group import Group
+from mnist_ray.settings import json_lines
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, position_of, with_retries
+from mnist_ray.training.callback import Callback
+from mnist_ray.training.metrics import CheckpointMetrics, MetricSums
+from mnist_ray.training.state import TrainingState
 
 STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mnist_ray.data.memory import map_arrays, may_be_copied
+from mnist_ray.data.order import AllBut
 from mnist_ray.errors import UsageError, count
-from mnist_ray.workload.memory import map_arrays, may_be_copied
-from mnist_ray.workload.order import AllBut
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset

@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.tensors import is_sharded
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.parallel.group import Group
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.tensors import is_sharded
 
 _STATES = {"adam": 2, "adamw": 2, "sgd": 1}  # that an optimizer keeps of each parameter
 

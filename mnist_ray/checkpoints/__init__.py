@@ -1,0 +1,1 @@
+"""Checkpoints: tensors as safetensors, the rest as JSON and as values that run no code."""

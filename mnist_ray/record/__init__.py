@@ -1,0 +1,1 @@
+"""The record of a run: its files, its header, where its time went."""
