@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from mnist_ray import extras
+from mnist_ray import extras, network
 from mnist_ray.cluster import kept, nodes
 from mnist_ray.cluster.connection import about_access, connected, join, start_local, start_worker
 from mnist_ray.cluster.environment import prepare_local
@@ -149,7 +149,7 @@ def _find_cluster(*, plain: bool) -> tuple[str | None, list[str]]:
         return address.find(named)
     if named in ("local", "auto"):
         return None, []
-    if not nodes.listens(named):
+    if not network.listens(named):
         raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
     return named, []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import psutil
@@ -10,8 +9,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster.plan import Node, node_of
-
-_CONNECT_TIMEOUT_S = 4.0
 
 
 def current_nodes() -> tuple[Node, ...]:
@@ -34,16 +31,6 @@ def session_folder() -> Path:
 def is_connected_to(node_id: str) -> bool:
     """Tell whether this process is connected to Ray by a node."""
     return ray.is_initialized() and ray.get_runtime_context().get_node_id() == node_id
-
-
-def listens(address: str) -> bool:
-    """Tell whether a process listens at an address, HOST:PORT; it need not be Ray's."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
 
 
 def num_nodes_here() -> int:

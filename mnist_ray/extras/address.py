@@ -21,8 +21,8 @@ from ray._private.authentication.authentication_token_setup import (
 )
 from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
 
-from mnist_ray.cluster.nodes import listens
 from mnist_ray.errors import JobError
+from mnist_ray.network import listens
 from ray_fork.ray_internals import read_settings_again
 
 _ANSWER_TIMEOUT_S = 4.0

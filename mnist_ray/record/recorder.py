@@ -25,7 +25,6 @@ from mnist_ray.job.session import Session, say_plan
 from mnist_ray.provenance import origin, versions
 from mnist_ray.record.history import History, write_predictions
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
-from mnist_ray.run.evaluate import evaluate_here, evaluate_in_tasks
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
@@ -152,54 +151,40 @@ class Recorder:
         self._console.show(event)
         self._trackers.log(event)
 
-    def test(self, fitted: Fitted, *, is_last: bool = True) -> float:
-        """Evaluate the fitted checkpoint on the test set; show and write the result. Return the monitored value.
-
-        ``is_last``: the cluster is not needed again; disconnect while the report is written.
-        """
-        job, workload, test = self._job, self._job.workload, self._session.data.test
+    def begin_test(self, fitted: Fitted) -> None:
+        """Print which checkpoint is tested, unless it is that of the last epoch."""
         self._clock.mark("saving")
         if fitted.metrics.epoch < max(self._history.rows, default=0):
             self._console.say("testing", f"the checkpoint of epoch {fitted.metrics.epoch}, the best by validation")
-        if self._session.is_here:
-            device = "cuda" if self._plan.use_gpu else "cpu"
-            tested = evaluate_here(fitted.checkpoint, workload, test, job.workers.loader_workers, device)
-        else:
-            tested = evaluate_in_tasks(
-                workload,
-                fitted.checkpoint,
-                test,
-                num_tasks=1,
-                loader_workers=job.workers.loader_workers,
-                use_gpu=self._plan.use_gpu,
-                console=self._console,
-                labels=self._plan.labels,
-            )
+
+    def add_test(self, fitted: Fitted, tested: Evaluation) -> None:
+        """Write and show the result on the test set."""
         self._clock.mark("evaluation")
-        if is_last:
-            self._session.cluster.leave()
-        result = tested.to_dict(workload) | {
+        job, workload = self._job, self._job.workload
+        self._fitted, self._result = fitted, self._result_of(fitted, tested)
+        write_predictions(job.run, workload, tested)
+        job.run.write_text(RESULT_FILE, json_lines(self._result))
+        self._console.show_evaluation(tested)
+        if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
+            verdict = overfit_verdict(self._first_loss, tested.values(workload)["loss"])
+            self._console.result("overfit", verdict)
+
+    def _result_of(self, fitted: Fitted, tested: Evaluation) -> dict[str, Any]:
+        """Return the content of result.json."""
+        workload = self._job.workload
+        rate = self._history.mean_rate() or fitted.metrics.values.get(workload.rate, math.nan)
+        values = tested.to_dict(workload) | {
             "formats": {figure.name: figure.form for figure in self._history.figures},
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": weights_digest(read_state(fitted.checkpoint)),
             "checkpoint_metrics": fitted.metrics.to_dict(),
-            workload.rate: self._history.mean_rate() or fitted.metrics.values.get(workload.rate, math.nan),
+            workload.rate: rate,
             "seconds": self._clock.seconds(),
             "num_workers": self._history.num_workers,
             "workers": self._origin.get("workers"),
             **origin(),
         }
-        write_predictions(job.run, workload, tested)
-        result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
-        job.run.write_text(RESULT_FILE, json_lines(result))
-        if is_last:
-            if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
-        values = tested.values(workload)
-        self._console.show_evaluation(tested)
-        if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
-            self._console.result("overfit", overfit_verdict(self._first_loss, values["loss"]))
-        self._fitted, self._result = fitted, result
-        return values[workload.monitor.name]
+        return dict(json.loads(json.dumps(values), parse_constant=lambda name: None))  # JSON has no NaN, no Infinity
 
     def close(self) -> None:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""

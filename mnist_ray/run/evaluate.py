@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -25,12 +26,19 @@ from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.job.find import Found
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import flag
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder
+from mnist_ray.signals import if_ended
+from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder
 from mnist_ray.training.evaluation import batch_size_of, evaluate
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
 from ray_fork.starting import Forking
+
+if TYPE_CHECKING:  # an evaluation's process does not need them
+    from mnist_ray.cluster.plan import WorkerPlan
+    from mnist_ray.job.find import Fitted
+    from mnist_ray.job.session import Session
+    from mnist_ray.record.recorder import Recorder
 
 
 def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
@@ -55,6 +63,37 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         tested = evaluate_in_tasks(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu, console)
         console.show_evaluation(tested)
         return tested
+
+
+def evaluate_fitted(
+    session: Session, plan: WorkerPlan, record: Recorder, fitted: Fitted, *, is_last: bool = True
+) -> float:
+    """Evaluate the fitted checkpoint on the test set, and record the result. Return the monitored value.
+
+    ``is_last``: the cluster is not needed again; disconnect while the report is written.
+    """
+    job, test = session.job, session.data.test
+    record.begin_test(fitted)
+    if session.is_here:
+        device = "cuda" if plan.use_gpu else "cpu"
+        tested = evaluate_here(fitted.checkpoint, job.workload, test, job.workers.loader_workers, device)
+    else:
+        tested = evaluate_in_tasks(
+            job.workload,
+            fitted.checkpoint,
+            test,
+            num_tasks=1,
+            loader_workers=job.workers.loader_workers,
+            use_gpu=plan.use_gpu,
+            console=session.console,
+            labels=plan.labels,
+        )
+    if is_last:
+        session.cluster.leave()
+    record.add_test(fitted, tested)
+    if is_last:
+        if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
+    return tested.values(job.workload)[job.workload.monitor.name]
 
 
 def evaluate_in_tasks(

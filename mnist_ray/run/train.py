@@ -15,13 +15,13 @@ def train(job: Job) -> None:
         console = console_of(job)
         with opened(start, job, data, console, functools.partial(say_run, console, job, data)) as session:
             from mnist_ray.record import recorder  # these import torch, which was loaded while Ray started
-            from mnist_ray.run import fit, in_process
+            from mnist_ray.run import evaluate, fit, in_process
 
             plan = fit.plan(session)
             if job.output.check:
                 recorder.check(session, plan)
                 return
             fit_run = in_process.fit_here if session.is_here else fit.fit
-            with recorder.recorded(session, plan) as this_run:  # however the run ends, a report is written
-                fitted = fit_run(session, plan, this_run.on_event)
-                this_run.test(fitted)
+            with recorder.recorded(session, plan) as record:  # however the run ends, a report is written
+                fitted = fit_run(session, plan, record.on_event)
+                evaluate.evaluate_fitted(session, plan, record, fitted)

@@ -17,6 +17,7 @@ from mnist_ray.job.job import Job
 from mnist_ray.job.session import Clock, Session, console_of, say_run
 from mnist_ray.record.recorder import logs_named, recorded, write_settings
 from mnist_ray.run import fit
+from mnist_ray.run.evaluate import evaluate_fitted
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder, in_one_line
 from mnist_ray.sweep.ranking import find_best, result_of
@@ -148,7 +149,7 @@ def train_and_test(
         say_run(console, job, session.data)
         with recorded(run, plan) as record:
             fitted = fit.fit(run, plan, record.on_event)
-            return record.test(fitted, is_last=is_last)
+            return evaluate_fitted(run, plan, record, fitted, is_last=is_last)
 
 
 def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:

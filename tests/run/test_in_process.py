@@ -211,7 +211,7 @@ def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
     here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     advice, write = list[str](), page.write
-    monkeypatch.setattr("mnist_ray.record.recorder.if_ended", advice.append)
+    monkeypatch.setattr("mnist_ray.run.evaluate.if_ended", advice.append)
 
     def write_interrupted(*given: Any, **options: Any) -> dict[str, bytes]:
         if not options["is_running"]:
