@@ -17,8 +17,8 @@ import torch
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from mnist_ray.checkpoints.saved_model import load_model
-from mnist_ray.errors import masked
 from mnist_ray.storage import ORIGIN_FILE
+from mnist_ray.text import masked
 from mnist_ray.tools.export import inputs_of, test_batches
 from mnist_ray.trackers import Tracker
 from mnist_ray.training.events import Started, TrialEnded

@@ -15,7 +15,7 @@ import wandb
 from PIL import Image
 from wandb.sdk.data_types._private import MEDIA_TMP
 
-from mnist_ray.errors import masked
+from mnist_ray.text import masked
 from mnist_ray.trackers import Tracker
 
 

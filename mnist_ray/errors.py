@@ -1,23 +1,15 @@
-"""The two errors that users see as one line, and the formatting and redaction of printed text.
+"""The errors that users see as one line, and the lines that describe other errors.
 
 Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import functools
-import os
 import re
-import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
 
-PROGRAM = "mnist-ray"
 _EXTRAS = "extras"  # the folder of the modules that use Ray's private API
 _PACKAGE = Path(__file__).parent
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in Ray's messages
@@ -28,15 +20,6 @@ _LIMITS = {  # by what errors and logs say
     "Too many open files|ulimit -n": _MORE.format("open", "files", "n"),
     "No space left on device": "No space left on device, or no inodes (df -i)",
 }
-_USER = re.compile(
-    r"(?<=:/)(/?)(?:[^\s/]*"  # user:password before the host, …
-    r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … including an S3 key with unescaped slashes
-)
-_OPTION = re.compile(
-    r"([?&#;][\w.-]*(?:secret|token|pass|pwd|key|credential|signature|sig|auth)[\w.-]*=)"
-    r"[^&\s]*[^&\s'\")\],;:.]",  # without the punctuation that follows a value
-    re.IGNORECASE,
-)
 
 
 class UsageError(Exception):
@@ -115,122 +98,3 @@ def about_ray(error: BaseException) -> str | None:
 def about_limit(said: object) -> str | None:
     """Return one line if an error, or the text of a log, means that a limit of the system is reached; else None."""
     return next((line for pattern, line in _LIMITS.items() if re.search(pattern, str(said))), None)
-
-
-def masked(text: str) -> str:
-    """Return a text in which users, passwords and secret options of URIs are replaced by ``***``."""
-    return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text))
-
-
-def redact(text: object) -> str:
-    """Return a text as one line that is safe to print: secrets masked, control characters escaped."""
-    text = masked(str(text))
-    if text.isprintable():
-        return text
-    return escaped(text, str.isprintable)
-
-
-def escaped(text: str, is_plain: Callable[[str], bool]) -> str:
-    """Return a text with escapes, such as ``\\x1b``, for all characters that are not plain."""
-    return "".join(letter if is_plain(letter) else letter.encode("unicode_escape").decode("ascii") for letter in text)
-
-
-def say(text: object, file: TextIO | None = None) -> None:
-    """Print a line, redacted. All output except JSON goes through this function or ``RunConsole``. Raises JobError."""
-    with writing():
-        print(redact(text), file=file)
-
-
-@contextlib.contextmanager
-def writing() -> Iterator[None]:
-    """Raise a JobError if the output cannot be written. If its reader has gone, BrokenPipeError is raised as usual."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise JobError(f"the output cannot be written: {error.strerror}") from error
-
-
-class Output:
-    """A text stream. From the first failure on (a full disk, a closed pipe), what is written to it is discarded."""
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-    def write(self, text: str) -> int:
-        """Write a text."""
-        self._surviving(functools.partial(self._stream.write, text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what is in the stream's buffer."""
-        self._surviving(self._stream.flush)
-
-    def _surviving(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except OSError as error:
-            with contextlib.suppress(OSError, JobError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is left in the buffer
-                say(f"note: the output cannot be written ({error.strerror}): going on without it", file=sys.stderr)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def prepare_output() -> None:
-    """Escape characters that the terminal's encoding lacks; discard the output if the streams are closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        setattr(sys, name, stream)
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def count(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, as in ``2 images``."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
-
-
-def size_of(num_bytes: float) -> str:
-    """Return a number of bytes as text."""
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
-
-
-def clock_time(seconds: float) -> str:
-    """Return a duration as ``M:SS``, or ``H:MM:SS`` from an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_of_hour = divmod(minutes, 60)
-    return f"{hours}:{minutes_of_hour:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def in_words(name: str) -> str:
-    """Return ``batch_size`` as ``batch size``."""
-    return name.replace("_", " ")
-
-
-def format_settings(values: Mapping[str, Any]) -> str:
-    """Return settings as text: ``batch size 128, learning rate 0.005``."""
-    return ", ".join(f"{in_words(name)} {format_value(value)}" for name, value in values.items())
-
-
-def format_value(value: Any) -> str:
-    """Return a setting's value as text."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean X?`` for the most similar known name; empty if none is similar."""
-    cutoff = 0.7 if name.startswith("--") else 0.65  # --train-size and --validation-size are 0.69 alike
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def command(name: str) -> str:
-    """Return how to call a command: with the installed program if that is running, else with the command's script."""
-    running = Path(sys.argv[0])
-    if running.name.startswith(PROGRAM):
-        return f"{PROGRAM} {name}"
-    folder = os.path.relpath(running.parent) if running.parent.name == "jobs" else "jobs"  # from the current folder
-    return f"python {shlex.quote(f'{folder}/{name}.py')}"

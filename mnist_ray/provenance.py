@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mnist_ray
-from mnist_ray.errors import PROGRAM, masked
+from mnist_ray.text import PROGRAM, masked
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mnist_ray.errors import UsageError, did_you_mean, first_line, redact
+from mnist_ray.errors import UsageError, first_line
+from mnist_ray.text import did_you_mean, redact
 
 T = TypeVar("T")
 Check = Callable[[Any], bool]

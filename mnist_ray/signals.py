@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-from mnist_ray.errors import JobError, say
+from mnist_ray.errors import JobError
+from mnist_ray.output import say
 
 SAME_WITHIN_S = 0.5
 """Signals this soon after an interrupt count as the same interrupt: a terminal or a scheduler signals every process of

@@ -18,8 +18,9 @@ from uuid import uuid4
 import pyarrow
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError, about_limit, command, first_line
+from mnist_ray.errors import JobError, UsageError, about_limit, first_line
 from mnist_ray.settings import path_of
+from mnist_ray.text import command
 
 T = TypeVar("T")
 

@@ -10,18 +10,9 @@ from unittest.mock import Mock
 import pytest
 
 from mnist_ray import cli, provenance
-from mnist_ray.errors import (
-    ExampleError,
-    JobError,
-    UsageError,
-    command,
-    masked,
-    prepare_output,
-    redact,
-    say,
-    with_place,
-    writing,
-)
+from mnist_ray.errors import ExampleError, JobError, UsageError, with_place
+from mnist_ray.output import prepare_output, say, writing
+from mnist_ray.text import command, masked, redact
 from mnist_ray.workload.calls import placed
 from tests.conftest import mnist
 

@@ -22,8 +22,9 @@ from mnist_ray.checkpoints.checkpoint import (
     unpickled,
 )
 from mnist_ray.checkpoints.tensor_files import Rows, files_of
-from mnist_ray.errors import JobError, UsageError, size_of
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder
+from mnist_ray.text import size_of
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import placed
 

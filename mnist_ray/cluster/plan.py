@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import UsageError, count, size_of
+from mnist_ray.errors import UsageError
+from mnist_ray.text import count, size_of
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MAX_WORKERS_PER_CORE = 8  # each worker is a process of some 500 MiB

@@ -11,7 +11,8 @@ import numpy as np
 
 from mnist_ray.data.memory import map_arrays, may_be_copied
 from mnist_ray.data.order import AllBut
-from mnist_ray.errors import UsageError, count
+from mnist_ray.errors import UsageError
+from mnist_ray.text import count
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset

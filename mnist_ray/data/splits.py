@@ -9,7 +9,8 @@ import numpy as np
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Blocks, Data, Split, Splits
 from mnist_ray.data.order import AllBut, Shuffled
-from mnist_ray.errors import UsageError, count
+from mnist_ray.errors import UsageError
+from mnist_ray.text import count
 
 _HOLD_OUT_SEED, _SUBSET_SEED = 28, 41
 _MAX_HELD_OUT = 5000  # by default; more examples would only make validation slower

@@ -16,10 +16,11 @@ from typing import Any
 
 from mnist_ray import settings, storage
 from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig
-from mnist_ray.errors import UsageError, command, count, masked
+from mnist_ray.errors import UsageError
 from mnist_ray.ray_versions import check_workers
 from mnist_ray.settings import Given, Parser, Setting, declared, flag, peek
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder, find_run
+from mnist_ray.text import command, count, masked
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import SourceCode

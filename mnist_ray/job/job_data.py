@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from mnist_ray.data.data import Blocks, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.data.splits import splits_of, subset
-from mnist_ray.errors import UsageError, count
+from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job
+from mnist_ray.text import count
 from mnist_ray.workload.calls import data_of
 
 

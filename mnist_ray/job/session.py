@@ -16,22 +16,14 @@ from mnist_ray.cluster import environment, kept
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, check_memory, suitable, threads_per_worker, usable_cores
 from mnist_ray.config import WorkerConfig
 from mnist_ray.data.data import Blocks, Split, Splits
-from mnist_ray.errors import (
-    JobError,
-    TrainingStoppedError,
-    UnreadableDataError,
-    UsageError,
-    count,
-    format_settings,
-    size_of,
-    with_place,
-)
+from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
 from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import flag
 from mnist_ray.signals import if_ended, take_signals
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
+from mnist_ray.text import count, format_settings, size_of
 from mnist_ray.training.events import EpochFinished, Event, Started, Validated
 from ray_fork.starting import Forking, prepared_forking
 

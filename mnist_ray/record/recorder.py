@@ -19,7 +19,7 @@ from mnist_ray.checkpoints.saved_model import weights_digest
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import check_nodes
 from mnist_ray.data.digests import digests_of
-from mnist_ray.errors import JobError, count, with_place
+from mnist_ray.errors import JobError, with_place
 from mnist_ray.job.find import Fitted, read_initial
 from mnist_ray.job.session import Session, say_plan
 from mnist_ray.provenance import origin, versions
@@ -28,8 +28,10 @@ from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
+from mnist_ray.text import count
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
+from mnist_ray.training.metrics import Evaluation
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
 _MAX_TRACKING = 0.05  # of the run's time, in which the job waits for its trackers; more is noted

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mnist_ray.errors import Output, clock_time, count, redact
+from mnist_ray.output import Output
+from mnist_ray.text import clock_time, count, redact
 from mnist_ray.training import events
 from mnist_ray.training.events import Event, Progress, Started
 from mnist_ray.training.metrics import Evaluation

@@ -17,11 +17,13 @@ import jinja2
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
 from mnist_ray.data.splits import splits_of, subset
-from mnist_ray.errors import JobError, UsageError, in_words, redact, say, with_place
+from mnist_ray.errors import JobError, UsageError, with_place
+from mnist_ray.output import say
 from mnist_ray.report.plots import Curve, curves_of, smoothed, stacked_bars
 from mnist_ray.report.run_files import SAMPLES_FILE, RunRecord, number_of, read_csv, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
+from mnist_ray.text import in_words, redact
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.base import LOSS, Figure, Metric, Picture, Workload, formatted
 from mnist_ray.workload.calls import data_of

@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mnist_ray.errors import count, format_settings, format_value, in_words
 from mnist_ray.report.plots import label_log_axis, on_axis, scale_axis
 from mnist_ray.settings import Choice
 from mnist_ray.sweep.ranking import find_best
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
+from mnist_ray.text import count, format_settings, format_value, in_words
 from mnist_ray.workload.base import Metric
 from mnist_ray.workload.drawing import plain, png_of
 

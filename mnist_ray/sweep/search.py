@@ -12,7 +12,7 @@ from mnist_ray.checkpoints.checkpoint import DamagedCheckpointError, read_state
 from mnist_ray.cluster.nodes import current_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, count, format_settings
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.job.session import Clock, Session, console_of, say_run
 from mnist_ray.record.recorder import logs_named, recorded, write_settings
@@ -24,6 +24,7 @@ from mnist_ray.sweep.ranking import find_best, result_of
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
+from mnist_ray.text import count, format_settings
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import TrialEnded
 

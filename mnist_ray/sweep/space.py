@@ -11,8 +11,9 @@ from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import UsageError, did_you_mean
+from mnist_ray.errors import UsageError
 from mnist_ray.settings import Choice, Range, SearchSpace, Setting, parse_text
+from mnist_ray.text import did_you_mean
 from mnist_ray.workload.base import Workload
 
 _NONE, _LOG = "none", "log:"

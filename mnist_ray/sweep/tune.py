@@ -14,7 +14,7 @@ from rich.text import Text
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig
 from mnist_ray.data.data import Splits
-from mnist_ray.errors import JobError, UsageError, command, count, format_settings, format_value, in_words, redact
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import read_job
 from mnist_ray.job.job_data import check_against_data, load_splits
 from mnist_ray.job.session import opened, say_data, started
@@ -26,6 +26,7 @@ from mnist_ray.sweep.proposals import propose
 from mnist_ray.sweep.ranking import find_best, ranked
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
+from mnist_ray.text import command, count, format_settings, format_value, in_words, redact
 
 
 def read_sweep(given: Given | None = None) -> Sweep:

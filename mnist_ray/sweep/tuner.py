@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import JobError, TrainingStoppedError, count, masked
+from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.retention import drop_trials
 from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line
 from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments
@@ -29,6 +29,7 @@ from mnist_ray.sweep.ranking import find_best, may_be_tested, score_at
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable
+from mnist_ray.text import count, masked
 from mnist_ray.training.metrics import CheckpointMetrics
 
 TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"

@@ -21,8 +21,9 @@ from mnist_ray.config import ExportConfig
 from mnist_ray.data.batches import ArrayBatches, ExampleBatches, batches_of
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
-from mnist_ray.errors import JobError, UsageError, say, with_place
+from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.job.find import Found
+from mnist_ray.output import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.workload.base import Workload

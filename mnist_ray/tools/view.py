@@ -9,9 +9,11 @@ import numpy as np
 
 from mnist_ray.config import ViewConfig
 from mnist_ray.data.data import Split
-from mnist_ray.errors import UsageError, count, say
+from mnist_ray.errors import UsageError
+from mnist_ray.output import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
+from mnist_ray.text import count
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, picture_of, placed
 from mnist_ray.workload.classification import Classification

@@ -21,8 +21,9 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
 from mnist_ray.config import OutputConfig
-from mnist_ray.errors import first_line, redact
+from mnist_ray.errors import first_line
 from mnist_ray.storage import RunFolder
+from mnist_ray.text import redact
 from mnist_ray.trackers import Ending, Tracker
 from mnist_ray.training.events import Event, Progress, Started
 from mnist_ray.workload import user_code

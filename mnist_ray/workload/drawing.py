@@ -16,7 +16,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from mnist_ray.data.data import Split
-from mnist_ray.errors import escaped
+from mnist_ray.text import escaped
 from mnist_ray.workload.base import CsvRows, Picture, Workload
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from mnist_ray.errors import clock_time
 from mnist_ray.report import console
 from mnist_ray.report.console import RunConsole
+from mnist_ray.text import clock_time
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated, WorkersLost
 from tests.conftest import mnist
 

@@ -1,0 +1,66 @@
+"""The output of a command: one redacted line at a time, on streams that may fail."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from mnist_ray.errors import JobError
+from mnist_ray.text import redact
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print a line, redacted. All output except JSON goes through this function or ``RunConsole``. Raises JobError."""
+    with writing():
+        print(redact(text), file=file)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Raise a JobError if the output cannot be written. If its reader has gone, BrokenPipeError is raised as usual."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise JobError(f"the output cannot be written: {error.strerror}") from error
+
+
+class Output:
+    """A text stream. From the first failure on (a full disk, a closed pipe), what is written to it is discarded."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        self._surviving(functools.partial(self._stream.write, text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is in the stream's buffer."""
+        self._surviving(self._stream.flush)
+
+    def _surviving(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            with contextlib.suppress(OSError, JobError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is left in the buffer
+                say(f"note: the output cannot be written ({error.strerror}): going on without it", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def prepare_output() -> None:
+    """Escape characters that the terminal's encoding lacks; discard the output if the streams are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
