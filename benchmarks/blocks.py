@@ -38,9 +38,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
+from mnist_ray.process import keep_freed_memory
 from pyarrow import parquet as pq
 
-from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.data.batches import batch_loader, batches_of
 from mnist_ray.data.data import Arrays, Split

@@ -29,11 +29,11 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from mnist_ray.process import keep_freed_memory
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from mnist_ray.checkpoints import checkpoint
-from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import ShardedBatchSampler

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_ray import process
 from mnist_ray.cluster import environment, kept
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, workload_of
 from mnist_ray.run.train import train as train_job
+from mnist_ray.runs import find_run
 from mnist_ray.settings import build, check_known, declared
-from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder, find_run
+from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.sweep.space import options_text
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
 from mnist_ray.sweep.tune import read_sweep
@@ -84,7 +86,7 @@ class Run:
         model: nn.Module = find(self).load_model()
         return model
 
-    @environment.left_as_found()
+    @process.left_as_found()
     def export(self, output: str | Path) -> Path:
         """Write the model as a program of ``torch.export`` to a ``.pt2`` file; return its path.
 
@@ -115,7 +117,7 @@ class SweptRun(Run):
 
 
 @kept.for_next_call()
-@environment.left_as_found()
+@process.left_as_found()
 def train(workload: AnyWorkload = None, **settings: Any) -> Run:
     """Train, evaluate and report like ``jobs/train.py``; return the run.
 
@@ -128,7 +130,7 @@ def train(workload: AnyWorkload = None, **settings: Any) -> Run:
 
 
 @kept.for_next_call()
-@environment.left_as_found()
+@process.left_as_found()
 def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.
 
@@ -154,7 +156,7 @@ def _space_text(space: Any) -> str:
 
 
 @kept.for_next_call()
-@environment.left_as_found()
+@process.left_as_found()
 def evaluate(
     run: Run | str | Path | None = None,
     *,

@@ -20,7 +20,6 @@ from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError, about_limit, first_line
 from mnist_ray.settings import path_of
-from mnist_ray.text import command
 
 T = TypeVar("T")
 
@@ -238,53 +237,10 @@ def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> Ru
     return run
 
 
-def find_run(place: str | None, storage_path: str) -> RunFolder:
-    """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest run.
-
-    A name is that of a run in the storage or, if there is none, of a folder here. Raises UsageError if there is no run,
-    or the URI is wrong.
-    """
-    if place is None:
-        try:
-            return _newest_run(locate(storage_path, ""))
-        except STORAGE_ERRORS as error:
-            raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
-    if not place.strip():
-        raise UsageError("the run's name is empty; give a name, or leave the flag out")
-    place = os.path.abspath(place) if place in (".", "..") else place
-    if "/" in place:
-        base, query = split_query(place)
-        parent, _, name = base.rstrip("/").rpartition("/")
-        return locate((parent or ("/" if base.startswith("/") else ".")) + query, name, "the run in")
-    run, here = locate(storage_path, place), locate(".", place, "the run in")
-    return here if here.exists() and not run.exists() else run
-
-
-def _newest_run(storage: RunFolder) -> RunFolder:
-    """Return the run with a checkpoint whose settings were written last."""
-    folders = [locate(storage.storage_path, name) for name in storage.subfolders()]
-    runs = [run for run in folders if run.exists(CONFIG_FILE) and run.checkpoint_names()]
-    if not runs:
-        raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
-    return max(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0)
-
-
 def split_query(path: str) -> tuple[str, str]:
     """Split a URI before its ``?``, where the file system's options begin. A file's name comes before the options."""
     base, mark, query = path.partition("?") if "://" in path else (path, "", "")
     return base, mark + query
-
-
-def untrusted_folders(run: RunFolder, storage_path: str) -> list[Path]:
-    """Return the local folders whose code may come from somebody else: the run's folder, and the storage path.
-
-    ``run`` may also be the folder of a checkpoint, or of a run within a sweep.
-    """
-    outermost = run
-    while outermost.storage.path != outermost.path and outermost.storage.exists(CONFIG_FILE):
-        outermost = outermost.storage
-    own = [Path(outermost.path)] if isinstance(run.filesystem, fs.LocalFileSystem) else []
-    return own if "://" in storage_path else [*own, path_of(storage_path, "--storage-path")]
 
 
 def checkpoint_name(epoch: int, step: int) -> str:

@@ -24,9 +24,8 @@ import torch
 from PIL import Image
 
 import mnist_ray
-from mnist_ray import Run
+from mnist_ray import Run, process
 from mnist_ray.api import reference_of
-from mnist_ray.cluster import environment
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import read_job
@@ -150,7 +149,7 @@ def test_many_threads_predict_at_once_beside_another_call_and_change_nothing(run
         return signal.getsignal(signal.SIGINT), [*warnings.filters], torch.get_num_threads(), dict(os.environ)
 
     before, expected = state(), [prediction.top for prediction in mnist_ray.predict(pictures, run)]
-    with environment.left_as_found(), ThreadPoolExecutor(8) as threads:
+    with process.left_as_found(), ThreadPoolExecutor(8) as threads:
         futures = [threads.submit(mnist_ray.predict, pictures, run) for _ in range(16)]
         models = [threads.submit(run.load_model) for _ in range(4)]
         assert all([prediction.top for prediction in future.result()] == expected for future in futures)
@@ -231,7 +230,7 @@ def test_calls_in_two_threads_at_once_are_refused_but_not_predictions(run: Run) 
     begins, ends = threading.Event(), threading.Event()
 
     def wait() -> None:
-        with environment.left_as_found():
+        with process.left_as_found():
             begins.set()
             ends.wait(60)
 

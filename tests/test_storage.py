@@ -12,7 +12,8 @@ from pyarrow import fs
 
 from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.storage import RunFolder, checkpoint_name, find_run, locate, position_of, untrusted_folders
+from mnist_ray.runs import find_run, untrusted_folders
+from mnist_ray.storage import RunFolder, checkpoint_name, locate, position_of
 
 
 def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path) -> None:

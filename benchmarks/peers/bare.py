@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from mnist_ray.process import keep_freed_memory
 from torch.multiprocessing.spawn import spawn
 
-from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Splits
 from mnist_ray.data.splits import splits_of

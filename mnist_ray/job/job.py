@@ -14,12 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mnist_ray import settings, storage
+from mnist_ray import runs, settings, storage
 from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.ray_versions import check_workers
+from mnist_ray.runs import find_run
 from mnist_ray.settings import Given, Parser, Setting, declared, flag, peek
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder, find_run
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.text import command, count, masked
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
@@ -148,10 +149,10 @@ def check_free(run: RunFolder, *, resume: bool) -> None:
 
 def _load_trusted(kind: str, run: RunFolder, early: Given, files: Layers) -> type[Workload]:
     """Return the workload. Raises UsageError if only a file names some code, which may have come with a run."""
-    folders = storage.untrusted_folders(run, run.storage_path)
+    folders = runs.untrusted_folders(run, run.storage_path)
     if "config" in early:
         home = settings.path_of(early["config"], "--config").absolute().parent
-        folders += storage.untrusted_folders(storage.locate(str(home.parent), home.name), run.storage_path)
+        folders += runs.untrusted_folders(storage.locate(str(home.parent), home.name), run.storage_path)
     for name, about in declared(*_classes(kind)).items():
         if about.code and name not in early and isinstance(reference := files.values.get(name), str):
             user_code.check_trusted(reference, flag(name), files.place_of(name), folders)
@@ -194,7 +195,7 @@ def _build_job(
     code = _find_code(train)
     references: dict[str, Any] = {name: source.reference for name, source in code.items()}
     train = dataclasses.replace(train, **references, init_from=_initial(train, run, given, is_resumed=is_resumed))
-    folders = storage.untrusted_folders(run, run.storage_path)
+    folders = runs.untrusted_folders(run, run.storage_path)
     saved = {"workload": workload_class.source.reference, **references}
     untrusted = {name: reference for name, reference in saved.items() if user_code.why_untrusted(reference, folders)}
     return Job(

@@ -5,32 +5,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from mnist_ray import extras
+from mnist_ray import extras, process
 from mnist_ray.cluster import environment, kept
-from mnist_ray.cluster.plan import Cluster, WorkerPlan, check_memory, suitable, threads_per_worker, usable_cores
+from mnist_ray.cluster.plan import Cluster, threads_per_worker, usable_cores
 from mnist_ray.config import WorkerConfig
 from mnist_ray.data.data import Blocks, Split, Splits
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
+from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import flag
 from mnist_ray.signals import if_ended, take_signals
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
-from mnist_ray.text import count, format_settings, size_of
-from mnist_ray.training.events import EpochFinished, Event, Started, Validated
+from mnist_ray.text import size_of
 from ray_fork.starting import Forking, prepared_forking
 
 if TYPE_CHECKING:
-    from torch import nn
-
-_SMALL_ON_GPU = 64  # examples of a step: so few leave most of a GPU idle
+    pass
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def connected(
 
     def meanwhile() -> None:
         nonlocal unused
-        with environment.without_collector():
+        with process.without_collector():
             importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
         if is_own:
             unused = _try_batch(job, data.train, batch_sizes)
@@ -138,7 +135,7 @@ def connected(
         cluster = Cluster(is_local=True, nodes=(), log_folder="")
         yield Session(job, start.workers, data, console, start.clock, cluster, unused)
         return
-    with environment.without_collector():
+    with process.without_collector():
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
     with connect(start.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
@@ -209,118 +206,3 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
 def console_of(job: Job) -> RunConsole:
     """Return a run's console."""
     return RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet)
-
-
-def say_run(console: RunConsole, job: Job, data: Splits) -> None:
-    """Print the header of a run: data, training, settings."""
-    config = job.train
-    console.say("run", job.run.name)
-    say_data(console, job, data)
-    steps = f"{count(config.num_epochs, 'epoch')} of {count(config.steps_per_epoch(len(data.train)), 'step')}"
-    if config.num_steps is not None:
-        steps += f", {count(config.num_steps, 'step')} in all"
-    console.say(
-        "training",
-        f"{steps}, batch size {config.batch_size}, "
-        f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
-    )
-    printed = {"num_epochs", "num_steps", "validate_every", "batch_size", "schedule", "learning_rate", "precision"}
-    defaults = {name: value for name, value in job.workload.defaults.items() if name not in printed}
-    changed = {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}
-    if changed:
-        console.say("settings", format_settings(changed))
-    console.say("results", job.run.uri)
-    console.waiting("starting Ray …")
-
-
-def say_data(console: RunConsole, job: Job, data: Splits) -> None:
-    """Print a job's notes, and the sizes of its data."""
-    for note in job.notes:
-        console.say("note", note)
-    counts = f"{len(data.train):,} {job.workload.nouns} to train on, {len(data.validation):,} for validation"
-    console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
-
-
-def say_plan(session: Session, plan: WorkerPlan) -> int:
-    """Print the model and the workers that train it; return the number of parameters."""
-    job, console, cluster = session.job, session.console, session.cluster
-    model, why_whole = _created(job)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
-    console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters{trained}")
-    if session.is_here:
-        console.say("workers", "none: this process trains, without Ray")
-        return num_parameters
-    resources = count(plan.cpus_per_worker, "CPU") + (" and 1 GPU" if plan.use_gpu else "")
-    place = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
-    console.say("workers", f"{plan.num_workers}, each with {resources}, on {place}")
-    _say_memory(session, plan, model, why_whole)
-    cores = usable_cores()
-    if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
-        shared = f"{plan.num_workers} workers share {cores} cores"
-        console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
-    slice_size = job.train.batch_size // plan.num_workers
-    if plan.use_gpu and slice_size < _SMALL_ON_GPU:
-        examples = f"{slice_size} {job.workload.nouns} a step"
-        console.say("note", f"{examples} leave a GPU idle: a larger --batch-size is faster")
-    if plan.must_scale_up:
-        console.say("note", "the cluster is too small now; waiting for it to start nodes")
-    console.waiting("starting workers …")
-    return num_parameters
-
-
-def _created(job: Job) -> tuple[nn.Module, str]:
-    """Return a new model: one to be sharded without memory for its tensors or, if it cannot be created so, why not."""
-    from mnist_ray.parallel.sharding import on_meta
-
-    without_memory, why_whole = on_meta(job.workload) if job.train.strategy == "fsdp" else (None, "")
-    return without_memory or job.workload.create_model(), why_whole
-
-
-def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module, why_whole: str) -> None:
-    """Print what each worker holds of a sharded model. Raises UsageError if the nodes have no memory for it."""
-    from mnist_ray.parallel import sharding
-
-    workload, config = session.job.workload, session.job.train
-    held = sharding.held_bytes(model, workload, config, plan.num_workers)
-    if sharding.is_wanted(config, plan.num_workers):
-        units = sharding.units_of(workload, model)
-        largest = max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units)
-        whole = sharding.held_bytes(model, workload, config, 1)
-        session.console.say(
-            "sharding",
-            f"{count(len(units), 'unit')} of up to {size_of(largest)}; each worker holds {size_of(held)} of weights, "
-            f"gradients and optimizer state, not {size_of(whole)}",
-        )
-        if why_whole:
-            session.console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")
-    check_memory(plan, suitable(session.cluster.nodes, plan.labels), held)
-
-
-class Clock:
-    """Measures the seconds of each part of a job, from the creation of the clock on."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._parts: dict[str, float] = {}
-        self._has_trained = False
-
-    def mark(self, name: str) -> None:
-        """Add the time since the last mark to the part ``name``."""
-        now = time.perf_counter()
-        self._parts[name] = self._parts.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def note(self, event: Event) -> None:
-        """Mark the end of the start, of an epoch's training, and of its validation."""
-        if isinstance(event, Started) and not self._has_trained:
-            self._has_trained = True
-            self.mark("start")
-        if isinstance(event, (EpochFinished, Validated)):
-            self.mark("training" if isinstance(event, EpochFinished) else "validation")
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of each part, and the total."""
-        parts = {name: round(seconds, 3) for name, seconds in self._parts.items()}
-        return {**parts, "total": round(self._last - self._start, 3)}

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from mnist_ray import extras
 from mnist_ray.checkpoints.checkpoint import read_state
 from mnist_ray.checkpoints.saved_model import weights_digest
+from mnist_ray.cluster.node_checks import check_nodes
 from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.cluster.remote_data import check_nodes
 from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.job.find import Fitted, read_initial
-from mnist_ray.job.session import Session, say_plan
-from mnist_ray.provenance import origin, versions
+from mnist_ray.job.session import Session
+from mnist_ray.provenance import origin
+from mnist_ray.record.header import say_plan
 from mnist_ray.record.history import History, write_predictions
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.settings import json_lines
@@ -244,30 +244,3 @@ def overfit_verdict(loss_before: float, loss_after: float) -> str:
         f"{losses}: the model has not learned even these examples; either something is broken (the targets, prepare, "
         "the loss, a layer), or training needs more --num-epochs or a different --learning-rate"
     )
-
-
-def check(session: Session, plan: WorkerPlan) -> None:
-    """Print how a run would go, and check every node. Raises JobError if a node cannot take part."""
-    say_plan(session, plan)
-    check_nodes_for(session, plan)
-
-
-def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
-    """Print where a job would run, and check every node. Raises JobError if a node cannot take part."""
-    job, console = session.job, session.console
-    own_versions, batch_size = versions(), job.train.batch_size
-    if job.initial is not None and not job.initial.exists(INITIAL_FILE):
-        console.say("init from", read_initial(job)[1])
-    hosts = ["this process"] if session.is_here else check_nodes(job.run, plan, own_versions)
-    slices = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
-    where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])
-    console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {slices}")
-    console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts) or 'no node yet'}")
-    console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
-    if not session.is_here:
-        found = extras.listed(plain=job.workers.plain_ray)
-        groups = [f"{state}: {', '.join(extra.gain for extra in group)}" for state, group in found.items() if group]
-        console.say("extras", "; ".join(groups))
-    if plan.must_scale_up:
-        console.say("note", "this check cannot tell whether the cluster can start nodes for these workers")
-    console.say("check", "this job would run")

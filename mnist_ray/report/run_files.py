@@ -12,7 +12,8 @@ from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.errors import UsageError
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, TRIALS_FILE, RunFolder, untrusted_folders
+from mnist_ray.runs import untrusted_folders
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 

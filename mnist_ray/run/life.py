@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.job.job import Job
+from mnist_ray.process import end_if_hung
 from mnist_ray.training.events import Event, Note, WorkerAlive
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import PARTS, START, STORAGE

@@ -4,7 +4,8 @@ import functools
 
 from mnist_ray.job.job import Job
 from mnist_ray.job.job_data import check_against_data, load_splits
-from mnist_ray.job.session import console_of, opened, say_run, started
+from mnist_ray.job.session import console_of, opened, started
+from mnist_ray.record.header import say_run
 
 
 def train(job: Job) -> None:
@@ -15,11 +16,11 @@ def train(job: Job) -> None:
         console = console_of(job)
         with opened(start, job, data, console, functools.partial(say_run, console, job, data)) as session:
             from mnist_ray.record import recorder  # these import torch, which was loaded while Ray started
-            from mnist_ray.run import evaluate, fit, in_process
+            from mnist_ray.run import evaluate, fit, in_process, rehearsal
 
             plan = fit.plan(session)
             if job.output.check:
-                recorder.check(session, plan)
+                rehearsal.check(session, plan)
                 return
             fit_run = in_process.fit_here if session.is_here else fit.fit
             with recorder.recorded(session, plan) as record:  # however the run ends, a report is written

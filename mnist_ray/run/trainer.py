@@ -10,8 +10,8 @@ from ray.train.torch import TorchTrainer
 
 from mnist_ray import extras
 from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.job.retention import NUM_KEPT
+from mnist_ray.run.rendezvous import WorkerGroupConfig
 from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, with_retries

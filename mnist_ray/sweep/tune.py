@@ -17,7 +17,8 @@ from mnist_ray.data.data import Splits
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import read_job
 from mnist_ray.job.job_data import check_against_data, load_splits
-from mnist_ray.job.session import opened, say_data, started
+from mnist_ray.job.session import opened, started
+from mnist_ray.record.header import say_data
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import Given
 from mnist_ray.storage import TRIALS_FILE
@@ -70,7 +71,7 @@ def tune(sweep: Sweep) -> Sweep:
         console = SweepConsole(sweep)
         say_header = functools.partial(say_sweep, console, sweep, data)
         with opened(start, sweep.job, data, console, say_header, sweep.batch_sizes) as session:
-            from mnist_ray.record.recorder import check_nodes_for  # torch is loaded by now
+            from mnist_ray.run.rehearsal import check_nodes_for  # torch is loaded by now
             from mnist_ray.sweep.search import plan_trials, search, train_chosen
 
             plan, concurrent = plan_trials(session, sweep)

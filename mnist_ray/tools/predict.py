@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from mnist_ray.cluster import environment
+from mnist_ray import process
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
 from mnist_ray.data.batches import MicroBatch
@@ -174,7 +174,7 @@ def read_image(file: Path | io.BytesIO) -> Image.Image:
     if isinstance(file, Path) and is_no_file(file):
         raise UsageError("not a file")
     try:
-        with environment.filters, warnings.catch_warnings():
+        with process.filters, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large pictures and harmless damage
             return open_picture(file)
     except UnidentifiedImageError as error:

@@ -12,11 +12,11 @@ import torch
 from ray.cluster_utils import Cluster as Nodes
 
 from mnist_ray import provenance
-from mnist_ray.cluster import devices, remote_data
+from mnist_ray.cluster import devices, node_checks
 from mnist_ray.cluster.devices import UnusableGPUError, device_here
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import TrainConfig
-from mnist_ray.job.session import say_plan
+from mnist_ray.record.header import say_plan
 from mnist_ray.run import evaluate
 from mnist_ray.storage import RunFolder
 from tests.conftest import Flags, mnist, run_job, run_main
@@ -65,7 +65,7 @@ def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(run: R
     run.storage.write_text("probe", "probe")
     for local, problem in (("+cu128", ""), (".1+cpu", "has torch")):
         drivers = {**provenance.versions(), "torch": torch_version + local}
-        found = remote_data.check_here(run, "probe", drivers)[1]
+        found = node_checks.check_here(run, "probe", drivers)[1]
         assert found[: len("has torch")] == problem
 
 

@@ -10,10 +10,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from mnist_ray import cli, ray_versions
+from mnist_ray import cli, process, ray_versions
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.rendezvous import use_nodes_interface
 from mnist_ray.errors import UsageError
+from mnist_ray.run.rendezvous import use_nodes_interface
 
 
 @pytest.fixture(autouse=True)
@@ -58,14 +58,14 @@ def test_no_token_is_made_if_the_user_has_decided_on_authentication(tmp_path: Pa
 
 
 def test_a_workload_may_itself_call_the_api() -> None:
-    with environment.left_as_found(), environment.left_as_found():
+    with process.left_as_found(), process.left_as_found():
         os.environ["RAY_ADDRESS"] = "local"
     assert "RAY_ADDRESS" not in os.environ
 
 
 def test_a_call_may_begin_while_another_thread_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))  # imported by half
-    with environment.left_as_found():
+    with process.left_as_found():
         pass
 
 
@@ -73,12 +73,12 @@ def test_a_call_leaves_the_filters_of_warnings_as_they_were_also_beside_a_predic
     before, in_call, is_decoded = [*warnings.filters], threading.Event(), threading.Event()
 
     def call() -> None:
-        with environment.left_as_found():
+        with process.left_as_found():
             in_call.set()
             is_decoded.wait()
 
     caller = threading.Thread(target=call)
-    with environment.filters, warnings.catch_warnings():
+    with process.filters, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         caller.start()
         in_call.wait(0.2)
@@ -126,7 +126,7 @@ def test_threads_spin_briefly_if_other_programs_leave_too_few_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "loadavg").write_text(f"0.20 0.18 0.12 {num_running}/9999 11206\n")
-    monkeypatch.setattr(environment, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(process, "_LOAD", tmp_path / "loadavg")
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     os.environ |= set_by_user
     environment.prepare(verbose=False, num_threads=num_threads)
@@ -137,7 +137,7 @@ def test_threads_of_the_jobs_own_process_are_told_before_a_workload_imports_torc
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "loadavg").write_text("0.20 0.18 0.12 9/9999 11206\n")
-    monkeypatch.setattr(environment, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(process, "_LOAD", tmp_path / "loadavg")
     monkeypatch.setattr("mnist_ray.cli.usable_cores", lambda: 4)
     (tmp_path / "own_workload.py").write_text("import os\nraise ValueError(os.environ.get('GOMP_SPINCOUNT'))\n")
     flags = ["--num-workers", "0", "--workload", f"{tmp_path}/own_workload.py", "--storage-path", str(tmp_path)]
@@ -147,7 +147,7 @@ def test_threads_of_the_jobs_own_process_are_told_before_a_workload_imports_torc
 
 
 def test_a_call_leaves_openmps_variables_as_they_were() -> None:
-    with environment.left_as_found():
+    with process.left_as_found():
         os.environ["GOMP_SPINCOUNT"] = "1000"
     assert "GOMP_SPINCOUNT" not in os.environ
 
@@ -159,7 +159,7 @@ def test_freed_memory_is_kept_but_large_blocks_of_a_sharded_run(is_sharded: bool
 import resource
 from pathlib import Path
 import numpy as np
-from mnist_ray.cluster.environment import keep_freed_memory
+from mnist_ray.process import keep_freed_memory
 
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

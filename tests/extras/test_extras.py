@@ -23,10 +23,10 @@ from ray.train.v2._internal.execution.controller.state import PreemptingState, R
 from mnist_ray import extras, ray_versions
 from mnist_ray.cli import status_of
 from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.extras import EXTRAS, is_on, listed, loopback, note, small, uses
 from mnist_ray.job.job import read_job
+from mnist_ray.run.rendezvous import WorkerGroupConfig
 from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import SNAPSHOT_FILE

@@ -1,0 +1,115 @@
+"""The state of this process: signals, warnings, threads, the allocator, a limit on its silence."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mnist_ray.cluster.plan import usable_cores
+from mnist_ray.errors import JobError
+from mnist_ray.signals import take_signals
+
+_CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT|GOMP_")  # Ray keeps the token that it reads
+_busy = threading.RLock()  # a workload may itself load a run
+filters = threading.Lock()  # of warnings, which belong to the process
+_LOAD = Path("/proc/loadavg")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Turn the garbage collector off in the block, which imports large packages: it would take a fifth of the time."""
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_on:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def left_as_found() -> Iterator[None]:
+    """Take the signals that end a job; at the end, give the process back what a job, Ray or Tune has changed.
+
+    Raises JobError if another thread is in such a block: both would seed the same generators, and start one Ray.
+    """
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    variables = {name: value for name, value in os.environ.items() if _CHANGED.match(name)}
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("ray", "ray.widgets.util", "optuna"))}
+    torch: Any = sys.modules.get("torch")  # which another thread may be importing
+    threads = torch.get_num_threads() if hasattr(torch, "get_num_threads") else usable_cores()
+    if not _busy.acquire(blocking=False):
+        raise JobError("this process is busy with another call; wait for its end, or make this call in a new process")
+    try:
+        take_signals()
+        with contextlib.ExitStack() as at_the_end:
+            with filters:
+                at_the_end.enter_context(warnings.catch_warnings())
+            yield
+    finally:
+        _busy.release()
+        for name in [*filter(_CHANGED.match, os.environ)]:
+            del os.environ[name]
+        os.environ.update(variables)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        torch = sys.modules.get("torch")
+        if hasattr(torch, "set_num_threads"):
+            torch.set_num_threads(threads)
+        with contextlib.suppress(ValueError):  # in another thread than the main one, which has changed no handler
+            for number in [number for number, handler in handlers.items() if signal.getsignal(number) is not handler]:
+                signal.signal(number, handlers[number])
+
+
+def spin_briefly_if_busy(num_threads: int) -> None:
+    """Let ``num_threads`` not spin while they wait if they lack cores. OpenMP reads that when torch is imported."""
+    if num_threads > 1 and "OMP_WAIT_POLICY" not in os.environ and _free_cores() < num_threads:
+        # A worker's threads wait for each other in every operator. One that spins meanwhile, which is faster on a quiet
+        # machine, keeps its core, perhaps from the thread that it waits for.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _free_cores() -> int:
+    """Return how many of the machine's cores other programs leave free; those that pause do not count."""
+    num_running = []
+    with contextlib.suppress(OSError):  # only Linux has the file, and OpenMP of GNU, which PyTorch uses there
+        for _ in range(3):
+            time.sleep(0.004)
+            num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))
+    others = min(num_running, default=1) - 1  # this process runs, too
+    return (os.cpu_count() or 1) - others
+
+
+def keep_freed_memory(*, is_sharded: bool = False) -> None:
+    """Let this process keep freed memory instead of returning it to the kernel. This needs glibc's allocator.
+
+    Each step allocates memory for activations and frees it. In a worker of Ray Train, glibc returned it to the kernel
+    each time, and a third of the training's time went into page faults.
+
+    ``is_sharded``: return large blocks all the same. FSDP and gloo need buffers of many sizes, and a freed one rarely
+    fits the next: kept, they were a fifth of a worker's memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    largest_kept = 2**22 if is_sharded else 2**30
+    # Older versions of glibc accept at most 32 MiB. Setting only one threshold is worse than setting neither.
+    if mallopt and (mallopt(_M_MMAP_THRESHOLD, largest_kept) or mallopt(_M_MMAP_THRESHOLD, 2**25)):
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
+
+
+def end_if_hung(timeout_s: float) -> None:
+    """End this process, with all stacks in its log, unless called again or cancelled by ``faulthandler`` first."""
+    faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
