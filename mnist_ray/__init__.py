@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mnist_ray.text import VERSION as __version__  # noqa: F401
+
 __all__ = ["Run", "evaluate", "load_run", "predict", "train", "tune"]
 
 if TYPE_CHECKING:

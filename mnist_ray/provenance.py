@@ -12,14 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mnist_ray
-from mnist_ray.text import PROGRAM, masked
+from mnist_ray.text import PROGRAM, VERSION, masked
 
 
 def versions() -> dict[str, str]:
     """Return the versions of mnist_ray, Python, torch, Ray and NumPy."""
     packages = {name: version(name) for name in ("torch", "ray", "numpy")}
-    return {"mnist_ray": mnist_ray.__version__, "python": platform.python_version(), **packages}
+    return {"mnist_ray": VERSION, "python": platform.python_version(), **packages}
 
 
 def cpuinfo(names: str = "flags|Features") -> str:
@@ -58,7 +57,7 @@ def origin() -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Return the commit of the package's checkout, with ``-dirty`` if it has changes; None if there is no checkout."""
-    root = Path(mnist_ray.__file__).parent.parent
+    root = Path(__file__).parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]

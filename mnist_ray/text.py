@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-PROGRAM = "mnist-ray"
+PROGRAM, VERSION = "mnist-ray", "0.1.0"
 _USER = re.compile(
     r"(?<=:/)(/?)(?:[^\s/]*"  # user:password before the host, …
     r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … including an S3 key with unescaped slashes
