@@ -12,10 +12,8 @@ import re
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from mnist_ray.cluster.plan import usable_cores
@@ -25,7 +23,6 @@ from mnist_ray.signals import take_signals
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT|GOMP_")  # Ray keeps the token that it reads
 _busy = threading.RLock()  # a workload may itself load a run
 filters = threading.Lock()  # of warnings, which belong to the process
-_LOAD = Path("/proc/loadavg")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 
@@ -73,25 +70,6 @@ def left_as_found() -> Iterator[None]:
         with contextlib.suppress(ValueError):  # in another thread than the main one, which has changed no handler
             for number in [number for number, handler in handlers.items() if signal.getsignal(number) is not handler]:
                 signal.signal(number, handlers[number])
-
-
-def spin_briefly_if_busy(num_threads: int) -> None:
-    """Let ``num_threads`` not spin while they wait if they lack cores. OpenMP reads that when torch is imported."""
-    if num_threads > 1 and "OMP_WAIT_POLICY" not in os.environ and _free_cores() < num_threads:
-        # A worker's threads wait for each other in every operator. One that spins meanwhile, which is faster on a quiet
-        # machine, keeps its core, perhaps from the thread that it waits for.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-def _free_cores() -> int:
-    """Return how many of the machine's cores other programs leave free; those that pause do not count."""
-    num_running = []
-    with contextlib.suppress(OSError):  # only Linux has the file, and OpenMP of GNU, which PyTorch uses there
-        for _ in range(3):
-            time.sleep(0.004)
-            num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))
-    others = min(num_running, default=1) - 1  # this process runs, too
-    return (os.cpu_count() or 1) - others
 
 
 def keep_freed_memory(*, is_sharded: bool = False) -> None:

@@ -55,7 +55,7 @@ def test_the_saved_command_line_has_no_secrets(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_job_with_closed_output_works() -> None:
-    code = "from mnist_ray.cli import run; from mnist_ray.errors import say; run(lambda: say('done'))"
+    code = "from mnist_ray.cli import run; from mnist_ray.output import say; run(lambda: say('done'))"
     done = subprocess.run(f'"{sys.executable}" -c "{code}" >&-', shell=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
 

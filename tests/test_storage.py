@@ -62,7 +62,7 @@ def test_the_options_of_a_uri_stay_at_its_end(monkeypatch: pytest.MonkeyPatch) -
     run = RunFolder("run", f"s3://bucket/runs{options}", fs.LocalFileSystem(), "bucket/runs/run")
     assert run.inside("trials").uri == f"s3://bucket/runs/run/trials{options}"
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr("mnist_ray.storage.locate", lambda path, name, given_as: asked.append((path, name)))
+    monkeypatch.setattr("mnist_ray.runs.locate", lambda path, name, given_as: asked.append((path, name)))
     find_run("s3://b/runs/one?region=a/b", "")
     assert asked == [("s3://b/runs?region=a/b", "one")]
 

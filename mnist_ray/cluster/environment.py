@@ -7,11 +7,13 @@ import logging
 import os
 import secrets
 import sys
+import time
 import warnings
 from pathlib import Path
 
-from mnist_ray.process import spin_briefly_if_busy
 from mnist_ray.ray_versions import must_ask_for_tokens
+
+_LOAD = Path("/proc/loadavg")
 
 IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # by Ray Train and PyTorch's optimizers, in running workers
 _SETTINGS = {
@@ -97,3 +99,22 @@ def for_workers() -> dict[str, str]:
     Processes with the same variables can take the place of each other; a usual start only gets slower by them.
     """
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+
+
+def spin_briefly_if_busy(num_threads: int) -> None:
+    """Let ``num_threads`` not spin while they wait if they lack cores. OpenMP reads that when torch is imported."""
+    if num_threads > 1 and "OMP_WAIT_POLICY" not in os.environ and _free_cores() < num_threads:
+        # A worker's threads wait for each other in every operator. One that spins meanwhile, which is faster on a quiet
+        # machine, keeps its core, perhaps from the thread that it waits for.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _free_cores() -> int:
+    """Return how many of the machine's cores other programs leave free; those that pause do not count."""
+    num_running = []
+    with contextlib.suppress(OSError):  # only Linux has the file, and OpenMP of GNU, which PyTorch uses there
+        for _ in range(3):
+            time.sleep(0.004)
+            num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))
+    others = min(num_running, default=1) - 1  # this process runs, too
+    return (os.cpu_count() or 1) - others

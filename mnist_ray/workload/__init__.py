@@ -1,10 +1,16 @@
 """Workloads say what is learned. Import from here what a workload's file needs."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mnist_ray.data.data import Arrays, Blocks, Data
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
 from mnist_ray.workload.base import ACCURACY, Metric, Picture, Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.regression import Regression
+
+if TYPE_CHECKING:
+    from mnist_ray.data import sources
 
 __all__ = [
     "ACCURACY",
@@ -22,5 +28,13 @@ __all__ = [
     "fraction",
     "positive",
     "setting",
+    "sources",
     "within",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``sources`` on first use: it needs pyarrow.parquet, which few workloads do."""
+    if name == "sources":
+        return importlib.import_module("mnist_ray.data.sources")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -126,7 +126,7 @@ def test_threads_spin_briefly_if_other_programs_leave_too_few_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "loadavg").write_text(f"0.20 0.18 0.12 {num_running}/9999 11206\n")
-    monkeypatch.setattr(process, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(environment, "_LOAD", tmp_path / "loadavg")
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     os.environ |= set_by_user
     environment.prepare(verbose=False, num_threads=num_threads)
@@ -137,7 +137,7 @@ def test_threads_of_the_jobs_own_process_are_told_before_a_workload_imports_torc
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "loadavg").write_text("0.20 0.18 0.12 9/9999 11206\n")
-    monkeypatch.setattr(process, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(environment, "_LOAD", tmp_path / "loadavg")
     monkeypatch.setattr("mnist_ray.cli.usable_cores", lambda: 4)
     (tmp_path / "own_workload.py").write_text("import os\nraise ValueError(os.environ.get('GOMP_SPINCOUNT'))\n")
     flags = ["--num-workers", "0", "--workload", f"{tmp_path}/own_workload.py", "--storage-path", str(tmp_path)]

@@ -700,7 +700,7 @@ def test_a_last_checkpoint_that_rays_cut_off_list_does_not_have_is_chosen(
 
 def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
     code = (
-        "import time; from mnist_ray.cluster.environment import end_if_hung\n"
+        "import time; from mnist_ray.process import end_if_hung\n"
         "def hanging(): time.sleep(60)\n"
         "end_if_hung(0.5); hanging()"
     )
