@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
 from ray_fork.starting import prepared_forking
+from tests.ranks import WORLD_SIZES
 
 ROOT = Path(__file__).parent.parent
 
@@ -179,6 +182,15 @@ class Gate:
 
     def open(self) -> None:
         (self.folder / "open").touch()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[ProcessPoolExecutor]:
+    """The processes of all tests that train on several ranks, forked from one that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mnist_ray.training.engine", "torch.distributed.fsdp"])
+    with ProcessPoolExecutor(max(WORLD_SIZES), mp_context=context) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from mnist_ray.training.state import TrainingState
 from tests.conftest import callback_at, mnist
 from tests.gpu.conftest import Train, losses
 from tests.gpu.pretended_gpu import pretended_gpu
-from tests.training.conftest import Hooks
+from tests.ranks import Hooks
 
 AT_START = {"usable", "create_state", "restore_newest", "batches_of"}
 NOT_AT_EACH_STEP = {*AT_START, "close", "_save", "on_checkpoint", "evaluate_here"}

@@ -27,8 +27,7 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
 from tests.conftest import mnist
-from tests.training.conftest import Hooks
-from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways
+from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, validation_size=0)

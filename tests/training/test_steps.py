@@ -29,8 +29,7 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.state import StopWantedError, TrainingState
 from mnist_ray.workload import Workload
 from tests.conftest import ROOT
-from tests.training.conftest import Hooks
-from tests.training.ranks import call_on_ranks, joined
+from tests.ranks import Hooks, call_on_ranks, joined
 
 GPT = str(ROOT / "examples" / "gpt.py")
 NUMBERS = np.arange(50, dtype=np.float32)[:, np.newaxis]

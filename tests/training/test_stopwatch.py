@@ -24,8 +24,7 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, DATA, PARTS, START, WORKERS, Pace, Stopwatch
 from tests.conftest import mnist
-from tests.training.conftest import Hooks
-from tests.training.ranks import call_on_ranks, joined
+from tests.ranks import Hooks, call_on_ranks, joined
 
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=8)
 PAUSE_S = 0.02

@@ -31,8 +31,7 @@ from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.base import Metric
-from tests.training.conftest import Hooks
-from tests.training.ranks import WORLD_SIZES, call_on_ranks, joined
+from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
 
 NUM_WORDS, LENGTH = 9, 7
 CONFIG = TrainConfig(

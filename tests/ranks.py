@@ -1,4 +1,4 @@
-"""Trainings on one to three ranks, each a process: through shared memory, then through gloo."""
+"""Trainings in a test: callbacks made of functions; one to three ranks, each a process, in shared memory or gloo."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mnist_ray.data.data import Arrays
 from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
+from mnist_ray.training.callback import Callback
 
 WORLD_SIZES = (1, 2, 3)  # with 3, slices are uneven, and some empty
 WAYS = ("memory", "gloo")
@@ -65,3 +66,10 @@ def joined(rank: int, world_size: int, store: Path) -> Iterator[Group]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     yield Group(rank, world_size)
     dist.destroy_process_group()
+
+
+class Hooks(Callback):
+    """A callback made of functions: it calls them in place of its methods."""
+
+    def __init__(self, **methods: Callable) -> None:
+        vars(self).update(methods)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mnist_ray.parallel import shared_memory
-from tests.training.ranks import call_on_ranks
+from tests.ranks import call_on_ranks
 
 WORLD_SIZE, SIZE, NUM_CALLS = 3, 1000, 60
 NUM_ROWS = [1, 3, 2]

@@ -28,7 +28,7 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Workload
 from tests.conftest import folder_at, mnist
-from tests.training.conftest import Hooks
+from tests.ranks import Hooks
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=2, batch_size=20, learning_rate=2e-3, checkpoint_every=7)

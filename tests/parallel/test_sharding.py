@@ -35,8 +35,7 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Workload
 from tests.conftest import folder_at
-from tests.training.conftest import Hooks
-from tests.training.ranks import call_on_ranks
+from tests.ranks import Hooks, call_on_ranks
 
 NUM_WORDS, WIDTH = 11, 10  # neither can be divided evenly by all numbers of ranks
 CONFIG = TrainConfig(

@@ -22,8 +22,7 @@ from mnist_ray.parallel.reproducible import Chunks, Subtree, added_up, check_ari
 from mnist_ray.training import engine
 from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
-from tests.training.conftest import Hooks
-from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways
+from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
 
 CPU = torch.device("cpu")
 
