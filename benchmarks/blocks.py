@@ -38,7 +38,6 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-from mnist_ray.process import keep_freed_memory
 from pyarrow import parquet as pq
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
@@ -48,6 +47,7 @@ from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.sources import Parquet
 from mnist_ray.mnist import MNIST, idx, problem
 from mnist_ray.parallel.group import Group
+from mnist_ray.process import keep_freed_memory
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate

@@ -29,7 +29,6 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mnist_ray.process import keep_freed_memory
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
@@ -40,6 +39,7 @@ from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.tensors import rows_here
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
+from mnist_ray.process import keep_freed_memory
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mnist_ray.process import keep_freed_memory
 from torch.multiprocessing.spawn import spawn
 
 from mnist_ray.config import TrainConfig
@@ -24,6 +23,7 @@ from mnist_ray.data.data import Splits
 from mnist_ray.data.splits import splits_of
 from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
+from mnist_ray.process import keep_freed_memory
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.checkpoints.tensor_files import (
     DamagedFileError,
     Rows,
@@ -45,7 +46,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, position_of, with_retries
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.metrics import CheckpointMetrics, MetricSums
+from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.state import TrainingState
 
 STATE_FILE, TRAINING_FILE = "state.json", "training.pt"

@@ -12,12 +12,12 @@ from safetensors.torch import save
 
 from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, read_state
 from mnist_ray.checkpoints.saved_model import load_fitting, load_model, read_weights
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.settings import build, check_known, declared
 from mnist_ray.storage import RESULT_FILE, RunFolder, in_one_line, with_retries
-from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 

@@ -31,7 +31,8 @@ from mnist_ray.report.run_files import (
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated, figures_of
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.base import Figure, Workload
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import Figure
 
 MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 

@@ -25,8 +25,9 @@ from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.text import in_words, redact
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload.base import LOSS, Figure, Metric, Picture, Workload, formatted
+from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import data_of
+from mnist_ray.workload.figures import LOSS, Figure, Metric, formatted
 
 PICTURES_FOLDER = "pictures"
 _REFRESH_S = 10

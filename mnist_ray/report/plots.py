@@ -13,8 +13,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
-from mnist_ray.workload.base import Metric
 from mnist_ray.workload.drawing import new_plot, plain, png_of
+from mnist_ray.workload.figures import Metric
 
 _MIN_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
 _LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values have more

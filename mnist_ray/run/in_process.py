@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.plan import WorkerPlan, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
@@ -17,7 +18,6 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.training.events import Event, Progress, Stopping
-from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.state import StopWantedError, TrainingState
 
 

@@ -19,6 +19,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_ray.checkpoints.checkpoint import Restored, Snapshot
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
 from mnist_ray.parallel.group import Group
@@ -29,7 +30,7 @@ from mnist_ray.run.life import STORAGE_LIMIT_S
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
 from mnist_ray.training.events import Event, NodeLeaving, Note, Outcome, Progress
-from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
 from mnist_ray.training.stopwatch import STORAGE, Pace
 

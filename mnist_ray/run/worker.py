@@ -16,6 +16,7 @@ from torch import nn
 
 from mnist_ray.checkpoints import checkpoint as checkpoints
 from mnist_ray.checkpoints.saved_model import load_fitting, read_weights
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
@@ -35,7 +36,7 @@ from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together, evaluating
 from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
-from mnist_ray.training.metrics import CheckpointMetrics, score
+from mnist_ray.training.metrics import score
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.workload import user_code

@@ -13,8 +13,8 @@ from mnist_ray.settings import Choice
 from mnist_ray.sweep.ranking import find_best
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
 from mnist_ray.text import count, format_settings, format_value, in_words
-from mnist_ray.workload.base import Metric
 from mnist_ray.workload.drawing import plain, png_of
+from mnist_ray.workload.figures import Metric
 
 _WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
 _TITLE_WIDTH = 80  # characters

@@ -14,6 +14,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from mnist_ray.checkpoints.checkpoint import Restored
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
@@ -26,7 +27,6 @@ from mnist_ray.run.trainer import create_trainer, drop_rays_list
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.space import Point
-from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over
 
 

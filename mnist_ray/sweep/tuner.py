@@ -17,6 +17,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import SweepConfig
@@ -30,7 +31,6 @@ from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.text import count, masked
-from mnist_ray.training.metrics import CheckpointMetrics
 
 TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"
 _SETTINGS = {

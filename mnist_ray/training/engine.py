@@ -38,7 +38,8 @@ from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.window import LoggingWindow
-from mnist_ray.workload.base import GRADIENT_NORM, Figure, Workload
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import GRADIENT_NORM, Figure
 
 MAX_STEPS_UNSAVED = 1000  # without --checkpoint-every
 

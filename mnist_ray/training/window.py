@@ -18,7 +18,8 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS
-from mnist_ray.workload.base import Figure, Workload
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import Figure
 
 _FIRST_INTERVAL_STEPS = 10
 _REPORT_INTERVAL_S = 0.5

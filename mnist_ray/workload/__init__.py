@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_ray.data.data import Arrays, Blocks, Data
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
-from mnist_ray.workload.base import ACCURACY, Metric, Picture, Workload
+from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.classification import Classification
+from mnist_ray.workload.figures import ACCURACY, Metric
 from mnist_ray.workload.regression import Regression
 
 if TYPE_CHECKING:

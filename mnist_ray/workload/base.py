@@ -6,15 +6,25 @@ A workload must load the data and create the model; the rest has defaults. Torch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import SearchSpace, build, values_of
+from mnist_ray.workload.figures import (
+    EPOCH_S,
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    LOSS,
+    TRAIN_S,
+    VALIDATION_S,
+    Figure,
+    Metric,
+)
 from mnist_ray.workload.user_code import SourceCode, UserClass, load
 
 if TYPE_CHECKING:
@@ -26,61 +36,6 @@ if TYPE_CHECKING:
     from mnist_ray.data.data import Data, Split
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A number that a run reports: in files, to trackers, in its report."""
-
-    name: str  # of its column
-    at: tuple[Literal["step", "epoch", "validation", "trial", "test"], ...]  # what reports it; steps: of a window
-    over: Literal["mean", "max", "root", "last"]  # steps and ranks: mean over examples, root of the sum of squares, …
-    form: str = "number"  # "number", "fraction" (from 0 to 1, shown as a percentage), or a format of Python
-    label: str = ""  # in the report; "" if it leaves the figure out
-    places: int | None = None  # decimals in metrics.csv; None: all
-    needs: str = ""  # the setting of TrainConfig without which the figure does not exist
-
-    def join(self, values: Iterable[float]) -> float:
-        """Return one value for those of several steps or ranks; only finite ones count: fp16 may skip a step."""
-        known = [value for value in values if math.isfinite(value)]
-        return {"max": max(known), "root": math.hypot(*known), "last": known[-1]}[self.over] if known else math.nan
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A measure of a model. On each part of the data, it is a figure."""
-
-    name: str
-    mode: Literal["max", "min"]  # the better direction
-    is_fraction: bool = False  # from 0 to 1, shown as a percentage
-
-    def format(self, value: float, places: int = 2) -> str:
-        """Return a value as text: a fraction as a percentage with ``places`` decimals, NaN as a dash."""
-        return formatted(value, self.form, places)
-
-    @property
-    def form(self) -> str:
-        """The form of its figures."""
-        return "fraction" if self.is_fraction else "number"
-
-
-def formatted(value: float, form: str, places: int = 2) -> str:
-    """Return a value as text in a figure's form; a fraction with ``places`` decimals, NaN as a dash."""
-    if math.isnan(value):
-        return "-"
-    if form == "fraction":
-        return f"{value:.{places}%}"
-    if form != "number":
-        return format(value, form)
-    if 0 < abs(value) < 1e-3:
-        return f"{value:.2e}"
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
-
-
-LEARNING_RATE = Figure("learning_rate", ("step",), "last", "g", "learning rate")
-GRADIENT_NORM = Figure("gradient_norm", ("step", "epoch"), "max", label="gradient norm", needs="clip_grad_norm")
-EPOCH_S = Figure("epoch_s", ("epoch",), "last", ".2f", "seconds", places=3)
-VALIDATION_S = Figure("val_s", ("validation",), "last", ".1f", places=3)
-TRAIN_S = Figure("train_s", ("trial",), "last", ".1f", "seconds")
-LOSS, ACCURACY = Metric("loss", "min"), Metric("accuracy", "max", is_fraction=True)
 TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
 CsvRows = Sequence[Mapping[str, str]]  # a CSV file's rows, each a mapping from column names to values
 

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from mnist_ray.checkpoints.checkpoint import FORMAT, Snapshot
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
 from mnist_ray.record.history import History, merged
@@ -12,8 +13,7 @@ from mnist_ray.record.recorder import repeat
 from mnist_ray.report.run_files import STEPS_FILE, read_csv
 from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
-from mnist_ray.training.metrics import CheckpointMetrics
-from mnist_ray.workload.base import Figure
+from mnist_ray.workload.figures import Figure
 from tests.conftest import mnist
 
 

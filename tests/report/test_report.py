@@ -29,8 +29,9 @@ from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.base import ACCURACY, LOSS, Metric, Picture
+from mnist_ray.workload.base import Picture
 from mnist_ray.workload.drawing import new_plot
+from mnist_ray.workload.figures import ACCURACY, LOSS, Metric
 from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
 from tests.sweep.conftest import point
 

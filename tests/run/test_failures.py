@@ -37,6 +37,7 @@ from torch.utils.data import Dataset
 
 from mnist_ray.checkpoints import checkpoint
 from mnist_ray.checkpoints.checkpoint import Restored, restore_newest
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster import waiting
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
@@ -60,7 +61,7 @@ from mnist_ray.training import engine
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
-from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError
 from mnist_ray.workload import Regression
 from tests.conftest import (

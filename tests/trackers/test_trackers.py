@@ -31,7 +31,7 @@ from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload import user_code
-from mnist_ray.workload.base import LOSS
+from mnist_ray.workload.figures import LOSS
 from tests.conftest import ROOT, Digits, folder_at
 
 EXAMPLES = ROOT / "examples"

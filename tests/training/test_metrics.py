@@ -10,7 +10,7 @@ import torch
 from mnist_ray.errors import UsageError
 from mnist_ray.training.metrics import Evaluation, MetricSums, score
 from mnist_ray.workload import Metric, Workload
-from mnist_ray.workload.base import Figure
+from mnist_ray.workload.figures import Figure
 from tests.conftest import Digits
 
 

@@ -30,7 +30,7 @@ from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_toge
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Classification, Regression, Workload
-from mnist_ray.workload.base import Metric
+from mnist_ray.workload.figures import Metric
 from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
 
 NUM_WORDS, LENGTH = 9, 7
