@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 from mnist_ray import api, config, signals
 from mnist_ray.cluster.environment import spin_briefly_if_busy
-from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
 from mnist_ray.job.job import read_job, resume_command
 from mnist_ray.output import prepare_output, say, writing
+from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import workload_of
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run

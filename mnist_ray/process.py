@@ -14,11 +14,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.errors import JobError
 from mnist_ray.signals import take_signals
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT|GOMP_")  # Ray keeps the token that it reads
 _busy = threading.RLock()  # a workload may itself load a run
@@ -91,3 +93,14 @@ def keep_freed_memory(*, is_sharded: bool = False) -> None:
 def end_if_hung(timeout_s: float) -> None:
     """End this process, with all stacks in its log, unless called again or cancelled by ``faulthandler`` first."""
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, by its affinity and its cgroup's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup v2 and v1
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or no quota ("max")
+            quota, period = " ".join((_CGROUP / file).read_text(encoding="ascii") for file in files).split()
+            cores = min(cores, max(1, int(quota) // int(period))) if int(quota) > 0 else cores
+    return cores

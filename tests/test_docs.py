@@ -55,6 +55,26 @@ def test_the_tours_table_of_the_core_counts_lines() -> None:
         assert abs(number - lines) <= 15, f"{links} has {lines} lines, not {number}"
 
 
+def test_a_file_imports_only_from_its_room_and_from_rooms_that_the_tour_lists_below_it() -> None:
+    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8").partition("## The rooms")[2]
+    floors = {room: floor for floor, room in enumerate(re.findall(r"^    (\w+)/? {2,}", tour, re.MULTILINE))}
+    top = {"api", "cli", "__init__"}  # of the package; other files beside the rooms are the base
+    assert {path.name for path in (ROOT / "mnist_ray").iterdir() if (path / "__init__.py").exists()} < {*floors}
+
+    def floor_of(module: str) -> int:
+        name = module.split(".")[1]
+        return floors["jobs"] if name in top else floors.get(name, floors["base"])
+
+    for file in (ROOT / "mnist_ray").rglob("*.py"):
+        own = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        imported = re.findall(
+            r"^\s*from (mnist_ray(?:\.\w+)*) import (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        for module, name in imported:
+            used = module if "." in module else f"{module}.{name}"
+            assert floor_of(used) >= floor_of(own), f"{own} imports {used}"
+
+
 def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.CaptureFixture[str]) -> None:
     tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
     _, code, after = re.split("```(?:python)?\n", tour)

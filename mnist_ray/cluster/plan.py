@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.process import usable_cores
 from mnist_ray.text import count, size_of
 
-_CGROUP = Path("/sys/fs/cgroup")
 _MAX_WORKERS_PER_CORE = 8  # each worker is a process of some 500 MiB
 _MIN_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, maybe slower
 _APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
@@ -60,17 +57,6 @@ class WorkerPlan:
     placement: str = "PACK"
     is_local: bool = False  # all workers are on this machine, and no other machine may reach them
     labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes for workers: Ray's label selector
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use, by its affinity and its cgroup's quota."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup v2 and v1
-        with contextlib.suppress(OSError, ValueError):  # there is no such file, or no quota ("max")
-            quota, period = " ".join((_CGROUP / file).read_text(encoding="ascii") for file in files).split()
-            cores = min(cores, max(1, int(quota) // int(period))) if int(quota) > 0 else cores
-    return cores
 
 
 def node_of(resources: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> Node:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from mnist_ray import extras, process
 from mnist_ray.cluster import environment, kept
-from mnist_ray.cluster.plan import Cluster, threads_per_worker, usable_cores
+from mnist_ray.cluster.plan import Cluster, threads_per_worker
 from mnist_ray.config import WorkerConfig
 from mnist_ray.data.data import Blocks, Split, Splits
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
 from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
+from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import flag
 from mnist_ray.signals import if_ended, take_signals

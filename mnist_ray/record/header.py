@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mnist_ray.cluster.plan import WorkerPlan, check_memory, suitable, usable_cores
+from mnist_ray.cluster.plan import WorkerPlan, check_memory, suitable
 from mnist_ray.data.data import Splits
 from mnist_ray.job.job import Job
 from mnist_ray.job.session import Session
+from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.text import count, format_settings, size_of
 

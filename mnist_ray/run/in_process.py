@@ -8,13 +8,14 @@ from collections.abc import Callable
 import torch
 
 from mnist_ray.checkpoints.summary import CheckpointMetrics
-from mnist_ray.cluster.plan import WorkerPlan, usable_cores
+from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
 from mnist_ray.job.find import Fitted, best_of
 from mnist_ray.job.retention import drop_worse
 from mnist_ray.job.session import Session
 from mnist_ray.parallel.group import Group
+from mnist_ray.process import usable_cores
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.training.events import Event, Progress, Stopping

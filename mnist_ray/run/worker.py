@@ -18,7 +18,7 @@ from mnist_ray.checkpoints import checkpoint as checkpoints
 from mnist_ray.checkpoints.saved_model import load_fitting, read_weights
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import name_of
-from mnist_ray.cluster.plan import threads_per_worker, usable_cores
+from mnist_ray.cluster.plan import threads_per_worker
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.cluster.watch import in_thread
 from mnist_ray.config import TrainConfig
@@ -28,7 +28,7 @@ from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.reproducible import check_arithmetic
 from mnist_ray.parallel.sharding import resharded
-from mnist_ray.process import keep_freed_memory
+from mnist_ray.process import keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, position_of

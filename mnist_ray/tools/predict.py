@@ -23,13 +23,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from mnist_ray import process
-from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
 from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.sources import as_displayed, open_picture
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job import find
 from mnist_ray.output import say
+from mnist_ray.process import usable_cores
 from mnist_ray.settings import is_no_file, path_of
 from mnist_ray.storage import write_file
 from mnist_ray.training.step import forward

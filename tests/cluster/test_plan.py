@@ -12,10 +12,10 @@ from mnist_ray.cluster.plan import (
     node_of,
     plan_workers,
     threads_per_worker,
-    usable_cores,
 )
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.process import usable_cores
 
 
 def cluster_of(*nodes: Node) -> Cluster:
@@ -166,7 +166,7 @@ def test_a_containers_quota_limits_the_cores(
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(f"{text}\n")
-    monkeypatch.setattr("mnist_ray.cluster.plan._CGROUP", tmp_path)
+    monkeypatch.setattr("mnist_ray.process._CGROUP", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64), raising=False)
     assert usable_cores() == expected
 
