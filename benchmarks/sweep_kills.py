@@ -43,7 +43,7 @@ class Starts(Callback):
     def on_start(self, state, group):
         trial = [state.optimizer.param_groups[0]["max_lr"], torch.initial_seed()]
         with open(os.path.join(os.path.dirname(__file__), "starts"), "a") as file:
-            file.write(json.dumps([time.time(), *trial, state.total_step / state.num_steps]) + "\\n")
+            file.write(json.dumps([time.time(), *trial, state.total_step / state.steps_per_epoch]) + "\\n")
 """
 
 

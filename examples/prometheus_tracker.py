@@ -43,7 +43,7 @@ class RayMetrics(Tracker):
                 set_all(self._val, event.values)
             case Progress():
                 self._workers.set(self._num_workers)
-                self._epochs.set(event.epoch - 1 + event.step / event.num_steps)
+                self._epochs.set(event.epoch - 1 + event.step / event.epoch_steps)
                 self._rate.set(event.examples_per_s)
                 self._learning_rate.set(event.learning_rate)
                 set_all(self._train, event.window)

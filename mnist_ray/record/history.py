@@ -91,7 +91,7 @@ class History:
         self._run.write_text(SAMPLES_FILE, csv_text(["epoch", "text"], rows, has_header=True))
 
     def _add_step(self, event: Progress) -> None:
-        epochs = round(event.epoch - 1 + event.step / event.num_steps, 5)
+        epochs = round(event.epoch - 1 + event.step / event.epoch_steps, 5)
         self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event, self._rate)})
         if len(self._steps) > MAX_STEP_ROWS:
             self._steps = merged(self._steps, MAX_STEP_ROWS // 2, self.figures)

@@ -148,7 +148,7 @@ class Recorder:
         self._clock.note(event)
         self._history.add(event)
         self._times.add(event)
-        if isinstance(event, Progress) and (event.saves or event.step == event.num_steps):
+        if isinstance(event, Progress) and (event.saves or event.step == event.epoch_steps):
             self._history.write_steps()  # a checkpoint follows, from which a killed run continues
         self._console.show(event)
         self._trackers.log(event)

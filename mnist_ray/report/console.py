@@ -153,9 +153,9 @@ class RunConsole:
         self._num_skipped += sum(map(math.isnan, event.losses))
         known = [metric for metric in self._workload.metrics if metric.name in event.window]
         metrics = "".join(f"  {metric.name} {metric.format(event.window[metric.name], 1)}" for metric in known)
-        steps_left = (self._num_epochs - event.epoch + 1) * event.num_steps - event.step
+        steps_left = (self._num_epochs - event.epoch + 1) * event.epoch_steps - event.step
         line = (
-            f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}{metrics}  "
+            f"{event.step:,}/{event.epoch_steps:,}  loss {event.loss:.4f}{metrics}  "
             f"{event.examples_per_s:,.0f} {self._workload.nouns}/s  "
             f"{clock_time(event.epoch_s / event.step * steps_left)} left"
         )

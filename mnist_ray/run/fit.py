@@ -71,7 +71,7 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
         event_queue=event_queue,
         is_local=plan.is_local,
     )
-    outcome = fit_again(spec, plan, on_event)
+    outcome = fit_until_done(spec, plan, on_event)
     if outcome.diverged is not None:
         raise outcome.diverged
     if outcome.is_stopped:  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
@@ -81,7 +81,7 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
         return best_of(job.run)
 
 
-def fit_again(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Outcome:
+def fit_until_done(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Outcome:
     """Fit, and fit again if the storage fails or a checkpoint is damaged. Ray itself replaces workers that are lost.
 
     Both count as failures of the run: Ray's are known by the event ``WorkersLost``. Raises like ``fit``.

@@ -46,7 +46,7 @@ class _Backend(_RaysBackend):
         if not backend_config.is_local:
             super().on_start(worker_group, backend_config)
         elif (world_size := len(worker_group)) > 1:
-            file = f"file://{_own_folder()}/workers-{uuid.uuid4().hex}"  # torch decodes no %20
+            file = f"file://{_folder_of_files()}/workers-{uuid.uuid4().hex}"  # torch decodes no %20
             options = (world_size, file, backend_config.timeout_s)
             ray.get([worker_group.execute_single_async(rank, _join, rank, *options) for rank in range(world_size)])
 
@@ -74,7 +74,7 @@ def _set_variables() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(get_device())
 
 
-def _own_folder() -> str:
+def _folder_of_files() -> str:
     """Return a folder that no other user can write to: what comes over the file is unpickled.
 
     The session's folder is removed with what is in it, but RAY_TMPDIR may have put it anywhere.

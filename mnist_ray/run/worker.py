@@ -88,7 +88,9 @@ def _train(
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
     # From here on: a whole model, or what was read of a checkpoint, goes back to the kernel.
     keep_freed_memory(is_sharded=state.is_sharded)
-    state.last_step = min(math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps), state.total_steps)
+    state.last_step = min(
+        math.ceil(min(spec.until_epoch, config.num_epochs) * state.steps_per_epoch), state.total_steps
+    )
     callbacks = [*reporter.callbacks, reporter]
     try:
         reporter.start(state, restored, life)
@@ -265,7 +267,7 @@ class Reporter(Callback):
         is_epoch_end = state.step == 0
         if is_epoch_end:
             self.send(EpochFinished(progress))
-        epochs = state.epoch + state.step / state.num_steps
+        epochs = state.epoch + state.step / state.steps_per_epoch
         is_due = self._validation is not None and (is_epoch_end or epochs >= self._spec.until_epoch)
         values = {f"train_{name}": value for name, value in progress.so_far.items()}
         values |= {self._job.workload.rate: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}

@@ -68,7 +68,7 @@ def create_state(
         scheduler,
         scaler=scaler,
         average=average,
-        num_steps=config.steps_per_epoch(num_examples),
+        steps_per_epoch=config.steps_per_epoch(num_examples),
         total_steps=total_steps,
         watch=watch,
     )
@@ -112,12 +112,12 @@ def train(
     for callback in callbacks:
         callback.on_start(state, group)
     gradients = Gradients(workload, state, config, group)
-    source = batches_of(checked(split, workload.find_fault), group.device, workload.collate, read_ahead_mib)
+    batches = batches_of(checked(split, workload.find_fault), group.device, workload.collate, read_ahead_mib)
     window, progress, watch = LoggingWindow(workload, group), None, state.watch
     while not is_over(state, config):
         window.restart_clock()
         watch.turn(DATA)
-        for micro_batches in _steps(source, state, config, group, num_loader_processes):
+        for micro_batches in _steps(batches, state, config, group, num_loader_processes):
             watch.turn(COMPUTE)
             sums, others = gradients.compute(micro_batches), dict[Figure, Tensor]()
             if gradients.have_weight:
@@ -149,17 +149,17 @@ def train(
 
 
 def _steps(
-    source: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
+    batches: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
 ) -> Iterator[list[MicroBatch]]:
     """Yield this rank's slice of each remaining step of the epoch, as a list of micro-batches on the device.
 
     An epoch is a pass over the data or, with ``--num-steps``, a number of steps: it may end within a pass, or have
     several.
     """
-    pass_number, first_step = divmod(state.total_step, config.steps_per_pass(len(source)))
+    pass_number, first_step = divmod(state.total_step, config.steps_per_pass(len(batches)))
     num_left = state.epoch_steps - state.step
     while num_left > 0:
-        of_pass = _steps_of_pass(source, state, config, group, num_processes, pass_number, first_step)
+        of_pass = _steps_of_pass(batches, state, config, group, num_processes, pass_number, first_step)
         for micro_batches in itertools.islice(of_pass, num_left):
             yield micro_batches
             num_left -= 1
@@ -167,7 +167,7 @@ def _steps(
 
 
 def _steps_of_pass(
-    source: ArrayBatches | ExampleBatches,
+    batches: ArrayBatches | ExampleBatches,
     state: TrainingState,
     config: TrainConfig,
     group: Group,
@@ -177,7 +177,7 @@ def _steps_of_pass(
 ) -> Iterator[list[MicroBatch]]:
     """Yield this rank's slices like ``_steps``, from a step of a pass over the data to its end."""
     sampler = ShardedBatchSampler(
-        len(source),
+        len(batches),
         config.batch_size,
         seed=config.seed,
         pass_number=pass_number,
@@ -186,14 +186,14 @@ def _steps_of_pass(
         first_step=first_step,
         num_chunks=config.reproducible_chunks,
         micro_batch_size=config.micro_batch_size,
-        order=source.announce(config, pass_number, state.total_step, group.rank, group.world_size)
-        if isinstance(source, BlockBatches)
+        order=batches.announce(config, pass_number, state.total_step, group.rank, group.world_size)
+        if isinstance(batches, BlockBatches)
         else None,
     )
-    if isinstance(source, ExampleBatches):
-        source.seed = seed_of(config.seed, pass_number, 0)
+    if isinstance(batches, ExampleBatches):
+        batches.seed = seed_of(config.seed, pass_number, 0)
     micro_batches: list[MicroBatch] = []
-    for micro_batch in batch_loader(source, sampler, group.device, num_processes):
+    for micro_batch in batch_loader(batches, sampler, group.device, num_processes):
         with state.watch.on(COPIES):
             micro_batches.append(to_device(micro_batch, group.device))
         if micro_batch.ends_step:

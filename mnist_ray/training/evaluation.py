@@ -109,8 +109,8 @@ def evaluate(
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0
-    source = batches_of(checked(split, workload.find_fault), device, workload.collate)
-    loader = batch_loader(source, requests, device, num_loader_processes)
+    batches = batches_of(checked(split, workload.find_fault), device, workload.collate)
+    loader = batch_loader(batches, requests, device, num_loader_processes)
     with evaluating(model):
         for loaded in loader:
             on_batch()

@@ -79,7 +79,7 @@ class Progress(Event):
 
     epoch: int  # counted from 1
     step: int
-    num_steps: int  # of this epoch: with --num-steps, the last one may have fewer
+    epoch_steps: int  # of this epoch: with --num-steps, the last one may have fewer
     losses: list[float]  # mean loss of each step since the last progress; NaN if its batch had no weight
     window: Mapping[str, float]  # loss and metrics over the steps since the last progress
     so_far: Mapping[str, float]  # loss and metrics over the epoch so far

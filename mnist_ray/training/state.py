@@ -37,7 +37,7 @@ class TrainingState:
     average: nn.Module | None = None  # the weights' EMA, with --ema-decay
     scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
     ends: bool = False  # set by a callback: no further epoch
-    num_steps: int = 0  # per epoch
+    steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step at which training stops here: the end of a trial's segment, or of the training
     learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
@@ -47,12 +47,12 @@ class TrainingState:
     @property
     def total_step(self) -> int:
         """Optimizer steps done in all epochs."""
-        return min(self.epoch * self.num_steps + self.step, self.total_steps)  # the last epoch may be shorter
+        return min(self.epoch * self.steps_per_epoch + self.step, self.total_steps)  # the last epoch may be shorter
 
     @property
     def epoch_steps(self) -> int:
         """Optimizer steps of the current epoch: with ``--num-steps``, the last one may have fewer."""
-        return min(self.num_steps, self.total_steps - self.epoch * self.num_steps)
+        return min(self.steps_per_epoch, self.total_steps - self.epoch * self.steps_per_epoch)
 
     def finish_epoch(self) -> None:
         """Begin the next epoch: its sums and its time are 0."""

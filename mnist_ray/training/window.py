@@ -113,7 +113,7 @@ class LoggingWindow:
         return Progress(
             epoch=state.epoch + 1,
             step=state.step,
-            num_steps=state.epoch_steps,
+            epoch_steps=state.epoch_steps,
             losses=[step.sums["loss"] / step.weight if step.weight else math.nan for step in steps],
             window=window.values(self._workload),
             so_far=state.sums.values(self._workload),

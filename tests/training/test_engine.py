@@ -244,7 +244,7 @@ def test_progress_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     assert so_far["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert len(seen) > 1
     assert [progress.step for progress in seen] == np.cumsum([len(progress.losses) for progress in seen]).tolist()
-    assert seen[-1].step == seen[-1].num_steps == 600
+    assert seen[-1].step == seen[-1].epoch_steps == 600
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images: Arrays) -> None:

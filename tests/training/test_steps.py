@@ -194,7 +194,7 @@ def test_epochs_end_and_progress_counts_by_the_given_steps() -> None:
 
     engine.train(Numbers(), state, split, CONFIG, Group(), [Hooks(on_epoch=note)])
     assert ends == [4, 4, 4, 1]
-    assert [progress.num_steps for progress in last] == [4, 4, 4, 1]
+    assert [progress.epoch_steps for progress in last] == [4, 4, 4, 1]
     assert last[0].num_examples == 44
     assert [progress.total_step for progress in last] == [4, 8, 12, 13]
     assert state.total_step == 13
