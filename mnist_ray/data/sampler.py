@@ -45,6 +45,9 @@ class ShardedBatchSampler:
     The global batches depend only on the seed and the pass, never on the number of ranks: the pass's order is cut into
     batches, and rank r of w takes the r-th of each batch's w slices. So a run can resume at any ``first_step`` with any
     number of workers and see the same batches. Every rank makes all steps, if need be with a filler.
+
+    Of a batch of 10, 4 ranks take 2, 3, 2 and 3 examples. With ``--reproducible``, a batch has a fixed number of
+    chunks. Data in blocks have a fixed number of streams, each with a part of every batch. Of 8, 3 ranks take 2, 3, 3.
     """
 
     num_examples: int

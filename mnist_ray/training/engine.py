@@ -103,8 +103,8 @@ def train(
     """
     assert config.precision != "auto"
     if config.compile:
-        # Compile for each shape: kernels must not depend on earlier batches, which a resumed run does not see. Nor may
-        # the shapes that are compiled at all: by default, there are eight at most, the first ones.
+        # A resumed run does not see earlier batches, so kernels must not depend on them: compile for each shape. By
+        # default, PyTorch compiles only the first eight shapes, and runs others as they are; this fails instead.
         torch.compiler.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         state.model.compile(dynamic=False)
@@ -120,7 +120,7 @@ def train(
         for micro_batches in _steps(batches, state, config, group, num_loader_processes):
             watch.turn(COMPUTE)
             sums, others = gradients.compute(micro_batches), dict[Figure, Tensor]()
-            if gradients.have_weight:
+            if gradients.has_weight:
                 others = _update(state, config, callbacks)
             else:
                 state.model.zero_grad()
@@ -191,7 +191,7 @@ def _steps_of_pass(
         else None,
     )
     if isinstance(batches, ExampleBatches):
-        batches.seed = seed_of(config.seed, pass_number, 0)
+        batches.seed = seed_of(config.seed, pass_number, 0)  # for an example's own random numbers, on any rank
     micro_batches: list[MicroBatch] = []
     for micro_batch in batch_loader(batches, sampler, group.device, num_processes):
         with state.watch.on(COPIES):

@@ -44,19 +44,20 @@ class Gradients:
         self._is_sharded = state.is_sharded
         adds_up_itself = config.reproducible or self._is_sharded
         self._model = state.model if adds_up_itself else _distributed(state.model, group)
-        self._num_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
+        self._ranks_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
         self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
         self._generator = _generator(group.device)
-        self._ready_at: Any = None  # when this rank had its gradients, and began to wait for those of other ranks
-        self.have_weight = True  # False if the weights of the whole global batch are 0: there is nothing to learn
+        self._ready_at: Any = None  # for the stopwatch: when this rank had its own gradients
+        self.has_weight = True  # False if all example weights of the global batch are 0: there is nothing to learn
         if isinstance(self._model, DistributedDataParallel):
             first = next(parameter for parameter in state.model.parameters() if parameter.requires_grad)
             first.register_post_accumulate_grad_hook(self._note_ready)  # a backward pass ends with the first layers
 
     def compute(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
-        """Put the gradients into the model; return this rank's part of the sums over the global batch, or its chunks.
+        """Put the gradients into the model; return sums over this rank's slice: of the losses, measures and weights.
 
-        Raises TrainingStoppedError, at an epoch's start, if other parameters than at first are trained.
+        Each is one number or, with ``--reproducible``, has one per chunk, 0 for chunks of other ranks. Raises
+        TrainingStoppedError, at an epoch's start, if other parameters than at first are trained.
         """
         if self._state.step == 0:
             self._check_trained()
@@ -65,24 +66,25 @@ class Gradients:
             self._state.watch.turn(WORKERS, self._ready_at)
             self._ready_at = None
         if WEIGHT in sums:
-            self.have_weight = self._divide_by(sums[WEIGHT], micro_batches[0].global_size)
+            self.has_weight = self._divide_by_weights(sums[WEIGHT], micro_batches[0].global_size)
         return sums
 
     def _note_ready(self, parameter: Tensor) -> None:
         self._ready_at = self._state.watch.now()
 
-    def _divide_by(self, weight: Tensor, global_size: int) -> bool:
-        """Divide the gradients by the ``weight`` of the global batch, of which this rank has a part.
+    def _divide_by_weights(self, own_sum: Tensor, global_size: int) -> bool:
+        """Divide the gradients by the global batch's sum of example weights, instead of by its size.
 
-        Returns whether it differs from 0, on all ranks alike; to know that, this waits for a GPU.
+        Returns, on all ranks alike, whether the sum differs from 0; to know that, this waits for a GPU. If it is 0, the
+        step is skipped; if a weight is negative, it is NaN, and closing the window raises an error.
         """
-        weight = weight.clone()
+        weight_sum = own_sum.clone()
         if self._group.world_size > 1:
-            dist.all_reduce(weight)
-        weight = weight.sum()  # over the chunks
+            dist.all_reduce(weight_sum)
+        weight_sum = weight_sum.sum()  # over the chunks
         gradients = [rows_here(p.grad) for p in self._state.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, global_size / weight)  # they are divided by the size already
-        return bool(weight != 0)
+        torch._foreach_mul_(gradients, global_size / weight_sum)  # they are divided by the size already
+        return bool(weight_sum != 0)
 
     def _check_trained(self) -> None:
         """Raise TrainingStoppedError if other parameters than at first are trained: their gradients would be wrong."""
@@ -96,9 +98,9 @@ class Gradients:
             for buffer in self._model.buffers():  # as DDP does: rank 0's are the ones that checkpoints keep
                 dist.broadcast(buffer, 0)
         total: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            with self._accumulating(is_last=batch.ends_step):
-                sums = self._backward(batch, self._num_averaged / batch.global_size)
+        for micro_batch in micro_batches:
+            with self._accumulating(is_last=micro_batch.ends_step):
+                sums = self._backward(micro_batch, self._ranks_averaged / micro_batch.global_size)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
 
@@ -111,9 +113,9 @@ class Gradients:
         return contextlib.nullcontext()
 
     def _of_chunks(self, micro_batches: Sequence[MicroBatch], chunks: Chunks) -> dict[str, Tensor]:
-        for chunk, batch in zip(chunks.start_step(), micro_batches, strict=True):
+        for chunk, micro_batch in zip(chunks.start_step(), micro_batches, strict=True):
             self._seed(chunk)
-            chunks.collect(chunk, self._backward(batch, 1 / batch.global_size))
+            chunks.collect(chunk, self._backward(micro_batch, 1 / micro_batch.global_size))
         if self._group.world_size > 1:
             self._ready_at = self._state.watch.now()
         return chunks.apply()
@@ -123,9 +125,9 @@ class Gradients:
         for generator in {torch.default_generator, self._generator}:
             generator.manual_seed(seed_of(self._config.seed, self._state.epoch, number) + self._state.step)
 
-    def _backward(self, batch: MicroBatch, weight: float) -> dict[str, Tensor]:
+    def _backward(self, micro_batch: MicroBatch, factor: float) -> dict[str, Tensor]:
         scaler = self._state.scaler
-        return backward(self._workload, self._model, batch, self._config, weight, self._generator, scaler)
+        return backward(self._workload, self._model, micro_batch, self._config, factor, self._generator, scaler)
 
 
 @functools.lru_cache
@@ -135,32 +137,32 @@ def seed_of(*numbers: int) -> int:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """Return the generator of random numbers for layers such as dropout."""
+    """Return the device's default generator: of the augmentation in ``prepare``, and of layers such as dropout."""
     return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
 def backward(
     workload: Workload,
     model: nn.Module,
-    batch: MicroBatch,
+    micro_batch: MicroBatch,
     config: TrainConfig,
-    weight: float,
+    factor: float,
     generator: torch.Generator | None = None,
     scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradients of ``weight`` × the sum of a batch's losses to the model's, scaled by ``scaler``.
+    """Add the gradients of ``factor`` × the sum of a micro-batch's losses to the model's, scaled by ``scaler``.
 
-    Returns the sums of the loss and of the workload's measures, on the device. With a weight of 1 / global batch size,
-    the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven. DDP averages
-    over the ranks, so with DDP the weight is multiplied by the world size. A filler adds zeros.
+    With a factor of 1 / global batch size, the gradients of all slices add up to that of the global batch's mean loss,
+    even if slices are uneven. DDP averages over the ranks instead, so its factor is world size / global batch size. A
+    filler adds zeros. Returns the sums over the micro-batch, like ``sums_of``.
     """
-    outputs, targets = forward(workload, model, batch, config.precision, generator)
+    outputs, targets = forward(workload, model, micro_batch, config.precision, generator)
     loss_sum = workload.loss(outputs, targets).sum()
     minimized = workload.training_loss(outputs, targets, config)
-    loss = (loss_sum if minimized is None else minimized.sum()) * (0.0 if batch.is_filler else weight)
+    loss = (loss_sum if minimized is None else minimized.sum()) * (0.0 if micro_batch.is_filler else factor)
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     sums = sums_of(workload, outputs, targets, loss_sum)
-    return {name: torch.zeros_like(value) for name, value in sums.items()} if batch.is_filler else sums
+    return {name: torch.zeros_like(value) for name, value in sums.items()} if micro_batch.is_filler else sums
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:

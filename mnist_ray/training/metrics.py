@@ -1,4 +1,4 @@
-"""Metrics are kept as sums and counts and divided at the end, so that every example has the same weight."""
+"""Metrics are kept as sums and counts and divided at the end, so that every example counts alike, or by its weight."""
 
 from __future__ import annotations
 

@@ -23,7 +23,10 @@ class StopWantedError(Exception):
 
 @dataclass
 class TrainingState:
-    """Everything that training changes and a checkpoint holds; and two clocks, which it does not hold."""
+    """What training changes. A checkpoint holds it, down to ``ends``; the rest follows from settings, or is a clock.
+
+    No generator's state is held: random numbers are seeded anew at each step.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -39,7 +42,7 @@ class TrainingState:
     ends: bool = False  # set by a callback: no further epoch
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
-    last_step: int = -1  # the total step at which training stops here: the end of a trial's segment, or of the training
+    last_step: int = -1  # the total step at which training stops here, set by the worker: a trial's segment may end
     learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
     watch: Stopwatch = field(default_factory=Stopwatch)
     pace: Pace = field(default_factory=Pace)

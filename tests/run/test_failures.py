@@ -788,7 +788,7 @@ def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, mo
     def fail(spec: Any) -> None:
         evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images))
 
-    with pytest.raises(TrainingStoppedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(engine\.py, line \d+\)$"):
+    with pytest.raises(TrainingStoppedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(step\.py, line \d+\)$"):
         train_on_a_worker(monkeypatch, fail)
 
 
