@@ -39,14 +39,13 @@ def connect(
 ) -> Iterator[Cluster]:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
 
-    If this process is connected already, that connection is used and left open. A local Ray declares at least the
-    CPUs that the job asks for, so that more workers than cores can run. At the end, the connection is closed, and a
-    local Ray is ended; one of a call from Python that has ended well is kept for the next call. A local Ray's files are
-    removed unless something failed. Raises JobError if the cluster does not answer or a local Ray does not start, and
-    UsageError if ``config`` or ``RAY_ADDRESS`` is impossible.
+    If this process is already connected, use that connection and leave it open. A local Ray declares at least the CPUs
+    that the job asks for, so that more workers than cores can run. At the end, disconnect and shut a local Ray down; if
+    a call from Python succeeded, keep its local Ray for the next call. Remove a local Ray's files unless something
+    failed. Raises JobError if the cluster does not answer or a local Ray does not start, and UsageError if ``config``
+    or ``RAY_ADDRESS`` is impossible.
 
-    ``meanwhile`` runs in a thread while this function waits for Ray and a first worker to start; its exception is
-    raised here.
+    ``meanwhile`` runs in a thread while Ray and a first worker start; its exception is raised here.
     """
     resources = kept.take(config, verbose=verbose)
     if resources is None and ray.is_initialized():
@@ -54,7 +53,7 @@ def connect(
             yield cluster
         return
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
-    if not verbose:  # Ray's log is still in its files, and failures are still raised
+    if not verbose:  # Ray still writes its log files, and failures are still raised
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=r"ray\.")
     leaving = threading.Thread(target=ray.shutdown)
@@ -91,7 +90,7 @@ def _new_connection(
     leaving: threading.Thread,
     **options: Any,
 ) -> Iterator[Cluster]:
-    """Join the cluster or start a local Ray. At the end, disconnect, if ``leaving`` has not begun to."""
+    """Join the cluster or start a local Ray. At the end, disconnect, unless ``leaving`` already does."""
     address, notes = _find_cluster(plain=config.plain_ray)
     if extras.is_on("workers", plain=config.plain_ray):
         from mnist_ray.extras import workers
@@ -109,7 +108,7 @@ def _new_connection(
         else:
             start = functools.partial(join, address, forking, **options)
         if "working_dir" in own_runtime_env() and nodes.num_nodes_here() > 1:
-            # On connecting, another node on this machine may replace the working directory of the job, which then
+            # When the job connects, another node on this machine may replace its working directory. Then the job
             # cannot import torch.
             meanwhile()
             meanwhile = _nothing
@@ -124,21 +123,21 @@ def _new_connection(
 
 @contextlib.contextmanager
 def _own_connection(config: WorkerConfig, meanwhile: Callable[[], None]) -> Iterator[Cluster]:
-    """Use the connection that this process has, and leave it open."""
+    """Use this process's connection, and leave it open."""
     if ray.util.client.ray.is_connected():
-        raise UsageError("this job cannot use a connection of Ray Client; run it on the cluster by ray job submit")
+        raise UsageError("this job cannot use a Ray Client connection; run it on the cluster with ray job submit")
     if extras.is_on("processes", plain=config.plain_ray):
         from mnist_ray.extras import processes
 
         if processes.dead_processes():
-            raise JobError("the Ray that this process has started is dead; use a new process")
+            raise JobError("the Ray that this process started has died; use a new process")
     meanwhile()
     with watched(plain=config.plain_ray):
         yield _describe(is_local=False)
 
 
 def _find_cluster(*, plain: bool) -> tuple[str | None, list[str]]:
-    """Return the address of the cluster to join, or None to start a local Ray; and notes for the user."""
+    """Return the address of the cluster to join, or None to start a local Ray, and notes for the user."""
     named = os.environ.get("RAY_ADDRESS", "auto") or "auto"
     if "://" in named or "@" in named:
         shown = re.sub(r"[^/]*@", "***@", named)

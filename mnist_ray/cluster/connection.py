@@ -31,7 +31,7 @@ _DISCONNECT_TIMEOUT_S = 5.0
 
 
 def start_local(folder: Path, config: WorkerConfig, forking: Forking | None, **options: Any) -> None:
-    """Start a Ray whose sessions are in a folder. Raises a JobError that names the logs."""
+    """Start a local Ray with its sessions in ``folder``. Raises a JobError that names the logs."""
     prepare_local()
     before, num_cpus = sessions_here(folder), local_cpus(config)
     try:
@@ -57,9 +57,9 @@ def start_local(folder: Path, config: WorkerConfig, forking: Forking | None, **o
 
 
 def join(address: str, forking: Forking | None, **options: Any) -> None:
-    """Join the cluster at an address. Raises JobError."""
+    """Join the cluster at ``address``. Raises JobError."""
     if forking is not None:
-        if forking.server is not None:  # it is for a local Ray; here, each node's first worker starts one
+        if forking.server is not None:  # for a local Ray; on a cluster, each node's first worker starts one
             forking.server.kill()
         options["runtime_env"] = runtime_env_to_fork(forking)
     try:
@@ -71,7 +71,7 @@ def join(address: str, forking: Forking | None, **options: Any) -> None:
 
 
 def _init(**options: Any) -> None:
-    """Connect. Ray takes SIGTERM while it does so; afterwards, the job has its own handlers again."""
+    """Connect. Ray handles SIGTERM meanwhile; afterwards, restore the job's own handlers."""
     try:
         ray.init(**options)
     except SystemExit as ending:
@@ -82,9 +82,9 @@ def _init(**options: Any) -> None:
 
 @contextlib.contextmanager
 def connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator[None]:
-    """Connect by ``start``. At the end, disconnect; if ``leaving`` has begun to do so, wait for it instead.
+    """Connect by calling ``start``. At the end, disconnect; if ``leaving`` already does, wait for it instead.
 
-    Ray's own errors are reported in one line; an error in a task's code stays unchanged.
+    Raises Ray's own errors as one-line JobErrors, and errors in a task's code unchanged.
     """
     node_id, logs, disconnect = "", Path(), ray.shutdown
     try:
@@ -92,8 +92,8 @@ def connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator[
         node_id, logs = ray.get_runtime_context().get_node_id(), nodes.session_folder() / "logs"
         yield
     except RaySilentError as error:
-        # While a part is silent, ray.shutdown would wait for its answer. Once one has died, Ray ends this process some
-        # seconds later if it is still connected, even if a call from Python has caught the error.
+        # While a part of Ray hangs, ray.shutdown would wait for its answer. If a part has died, Ray ends this process
+        # a few seconds later unless it disconnects, even if the caller from Python has caught the error.
         disconnect = _disconnect_soon if error.has_died else lambda: None
         if not error.has_died and kept.is_call():
             error.hints += "; Ray may end this process within a minute"
@@ -105,14 +105,14 @@ def connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator[
     finally:
         if leaving.ident is not None:
             leaving.join()
-        elif not node_id or nodes.is_connected_to(node_id):  # else the user has connected to another one
+        elif not node_id or nodes.is_connected_to(node_id):  # else the user has connected to another Ray
             disconnect()
 
 
 def start_worker(log_folder: str) -> list[str]:
-    """Start a worker on this node; the first actor takes the worker over. Return notes for the user.
+    """Start a worker on this node, for the first actor to take over. Return notes for the user.
 
-    Raises JobError if no worker starts. Ray itself would try five times, and wait for a minute each time.
+    Raises JobError if no worker starts. Ray itself would try five times, for a minute each.
     """
     started = ray.remote(num_cpus=0, scheduling_strategy=nodes.this_node())(has_been_silent).remote()
     try:
@@ -126,19 +126,19 @@ def start_worker(log_folder: str) -> list[str]:
 
 
 def about_access() -> list[str]:
-    """Return a note for the user if others can use this local Ray, and so run code as this user."""
+    """Return a note for the user if others can use this local Ray and thus run code as this user."""
     mode = os.environ.get("RAY_AUTH_MODE", "")
-    if mode not in ("", "token"):  # the user has decided so
+    if mode not in ("", "token"):  # the user has chosen this
         return []
     is_local = ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback
-    others = "other users of this machine" if is_local else "all who reach this machine's ports"
+    others = "other users of this machine" if is_local else "anyone who can reach this machine's ports"
     if not has_tokens():
-        return [f"{others} can run code as you while this job runs: Ray requires a token only since 2.52"]
+        return [f"{others} can run code as you while this job runs: Ray supports tokens only since 2.52"]
     if not mode:
         return [f"{others} can run code as you while this job runs: set RAY_AUTH_MODE=token before Ray is imported"]
     return [] if is_local else ["this local Ray listens on all interfaces; only its token keeps others out"]
 
 
 def _disconnect_soon() -> None:
-    """Disconnect from a Ray of which a part has died, but wait for that only briefly."""
+    """Disconnect from Ray after a part of it has died, but do not wait long."""
     wait([in_thread(ray.shutdown)], _DISCONNECT_TIMEOUT_S)

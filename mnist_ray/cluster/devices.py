@@ -1,4 +1,4 @@
-"""The GPU that Ray has given this process, and whether PyTorch can use it: Ray itself asks only the GPU's driver."""
+"""The GPU that Ray gave this process, and whether PyTorch can use it: Ray itself asks only the GPU's driver."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class UnusableGPUError(TrainingStoppedError):
 
 
 def device_here() -> torch.device:
-    """Return the GPU that Ray has given this task or actor; without one, the CPU. Raises UnusableGPUError."""
+    """Return the GPU that Ray gave this task or actor; without one, the CPU. Raises UnusableGPUError."""
     if not (ids := ray.get_gpu_ids()):
         return torch.device("cpu")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -28,7 +28,7 @@ def device_here() -> torch.device:
 
 
 def usable(device: torch.device) -> torch.device:
-    """Return a device if PyTorch can compute on it; else raise UnusableGPUError."""
+    """Return ``device`` if PyTorch can compute on it; else raise UnusableGPUError."""
     try:
         torch.ones(1, device=device).add_(1).item()
     except (AssertionError, RuntimeError) as error:
@@ -47,7 +47,7 @@ def name_of(device: torch.device) -> str:
 
 
 def without_unusable_gpus(cluster: Cluster, warn: Callable[[str], None]) -> Cluster:
-    """Return a local Ray; if PyTorch finds none of its GPUs, return it without them, and ``warn``."""
+    """Return ``cluster``; if it is local and PyTorch finds none of its GPUs, ``warn``, and return it without them."""
     if not cluster.is_local or not any(node.num_gpus for node in cluster.nodes) or torch.cuda.is_available():
         return cluster
     warn("using CPUs, since PyTorch finds no GPU: it was built without CUDA, or the GPU's driver is too old")

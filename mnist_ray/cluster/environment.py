@@ -17,17 +17,17 @@ _LOAD = Path("/proc/loadavg")
 
 IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # by Ray Train and PyTorch's optimizers, in running workers
 _SETTINGS = {
-    # The interval at which Train's controller checks its workers. A run's end waits for a check; the default is 2 s.
+    # How often Train's controller checks its workers. The end of a run waits for a check; the default is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Tasks without GPUs keep CUDA_VISIBLE_DEVICES, as later versions of Ray will do. This avoids a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # The interval at which Train looks for nodes that will be preempted. A notice may be short; the default is 5 s.
+    # How often Train looks for nodes that will be preempted. Notice may be short; the default is 5 s.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # Ray Train's own print would write each line to a worker's log twice, as it takes Ray's streams for a user's.
+    # Ray Train's own print would write each line to a worker's log twice: it mistakes Ray's streams for the user's.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Ray's own handler of SIGTERM prints a stack and may end the process; the job's handler saves a checkpoint.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
-    # Under `uv run`, workers use the environment that uv has made, instead of making their own.
+    # Under `uv run`, workers use uv's environment instead of making their own.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 _LOCAL_SETTINGS = {
@@ -37,7 +37,7 @@ _LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 _QUIET_SETTINGS = {
-    # Skip all lines: raylets' errors appear on the driver's console even without logs there; log files have them, too.
+    # Skip all lines: raylets' errors would appear on the driver's console even without logs. Log files keep them.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
 
@@ -45,9 +45,9 @@ _QUIET_SETTINGS = {
 def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None:
     """Set defaults for variables that Ray and OpenMP read; variables that the user has set win.
 
-    ``plain``: with Ray's public API alone. ``num_threads``: the most that will train on this machine.
+    ``plain``: use only Ray's public API. ``num_threads``: the maximum that will train on this machine.
     """
-    if not verbose:  # in a notebook, Ray's import complains about missing widgets, which nothing here needs
+    if not verbose:  # in a notebook, Ray's import warns about missing widgets that nothing here needs
         logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message="IProgress not found")
     _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
@@ -59,7 +59,7 @@ def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None
 def _protect_local(*, plain: bool) -> None:
     """Let a local Ray require a token and, if it is plain, listen on loopback only. Ray reads both when it is imported.
 
-    Otherwise, an extra sees to that when the local Ray starts: the job may join a cluster of this machine instead.
+    Otherwise, an extra does so when the local Ray starts: the job may join a cluster on this machine instead.
     """
     if must_ask_for_tokens():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -68,19 +68,19 @@ def _protect_local(*, plain: bool) -> None:
 
 
 def prepare_local() -> None:
-    """Set defaults that are only for a local Ray, before it starts."""
+    """Set defaults for a local Ray before it starts."""
     _set_defaults(_LOCAL_SETTINGS)
     has_own = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     if has_own or os.environ.get("RAY_AUTH_MODE", "token") != "token":  # the user has decided on authentication
         return
     token = Path(os.path.expanduser("~/.ray/auth_token"))
-    try:  # before Ray, which would let everybody read the token
+    try:  # before Ray does: it would let everybody read the token
         token.parent.mkdir(exist_ok=True)
         if token.exists() and token.stat().st_mode & 0o077:
             token.chmod(0o600)
         with contextlib.suppress(FileExistsError), open(token, "x", opener=_for_owner_only) as file:
             file.write(secrets.token_hex(32))
-    except OSError:  # such as a home folder that cannot be written to
+    except OSError:  # such as a read-only home folder
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
@@ -96,23 +96,23 @@ def _set_defaults(settings: dict[str, str]) -> None:
 def for_workers() -> dict[str, str]:
     """Return the variables that Ray Train passes from the driver to its controller and workers.
 
-    Processes with the same variables can take the place of each other; a usual start only gets slower by them.
+    Ray reuses a process only for workers with the same variables. Without forking, they only slow the start.
     """
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
 
 
 def spin_briefly_if_busy(num_threads: int) -> None:
-    """Let ``num_threads`` not spin while they wait if they lack cores. OpenMP reads that when torch is imported."""
+    """Shorten how long waiting threads spin if cores are scarce. OpenMP reads this when torch is imported."""
     if num_threads > 1 and "OMP_WAIT_POLICY" not in os.environ and _free_cores() < num_threads:
-        # A worker's threads wait for each other in every operator. One that spins meanwhile, which is faster on a quiet
-        # machine, keeps its core, perhaps from the thread that it waits for.
+        # A worker's threads wait for each other in every operator. Spinning is faster on a quiet machine, but a thread
+        # that spins may block the thread it waits for.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _free_cores() -> int:
-    """Return how many of the machine's cores other programs leave free; those that pause do not count."""
+    """Return how many of the machine's cores other programs leave free; programs that sleep use none."""
     num_running = []
-    with contextlib.suppress(OSError):  # only Linux has the file, and OpenMP of GNU, which PyTorch uses there
+    with contextlib.suppress(OSError):  # only Linux has this file and uses GNU's OpenMP
         for _ in range(3):
             time.sleep(0.004)
             num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))

@@ -1,8 +1,8 @@
 """Keeps a local Ray and its fork server for the next call from Python, which then starts in a third of the time.
 
-They end a minute after the last call, or MNIST_RAY_KEEP_S seconds; with the process; as soon as a call fails; and for a
-call with other variables. But once the caller's own code uses the Ray, it is the caller's, and ends with the process.
-Only private API tells of such uses, so that no Ray is kept where two extras are off.
+They end MNIST_RAY_KEEP_S seconds (by default 60) after the last call, when the process exits, when a call fails, or for
+a call with other variables. Once the caller's own code uses the Ray, the Ray lives until the process exits. Only Ray's
+private API reports such uses, so no Ray is kept if the extra "uses" or "processes" is off.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _VARIABLE, _DEFAULT_S = "MNIST_RAY_KEEP_S", "60"
 class _Kept:
     """A local Ray that waits for the next call."""
 
-    resources: contextlib.ExitStack  # which end it
-    purpose: tuple[object, ...]  # a call with another one needs another Ray
+    resources: contextlib.ExitStack  # closing them ends the Ray
+    purpose: tuple[object, ...]  # a call with another purpose needs another Ray
     node_id: str
-    uses: set[bytes]  # of Ray by the jobs so far: any more are the caller's
+    uses: set[bytes]  # of Ray by the jobs so far: later ones are the caller's
     timer: threading.Timer
 
 
 _kept: _Kept | None = None
-_seconds = 0.0  # for which a Ray is kept
-_left_with: dict[str, str] = {}  # the environment variables after the last call; Ray's processes keep those before it
+_seconds = 0.0  # how long to keep a Ray
+_left_with: dict[str, str] = {}  # the environment after the last call; Ray's processes keep the one from before it
 _lock = threading.RLock()  # the timer's thread may end what a call wants to use
 
 
 @contextlib.contextmanager
 def for_next_call() -> Iterator[None]:
-    """Let the jobs in the block keep the local Ray that they start. Raises UsageError if the variable is no number.
+    """Let jobs in the block keep the local Ray that they start. Raises UsageError if the variable is not a number.
 
-    If the caller has changed environment variables since the last call, this ends the Ray that it has kept.
+    If the caller has changed environment variables since the last call, end the Ray that was kept.
     """
     global _seconds, _left_with
     if _left_with != os.environ:
@@ -60,17 +60,17 @@ def for_next_call() -> Iterator[None]:
 
 
 def is_call() -> bool:
-    """Tell whether a call from Python runs this job."""
+    """Return whether a call from Python runs this job."""
     return _seconds > 0
 
 
 def is_wanted(*, plain: bool = False) -> bool:
-    """Tell whether a local Ray is to be kept after this job."""
+    """Return whether to keep a local Ray after this job."""
     return is_call() and extras.is_on("uses", plain=plain) and extras.is_on("processes", plain=plain)
 
 
 def keep(resources: contextlib.ExitStack, config: WorkerConfig, *, verbose: bool) -> None:
-    """Keep the local Ray of a job that has ended well, which ``resources`` end."""
+    """Keep the local Ray of a successful job; closing ``resources`` ends it."""
     global _kept
     import ray
 
@@ -87,7 +87,7 @@ def keep(resources: contextlib.ExitStack, config: WorkerConfig, *, verbose: bool
 
 
 def take(config: WorkerConfig, *, verbose: bool) -> contextlib.ExitStack | None:
-    """Return what ends the kept Ray if it fits a job's settings. Else return None; and end it, unless it is in use."""
+    """Return the kept Ray's resources if it fits a job's settings. Else return None, and end it unless it is in use."""
     global _kept
     with _lock:
         if _kept is None or _is_used(_kept):
@@ -108,7 +108,7 @@ def _is_there(kept: _Kept) -> bool:
 
 
 def _is_used(kept: _Kept) -> bool:
-    """Tell whether the caller's own code has used the kept Ray."""
+    """Return whether the caller's own code has used the kept Ray."""
     from mnist_ray.extras.uses import uses_of_ray
 
     return _is_there(kept) and not uses_of_ray() <= kept.uses
@@ -121,7 +121,7 @@ def _end_unless_used() -> None:
 
 
 def end_unless_fit(config: WorkerConfig, *, verbose: bool) -> None:
-    """End the kept Ray unless it fits a job's settings; if it does, let it wait for that job."""
+    """End the kept Ray unless it fits a job's settings; otherwise keep it for that job."""
     if (resources := take(config, verbose=verbose)) is not None:
         keep(resources, config, verbose=verbose)
 

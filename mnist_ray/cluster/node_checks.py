@@ -16,14 +16,14 @@ from mnist_ray.provenance import versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from ray_fork.starting import has_own_python
 
-_TIMEOUT_S, _INSTALLING_TIMEOUT_S = 60.0, 900.0  # the latter if nodes first install packages
+_TIMEOUT_S, _INSTALLING_TIMEOUT_S = 60.0, 900.0  # the second if nodes first install packages
 
 
 def check_nodes(run: RunFolder, plan: WorkerPlan, own_versions: dict[str, str] | None = None) -> list[str]:
     """Let every node for workers read a file that the driver writes next to the run; return the nodes' hosts.
 
-    With the driver's ``own_versions``, nodes compare theirs, and try a GPU if the workers have any. Raises JobError if
-    a node's versions differ, if it cannot read the file, or if PyTorch cannot use its GPU.
+    If the driver's ``own_versions`` are given, each node also compares its versions and, if the workers use GPUs, tries
+    one. Raises JobError if a node's versions differ, it cannot read the file, or PyTorch cannot use its GPU.
     """
     probe = f".probe-{uuid.uuid4().hex}"
     run.storage.write_text(probe, probe)  # the content is the name
@@ -62,7 +62,7 @@ def check_here(run: RunFolder, probe: str, drivers: dict[str, str]) -> tuple[str
         problem = f"does not see --storage-path {run.storage_path}: {problem}; use a path that all nodes share"
     for name, version in versions().items():
         own, drivers_own = (text.partition("+")[0] for text in (version, drivers.get(name, version)))
-        if not problem and own != drivers_own:  # a local part, such as +cu128, tells only for which GPUs torch is
+        if not problem and own != drivers_own:  # a local part, such as +cu128, only names torch's GPUs
             problem = f"has {name} {version}, the driver has {drivers[name]}"
     try:
         device_here()

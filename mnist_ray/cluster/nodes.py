@@ -12,24 +12,24 @@ from mnist_ray.cluster.plan import Node, node_of
 
 
 def current_nodes() -> tuple[Node, ...]:
-    """Return the nodes that are alive now: an autoscaler adds and removes nodes."""
+    """Return the nodes that are alive now: an autoscaler may add and remove nodes."""
     return tuple(node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
-    """Return the strategy that puts an actor on this process's node: losing another node does not end the actor."""
+    """Return the strategy that puts an actor on this process's node, so that it survives the loss of another node."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def session_folder() -> Path:
-    """Return the folder of this node's Ray, which has its logs."""
+    """Return the session folder of this node's Ray; it contains the logs."""
     own = ray.get_runtime_context().get_node_id()
     (socket,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == own]
     return Path(socket).parent.parent
 
 
 def is_connected_to(node_id: str) -> bool:
-    """Tell whether this process is connected to Ray by a node."""
+    """Return whether this process is connected to Ray through the node."""
     return ray.is_initialized() and ray.get_runtime_context().get_node_id() == node_id
 
 

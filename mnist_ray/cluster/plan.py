@@ -14,8 +14,8 @@ from mnist_ray.errors import UsageError
 from mnist_ray.process import usable_cores
 from mnist_ray.text import count, size_of
 
-_MAX_WORKERS_PER_CORE = 8  # each worker is a process of some 500 MiB
-_MIN_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, maybe slower
+_MAX_WORKERS_PER_CORE = 8  # each worker is a process of about 500 MiB
+_MIN_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, perhaps slower
 _APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
 
 
@@ -29,7 +29,7 @@ class Node:
     num_bytes: float = field(default=math.inf, compare=False)  # of memory, Ray's object store included
 
     def room(self, cpus: int, use_gpu: bool) -> int:
-        """Return how many workers have room, with so many CPUs each and, if ``use_gpu``, a GPU each."""
+        """Return how many workers fit, with ``cpus`` CPUs each and, if ``use_gpu``, a GPU each."""
         return min(self.num_cpus // cpus, self.num_gpus if use_gpu else self.num_cpus)
 
 
@@ -37,11 +37,11 @@ class Node:
 class Cluster:
     """A running Ray."""
 
-    is_local: bool  # started by this job, on this machine, and ended with the job
+    is_local: bool  # started by this job on this machine, and ended with it
     nodes: tuple[Node, ...]
     log_folder: str
     leave: Callable[[], None] = lambda: None
-    """Start to disconnect, and to end a local Ray, while the caller does work that needs no Ray."""
+    """Start to disconnect or to end a local Ray, while the caller does work that needs no Ray."""
     notes: tuple[str, ...] = ()  # for the user
 
 
@@ -53,7 +53,7 @@ class WorkerPlan:
     cpus_per_worker: int
     use_gpu: bool
     must_scale_up: bool  # the current nodes cannot hold the workers; the autoscaler has to start more nodes
-    min_workers: int | None = None  # the fewest workers with which an elastic run continues; None: it needs all
+    min_workers: int | None = None  # the minimum with which an elastic run continues; None: it needs all workers
     placement: str = "PACK"
     is_local: bool = False  # all workers are on this machine, and no other machine may reach them
     labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes for workers: Ray's label selector
@@ -62,7 +62,7 @@ class WorkerPlan:
 def node_of(resources: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> Node:
     """Return a node from its resources and labels in ``ray.nodes()``.
 
-    Ray counts the GPU of an Apple chip, but Ray Train can give a worker only CUDA GPUs.
+    Ray counts the GPU of an Apple chip, but Ray Train can assign only CUDA GPUs to workers.
     """
     is_apple = any(map(_APPLE_CHIP.match, resources))
     num_gpus = 0 if is_apple else int(resources.get("GPU", 0))
@@ -95,11 +95,11 @@ def local_cpus(config: WorkerConfig) -> int:
 def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None = None) -> WorkerPlan:
     """Decide on the number of workers and the resources of each.
 
-    ``num_chunks`` is the number of chunks of a batch, with --reproducible. Then the number of workers does not change
-    the bits, and the default is one worker with one CPU per chunk, as far as there are CPUs.
+    ``num_chunks`` is the number of chunks of a batch with --reproducible. The number of workers then does not change
+    the bits, and the default is one worker with one CPU per chunk, if there are enough CPUs.
 
     Raises UsageError if the nodes cannot hold the workers, unless ``config.autoscaling`` promises more nodes: Ray does
-    not say how many an autoscaler can start.
+    not report how many an autoscaler can start.
     """
     labels = dict(label.split("=", 1) for label in config.label_selector or ())
     nodes = suitable(cluster.nodes, labels)
@@ -161,7 +161,7 @@ def _resolve_minimum(config: WorkerConfig, num_workers: int) -> int:
 def _fit_cpus(
     config: WorkerConfig, nodes: Sequence[Node], use_gpu: bool, num_workers: int, min_workers: int
 ) -> int | None:
-    """Return the CPUs of each worker if all workers fit, else if the fewest fit, else None."""
+    """Return the CPUs of each worker if all workers fit, or else if the minimum fits; otherwise None."""
     for number in (num_workers, min_workers):
         if cpus := cpus_for_each(nodes, number, config.cpus_per_worker, use_gpu, config.placement):
             return cpus
@@ -171,7 +171,7 @@ def _fit_cpus(
 def cpus_for_each(
     nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool, placement: str = "PACK"
 ) -> int | None:
-    """Return the CPUs of each worker: the given number, else the most that fit; None if the workers do not fit."""
+    """Return the CPUs of each worker: the given number, or the maximum that fits; None if the workers do not fit."""
     most = max((node.num_cpus for node in nodes), default=0)
     candidates = range(most, 0, -1) if cpus_per_worker is None else [cpus_per_worker]
     for cpus in candidates:
@@ -184,7 +184,7 @@ def cpus_for_each(
 
 
 def check_memory(plan: WorkerPlan, nodes: Sequence[Node], held_bytes: int) -> None:
-    """Raise UsageError if the nodes have no memory for what each worker holds, in bytes. GPUs have their own memory."""
+    """Raise UsageError if workers with ``held_bytes`` each exceed the nodes' memory. GPUs have their own memory."""
     if plan.use_gpu or plan.must_scale_up or not held_bytes:
         return
     rooms = [min(node.room(plan.cpus_per_worker, plan.use_gpu), node.num_bytes // held_bytes) for node in nodes]
@@ -225,6 +225,6 @@ def _workers(config: WorkerConfig, num_workers: int) -> str:
 def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int, local_batch_size: int) -> int:
     """Return a worker's number of threads: the CPUs that Ray gave it, but at most its share of the real cores.
 
-    Each thread gets a minimum number of examples: with fewer, threads wait for each other longer than they save.
+    Each thread gets a minimum number of examples: with fewer, threads lose more time waiting than they save.
     """
     return max(1, min(int(assigned_cpus), cores // workers_on_node, local_batch_size // _MIN_EXAMPLES_PER_THREAD))

@@ -1,4 +1,4 @@
-"""Gives all nodes the data, by Ray's object store or by loading it on each; checks that nodes can take part."""
+"""Gives all nodes the data, through Ray's object store or by loading it on each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class RemoteSplit:
     """A split that any process of the cluster can open."""
 
     workload: Workload
-    origin: Origin  # the field of the workload's ``Data`` that holds its examples
+    origin: Origin  # the field of the workload's ``Data`` with its examples
     size: int
     whole_size: int  # of the field
     stored: ray.ObjectRef | None  # arrays or Blocks in Ray's object store; the processes on a node share one copy
-    indices: np.ndarray | AllBut | None  # its examples in what is stored, or in the loaded data; None: all
+    indices: np.ndarray | AllBut | None  # its examples in the stored or loaded data; None: all
 
     def __len__(self) -> int:
         return self.size
@@ -30,7 +30,7 @@ class RemoteSplit:
     def open(self) -> Split:
         """Return the split. If it is not stored, this process loads the workload's data itself.
 
-        Raises TrainingStoppedError if these have another number of examples than the job's.
+        Raises TrainingStoppedError if the number of loaded examples differs from the job's.
         """
         examples = getattr(self.workload.load_data(), self.origin) if self.stored is None else ray.get(self.stored)
         if len(examples) != self.whole_size:
@@ -40,7 +40,7 @@ class RemoteSplit:
 
 
 def share(workload: Workload, split: Split) -> RemoteSplit:
-    """Share a split: arrays in memory, and Blocks (which hold no examples), go into the object store."""
+    """Share a split: put arrays in memory, and Blocks (without their examples), into the object store."""
     is_stored = split.whole_arrays is not None or isinstance(split.examples, Blocks)
     stored = ray.put(split.examples) if is_stored else None
     return RemoteSplit(workload, split.origin, len(split), len(split.examples), stored, split.indices)

@@ -1,4 +1,4 @@
-"""The files of a local Ray: where they are, and when they are removed."""
+"""The files of a local Ray: their location and their removal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from mnist_ray.errors import JobError, UsageError, about_limit
 from ray_fork.shim import own_folder
 
-_VARIABLE = "RAY_TMPDIR"  # the folder in whose folder "ray" Ray keeps its sessions
-_MAX_FOLDER = 39  # bytes: the paths of Ray's sockets are at most 107 long
+_VARIABLE = "RAY_TMPDIR"  # Ray keeps its sessions in this folder's subfolder "ray"
+_MAX_FOLDER = 39  # bytes: the path of a socket may have 107
 
 
 def sessions_folder() -> Path:
-    """Return the folder of this user's local Rays; set RAY_TMPDIR for them, unless the user has.
+    """Return the folder for this user's local Rays; set RAY_TMPDIR to its parent unless the user has set it.
 
-    By default, it is in a folder of this user's own: Ray lets everybody write to its sessions. Raises PermissionError.
+    By default, only this user can enter the parent: Ray lets everybody write to its sessions. Raises PermissionError.
     """
     if _VARIABLE not in os.environ:
         os.environ[_VARIABLE] = own_folder("mnist_ray")
@@ -26,21 +26,21 @@ def sessions_folder() -> Path:
 
 
 def about_folder() -> str:
-    """Return advice if the path of the sessions' folder may be too long for sockets."""
+    """Return advice if the path of the sessions folder may be too long for sockets."""
     is_long = len(os.fsencode(os.environ[_VARIABLE])) > _MAX_FOLDER
     return f"; set {_VARIABLE} to a folder with a shorter path" if is_long else ""
 
 
 def sessions_here(folder: Path) -> set[Path]:
-    """Return the sessions in a folder that this process has started."""
+    """Return the sessions in ``folder`` that this process started."""
     return {*folder.glob(f"session_*_{os.getpid()}")}
 
 
 @contextlib.contextmanager
 def removed_unless_failed(folder: Path) -> Iterator[None]:
-    """Remove the files of the local Ray that is started in the block.
+    """Remove the files of the local Ray that the block starts.
 
-    They stay if something failed: logs are needed, and may tell a limit that was reached.
+    Keep them if something failed: the logs are needed, and may name a limit that was reached.
     """
     before, has_failed = sessions_here(folder), False
     try:
@@ -55,7 +55,7 @@ def removed_unless_failed(folder: Path) -> Iterator[None]:
     finally:
         for session in set() if has_failed else sessions_here(folder) - before:
             shutil.rmtree(session, ignore_errors=True)
-            latest = folder / "session_latest"  # Ray makes this link, but never replaces a dangling one
+            latest = folder / "session_latest"  # Ray creates this link, but never replaces a dangling one
             with contextlib.suppress(OSError):  # the link is missing, or another Ray has replaced it
                 if os.readlink(latest) == str(session):
                     latest.unlink()

@@ -1,4 +1,4 @@
-"""Tells the user what a job waits for."""
+"""Reports what a job waits for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _SAID_AFTER_S, _SAID_EVERY_S = 30.0, 300.0  # a start takes up to 20 s
 
 
 class Waiting:
-    """Says, after half a minute and then every five minutes, what a job waits for, and what no job has reserved."""
+    """Reports, after 30 s and then every 5 min, what a job waits for and which resources are unreserved."""
 
     def __init__(self, needed: str, say: Callable[[str], object]) -> None:
         self._needed, self._say = needed, say
         self.look(is_waiting=False)
 
     def look(self, *, is_waiting: bool = True) -> None:
-        """Say so if it is time; if the job does not wait now, count from now on."""
+        """Report the wait if it is time; if the job does not wait now, restart the clock."""
         if not is_waiting:
             self._since, self._said_after_s = time.monotonic(), _SAID_AFTER_S
         elif (waited_s := time.monotonic() - self._since) > self._said_after_s:

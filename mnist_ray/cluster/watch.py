@@ -1,4 +1,4 @@
-"""Ends a job if Ray stops answering, because the job would wait forever."""
+"""Ends a job if Ray stops answering: the job would wait forever."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mnist_ray.signals import end_with
 
 T = TypeVar("T")
 
-MAX_SILENCE_S = 50.0  # a busy machine may need this long; after 60 s without its GCS, Ray ends the process silently
+MAX_SILENCE_S = 50.0  # a busy machine may need this long; after 60 s without the GCS, Ray ends this process silently
 _LOOK_INTERVAL_S = 1.0
-_STORED_BYTES = 2**18  # large enough for an object to go to the raylet's store
+_STORED_BYTES = 2**18  # large enough for an object to go into the raylet's store
 
 
 class RaySilentError(JobError):
@@ -37,7 +37,7 @@ class RaySilentError(JobError):
 
 
 def in_thread(function: Callable[[], T]) -> Future[T]:
-    """Call a function in a thread for which Python does not wait when it exits: it may wait for a silent Ray."""
+    """Call a function in a daemon thread: it may wait for a silent Ray, and Python must still be able to exit."""
     result: Future[T] = Future()
 
     def call() -> None:
@@ -54,7 +54,7 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
 def watched(*, plain: bool = False) -> Iterator[Callable[[], None]]:
     """End the job with an error if Ray dies or hangs in the block. Yields a function that ends the watch.
 
-    ``plain``: with Ray's public API alone, which does not tell at once that a part of Ray has died.
+    ``plain``: use only Ray's public API; it does not report at once that a part of Ray has died.
     """
     is_over, is_silent = threading.Event(), False
 
@@ -86,7 +86,7 @@ def watched(*, plain: bool = False) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def as_raised() -> Iterator[None]:
-    """Raise what a signal's handler has raised while Ray's C++ ran, even if that has returned a result all the same."""
+    """Raise what a signal handler raised while Ray's C++ ran, even if the C++ returned a result nevertheless."""
     try:
         yield
     except SystemError as error:
@@ -94,7 +94,7 @@ def as_raised() -> Iterator[None]:
 
 
 def look(*, plain: bool = False) -> None:
-    """Ask each part of Ray for a sign of life: an answer, or an error. Raises RaySilentError if a part gives none."""
+    """Ask each part of Ray for a sign of life: an answer or an error. Raises RaySilentError if a part gives neither."""
     ask_gcs: Callable[[], object] = ray.nodes
     find_dead: Callable[[], list[str]] = list
     if extras.is_on("processes", plain=plain):

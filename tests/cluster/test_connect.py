@@ -134,8 +134,8 @@ cli.run(main)
 @pytest.mark.parametrize(
     ("replaced", "value", "error"),
     [
-        ("ray.util.client.ray.is_connected", True, "this job cannot use a connection of Ray Client; run it on"),
-        ("mnist_ray.extras.processes.dead_processes", ["raylet"], "the Ray that this process has started is dead"),
+        ("ray.util.client.ray.is_connected", True, "this job cannot use a Ray Client connection; run it on"),
+        ("mnist_ray.extras.processes.dead_processes", ["raylet"], "the Ray that this process started has died"),
     ],
 )
 def test_a_connection_that_is_of_no_use_is_one_line(
@@ -291,15 +291,15 @@ def test_a_plain_job_joins_only_what_ray_address_names(monkeypatch: pytest.Monke
 
 
 OTHERS = "other users of this machine can run code as you while this job runs: "
-ALL = "all who reach this machine's ports can run code as you while this job runs: "
+ALL = "anyone who can reach this machine's ports can run code as you while this job runs: "
 
 
 @pytest.mark.parametrize(
     ("address", "mode", "has_tokens", "note"),
     [
         ("127.0.0.1", "token", True, None),
-        ("127.0.0.1", "token", False, f"{OTHERS}Ray requires a token only since 2.52"),
-        ("192.0.2.7", "", False, f"{ALL}Ray requires a token only since 2.52"),
+        ("127.0.0.1", "token", False, f"{OTHERS}Ray supports tokens only since 2.52"),
+        ("192.0.2.7", "", False, f"{ALL}Ray supports tokens only since 2.52"),
         ("192.0.2.7", "", True, f"{ALL}set RAY_AUTH_MODE=token before Ray is imported"),
         ("192.0.2.7", "token", True, "this local Ray listens on all interfaces; only its token keeps others out"),
         ("192.0.2.7", "disabled", True, None),
