@@ -1,4 +1,4 @@
-"""Whether somebody listens at an address."""
+"""Checks whether anything listens at an address."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _CONNECT_TIMEOUT_S = 4.0
 
 
 def listens(address: str) -> bool:
-    """Tell whether a process listens at an address, HOST:PORT; it need not be Ray's."""
+    """Return whether any process, of Ray or not, listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()

@@ -1,4 +1,4 @@
-"""The state of this process: signals, warnings, threads, the allocator, a limit on its silence."""
+"""The state of this process: signals, warnings, threads, the allocator, the time limit for hangs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT|GOMP_")  # Ray keeps the token that it reads
 _busy = threading.RLock()  # a workload may itself load a run
-filters = threading.Lock()  # of warnings, which belong to the process
+filters = threading.Lock()  # for warning filters, which all threads share
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Turn the garbage collector off in the block, which imports large packages: it would take a fifth of the time."""
+    """Turn the garbage collector off while the block imports large packages: it would take a fifth of the time."""
     is_on = gc.isenabled()
     gc.disable()
     try:
@@ -42,9 +42,9 @@ def without_collector() -> Iterator[None]:
 
 @contextlib.contextmanager
 def left_as_found() -> Iterator[None]:
-    """Take the signals that end a job; at the end, give the process back what a job, Ray or Tune has changed.
+    """Handle the signals that end a job; at the end, restore what the job, Ray or Tune changed in this process.
 
-    Raises JobError if another thread is in such a block: both would seed the same generators, and start one Ray.
+    Raises JobError if another thread is in such a block: both would seed the same generators and share one Ray.
     """
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     variables = {name: value for name, value in os.environ.items() if _CHANGED.match(name)}
@@ -52,7 +52,7 @@ def left_as_found() -> Iterator[None]:
     torch: Any = sys.modules.get("torch")  # which another thread may be importing
     threads = torch.get_num_threads() if hasattr(torch, "get_num_threads") else usable_cores()
     if not _busy.acquire(blocking=False):
-        raise JobError("this process is busy with another call; wait for its end, or make this call in a new process")
+        raise JobError("this process is busy with another call; wait until it ends, or make this call in a new process")
     try:
         take_signals()
         with contextlib.ExitStack() as at_the_end:
@@ -69,7 +69,7 @@ def left_as_found() -> Iterator[None]:
         torch = sys.modules.get("torch")
         if hasattr(torch, "set_num_threads"):
             torch.set_num_threads(threads)
-        with contextlib.suppress(ValueError):  # in another thread than the main one, which has changed no handler
+        with contextlib.suppress(ValueError):  # not in the main thread, so no handler was changed
             for number in [number for number, handler in handlers.items() if signal.getsignal(number) is not handler]:
                 signal.signal(number, handlers[number])
 
@@ -77,11 +77,11 @@ def left_as_found() -> Iterator[None]:
 def keep_freed_memory(*, is_sharded: bool = False) -> None:
     """Let this process keep freed memory instead of returning it to the kernel. This needs glibc's allocator.
 
-    Each step allocates memory for activations and frees it. In a worker of Ray Train, glibc returned it to the kernel
-    each time, and a third of the training's time went into page faults.
+    Each step allocates memory for activations and frees it. In Ray Train's workers, glibc returned it to the kernel
+    each time, and page faults took a third of the training time.
 
-    ``is_sharded``: return large blocks all the same. FSDP and gloo need buffers of many sizes, and a freed one rarely
-    fits the next: kept, they were a fifth of a worker's memory.
+    ``is_sharded``: return large blocks nevertheless. FSDP and gloo need buffers of many sizes, and a freed one rarely
+    fits the next request: kept buffers took a fifth of a worker's memory.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     largest_kept = 2**22 if is_sharded else 2**30

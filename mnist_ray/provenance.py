@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def cpuinfo(names: str = "flags|Features") -> str:
-    """Return what Linux says of the first processor under one of ``names``; empty on other systems."""
+    """Return the value that Linux reports for the first processor under one of ``names``; empty on other systems."""
     file = Path("/proc/cpuinfo")
     text = file.read_text(encoding="ascii", errors="replace") if file.exists() else ""
     found = re.search(rf"^(?:{names})\s*:(.*)$", text, re.MULTILINE)
@@ -32,7 +32,7 @@ def cpuinfo(names: str = "flags|Features") -> str:
 def arithmetic() -> dict[str, list[str]]:
     """Return what decides the last bits of a result: versions of libraries, and properties of the processor.
 
-    Libraries choose kernels by the vector instructions, and block sizes by the caches.
+    Libraries choose kernels depending on the vector instructions, and block sizes depending on the caches.
     """
     features = sorted(name for name in {*cpuinfo().split()} if re.match("amx|asimd|avx|f16c|fma|sse|ssse|sve", name))
     caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index[0-2]/size"))
@@ -44,7 +44,7 @@ def arithmetic() -> dict[str, list[str]]:
 
 
 def cpu_has_bf16() -> bool:
-    """Tell whether the processor computes in bf16; always False if the system is not Linux."""
+    """Return whether the processor computes in bf16; always False on systems other than Linux."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo().split())
 
 

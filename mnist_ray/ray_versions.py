@@ -1,4 +1,4 @@
-"""What Ray's public API can do from which version on; the lowest is 2.51, whose Ray Train V2 is the default."""
+"""The Ray versions that introduced features of the public API. The minimum is 2.51, where Train V2 is the default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PREEMPTION_SINCE = "2.60"
 
 @functools.cache
 def ray_version() -> str:
-    """Return the version of Ray; importing Ray, or ``importlib.metadata``, would delay the first line of output."""
+    """Return Ray's version; importing Ray or ``importlib.metadata`` would delay the first line of output."""
     package = importlib.util.find_spec("ray")
     assert package is not None
     assert package.origin is not None
@@ -31,13 +31,13 @@ def ray_version() -> str:
 
 
 def is_at_least(minimum: str) -> bool:
-    """Tell whether Ray has a version, such as ``2.55``, or a later one."""
+    """Return whether Ray's version is ``minimum``, such as ``2.55``, or later."""
     own, least = ([int(number) for number in re.findall(r"\d+", text)[:2]] for text in (ray_version(), minimum))
     return own >= least
 
 
 def check_workers(config: WorkerConfig) -> None:
-    """Raise UsageError if this Ray cannot do what a setting asks for."""
+    """Raise UsageError if this Ray does not support a setting."""
     for name, since in _SETTINGS_SINCE.items():
         if getattr(config, name) is not None and not is_at_least(since):
             raise UsageError(
@@ -46,17 +46,17 @@ def check_workers(config: WorkerConfig) -> None:
 
 
 def has_tokens() -> bool:
-    """Tell whether this Ray can require a token of whoever connects to it."""
+    """Return whether this Ray can require a token from every client."""
     return is_at_least(_TOKENS_SINCE)
 
 
 def must_ask_for_tokens() -> bool:
-    """Tell whether a local Ray requires a token only if RAY_AUTH_MODE says so."""
+    """Return whether a local Ray requires a token only if RAY_AUTH_MODE=token."""
     return has_tokens() and not is_at_least(_TOKENS_BY_DEFAULT_SINCE)
 
 
 def preemption_info() -> Any:
-    """In a worker, return what Ray knows of a preemption of the workers' nodes; None if it knows of none."""
+    """In a worker, return what Ray knows about a preemption of the workers' nodes; None if there is none."""
     import ray.train
 
     return ray.train.get_preemption_info() if is_at_least(_PREEMPTION_SINCE) else None

@@ -1,8 +1,8 @@
 """Ends a job early: Ctrl-C, SIGTERM, SIGHUP or an error in a thread raises an exception in the main thread.
 
-Ray ends a driver's process without an exception if its raylet or GCS is gone; so does the kernel if memory runs out.
-Therefore ``supervise`` runs the job in a child process, and prints why the child ended and how to resume. This module
-imports nothing heavy, since the fork must come before all heavy imports.
+Ray ends a driver without an exception if its raylet or GCS is gone; so does the kernel if memory runs out. Therefore
+``supervise`` runs the job in a child process, and prints why the child exited and how to resume. This module imports
+nothing heavy, since the fork must come before all heavy imports.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mnist_ray.output import say
 
 SAME_WITHIN_S = 0.5
 """Signals this soon after an interrupt count as the same interrupt: a terminal or a scheduler signals every process of
-a job, ``timeout`` signals one process twice, and the supervisor forwards the signals that it gets."""
+a job, ``timeout`` signals one process twice, and the supervisor forwards the signals that it receives."""
 
-TAKEN_WITHIN_S = 5.0  # the main thread takes another thread's error, unless it is stuck
-_IMPORT_CALLBACK = ("<frozen importlib._bootstrap>", "cb")  # Python drops exceptions that are raised in it
+TAKEN_WITHIN_S = 5.0  # for the main thread to take another thread's error, unless it is stuck
+_IMPORT_CALLBACK = ("<frozen importlib._bootstrap>", "cb")  # Python drops exceptions raised in it
 
 
 @dataclass
@@ -43,9 +43,9 @@ class _State:
     last: float = -math.inf  # the last interrupt's time.monotonic()
     first: Noted | None = None  # if not None, the first interrupt is only noted here
     error: Exception | None = None  # from `end_with`
-    to_supervisor: int | None = None  # pipe for the advice on how to resume
-    advice: str = ""  # what went last into the pipe
-    gives_back: bool = False  # whether forked processes get Python's own handlers
+    to_supervisor: int | None = None  # a pipe for the advice on how to resume
+    advice: str = ""  # the last advice in the pipe
+    gives_back: bool = False  # whether forked processes get back Python's own handlers
 
 
 _state, _held = _State(), threading.local()
@@ -70,7 +70,7 @@ def take_signals() -> None:
 
 
 def _hold() -> None:
-    """Block the signals during a fork: Python drops those that the new process gets before its first step."""
+    """Block the signals during a fork: Python drops signals that reach the new process before its first step."""
     _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals())
 
 
@@ -79,7 +79,7 @@ def _release() -> None:
 
 
 def _give_back() -> None:
-    """Restore Python's own handlers in a process that the user's code forks: a Pool ends its processes by SIGTERM."""
+    """Restore Python's own handlers in a process that the user's code forks: a Pool stops its processes by SIGTERM."""
     for number in signals():
         if signal.getsignal(number) is _handle:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -98,7 +98,7 @@ def leave_closed_terminal() -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     error, _state.error = _state.error, None
     if error is not None:
-        is_ending = _state.first is not None and _state.first.is_set  # the signal may have ended Ray, too
+        is_ending = _state.first is not None and _state.first.is_set  # the signal may have ended Ray too
         raise KeyboardInterrupt if is_ending else error
     if frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) == _IMPORT_CALLBACK:
         signal.raise_signal(number)  # try again after the callback
@@ -127,7 +127,7 @@ def first_only_noted() -> Iterator[Noted]:
 def end_with(error: Exception) -> None:
     """Raise an error in the main thread, from any other thread. Needs ``take_signals`` first.
 
-    A main thread that waits for a part of Ray in Ray's C++ never takes it. Then this process ends, if it has a
+    If the main thread is stuck in Ray's C++, it never takes the error. Then this process exits, provided that it has a
     supervisor.
     """
     _state.error = error
@@ -140,7 +140,7 @@ def end_with(error: Exception) -> None:
 
 
 def _exit(reason: str) -> None:
-    """End this process with an error, in place of its main thread."""
+    """End this process with an error, on behalf of its main thread."""
     with contextlib.suppress(OSError, JobError):
         say(f"error: {reason}{_state.advice}", file=sys.stderr)
     if_ended(_DONE)
@@ -151,7 +151,7 @@ _DONE, _PIPE_BYTES = "\0", 2**16
 
 
 def if_ended(advice: str) -> None:
-    """From now on, let the supervisor print ``advice`` if this process is ended from outside."""
+    """From now on, let the supervisor print ``advice`` if this process is killed from outside."""
     if _state.to_supervisor is not None:
         _state.advice = advice
         with contextlib.suppress(OSError):
@@ -159,11 +159,11 @@ def if_ended(advice: str) -> None:
 
 
 def supervise(work: Callable[[], int]) -> int:
-    """Run ``work`` in a child process, which ends with this one; return its exit status. Signals are forwarded."""
+    """Run ``work`` in a child process that exits with this one; forward signals; return its exit status."""
     from_job, to_supervisor = os.pipe()
     from_supervisor, alive = os.pipe()
     awaited = {*signals(), signal.SIGCHLD}
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # without a handler, macOS drops it
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # without a handler, macOS drops the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
@@ -181,11 +181,11 @@ def supervise(work: Callable[[], int]) -> int:
     os.close(to_supervisor)
     os.close(from_supervisor)
     ended, written = 0, b""
-    while not ended:  # a handler would be late if its signal came just before a system call that waits
+    while not ended:  # a handler would run late if its signal came just before a blocking system call
         if (number := signal.sigwait(awaited)) != signal.SIGCHLD:
             os.kill(child, number)
         ended, state = os.waitpid(child, os.WNOHANG)
-    os.set_blocking(from_job, False)  # processes that the job has forked may have the pipe, too
+    os.set_blocking(from_job, False)  # processes that the job has forked may hold the pipe too
     with contextlib.suppress(BlockingIOError):  # the pipe is empty
         written = os.read(from_job, _PIPE_BYTES)
     advice = ["", *written.decode(errors="replace").splitlines()][-1]
@@ -213,4 +213,4 @@ def _ending(state: int) -> str:
         "SIGKILL": ", which the system sends if memory runs out",
         "SIGABRT": ", perhaps because a library could start no more threads (ulimit -u)",
     }
-    return f"this job's process was ended by {name}{reasons.get(name, '')}"
+    return f"this job's process was killed by {name}{reasons.get(name, '')}"

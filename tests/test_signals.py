@@ -74,9 +74,9 @@ def test_the_works_status_and_traceback_are_passed_on(start: Starter) -> None:
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, which the system sends if memory runs out"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "was ended by SIGSEGV"),
-        ("os.abort()", "was ended by SIGABRT, perhaps because a library could start no more threads (ulimit -u)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL, which the system sends if memory runs out"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+        ("os.abort()", "was killed by SIGABRT, perhaps because a library could start no more threads (ulimit -u)"),
         (
             "os._exit(1)",
             "exited with status 1: ended by Ray (see above), or by os._exit in your code",

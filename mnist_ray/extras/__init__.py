@@ -1,8 +1,8 @@
-"""What Ray's private API adds: faster starts, and failures that are noticed sooner. All else is public API.
+"""What Ray's private API adds: faster starts and earlier detection of failures. Everything else uses the public API.
 
-Each extra is a module of this package. It is on if Ray is not older than the first version that its tests passed with,
-and has the names that it uses, with the same parameters. ``--plain-ray`` turns all extras off. The module of an extra
-that is off is not imported: ask ``is_on`` first.
+Each extra is a module of this package. An extra is on if Ray is at least the first version that passed its tests, and
+has the names that the extra uses, with the same parameters. ``--plain-ray`` turns all extras off. Call ``is_on`` before
+you import an extra's module: modules of extras that are off must not be imported.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _SLOWER = "the start takes some seconds longer"
 
 @dataclass(frozen=True)
 class Extra:
-    """Something that private API of Ray makes possible."""
+    """Something that Ray's private API makes possible."""
 
     gain: str
     loss: str  # without it
     since: str  # the first version of Ray with which its tests passed
-    needs: tuple[str, ...]  # of Ray, each as MODULE:NAME, or MODULE:NAME(PARAMETER,…) with the parameters that are used
+    needs: tuple[str, ...]  # names in Ray: MODULE:NAME, or MODULE:NAME(PARAMETER,…) with the parameters that are used
     is_of_train: bool = False  # needs Ray Train, which takes seconds to import
 
 
@@ -60,12 +60,12 @@ EXTRAS = {
     ),
     "loopback": Extra(
         "a local Ray on loopback even if Ray was imported first",
-        "",  # the job says what is open
+        "",  # another note reports what is open
         "2.51",
         ("ray._private.ray_constants:ENABLE_RAY_CLUSTER", "ray._raylet:Config.initialize(config_list)"),
     ),
     "uses": Extra(
-        "a local Ray that is kept between calls",
+        "a local Ray kept between calls",
         "each call starts its own Ray",
         "2.55",
         (
@@ -77,7 +77,7 @@ EXTRAS = {
     ),
     "processes": Extra(
         "a watch over Ray's processes",
-        "a part of Ray that has died is noticed after a minute",
+        "a dead part of Ray is noticed only after a minute",
         "2.55",
         (
             "ray._private.node:Node.dead_processes",
@@ -89,7 +89,7 @@ EXTRAS = {
     ),
     "address": Extra(
         "a quick look at a cluster's address",
-        "a cluster is only joined if RAY_ADDRESS names it",
+        "a cluster is joined only if RAY_ADDRESS names it",
         "2.60",
         (
             "ray._common.utils:get_ray_address_file(temp_dir)",
@@ -114,7 +114,7 @@ EXTRAS = {
     ),
     "preemption": Extra(
         "news of workers that leave a node",
-        "no line says that workers are replaced because their node is preempted",
+        "no line reports that workers are replaced because their node is preempted",
         "2.60",
         (
             "ray.train.v2._internal.execution.callback:ControllerCallback.after_controller_state_update("
@@ -128,19 +128,19 @@ EXTRAS = {
 
 
 def is_on(name: str, *, plain: bool) -> bool:
-    """Tell whether an extra is on; with ``plain``, none is."""
+    """Return whether an extra is on; with ``plain``, none is."""
     return not plain and works(name)
 
 
 @functools.cache
 def works(name: str) -> bool:
-    """Tell whether this Ray has all that an extra needs."""
+    """Return whether this Ray has everything that an extra needs."""
     extra = EXTRAS[name]
     return is_at_least(extra.since) and all(map(_is_there, extra.needs))
 
 
 def _is_there(need: str) -> bool:
-    """Tell whether this Ray has a name, with the parameters that are used."""
+    """Return whether this Ray has a name with the required parameters."""
     match = _NEED.fullmatch(need)
     assert match is not None
     module, name, parameters = match.groups("")
@@ -154,14 +154,14 @@ def _is_there(need: str) -> bool:
 
 
 def listed(*, plain: bool) -> dict[str, list[Extra]]:
-    """Return the extras that are "on", and those that are "off". If Ray Train is not imported, its own are left out."""
+    """Return the extras that are "on" and "off". Until Ray Train is imported, leave out the extras that need it."""
     known = {name: extra for name, extra in EXTRAS.items() if "ray.train" in sys.modules or not extra.is_of_train}
     on = [name for name in known if is_on(name, plain=plain)]
     return {"on": [known[name] for name in on], "off": [known[name] for name in known if name not in on]}
 
 
 def note(*, plain: bool) -> str:
-    """Return one line about the extras that do not work with this Ray; empty if all do, or if none is wanted."""
+    """Return one line about the extras that do not work with this Ray; empty if all work or none is wanted."""
     off = [] if plain else listed(plain=False)["off"]
     if not off:
         return ""

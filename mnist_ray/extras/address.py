@@ -1,7 +1,7 @@
-"""Finds this user's ``ray start`` on this machine, and looks at a cluster's address before Ray connects to it.
+"""Finds this user's ``ray start`` on this machine, and checks a cluster's address before Ray connects to it.
 
-Without it: a cluster is joined only if RAY_ADDRESS names it; Ray tries for minutes if another service listens there,
-and needs RAY_AUTH_MODE=token to send a token.
+Without it: a cluster is joined only if RAY_ADDRESS names it. If another service listens there, Ray tries for minutes.
+Ray sends a token only with RAY_AUTH_MODE=token.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MAX_ADDRESS = 300  # bytes
 
 
 def find(named: str) -> tuple[str | None, list[str]]:
-    """Return the address of the cluster to join, or None to start a local Ray; and notes for the user.
+    """Return the address of the cluster to join, or None to start a local Ray, and notes for the user.
 
     ``named``: HOST:PORT or "auto". ``ray.init(address="auto")`` would even join the local Ray of another job on this
-    machine, and wait for minutes for a cluster that has ended. Raises JobError if a named cluster cannot be joined.
+    machine, and wait for minutes for a cluster that is gone. Raises JobError if a named cluster cannot be joined.
     """
     if named == "auto":
         try:
@@ -51,7 +51,7 @@ def find(named: str) -> tuple[str | None, list[str]]:
 
 
 def _answers(address: str) -> bool:
-    """Return whether Ray, not another service, answers at an address. Raises JobError if Ray refuses the token."""
+    """Return whether Ray, not another service, answers at an address. Raises JobError if Ray rejects the token."""
     try:
         _ask(address, _ANSWER_TIMEOUT_S)
     except ray.exceptions.AuthenticationError as error:
@@ -63,11 +63,11 @@ def _answers(address: str) -> bool:
 
 
 def address_of_ray_start() -> str | None:
-    """Return the address of this user's ``ray start`` on this machine; None if there is none that runs.
+    """Return the address of this user's ``ray start`` on this machine; None if none is running.
 
-    "auto" would also join the local Ray of another job, or whatever another user names in a folder for all users: this
-    process would send its token there, and run the code that it gets. Raises OSError if there is such a file, but
-    another user can have written it.
+    "auto" would also join the local Ray of another job, or any address that another user has written to the shared
+    folder: this process would send its token there, and run the code that it receives. Raises OSError if another user
+    may have written the file.
     """
     file = get_ray_address_file(None)
     if not os.path.lexists(file):
@@ -83,24 +83,24 @@ def address_of_ray_start() -> str | None:
 
 
 def _without_detours(path: str, flags: int) -> int:
-    """Open a file, but follow no link, and do not wait for whoever may write into a FIFO."""
+    """Open a file without following a link or waiting for the writer of a FIFO."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def owners_here(address: str) -> set[int]:
-    """Return the users that run a node of a cluster on this machine."""
+    """Return the ids of the users who run a node of a cluster on this machine."""
     running = (process.info for process in psutil.process_iter(["name", "uids", "cmdline"]))
     raylets = [info for info in running if info["name"] == "raylet"]
     return {info["uids"].effective for info in raylets if f"--gcs-address={address}" in (info["cmdline"] or ())}
 
 
 def _has_own_gcs(address: str) -> bool:
-    """Tell whether a process of this user listens at the address of a GCS, or that is on another machine."""
+    """Return whether a GCS is on another machine, or is a process of this user that listens at the address."""
     host, _, port = address.rpartition(":")
     if not any(host == own.address for of_card in psutil.net_if_addrs().values() for own in of_card):
         return True
     for process in psutil.process_iter(["name"]):
-        with contextlib.suppress(psutil.Error):  # another user's, or it has ended
+        with contextlib.suppress(psutil.Error):  # another user's process, or it has exited
             if process.info["name"] == "gcs_server" and process.uids().effective == os.geteuid():
                 connections = process.net_connections("tcp")
                 if any(own.status == psutil.CONN_LISTEN and str(own.laddr.port) == port for own in connections):
@@ -111,7 +111,7 @@ def _has_own_gcs(address: str) -> bool:
 def _ask(address: str, timeout_s: float) -> None:
     """Raise a RayError if no Ray answers at an address within ``timeout_s``; ``ray.init`` would try for minutes.
 
-    From then on, this process sends its token if the cluster wants it; else the actors of the job would die.
+    Afterwards, this process sends its token if the cluster requires one; otherwise the job's actors would die.
     """
     os.environ.pop(AUTH_MODE_ENV_VAR, None)
     read_settings_again()

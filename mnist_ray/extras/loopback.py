@@ -1,6 +1,6 @@
 """A local Ray listens on loopback only and requires its token, even if a script has imported Ray first.
 
-Without it: the variables that say so must be set before Ray is imported; if they were not, the job says what is open.
+Without it: these variables must be set before Ray is imported; otherwise a note reports what is open.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The script that a local Ray runs in place of its dashboard's agent: it names no ports, and ends with the raylet.
+"""The script that a local Ray runs instead of its dashboard agent: it opens no ports, and exits with the raylet.
 
-The raylet waits until the agent has named its ports, and ends if there is no agent. Ray's own agent imports Ray and the
-dashboard's modules, which takes longer than the rest of Ray's start. So this script imports little.
+The raylet waits until the agent has named its ports, and exits if there is no agent. Ray's own agent imports Ray and
+the dashboard's modules; this takes longer than the rest of Ray's start. So this script imports little.
 """
 
 import os
@@ -14,7 +14,7 @@ _LOOK_INTERVAL_S = 1.0
 
 
 def main() -> None:
-    """Tell the raylet that there are no ports, in files as Ray 2.60 writes them; then wait for its end."""
+    """Tell the raylet that there are no ports, in files as Ray 2.60 writes them; then wait until it exits."""
     raylet = os.getppid()
     options = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
     for name in _NAMES:

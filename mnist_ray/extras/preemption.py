@@ -1,6 +1,6 @@
-"""Tells the driver of workers that are replaced because their node is preempted: no exception does.
+"""Tells the driver that workers are replaced because their node is preempted: no exception reports it.
 
-Without it: the workers are replaced all the same, but no line says why.
+Without it: the workers are replaced nevertheless, but no line reports why.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mnist_ray.training.events import WorkersLost
 
 
 class PreemptionCallback(ControllerCallback):
-    """Is called in the process of Ray Train's controller."""
+    """A callback that Ray Train's controller calls in its own process."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
 
     def after_controller_state_update(self, previous_state: object, current_state: object) -> None:
-        """Report workers that are replaced because their node is to leave."""
+        """Report workers that are replaced because their node will be preempted."""
         if isinstance(previous_state, PreemptingState) and isinstance(current_state, RestartingState):
             self._event_queue.put.remote(WorkersLost("a worker's node was preempted", is_failure=False))

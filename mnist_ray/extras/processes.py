@@ -1,7 +1,7 @@
-"""Sees at once that a process of a local Ray is dead, and frees what dead controllers of Ray Train have reserved.
+"""Notices at once if a process of a local Ray dies, and frees what dead controllers of Ray Train have reserved.
 
-Without it: a dead part of Ray is noticed when it has not answered for ``MAX_SILENCE_S``. On a cluster, resources for
-workers may stay reserved until the job ends if the controller of Ray Train is killed.
+Without it: a dead part of Ray is noticed only after ``MAX_SILENCE_S``. On a cluster, if Ray Train's controller is
+killed, resources for workers may stay reserved until the job ends.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job'
 
 
 def dead_processes() -> list[str]:
-    """Return the names of dead parts of the local Ray that this process has started, without which nothing runs."""
+    """Return the dead essential parts of the local Ray that this process started."""
     return [name for name, _ in global_worker.node.dead_processes() if name in ("gcs_server", "raylet")]
 
 
 def remove_orphans() -> None:
     """Free the resources that dead actors of this job have reserved for workers.
 
-    Ray keeps a placement group until the actor that made it *and* the job have ended. To find dead controllers, Ray
-    Train's own cleaner asks a dashboard; a local Ray has none.
+    Ray keeps a placement group until both its creator and the job have ended. To find dead controllers, Ray Train's own
+    cleaner asks the dashboard; a local Ray has none.
     """
     for group in _orphaned_placement_groups():
         remove_placement_group(group)

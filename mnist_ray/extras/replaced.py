@@ -1,4 +1,4 @@
-"""Replaces a name of Ray for a while."""
+"""Temporarily replaces a name in Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Let ``owner`` have another value under a name inside the block."""
+    """Inside the block, give an attribute of ``owner`` another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -1,7 +1,7 @@
 """A local Ray with only what one job needs; it starts in a second.
 
-Without it: Ray also starts an autoscaler, a log monitor, and the dashboard's process and agent, and a signal to all
-processes of the job reaches them, so that Ray may end before a checkpoint is saved.
+Without it: Ray also starts an autoscaler, a log monitor, and the dashboard's process and agent. A signal to all
+processes of the job reaches Ray's processes too, so Ray may exit before a checkpoint is saved.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ray._private.parameter import RayParams
 from mnist_ray.extras.replaced import replaced
 
 _SETTINGS = {
-    # Keep an evaluation's process for the next evaluation; Ray would end it after a second. Its start is expensive.
+    # Keep an evaluation's process for the next evaluation; Ray would end it after a second. Starts are expensive.
     "RAY_idle_worker_killing_time_threshold_ms": "3600000",
-    # Workers are as nice as the command that starts them. With Ray's default, 15, all other programs would go first.
+    # Workers inherit the niceness of the command that starts them. With Ray's 15, all other programs would go first.
     "RAY_worker_niceness": "0",
-    # Start no processes in advance: those of a job have an environment of their own.
+    # Start no processes in advance: a job's processes have an environment of their own.
     "RAY_prestart_worker_first_driver": "0",
     # A local Ray is never preempted; this saves the watcher's actor.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-_END_TIMEOUT_S = 5.0  # of one of Ray's processes
+_END_TIMEOUT_S = 5.0  # for one of Ray's processes
 _AGENT = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
 _NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
 
@@ -40,10 +40,10 @@ _NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
 def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
     """Let a Ray that is started inside the block leave out what only a cluster needs.
 
-    These are the autoscaler, the log monitor if no log is shown, and the dashboard's process and agent, which Ray would
+    This is the autoscaler, the log monitor if no log is shown, and the dashboard's process and agent, which Ray would
     start and wait for even without a dashboard. Ray's processes get sessions of their own: a signal to all processes of
-    the job does not reach them, so that the job can still save a checkpoint. On Linux, the kernel ends them with the
-    job. If the block is interrupted or fails, they are ended: Ray itself would leave them until this process ends.
+    the job does not reach them, so the job can still save a checkpoint. On Linux, the kernel ends them with the job. If
+    the block fails or is interrupted, end them: Ray itself would leave them running until this process exits.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -54,7 +54,7 @@ def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
     agent, no_agent = (subprocess.list2cmdline([path]) for path in (_AGENT, _NO_DASHBOARD))
 
     def in_own_session(command: list[str], **options: Any) -> Any:
-        words = [word.replace(agent, no_agent) for word in command]  # it is in an option of the raylet
+        words = [word.replace(agent, no_agent) for word in command]  # the agent's command is in an option of the raylet
         started.append(popen(words, start_new_session=is_linux, **options))
         return started[-1]
 
@@ -62,12 +62,12 @@ def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
         replaced(services, "ConsolePopen", in_own_session),
         replaced(RayParams, "__init__", with_parameters),
         replaced(Node, "start_api_server", lambda node, **options: None),
-        replaced(utils, "get_dashboard_dependency_error", lambda: None),  # it would import the dashboard's packages
+        replaced(utils, "get_dashboard_dependency_error", lambda: None),  # it imports the dashboard's packages
     ):
         try:
             yield
         except BaseException:
-            for process in reversed(started):  # the raylet, which ends its agents, before the GCS
+            for process in reversed(started):  # the raylet, which stops its agents, before the GCS
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_END_TIMEOUT_S)

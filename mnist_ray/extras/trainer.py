@@ -1,6 +1,6 @@
-"""A trainer without Ray's unneeded actors: each actor is a process, which takes time to start and end.
+"""A trainer without Ray's unneeded actors: each actor is a process that takes time to start and exit.
 
-Without it: a run starts a second or two later, and ends up to a second later.
+Without it: a run starts one or two seconds later, and takes up to a second longer to exit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tells whether the caller's own code uses the local Ray that a call from Python has kept for the next call.
+"""Shows whether the caller's own code uses the local Ray that was kept after a call from Python.
 
 Without it: no Ray is kept, and each call starts its own.
 """
@@ -10,6 +10,6 @@ from ray._private.worker import global_worker
 
 
 def uses_of_ray() -> set[bytes]:
-    """Return ids of what this process has made in Ray: exported functions and classes, and references that it holds."""
+    """Return ids of what this process made in Ray: functions and classes it exported, and references it holds."""
     exported = global_worker.gcs_client.internal_kv_keys(b"", ray_constants.KV_NAMESPACE_FUNCTION_TABLE)
     return {*exported, *global_worker.core_worker.get_all_reference_counts()}
