@@ -34,7 +34,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
 from ray_fork.starting import Forking
 
-if TYPE_CHECKING:  # an evaluation's process does not need them
+if TYPE_CHECKING:  # the process of an evaluation does not need these
     from mnist_ray.cluster.plan import WorkerPlan
     from mnist_ray.job.find import Fitted
     from mnist_ray.job.session import Session
@@ -57,7 +57,7 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
             console.say("note", note)
         for name, whole in (("limit", 1.0), ("overfit_batches", None)):
             if (part := found.config.get(name, whole)) != whole:
-                console.say("note", f"the run itself was tested with {flag(name)} {part}; here, all data are used")
+                console.say("note", f"the run was tested with {flag(name)} {part}; this evaluation uses all data")
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
         tested = evaluate_in_tasks(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu, console)
@@ -70,7 +70,7 @@ def evaluate_fitted(
 ) -> float:
     """Evaluate the fitted checkpoint on the test set, and record the result. Return the monitored value.
 
-    ``is_last``: the cluster is not needed again; disconnect while the report is written.
+    ``is_last``: nothing needs the cluster afterwards; disconnect while the report is written.
     """
     job, test = session.job, session.data.test
     record.begin_test(fitted)
@@ -108,11 +108,11 @@ def evaluate_in_tasks(
 ) -> Evaluation:
     """Evaluate a checkpoint on the test set, divided among tasks with one CPU and, if ``use_gpu``, one GPU each.
 
-    ``labels``: of the nodes for the tasks. The result does not depend on the number of tasks, because each task
+    ``labels``: the node labels that the tasks require. The result does not depend on the number of tasks, because each
     evaluates whole batches. Raises a task's exception, or JobError if a task's node or the storage is lost.
     """
     shared = share(workload, test)
-    # Ray ends a process after such a task with a GPU; by options(num_gpus=1), the process would keep the GPU's memory.
+    # Ray ends the process after such a GPU task; with options(num_gpus=1), the process would keep the GPU's memory.
     selector = {"label_selector": dict(labels)} if labels else {}
     task = ray.remote(num_cpus=1, num_gpus=int(use_gpu), **selector)(_evaluate_split)
     bounds = split_bounds(len(test), num_tasks, workload.evaluation_batch_size(on_gpu=use_gpu))
@@ -130,7 +130,7 @@ def evaluate_in_tasks(
 
 
 def start_process() -> None:
-    """Let an evaluation's process start early: it imports torch while the workers start."""
+    """Start an evaluation's process early, so that it imports torch while the workers start."""
     _import_this.remote()
 
 
@@ -160,6 +160,6 @@ def evaluate_here(
             size = batch_size_of(workload, model, split, loader_workers, micro_batch_size)
             return evaluate(workload, model, split, loader_workers, batch_size=size)
     except UsageError as error:
-        if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the data may be mended
+        if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the user may fix the data
             raise JobError(str(error)) from error
         raise

@@ -1,4 +1,4 @@
-"""The queue through which workers tell the driver what happens, and through which the driver stops them."""
+"""The queue through which workers report events to the driver, and the driver stops workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mnist_ray.training.events import Event
 
 
 class EventQueue:
-    """Keeps events until the driver takes them; an actor, so that neither side waits for the other."""
+    """Keeps events until the driver takes them. It is an actor, so neither side waits for the other."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -34,7 +34,7 @@ class EventQueue:
 
 
 def open_event_queue() -> Any:
-    """Create an event queue on this node, so that it is not lost with another node; return its actor."""
+    """Create an event queue on this node, so that it survives the loss of other nodes; return its actor."""
     return ray.remote(num_cpus=0, scheduling_strategy=this_node())(EventQueue).remote()
 
 

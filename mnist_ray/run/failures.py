@@ -1,4 +1,4 @@
-"""Separates workers' passing failures from bugs, and describes a failure in one line."""
+"""Separates transient failures of workers from bugs, and describes a failure in one line."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from mnist_ray.training.state import StopWantedError
 
 _PASSING = (*STORAGE_ERRORS, JobError, MemoryError, torch.OutOfMemoryError)
 _CUDA_BUGS = (35, 209, 710)  # the driver is too old, PyTorch has no kernels for this GPU, a kernel's assertion failed
-# Of the hardware, and of a loader process that was killed; PyTorch raises them as a plain RuntimeError, too.
+# PyTorch also raises plain RuntimeErrors for failures of the hardware and for killed loader processes.
 _PASSING_TEXTS = ("CUDA error", "cuDNN error", "DataLoader worker")
 _ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
 _PEER_IS_GONE = re.compile("clos|refuse|reset|abort|exited|timed out|peer", re.IGNORECASE)
 
 
 class OldCheckpointError(JobError):
-    """The newest checkpoint is damaged, so Ray has to forget it: a checkpoint of the same name will be written."""
+    """The newest checkpoint is damaged. Ray must forget it, because a checkpoint of the same name will be written."""
 
 
 @contextlib.contextmanager
 def code_failures_placed(*folders: Path) -> Iterator[None]:
-    """Raise what the code raises, even ``sys.exit()``, as a TrainingStoppedError with the place in ``folders``."""
+    """Raise the code's exceptions, even ``sys.exit()``, as a TrainingStoppedError with the place in ``folders``."""
     try:
         yield
     except (TrainingStoppedError, StopWantedError):
@@ -58,16 +58,16 @@ def code_failures_placed(*folders: Path) -> Iterator[None]:
 
 
 def _about_sharding(error: BaseException) -> str:
-    """Return advice if code cannot compute with parts of tensors."""
+    """Return advice if an error shows that code cannot compute with parts of tensors."""
     is_about_parts = re.search("DTensor|sharding strategy", str(error))
     return "; with --strategy fsdp, use each tensor's to_local(), or another optimizer" if is_about_parts else ""
 
 
 class FailureCallback(UserCallback):
-    """Tells the driver's event queue, if there is one, why workers are replaced, or ends the run.
+    """Reports to the driver's event queue, if there is one, why workers are replaced, or ends the run.
 
-    Ray calls it in the process of Ray Train's controller. From there, it also shows that this process is alive; the
-    controller itself answers nothing while it waits for nodes or for its workers.
+    Ray calls it in the process of Ray Train's controller. The callback also shows that this process is alive: the
+    controller itself does not answer while it waits for nodes or workers.
     """
 
     def __init__(self, event_queue: Any) -> None:
@@ -80,7 +80,7 @@ class FailureCallback(UserCallback):
         """Handle the exceptions of the failed ranks."""
         for error in worker_exceptions.values():
             if isinstance(error, (TrainingStoppedError, OldCheckpointError)):
-                raise error  # to Ray, this is an error of its own controller, and it does not retry
+                raise error  # to Ray, this is an error of its own controller, so it does not retry
         if self._event_queue is not None:
             is_failure = not any(getattr(error, "preempted", False) for error in worker_exceptions.values())
             reason = describe(worker_exceptions, has_lost_node=self._has_lost_node())
@@ -126,14 +126,14 @@ def may_pass(error: BaseException) -> bool:
 
 
 def is_of_group(error: BaseException) -> bool:
-    """Return whether workers could not communicate; gloo may report that by a plain RuntimeError."""
+    """Return whether workers could not communicate; gloo may raise a plain RuntimeError for this."""
     is_of_gloo = isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error), re.IGNORECASE) is not None
     return is_of_gloo or isinstance(error, torch.distributed.DistError)
 
 
 def describe(worker_exceptions: Mapping[int, Exception], *, has_lost_node: bool = False) -> str:
     """Describe one failed rank in one line, preferably one that died: its death makes the other workers fail too."""
-    # Ray Train asks a worker how it is; why that failed is in its error.
+    # If Ray Train's health check of a worker failed, the reason is inside the error.
     own = {rank: getattr(error, "health_check_failure", error) for rank, error in worker_exceptions.items()}
     rank, error = min(own.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
     cause = getattr(error, "_base_exc", error)
@@ -151,7 +151,7 @@ def describe(worker_exceptions: Mapping[int, Exception], *, has_lost_node: bool 
 
 
 def reason_of(error: Exception, last_loss: str = "") -> str:
-    """Describe in one line why training failed. If it was a worker's failure, ``last_loss`` may say it better."""
+    """Describe in one line why training failed. If a worker failed, ``last_loss`` may describe it better."""
     if failures := getattr(error, "worker_failures", None):
         return last_loss or describe(failures)
     cause = cause_of(error)
@@ -159,7 +159,7 @@ def reason_of(error: Exception, last_loss: str = "") -> str:
 
 
 def cause_of(error: Exception) -> Exception:
-    """Return why Ray Train's controller has failed; ``error`` itself if it tells nothing of that."""
+    """Return why Ray Train's controller failed; ``error`` itself if it does not contain the reason."""
     cause: Exception = getattr(error, "controller_failure", error)
     return getattr(cause, "cause", cause)  # if it is a RayTaskError, whose own text is a traceback
 

@@ -37,8 +37,8 @@ from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Sta
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
 _START_INTERVAL_S = 0.1  # the same, while no workers train
-_STOP_TIMEOUT_S = 60.0  # after Ctrl-C, for a step or any other sign of life of the workers
-_END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
+_STOP_TIMEOUT_S = 60.0  # after Ctrl-C, for a step or any other sign of life from the workers
+_END_TIMEOUT_S = 5.0  # for Ray Train's controller to end, if the run ends first
 
 
 def plan(session: Session) -> WorkerPlan:
@@ -53,7 +53,7 @@ def plan(session: Session) -> WorkerPlan:
 
 
 def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
-    """Train on Ray, from the last checkpoint if there is one; pass on events; return the checkpoint to test.
+    """Train on Ray, from the last checkpoint if there is one; pass events on; return the checkpoint to test.
 
     Raises TrainingStoppedError if a retry would fail too; otherwise JobError. After Ctrl-C, KeyboardInterrupt.
     """
@@ -61,7 +61,7 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
     if plan.min_workers is not None:  # how long Ray waits to replace a lost node's workers before it runs fewer
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    if not plan.use_gpu and not job.workers.plain_ray:  # the import would slow down those of other new processes
+    if not plan.use_gpu and not job.workers.plain_ray:  # its imports would slow down those of other new processes
         evaluate.start_process()
     event_queue = open_event_queue()  # its process starts while the data are shared
     spec = LoopSpec(
@@ -82,9 +82,9 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
 
 
 def fit_until_done(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Outcome:
-    """Fit, and fit again if the storage fails or a checkpoint is damaged. Ray itself replaces workers that are lost.
+    """Fit, and fit again if the storage fails or a checkpoint is damaged. Ray itself replaces lost workers.
 
-    Both count as failures of the run: Ray's are known by the event ``WorkersLost``. Raises like ``fit``.
+    Both count as failures of the run; the event ``WorkersLost`` reports Ray's. Raises like ``fit``.
     """
     failures_left, run, last_loss = spec.job.workers.max_failures, spec.job.run, ""
 
@@ -111,9 +111,9 @@ def fit_until_done(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event],
 
 
 def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> Outcome:
-    """Fit in another thread, while this thread passes on events and handles Ctrl-C; return how the training has ended.
+    """Fit in another thread, while this thread passes events on and handles Ctrl-C; return how training ended.
 
-    At the first Ctrl-C, workers that are training, and do not hang, save a checkpoint; then this raises
+    At the first Ctrl-C, workers save a checkpoint if they are training and do not hang; then this raises
     KeyboardInterrupt.
     """
     listener = _Listener(in_thread(trainer.fit), event_queue, on_event)
@@ -140,11 +140,11 @@ class _Listener:
         self._is_training, self._stopping_at = False, math.inf
         self._controller: Any = None  # its actor, once it has started
         self._alive_at = math.inf  # when the controller last showed life
-        self._told_at = self._lived_at = -math.inf  # when a worker last told how it is, and when one last showed life
+        self._told_at = self._lived_at = -math.inf  # when a worker last reported, and when one last made progress
         self._waiting = Waiting("the workers to start", lambda text: on_event(Note(text)))
 
     def listen(self, interrupted: Noted) -> None:
-        """Pass on events until there is a result or, after Ctrl-C, until no workers are training, or they hang."""
+        """Pass events on until there is a result or, after Ctrl-C, until no worker is training or the workers hang."""
         is_running = True
         while is_running and (self._is_training or not interrupted.is_set):
             interval = _POLL_INTERVAL_S if self._is_training else _START_INTERVAL_S
@@ -152,7 +152,7 @@ class _Listener:
             events = self._taken()
             if time.monotonic() - self._alive_at > MAX_SILENCE_S:
                 with contextlib.suppress(RayError):
-                    ray.kill(self._controller)  # else it could go on to train, once it answers again
+                    ray.kill(self._controller)  # else it could continue to train once it answers again
                 raise RaySilentError.of("Ray Train's controller")
             for event in events:
                 self._pass_on(event)
@@ -168,7 +168,7 @@ class _Listener:
                 return
 
     def _taken(self) -> list[Event]:
-        """Return the new events, without the controller's signs of life, which are noted."""
+        """Return the new events, and note the controller's signs of life among them."""
         events = taken(self._event_queue)
         for event in events:
             if isinstance(event, ControllerAlive):
@@ -185,7 +185,7 @@ class _Listener:
             case _:
                 if isinstance(event, (Started, WorkersLost)):
                     self._is_training = isinstance(event, Started)
-                self._on_event(event)  # may take long, if the terminal or the storage does
+                self._on_event(event)  # may take long if the terminal or the storage is slow
 
     def end(self) -> None:
         """End the controller, so that its thread stops waiting: else ``ray.shutdown`` may end this process.

@@ -23,7 +23,7 @@ from mnist_ray.training.state import StopWantedError, TrainingState
 
 
 def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
-    """Train in this process, and return like ``fit``. Raises the same errors, and those of the user's code."""
+    """Train in this process, and return the same as ``fit``. Raises the same errors, and those of the user's code."""
     job, data = session.job, session.data
     spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
     group = Group(device=torch.device("cuda" if plan.use_gpu else "cpu"))
@@ -33,7 +33,7 @@ def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], Non
             train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
     except ExampleError as error:
         if error.__cause__ is not None:
-            raise  # of the user's code: its traceback helps
+            raise  # an error of the user's code: its traceback helps
         raise UnreadableDataError(str(error)) from None
     except StopWantedError as stop:
         if not interrupted.is_set:
@@ -44,7 +44,7 @@ def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], Non
 
 
 class LocalReporter(Reporter):
-    """Passes on events, validates and saves at every checkpoint, and keeps the best checkpoints and the last."""
+    """Passes events on, validates and saves at every checkpoint, and keeps the best checkpoints and the last one."""
 
     def __init__(
         self, spec: LoopSpec, group: Group, config: TrainConfig, on_event: Callable[[Event], None], interrupted: Noted

@@ -1,4 +1,4 @@
-"""A worker's signs of life: it ends if it hangs, after the driver has told the user where."""
+"""A worker's signs of life: if the worker hangs, the user learns where, and the process exits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mnist_ray.training.events import Event, Note, WorkerAlive
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import PARTS, START, STORAGE
 
-SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a new thread, whose timer ends this process if it expires
+SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread with a timer that ends this process when it expires
 STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to --hang-timeout-s
 TOLD_EVERY_S = 5.0  # between two signs of life to the driver
 _WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/ray/", "/training/shared_memory.py")
 
 
 class Life:
-    """Ends this process if the worker in this thread hangs. Before, a note to the driver's queue tells where it is.
+    """Ends this process if the worker in this thread hangs. Before that, sends the driver a note of where it hangs.
 
     With ``--num-workers 0``, there is no time limit: a debugger may pause the training.
     """
@@ -39,7 +39,7 @@ class Life:
             threading.Thread(target=self._tell, args=[event_queue.put.remote], daemon=True).start()
 
     def show(self, longer_s: float = 0.0) -> None:
-        """Give the next part of the start, step or batch of a validation its full time limit, and ``longer_s``."""
+        """Give the next part of the start, step or batch of a validation its full time limit plus ``longer_s``."""
         now, workers = time.monotonic(), self._job.workers
         if now - self._shown_at > SHOWN_EVERY_S or longer_s != self._longer_s:
             self._shown_at, self._longer_s = now, longer_s
@@ -47,12 +47,12 @@ class Life:
                 end_if_hung(workers.hang_timeout_s + longer_s)
 
     def end(self) -> None:
-        """Set no further limit: what may follow is the upload of a checkpoint."""
+        """Set no further limit: the upload of a checkpoint may follow."""
         self._shown_at = math.inf
         faulthandler.cancel_dump_traceback_later()
 
     def _tell(self, put: Callable[[Event], object]) -> None:
-        """Tell the driver how this worker is until the process ends."""
+        """Report this worker's progress to the driver until the process exits."""
         timeout_s, noted = self._job.workers.hang_timeout_s, -math.inf
         while True:
             part, shown_at = self.state.watch.part if self.state else START, self._shown_at
@@ -75,5 +75,5 @@ class Life:
             when = f"{PARTS[part]} after step {self.state.step} of epoch {self.state.epoch + 1}"
         place = f"{code.co_name}{''.join(lines[:1])}, {when}"
         if any(name in code.co_filename for name in _WAITING):
-            place += "; it is waiting for another worker: do all run the same parts of the model and the callback?"
+            place += "; it waits for another worker: check that all run the same parts of the model and the callback"
         return place

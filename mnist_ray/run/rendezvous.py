@@ -1,4 +1,4 @@
-"""Joins the workers over the network interface that Ray uses; on a local Ray, without an open port."""
+"""Joins the workers through the network interface that Ray uses; on a local Ray, without an open port."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ray_fork.shim import own_folder
 class WorkerGroupConfig(TorchConfig):
     """Joins the workers as Ray Train does, with two differences.
 
-    By default, gloo binds to the address of the host's name, often 127.0.1.1 on Linux. Here it binds to the interface
-    with the node's address in Ray. On a local Ray the workers meet through a file; Ray Train would open a ``TCPStore``,
+    By default, gloo binds to the address of the host's name, often 127.0.1.1 on Linux; here, it binds to the interface
+    with the node's address in Ray. On a local Ray, workers meet through a file: Ray Train would open a ``TCPStore``,
     which listens on all interfaces.
     """
 
@@ -46,7 +46,7 @@ class _Backend(_RaysBackend):
         if not backend_config.is_local:
             super().on_start(worker_group, backend_config)
         elif (world_size := len(worker_group)) > 1:
-            file = f"file://{_folder_of_files()}/workers-{uuid.uuid4().hex}"  # torch decodes no %20
+            file = f"file://{_folder_of_files()}/workers-{uuid.uuid4().hex}"  # torch does not decode %20
             options = (world_size, file, backend_config.timeout_s)
             ray.get([worker_group.execute_single_async(rank, _join, rank, *options) for rank in range(world_size)])
 
@@ -57,14 +57,14 @@ class _Backend(_RaysBackend):
 
 
 def _join(rank: int, world_size: int, file: str, timeout_s: float) -> None:
-    """Join the other workers by a file, as Ray Train does by a ``TCPStore``."""
+    """Join the other workers through a file, as Ray Train does through a ``TCPStore``."""
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     backend, timeout = "nccl" if ray.get_gpu_ids() else "gloo", timedelta(seconds=timeout_s)
     dist.init_process_group(backend, init_method=file, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _set_variables() -> None:
-    """Set the variables that Ray Train sets: those of torchrun, and the one of Hugging Face Accelerate."""
+    """Set the variables that Ray Train sets: torchrun's, and Hugging Face Accelerate's."""
     context = ray.train.get_context()
     os.environ["RANK"] = str(context.get_world_rank())
     os.environ["WORLD_SIZE"] = str(context.get_world_size())
@@ -75,9 +75,9 @@ def _set_variables() -> None:
 
 
 def _folder_of_files() -> str:
-    """Return a folder that no other user can write to: what comes over the file is unpickled.
+    """Return a folder that no other user can write to: the content of the file is unpickled.
 
-    The session's folder is removed with what is in it, but RAY_TMPDIR may have put it anywhere.
+    The session folder is removed with its content, but RAY_TMPDIR may have put it anywhere.
     """
     session, own = session_folder(), own_folder("mnist_ray")
     return str(session) if session.is_relative_to(own) else own
@@ -89,4 +89,4 @@ def use_nodes_interface() -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address == address for found in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without =, eth1 would also mean eth10
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without =, eth1 would also match eth10

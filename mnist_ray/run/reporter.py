@@ -1,4 +1,4 @@
-"""What Ray Train calls on each worker: it reports to the driver, and hands checkpoints to Ray."""
+"""The training function that Ray Train calls on each worker, and its reports to the driver and to Ray."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
 from mnist_ray.training.stopwatch import STORAGE, Pace
 
-_ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be preempted: every tenth window
+_ASK_INTERVAL_S = 5.0  # of training, between two checks for preempted nodes: every tenth window
 _SPARE_S = 2.0  # between a saved checkpoint and a node's preemption
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
-    """Train on one worker of Ray Train; every rank calls this. Rank 0 tells the driver's event queue how it has ended.
+    """Train on one worker of Ray Train; every rank calls this. Rank 0 reports to the driver's event queue how it ended.
 
-    Raises TrainingStoppedError if the code has a bug; other failures unchanged. If the loss is not finite, this returns
-    all the same: only then does Ray wait for a checkpoint that is being uploaded. A trial, without a queue, raises.
+    Raises TrainingStoppedError if the code has a bug; other failures unchanged. If the loss is not finite, a run
+    returns normally, because only then does Ray wait for a checkpoint's upload; a trial, without a queue, raises.
     """
     spec, outcome = loop_config["spec"], Outcome()
     try:
@@ -73,21 +73,21 @@ class TrainReporter(Reporter):
         super().__init__(spec, group, config)
         self._trained_s = self._next_question_s = self._asked_clock_s = self._saving_s = 0.0
         self._saved_for: set[tuple[object, ...]] = set()
-        # Of the threads that write a sharded checkpoint: another group than that of the training, which goes on.
+        # The threads that write a sharded checkpoint need their own group: training continues on the other one.
         self._writers = dist.new_group(backend="gloo") if is_wanted(config, group.world_size) else None
         self._answers: list[Any] = []
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
         with_retries(self._find_known)
-        if "RAY_DEBUG" not in os.environ:  # Ray would pass over breakpoints without a word
+        if "RAY_DEBUG" not in os.environ:  # Ray would skip breakpoints silently
             sys.breakpointhook = self._pass_over_breakpoint
 
     def _pass_over_breakpoint(self, *arguments: Any, **options: Any) -> None:
         sys.breakpointhook = lambda *arguments, **options: None
-        self.send(Note("passed over a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"))
+        self.send(Note("skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"))
 
     def _find_known(self) -> None:
-        """Raise an error of the storage if it does not show the run or, perhaps not yet, its last checkpoint."""
+        """Raise a storage error if this node does not (or not yet) see the run or its last checkpoint."""
         of_driver = "" if self._spec.event_queue is None else CONFIG_FILE  # Ray itself makes the folder of a trial
         if not self._job.run.exists(known := self._known or of_driver):
             place = f"{socket.gethostname()} does not see {self._job.run.inside(known).uri}"
@@ -98,7 +98,7 @@ class TrainReporter(Reporter):
         if position_of(restored.name) < position_of(self._known):
             raise OldCheckpointError(f"{self._known} is damaged")
         super().on_restored(state, restored, hosts)
-        # Ray may not know the restored checkpoint: a kill came before Ray recorded it, or a sweep's trial has made it.
+        # Ray may not know the restored checkpoint: a kill came before Ray recorded it, or a sweep's trial wrote it.
         # Report it now, or the run could end without its last checkpoint.
         if position_of(restored.name) > position_of(self._known):
             self._report(restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
@@ -106,7 +106,7 @@ class TrainReporter(Reporter):
                 self.send_validation(state.epoch, restored.metrics)
 
     def end(self, state: TrainingState) -> None:
-        """Report an early end of training, and wait until the driver's queue has all events."""
+        """Report an early end of training, and wait until the driver's event queue has all events."""
         super().end(state)
         self._wait_for_driver()
 
@@ -116,7 +116,7 @@ class TrainReporter(Reporter):
             self._answers.append(self._spec.event_queue.put.remote(event))
 
     def _wait_for_driver(self) -> None:
-        """Wait until all events are in the queue: a short training may end before the queue's process has started."""
+        """Wait until all events are in the queue: a short training may end before the queue's process starts."""
         if self._answers:
             ray.wait(self._answers, num_returns=len(self._answers))
 
@@ -126,7 +126,7 @@ class TrainReporter(Reporter):
         self.send(progress)
 
     def wants_checkpoint(self) -> bool:
-        """Return True when Ray announces that a worker's node will be preempted, and again shortly before that."""
+        """Return True when Ray announces that a worker's node will be preempted, and again shortly before it is."""
         if self._spec.is_local or self._trained_s < self._next_question_s:
             return False
         info = preemption_info()  # all ranks ask together, and wait for each other
@@ -142,7 +142,7 @@ class TrainReporter(Reporter):
         return True
 
     def _time_left(self, deadline_ms: int | None) -> tuple[float, bool]:
-        """Return the seconds until a deadline, and whether this is the last window in which a checkpoint is in time."""
+        """Return the seconds until a deadline, and whether this is the last window to save a checkpoint in time."""
         now, asked_at = time.time(), self._asked_clock_s
         self._asked_clock_s = now
         left_s = math.inf if deadline_ms is None else deadline_ms / 1000 - now
@@ -158,9 +158,9 @@ class TrainReporter(Reporter):
     def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Hand a checkpoint to Ray Train, on all ranks at once.
 
-        Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. If the state is
-        sharded, so do the other ranks, in threads of their own. Only one copy is written at a time; the next checkpoint
-        waits for that.
+        Rank 0 copies the state; one of Ray's threads writes the copy while training continues. If the state is sharded,
+        the other ranks do the same in threads of their own. Only one copy is written at a time; the next checkpoint
+        waits for it.
         """
         start = time.monotonic()
         name, upload = checkpoint_name(state.epoch, state.step), None
@@ -177,10 +177,10 @@ class TrainReporter(Reporter):
         self._report(metrics, name, CheckpointUploadMode.ASYNC, upload)
 
     def _report(self, metrics: CheckpointMetrics, name: str, mode: CheckpointUploadMode, upload: Any = None) -> None:
-        """Report a checkpoint, which only rank 0 has."""
+        """Report a checkpoint; only rank 0 has it."""
         folder = self._job.run.inside(name)
         ray.train.report(
-            {"val_score": metrics.score, **metrics.to_dict()},  # Ray asks for it in each report
+            {"val_score": metrics.score, **metrics.to_dict()},  # Ray requires val_score in each report
             checkpoint=Checkpoint(folder.path, filesystem=folder.filesystem) if self._is_first else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=mode,

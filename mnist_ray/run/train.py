@@ -23,6 +23,6 @@ def train(job: Job) -> None:
                 rehearsal.check(session, plan)
                 return
             fit_run = in_process.fit_here if session.is_here else fit.fit
-            with recorder.recorded(session, plan) as record:  # however the run ends, a report is written
+            with recorder.recorded(session, plan) as record:  # writes a report however the run ends
                 fitted = fit_run(session, plan, record.on_event)
                 evaluate.evaluate_fitted(session, plan, record, fitted)

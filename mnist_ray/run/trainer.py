@@ -16,11 +16,11 @@ from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, with_retries
 
-_RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
+_RESIZE_INTERVAL_S = 15.0  # between an elastic run's checks whether the cluster has room for more workers
 
 
 def drop_rays_list(run: RunFolder) -> None:
-    """Remove Ray's list of a run's checkpoints, which a kill may have cut off: workers find checkpoints without it."""
+    """Remove Ray's list of a run's checkpoints, since a kill may have truncated it: workers need no list."""
     with_retries(lambda: run.delete_file(SNAPSHOT_FILE) if run.exists(SNAPSHOT_FILE) else None)
 
 
@@ -57,7 +57,7 @@ def create_trainer(
             name=spec.job.run.name,
             storage_path=spec.job.run.storage_path,
             checkpoint_config=CheckpointConfig(
-                num_to_keep=NUM_KEPT,  # the best; Ray keeps the last, too
+                num_to_keep=NUM_KEPT,  # the best; Ray also keeps the last
                 checkpoint_score_attribute=None if spec.validation is None else "val_score",
             ),
             failure_config=FailureConfig(max_failures=max_failures),

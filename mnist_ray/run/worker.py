@@ -1,4 +1,4 @@
-"""The set-up of a worker of a run or a trial, and its reports, whoever listens: Ray Train, Ray Tune, this process."""
+"""The set-up of a worker of a run or a trial, and its reports to Ray Train, Ray Tune or this process."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class LoopSpec:
     job: Job
     train: RemoteSplit | Split
     validation: RemoteSplit | Split | None = None
-    until_epoch: float = math.inf  # where a trial's segment ends, with a StopWantedError if epochs are left
+    until_epoch: float = math.inf  # the end of a trial's segment; raises StopWantedError if epochs are left
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens
-    is_local: bool = False  # on a local Ray, whose node cannot be preempted
+    is_local: bool = False  # on a local Ray; its node cannot be preempted
 
 
 def train_worker(
@@ -86,7 +86,7 @@ def _train(
     life.show()
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
-    # From here on: a whole model, or what was read of a checkpoint, goes back to the kernel.
+    # Not earlier: the memory of a whole model, or of a checkpoint that was read, should go back to the kernel.
     keep_freed_memory(is_sharded=state.is_sharded)
     state.last_step = min(
         math.ceil(min(spec.until_epoch, config.num_epochs) * state.steps_per_epoch), state.total_steps
@@ -106,13 +106,13 @@ def _train(
         )
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
-            raise  # a worker that died may not have freed its memory yet: Ray tries again
+            raise  # a dead worker's memory may not be free yet: Ray tries again
         half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / group.world_size)) // 2)
         remedy = f"try --micro-batch-size {half}, lower --batch-size, or override the workload's evaluation_batch_size"
         raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
-    except Exception as error:  # of the code, or a StopWantedError
+    except Exception as error:  # an error of the code, or a StopWantedError
         reporter.finish_saving(state)
-        if type(error).__name__ != "FailOnRecompileLimitHit":  # of dynamo, whose import takes a second
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # dynamo's; its import takes a second
             raise
         remedy = "pad them to a few in collate"
         raise TrainingStoppedError(f"--compile: the inputs have too many shapes; {remedy}") from error
@@ -137,17 +137,17 @@ class Reporter(Callback):
         self._job = job = spec.job
         self._is_first = group.rank == 0
         self._validation = None if spec.validation is None else _opened(spec.validation)
-        self._batch_size: int | None = None  # of a validation; the first one finds it
-        self._saving: Future[None] | None = None  # the last checkpoint, in a thread of its own
+        self._batch_size: int | None = None  # of a validation; the first validation finds it
+        self._saving: Future[None] | None = None  # of the last checkpoint, in its own thread
         # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(code, Callback)() for code in job.callbacks]
 
     def start(self, state: TrainingState, restored: checkpoints.Restored, life: Life) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one; from now on, show ``life``.
 
-        The checkpoint may already be at the end of the trial's segment or past it, if the trial was killed before the
-        sweep recorded it. Then report the checkpoint, and raise StopWantedError. Raises JobError if ranks restored
-        different checkpoints.
+        If a trial was killed before the sweep recorded it, the checkpoint may be at the end of the trial's segment or
+        past it. Then report the checkpoint, and raise StopWantedError. Raises JobError if ranks restored different
+        checkpoints.
         """
         self._life, life.state = life, state
         life.show()
@@ -181,7 +181,7 @@ class Reporter(Callback):
         seen = [(socket.gethostname(), checkpoint)] * self._group.world_size
         if self._group.world_size > 1:
             torch.distributed.all_gather_object(seen, seen[0])
-        if len({name for _, name in seen}) > 1:  # a file system on the network may be late; Ray tries again
+        if len({name for _, name in seen}) > 1:  # a network file system may lag; Ray tries again
             raise JobError(f"{self._job.run.uri} does not show the same checkpoints on all nodes")
         return [host for host, _ in seen]
 
@@ -214,7 +214,7 @@ class Reporter(Callback):
             self.send(Saved(state.epoch, self._seconds_of_all(state)))
 
     def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
-        """Save a checkpoint, and report it to whoever keeps them."""
+        """Save a checkpoint, and report it to the keeper of checkpoints."""
         raise NotImplementedError
 
     def _seconds_of_all(self, state: TrainingState) -> list[list[float]]:
@@ -230,7 +230,7 @@ class Reporter(Callback):
     def save(self, state: TrainingState, metrics: CheckpointMetrics, drop: Callable[[], object]) -> None:
         """Let a thread write a checkpoint into the run's folder, and then ``drop`` others.
 
-        Waits for the one before, and for this one if it is validated or ends an epoch. Raises JobError for both.
+        Wait for the previous one, and for this one if it is validated or ends an epoch. Raises JobError for either.
         """
         self.finish_saving(state)
         state.pace.wait()
@@ -279,7 +279,7 @@ class Reporter(Callback):
         return replace(metrics, is_over=is_over(state, self._config))
 
     def _validated(self, state: TrainingState) -> dict[str, float]:
-        """Let all ranks validate; return what a checkpoint's metrics tell of it."""
+        """Let all ranks validate; return the validation's values for a checkpoint's metrics."""
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
         split, loader_workers = self._validation, self._job.workers.loader_workers
@@ -301,7 +301,7 @@ class Reporter(Callback):
         return {**of_metrics, "val_score": score(workload, values), "val_s": time.perf_counter() - start}
 
     def _sample(self, state: TrainingState) -> str:
-        """Return how the model continues the workload's prompt, if it has one; all ranks must call this."""
+        """Return the model's continuation of the workload's prompt, if it has one; all ranks must call this."""
         workload = self._job.workload
         if not workload.prompt:
             return ""
@@ -309,7 +309,7 @@ class Reporter(Callback):
             return workload.complete(state.result, workload.prompt)
 
     def send_validation(self, epoch: int, metrics: CheckpointMetrics, sample: str = "") -> None:
-        """Report the validation of an epoch, and how the model continues a text."""
+        """Report the validation of an epoch, and the model's continuation of the prompt."""
         names, known = [metric.name for metric in self._job.workload.all_metrics], metrics.values
         values = {name: known.get(f"val_{name}", math.nan) for name in names}  # an older checkpoint may have fewer
         self.send(Validated(epoch, values, known.get("val_s", math.nan), sample))

@@ -589,7 +589,7 @@ def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(reporter_on: Call
     reporter_on(event_queue=event_queue)
     for _ in range(2):
         breakpoint()
-    said = "passed over a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"
+    said = "skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"
     event_queue.put.remote.assert_called_once_with(Note(said))
 
 
