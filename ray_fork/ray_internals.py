@@ -1,6 +1,6 @@
 """Uses of Ray's private API that forked workers need, because there is no public API for them.
 
-Names that Ray lacks raise an ImportError or AttributeError only when they are used: workers then start as usual.
+If Ray lacks a name, only its use raises an ImportError or AttributeError: workers then start as usual.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _PRESTART = "RAY_prestart_worker_first_driver"
 
 @contextlib.contextmanager
 def shim_in_local_ray(forking: Forking) -> Iterator[None]:
-    """Let a local Ray that ``ray.init`` starts inside the block start its workers by the shim, if there is a server.
+    """Let a local Ray that ``ray.init`` starts inside the block start workers through the shim, if there is a server.
 
-    A runtime environment's ``py_executable`` would first cost an import of Ray. Workers that Ray starts before it knows
-    the job cannot be forked, so it starts none.
+    A runtime environment's ``py_executable`` would first import Ray. Workers that Ray starts before it knows the job
+    cannot be forked, so this Ray starts none.
     """
     with contextlib.ExitStack() as at_the_end:
         if forking.server is not None:
@@ -56,9 +56,9 @@ def _with_shim() -> Iterator[None]:
 
 @contextlib.contextmanager
 def actor_ids_from_kernel() -> Iterator[None]:
-    """Take the ids of actor classes that are defined inside the block from the kernel's random generator.
+    """Draw the ids of actor classes defined inside the block from the kernel's random generator.
 
-    Ray seeds its own generator at the first use. If the first use came before a fork, all forks would get equal ids.
+    Ray seeds its own generator at the first use. If that came before a fork, all forks would draw equal ids.
     """
 
     class FromKernel:
@@ -83,7 +83,7 @@ def check() -> None:
 
 
 def random_id() -> bytes:
-    """Return an id from Ray's generator, which seeds it."""
+    """Return an id from Ray's generator; this seeds the generator."""
     return ray.NodeID.from_random().binary()
 
 

@@ -3,8 +3,8 @@
 A fork copies only one thread, so the server has only one thread. It draws no random numbers, so that no two workers
 draw the same numbers, and does not use CUDA. If an import breaks one of these rules, Ray starts workers as usual.
 
-If the server's standard input is a pipe from its owner, the server ends with the owner. Otherwise it ends when it has
-had no workers for a while.
+If the server's standard input is a pipe from its owner, the server exits with the owner. Otherwise it exits when it
+has had no workers for a while.
 
 python -m ray_fork.server SOCKET MODULE...
 """
@@ -43,7 +43,7 @@ _FOR_IMPORTS = {
     # PyTorch would look for GPUs through CUDA, which a fork could not use afterwards.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-_IMPORTED_LATE = {"ray.train": "ray.tune", "torch": "torch._dynamo"}  # by a running worker that uses the first one
+_IMPORTED_LATE = {"ray.train": "ray.tune", "torch": "torch._dynamo"}  # by running workers that use the key
 _IDLE_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
 _OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")  # the names, cut by /proc, of Ray's actors that may outlive a job
@@ -67,8 +67,8 @@ class Request:
 
 
 def main() -> None:
-    """Import modules, then fork workers until nobody can ask for one."""
-    atexit.register(_end_at_once)  # as the first, so it is called last, also in a worker
+    """Import modules, then fork workers until no more requests can come."""
+    atexit.register(_end_at_once)  # registered first, so called last, also in a worker
     path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
     with listening(path) as listener:
         _end_with_owner()
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _end_at_once() -> None:
-    """End the process before C++ destroys its objects: Ray 2.60 may wait there for ever for a lock that it holds."""
+    """Exit before C++ destructors run: in them, Ray 2.60 may wait forever for a lock that it holds itself."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -93,7 +93,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
     """Listen at a path to which only this user may connect. At the end, the server removes the path; its forks do not.
 
     The server listens before it imports anything, so that workers can wait for it. If it was silent for too long,
-    another server may listen at the path by then: that one's socket stays.
+    another server may have taken over the path; then leave the other server's socket alone.
     """
     server, umask = os.getpid(), os.umask(0o177)
     silent, lock = (path.with_name(path.name + end) for end in (".silent", ".lock"))
@@ -114,13 +114,13 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 
 def _end_with_owner() -> None:
-    """End this process as soon as its owner ends, even during an import."""
+    """Exit as soon as this process's owner exits, even during an import."""
     if not _owner():
         return
     signal.signal(signal.SIGIO, lambda number, frame: sys.exit())
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select(_owner(), [], [], 0)[0]:  # the owner ended before the signal was set up
+    if select.select(_owner(), [], [], 0)[0]:  # the owner exited before the signal was set up
         sys.exit()
 
 
@@ -150,7 +150,7 @@ def load(modules: Sequence[str]) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         gc.enable()
-    gc.freeze()  # else the collector would write to all objects, which copies the memory that workers share
+    gc.freeze()  # else the collector would write to all objects and so copy the memory that workers share
     num_threads = len(os.listdir("/proc/self/task"))
     return f"the fork server has {num_threads} threads" if num_threads > 1 else ""
 
@@ -202,7 +202,7 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
 
 
 def _fork(request: Request, environment: dict[str, str], refusal: str) -> tuple[int | None, str]:
-    """Fork for a request. Return the fork's process id, 0 in the fork itself; or None, and why there is no fork."""
+    """Fork for a request. Return the fork's process id (0 in the fork), or None and why there is no fork."""
     try:
         reason = refusal or other_versions(request) or why_not(request.environment, environment)
         return (None, reason) if reason else (os.fork(), "")
@@ -211,23 +211,23 @@ def _fork(request: Request, environment: dict[str, str], refusal: str) -> tuple[
 
 
 def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
-    """Wait for a request; return False if none can come any more."""
+    """Wait for a request; return False if no more can come."""
     owner = _owner()
     while True:
         ready, _, _ = select.select([listener.fileno(), *owner], [], [], None if owner else _IDLE_S)
         if ready:
             return ready == [listener.fileno()]
-        if all(_name_of(pid) in ("", *_OUTLIVING) for pid in tuple(workers)):  # a copy: workers may end meanwhile
+        if all(_name_of(pid) in ("", *_OUTLIVING) for pid in tuple(workers)):  # a copy: workers may exit meanwhile
             return False
 
 
 def _owner() -> list[int]:
-    """Return the standard input if it is a pipe: the owner holds its other end."""
+    """Return standard input's descriptor if it is a pipe: the owner holds the other end."""
     return [0] if stat.S_ISFIFO(os.fstat(0).st_mode) else []
 
 
 def _name_of(pid: int) -> str:
-    """Return a process's name; empty if it has ended."""
+    """Return a process's name; empty if the process has exited."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
     return ""
@@ -249,10 +249,10 @@ def receive(connection: socket.socket) -> Request | None:
         while len(content) < size and (more := connection.recv(min(size - len(content), 2**20))):
             content += more
         request = Request(**json.loads(content), descriptors=descriptors)
-        has_hung_up = select.select([connection], [], [], 0)[0]  # no more is sent, so there is nothing else to read
+        has_hung_up = select.select([connection], [], [], 0)[0]  # the client sends no more: readable means closed
         if len(descriptors) == 3 and not has_hung_up:
             return request
-    except Exception:  # whatever a client sends, the server goes on
+    except Exception:  # whatever a client sends, the server must continue
         pass
     for descriptor in descriptors:
         os.close(descriptor)
@@ -262,7 +262,7 @@ def receive(connection: socket.socket) -> Request | None:
 def other_versions(request: Request) -> str:
     """Return how the worker's versions differ from this server's; an empty string if they are the same.
 
-    The worker may have another Ray than the server: one of another folder, or one that was installed meanwhile.
+    The worker's Ray may be in another folder than the server's, or may have been installed since the server started.
     """
     import ray
 
@@ -282,7 +282,7 @@ def why_not(workers: dict[str, str], own: dict[str, str]) -> str:
 
 
 def become(request: Request) -> None:
-    """Turn this process, which was just forked, into the worker that Ray would have started."""
+    """Turn this freshly forked process into the worker that Ray would have started."""
     from ray_fork import ray_internals
 
     for number, descriptor in enumerate(request.descriptors):
@@ -315,7 +315,7 @@ def become(request: Request) -> None:
 
 
 def _end_with_raylet(raylet: int) -> None:
-    """End this process as soon as its raylet ends. Ray would watch the process that it read of when it was imported."""
+    """Exit as soon as this worker's raylet exits. Ray would watch the process that it read of when it was imported."""
     ended = select.poll()
     ended.register(os.pidfd_open(raylet), select.POLLIN)
 

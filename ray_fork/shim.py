@@ -1,4 +1,4 @@
-"""The script that Ray runs in place of a worker's Python: it asks the fork server to fork the worker, and ends.
+"""The script that Ray runs instead of a worker's Python: it asks the fork server to fork the worker, and exits.
 
 Ray runs the script for every worker, so it imports little, and nothing from this package. If the worker cannot be
 forked, the script prints the reason to the raylet's log, and becomes the process that Ray would have started.
@@ -24,10 +24,10 @@ from typing import Any
 SOCKET_VARIABLE = "RAY_FORK_SERVER"  # the socket of the server that a job has started for its own local Ray
 MODULES_VARIABLE = "RAY_FORK_MODULES"  # on a cluster: modules for a node's server, separated by spaces
 
-_SILENT = ".silent"  # ends the name of the socket of a server that does not answer
+_SILENT = ".silent"  # the suffix of the socket of a server that does not answer
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
-_MAX_TMPDIR = 18  # bytes: a socket's path may have 107, of which a local Ray in a folder of the user's own takes 89
-TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
+_MAX_TMPDIR = 18  # bytes: a socket's path may have 107; a local Ray in the user's own folder takes 89
+TIMEOUT_S = 30.0  # the server may still be importing; Ray waits 60 s for a worker
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def fork(asked: list[str], command: list[str]) -> str:
-    """Have a worker forked. Return why that failed; an empty string on success."""
+    """Have a worker forked. Return why this failed; an empty string on success."""
     address = ""
     try:
         variables = variables_of(asked)
@@ -58,18 +58,18 @@ def fork(asked: list[str], command: list[str]) -> str:
     except KeyError as error:
         return f"Ray did not pass {error}"
     except TimeoutError:
-        with contextlib.suppress(OSError):  # another worker has done it
+        with contextlib.suppress(OSError):  # another worker has renamed it
             os.rename(address, address + _SILENT)  # so that no other worker waits for it
         return f"the fork server has not answered for {TIMEOUT_S:.0f} s"
     except OSError as error:
         return f"the fork server does not answer: {error}"
-    except Exception as error:  # whatever it is, the worker must start
+    except Exception as error:  # whatever the reason, the worker must start
         return f"{type(error).__name__}: {error}"
 
 
 def has_been_silent() -> bool:
-    """Tell, in a worker, whether one on this node has waited in vain for the job's server."""
-    with contextlib.suppress(KeyError, OSError):  # no server was asked: there is none, or no folder for it
+    """Return, in a worker, whether any worker on this node has waited in vain for the job's server."""
+    with contextlib.suppress(KeyError, OSError):  # no server was asked, or there is no folder for it
         address = node_address() if MODULES_VARIABLE in os.environ else os.environ[SOCKET_VARIABLE]
         return os.path.exists(address + _SILENT)
     return False
@@ -90,7 +90,7 @@ def variables_of(command: list[str]) -> dict[str, str] | None:
 def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
     """Ask the server at an address to fork a worker. Return why it did not; an empty string if it did.
 
-    Raises OSError if there is no server, or another user's: the request contains secrets of the environment.
+    Raises OSError if there is no server, or if it is another user's: the request contains the environment's secrets.
     """
     content = json.dumps(request(command, environment)).encode()
     with socket.socket(socket.AF_UNIX) as connection:
@@ -101,7 +101,7 @@ def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
         socket.send_fds(connection, [len(content).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(content)
         answer = connection.recv(1000).decode(errors="replace")
-    return "" if answer.isdigit() else answer or "the fork server, or the process that it forked, has ended"
+    return "" if answer.isdigit() else answer or "the fork server, or the process that it forked, has exited"
 
 
 def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -128,22 +128,22 @@ def python_version() -> str:
 
 
 def is_own(connection: socket.socket) -> bool:
-    """Tell whether the process at the other end of a connection is this user's, and in this container."""
+    """Return whether the process at the other end of a connection is this user's, in this container."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, user, _ = struct.unpack("3i", credentials)
-    return pid > 0 and user == os.geteuid()  # 0: of a process that this one cannot see
+    return pid > 0 and user == os.geteuid()  # 0: this process cannot see the other one
 
 
 def temporary_folder() -> str:
-    """Return TMPDIR; but /tmp if sockets' paths below it would be too long, or relative: workers start elsewhere."""
+    """Return TMPDIR, or /tmp if TMPDIR is too long for the paths of sockets, or relative: workers start elsewhere."""
     folder = os.environ.get("TMPDIR", "")
     return folder if os.path.isabs(folder) and len(os.fsencode(folder)) <= _MAX_TMPDIR else "/tmp"
 
 
 def own_folder(prefix: str) -> str:
-    """Return PREFIX-UID, a folder that only this user can have made and can change; everybody may write to Ray's own.
+    """Return PREFIX-UID, a folder that only this user can create and change; everybody may write to Ray's own.
 
-    Raises PermissionError if another user has made it.
+    Raises PermissionError if another user created it or may enter it.
     """
     folder = os.path.join(temporary_folder(), f"{prefix}-{os.geteuid()}")
     with contextlib.suppress(FileExistsError):
@@ -155,12 +155,12 @@ def own_folder(prefix: str) -> str:
 
 
 def node_address() -> str:
-    """Return where a job's server listens on this node."""
+    """Return the address of a job's server on this node."""
     return os.path.join(own_folder("ray_fork"), f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}")
 
 
 def start_server(address: str, environment: dict[str, str]) -> None:
-    """Start a server, unless one is listening. If several workers start at once, only one of them starts the server.
+    """Start a server unless one is listening. If several workers start at once, only one of them starts it.
 
     Raises OSError if the server does not start.
     """
@@ -184,12 +184,12 @@ def launch(address: str, modules: Sequence[str], environment: dict[str, str], st
     """Start a server; it listens before it imports the modules."""
     return subprocess.Popen(
         [sys.executable, "-m", "ray_fork.server", address, *modules],
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),  # has this package even if not installed
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),  # has this package even if it is not installed
         env=environment,
         stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # must outlive a signal to the whole job, on which workers save
+        start_new_session=True,  # must survive a signal to the whole job: workers then save
     )
 
 

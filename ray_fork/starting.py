@@ -21,8 +21,8 @@ SHIM = Path(__file__).with_name("shim.py")
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it to a submitted job's runtime environment
 _FIRST_JOB = "01000000"
 _HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # settings that do not replace a worker's Python
-# A node that lacks this Python or this package at these paths, or whose Ray is of another version than this Python's
-# there, starts its workers with its Ray's own Python. The first argument is a script in that Ray's folder.
+# A node starts its workers with its Ray's own Python if it lacks this Python or this package at these paths, or if its
+# Ray's version differs from this Python's Ray. The first argument is a script in the folder of the node's Ray.
 _START = (
     'if [ -x {python} ] && [ -f {shim} ] && [ "$(cat {version})" = "$(cat "${{1%/_private/*}}/_version.py")" ]; '
     'then exec {python} -S -E {shim} "$@"; fi; '
@@ -38,14 +38,14 @@ class Forking:
     is_wanted: bool
     modules: tuple[str, ...]  # imported before the fork
     server: subprocess.Popen[bytes] | None  # for a local Ray; None if the job joins a cluster
-    at_the_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # ends the server, unless emptied
+    at_the_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closing it ends the server
 
 
 @contextlib.contextmanager
 def prepared_forking(*modules: str, is_wanted: bool = True) -> Iterator[Forking]:
     """Yield a job's ``Forking``. Inside the block, run a fork server if the job will probably start a local Ray.
 
-    ``modules``: what workers need, imported before the fork. An environment variable of this process names the server's
+    ``modules``: the modules to import before the fork. An environment variable of this process names the server's
     socket. Forked workers outlive the server. If it cannot start, as on a full disk, workers start as usual.
     """
     is_wanted = is_wanted and sys.platform.startswith("linux")
@@ -66,7 +66,7 @@ def _start_server(modules: tuple[str, ...], at_the_end: contextlib.ExitStack) ->
     """Start a server for a local Ray. Raises OSError if there is no room for its folder or its process."""
     folder = tempfile.TemporaryDirectory(prefix="ray_fork-", dir=temporary_folder(), ignore_cleanup_errors=True)
     address = os.path.join(at_the_end.enter_context(folder), "fork")
-    # Ray reads these on import: the id of a local Ray's first job, and the process with which workers end.
+    # Ray reads these on import: the id of a local Ray's first job, and the process whose exit ends the workers.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
     server = launch(address, modules, {**os.environ, **of_workers}, subprocess.PIPE)
     os.environ[SOCKET_VARIABLE] = address
@@ -87,7 +87,7 @@ def own_runtime_env() -> dict[str, Any]:
 
 
 def has_own_python() -> bool:
-    """Tell whether this submitted job's workers may have another Python, or packages that a node first installs."""
+    """Return whether this submitted job's workers may have another Python, or packages that nodes install first."""
     return not own_runtime_env().keys() <= _HARMLESS
 
 

@@ -276,7 +276,7 @@ def test_a_worker_lives_on_if_the_server_is_killed_while_it_forks(tmp_path: Path
 
 def test_a_worker_is_started_as_usual_if_its_fork_is_killed(tmp_path: Path) -> None:
     with forking_when(tmp_path, "end(the_server=False)") as (running, _):
-        said = "the fork server, or the process that it forked, has ended"
+        said = "the fork server, or the process that it forked, has exited"
         assert refusal(tmp_path, running.environment) == said
 
 

@@ -83,7 +83,7 @@ def test_a_worker_with_a_runtime_environment_is_started_by_rays_own_script(
     ("answer", "said"),
     [
         (b"too cold", "too cold"),
-        (b"", "the fork server, or the process that it forked, has ended"),
+        (b"", "the fork server, or the process that it forked, has exited"),
         (b"x\xc3", "x\ufffd"),
     ],
 )
