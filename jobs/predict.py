@@ -1,4 +1,4 @@
-"""Print a trained model's predictions for your own pictures.
+"""Print a trained model's predictions for your own images.
 
 python jobs/predict.py digit.png scans/
 python jobs/predict.py scans/ --run my_run --grid seen.png

@@ -1,4 +1,4 @@
-"""Write the report of a run or a sweep again.
+"""Rewrite the report of a run or a sweep.
 
 python jobs/report.py RUN
 """

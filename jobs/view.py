@@ -1,4 +1,4 @@
-"""Look at the examples of a workload's data.
+"""Show examples of a workload's data.
 
 python jobs/view.py --index 10
 python jobs/view.py --split test --count 32 --output digits.png

@@ -58,7 +58,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Loss and metrics on the test set; NaN for a metric that the workload did not have yet."""
+        """Loss and metrics on the test set; NaN for a metric added to the workload since."""
         return {metric.name: number_of(self.result.get(f"test_{metric.name}")) for metric in self.workload.all_metrics}
 
     @property
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def steps(self) -> list[dict[str, float]]:
-        """The rows of steps.csv: about one per half second of training; of a long run, at most 10,000."""
+        """The rows of steps.csv: about one per half second of training, at most 10,000."""
         return read_numbers(self.folder, STEPS_FILE, "step", "epoch")
 
     @property
@@ -191,11 +191,11 @@ def predict(
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
 ) -> list[Prediction]:
-    """Return a ``Prediction`` for each picture: ``top`` has pairs (prediction, probability), the best first.
+    """Return a ``Prediction`` for each image; its ``top`` has pairs (prediction, probability), best first.
 
-    ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array or list of
-    inputs (arrays, tensors, dicts) in the format of the workload's data; if the workload takes no pictures, also texts.
-    ``run``: as for ``evaluate``. Raises UsageError, and JobError for the first picture that cannot be used, with the
+    ``pictures``: the path of an image or folder, a Pillow image, a list of paths or of images, or an array or list of
+    inputs (arrays, tensors, dicts) in the format of the workload's data; if the workload takes no images, also texts.
+    ``run``: as for ``evaluate``. Raises UsageError, and JobError for the first image that cannot be used, with the
     line that ``jobs/predict.py`` prints.
     """
     if getattr(pictures, "shape", None) == ():
@@ -257,7 +257,7 @@ def find(
     storage_path: str | Path = _STORAGE_PATH,
     changes: Mapping[str, Any] | None = None,
 ) -> Found:
-    """Find a run's checkpoint and its workload like ``run.find.find``."""
+    """Find a run's checkpoint and its workload like ``job.find.find``."""
     from mnist_ray.job.find import find as find_checkpoint  # imports torch
 
     if isinstance(run, Run):

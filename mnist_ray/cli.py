@@ -49,10 +49,10 @@ def evaluate() -> None:
 
 
 def predict() -> None:
-    """Print a trained model's predictions for your own pictures."""
+    """Print a trained model's predictions for your own images."""
     parser = _parser(predict, config.PredictionConfig)
     _add_run(parser, "--run", default=None)
-    help_text = "pictures, or folders of pictures; for a language model, texts to continue"
+    help_text = "images, or folders of images; for a language model, texts to continue"
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help=help_text)
     flags = parser.read_flags()
     found = api.find(flags["run"], flags.get("workload"), flags["storage_path"])
@@ -60,7 +60,7 @@ def predict() -> None:
 
 
 def view() -> None:
-    """Look at the examples of a workload's data."""
+    """Show examples of a workload's data."""
     workload_class = loading.load(peek(config.SourceConfig)[0].get("workload", loading.DEFAULT))
     parser = Parser(view.__doc__ or "", config.ViewConfig, workload_class.Settings)
     _add_workload(parser, "MNIST")
@@ -69,9 +69,9 @@ def view() -> None:
 
 
 def report() -> None:
-    """Write the report of a run or a sweep again."""
+    """Rewrite the report of a run or a sweep."""
     parser = _parser(report)
-    parser.add_argument("run", metavar="RUN", nargs="?", help="its name, folder or URI; default: the newest run")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="the run's name, folder or URI; default: the newest run")
     flags = parser.read_flags()
     run = find_run(flags["run"], flags["storage_path"])
 
@@ -182,7 +182,7 @@ def _parser(command: Callable[[], None], *classes: type) -> Parser:
     """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
     default = config.OutputConfig().storage_path
-    where = f"folder or URI in which to find a run by its name, or the newest run (default: {default})"
+    where = f"folder or URI to search for the run (default: {default})"
     parser.add_argument("--storage-path", default=default, help=where)
     _add_workload(parser, "the run's workload")
     return parser

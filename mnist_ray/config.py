@@ -1,4 +1,4 @@
-"""All settings of the jobs, except a workload's own. Imports nothing heavy, to report wrong flags at once."""
+"""All settings of the jobs, except a workload's own. Imports nothing heavy, so that wrong flags are reported at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule, setting, within
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-_PLAIN = "use only Ray's public API: slower to start; try it if something is odd"
+_PLAIN = "use only Ray's public API; starts more slowly; try it if Ray misbehaves"
 READ_AHEAD_MIB = 512  # of each worker
 _AGAIN: Any = {"on_resume": "given"}
 _DROPPED: Any = {"on_resume": "dropped"}
@@ -32,82 +32,88 @@ class SourceConfig:
 
     workload: str | None = setting(
         None,
-        "the workload: FILE.py or package.module, with :NAME if there are several in it; default: MNIST",
+        "the workload: FILE.py or package.module, with :NAME if it has several; default: MNIST",
         metavar="FILE.py",
     )
-    recipe: str | None = setting(None, "a named set of settings, which flags override", is_single=True, **_DROPPED)
+    recipe: str | None = setting(None, "a named set of settings; flags override them", is_single=True, **_DROPPED)
     config: str | None = setting(None, "settings from a run's config.json", metavar="FILE", is_single=True, **_DROPPED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Hyperparameters of one training run: with the workload's settings, they decide the weights, but for a few."""
+    """Hyperparameters of one training run: all but a few affect the weights, as do the workload's settings."""
 
     num_epochs: int = setting(2, "passes over the training set", is_searchable=False, **at_least(1))
     num_steps: int | None = setting(
-        None, "optimizer steps, in place of --num-epochs", is_searchable=False, **at_least(1)
+        None, "optimizer steps, instead of --num-epochs", is_searchable=False, **at_least(1)
     )
     validate_every: int | None = setting(
         None,
-        "with --num-steps: the steps after which a validation ends an epoch; default: a tenth of all",
+        "with --num-steps: steps per epoch, each ending with a validation; default: a tenth of --num-steps",
         is_searchable=False,
         **at_least(1),
     )
     batch_size: int = setting(
-        128, "examples per optimizer step, over all workers", search=Choice((32, 64, 128, 256, 512)), **at_least(1)
+        128, "examples per optimizer step, across all workers", search=Choice((32, 64, 128, 256, 512)), **at_least(1)
     )
     learning_rate: float = setting(
-        5e-3, "peak of the schedule; not scaled by the worker count", search=Range(5e-4, 2e-2, log=True), **positive()
+        5e-3,
+        "peak of the schedule; not scaled with the number of workers",
+        search=Range(5e-4, 2e-2, log=True),
+        **positive(),
     )
     schedule: Literal["one-cycle", "cosine", "linear", "constant"] = setting("one-cycle", "learning-rate schedule")
-    warmup_steps: int = setting(0, "steps in which the learning rate climbs; not for one-cycle", **at_least(0))
+    warmup_steps: int = setting(0, "steps over which the learning rate rises; not for one-cycle", **at_least(0))
     optimizer: Literal["adam", "adamw", "sgd"] = setting(
-        "adam", "the optimizer of torch.optim; adamw is adam unless --weight-decay is given (PyTorch's default: 0.01)"
+        "adam", "optimizer from torch.optim; adamw is the same as adam without --weight-decay (PyTorch's default: 0.01)"
     )
-    beta1: float = setting(0.9, "Adam's decay of the gradient's mean", **fraction(with_one=False))
-    beta2: float = setting(0.999, "Adam's decay of the gradient's square", **fraction(with_one=False))
+    beta1: float = setting(0.9, "decay of Adam's running mean of the gradients", **fraction(with_one=False))
+    beta2: float = setting(0.999, "decay of Adam's running mean of the squared gradients", **fraction(with_one=False))
     momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
     weight_decay: float = setting(0.0, "weight decay: an L2 penalty; with adamw, decoupled", **within(0, 1000))
     label_smoothing: float = setting(
-        0.0, "in classification, fraction of each training target that is spread over all classes", **fraction()
+        0.0, "in classification: fraction of each training target to spread over all classes", **fraction()
     )
     ema_decay: float | None = setting(
         None,
         "keep and evaluate an exponential moving average (EMA) of the weights with this decay, e.g. 0.99",
         **fraction(with_one=False),
     )
-    early_stop: int | None = setting(None, "stop after this many epochs without a better validation", **at_least(1))
+    early_stop: int | None = setting(
+        None, "stop after this many epochs without improvement in validation", **at_least(1)
+    )
     precision: Precision = setting(
-        "auto", "number format of forward and backward pass; auto: bf16 if supported, else fp32; fp16 scales the loss"
+        "auto",
+        "number format of the forward and backward passes; auto: bf16 if supported, else fp32; fp16 scales the loss",
     )
     validation_size: int | None = setting(
         None,
-        "training examples held out for validation; 0: train on all, keep the last checkpoint; default: a tenth, at "
-        "most 5,000, or the data's own validation set",
+        "training examples held out for validation; 0: train on all and keep the last checkpoint; default: the "
+        "data's own validation set, else a tenth, at most 5,000",
         is_searchable=False,
         **at_least(0),
     )
     init_from: str | None = setting(
-        None, "weights to start from: a run, a checkpoint, a .safetensors or a .pt file", is_searchable=False
+        None, "weights to start from: a run, a checkpoint, or a .safetensors or .pt file", is_searchable=False
     )
     seed: int = setting(
-        0, "decides the initial weights and the order of the examples", is_searchable=False, **within(0, 2**31 - 1)
+        0, "determines the initial weights and the order of the examples", is_searchable=False, **within(0, 2**31 - 1)
     )
     clip_grad_norm: float | None = setting(
         None, "maximum norm of the gradients; larger gradients are scaled down", **positive()
     )
     micro_batch_size: int | None = setting(
-        None, "examples per forward pass; a worker accumulates the gradients of its share of a batch", **at_least(1)
+        None, "examples per forward pass; each worker accumulates the gradients of its slice of a batch", **at_least(1)
     )
     strategy: Literal["ddp", "fsdp"] = setting(
         "ddp",
-        "ddp: each worker holds the whole model; fsdp: its part of the weights, gradients and optimizer state",
+        "ddp: each worker holds the whole model; fsdp: a part of the weights, gradients and optimizer state",
         decides_weights=False,
     )
     recompute_activations: bool = setting(
-        False, "compute activations again in the backward pass, to hold fewer of them", decides_weights=False
+        False, "recompute activations in the backward pass, to save memory", decides_weights=False
     )
-    compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, takes a minute")
+    compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
     callback: str | None = _code(
         "your Callback in the training loop", "mnist_ray.training.callback:Callback", is_searchable=False
     )
@@ -125,40 +131,40 @@ class TrainConfig:
     )
     checkpoint_every: int | None = setting(
         None,
-        "steps between checkpoints within an epoch; auto: as often as 1 % of the time and the storage allow",
+        "steps between checkpoints within an epoch; auto: as often as the storage and 1 % of the time allow",
         decides_weights=False,
         unset="auto",
         **at_least(1),
     )
     reproducible: bool = setting(
-        False, "the same weights to the last bit for any number of workers; slower: on CPUs, with one thread each"
+        False, "bit-identical weights for any number of workers; slower: CPUs only, one thread per worker"
     )
     num_chunks: int = setting(
         8,
-        "chunks of a batch with --reproducible; streams of Blocks; at most as many workers",
+        "chunks per batch with --reproducible; streams of Blocks; the maximum number of workers for both",
         **within(1, 1024),
     )
 
     @property
     def reproducible_chunks(self) -> int | None:
-        """The number of chunks per batch, with --reproducible; else None: each rank has a slice."""
+        """The number of chunks per batch with --reproducible; else None, as each rank has a slice."""
         return self.num_chunks if self.reproducible else None
 
     @property
     def unused(self) -> set[str]:
-        """The settings that the optimizer of torch.optim does not have."""
+        """The settings that the chosen optimizer of torch.optim does not use."""
         return {"sgd": {"beta1", "beta2"}, "adam": {"momentum"}, "adamw": {"momentum"}}[self.optimizer]
 
     def steps_per_pass(self, num_examples: int) -> int:
-        """Return the steps that see each example once; the last batch may be smaller."""
+        """Return the number of steps in one pass over the examples; the last batch may be smaller."""
         return math.ceil(num_examples / self.batch_size)
 
     def steps_per_epoch(self, num_examples: int) -> int:
-        """Return the steps of an epoch: a pass or, with --num-steps, --validate-every."""
+        """Return the number of steps per epoch: those of a pass or, with --num-steps, --validate-every."""
         return self.validate_every or self.steps_per_pass(num_examples)
 
     def total_steps(self, num_examples: int) -> int:
-        """Return the steps of the whole training."""
+        """Return the number of steps of the whole training."""
         return self.num_steps or self.num_epochs * self.steps_per_pass(num_examples)
 
 
@@ -168,39 +174,39 @@ class WorkerConfig:
 
     num_workers: int | None = setting(
         None,
-        "training processes; default: one per GPU, else one per node with all its cores; 0: this process, without Ray",
+        "training processes; default: one per GPU, else one per node with all its cores; 0: train in this process, without Ray",
         **at_least(0),
     )
     cpus_per_worker: int | None = setting(
         None,
-        "CPUs and threads per worker, with at least 8 examples per thread; default: all CPUs, shared evenly",
+        "CPUs per worker, with a thread for each but at least 8 examples per thread; default: all CPUs, shared evenly",
         **at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch finds any")
     loader_workers: int = setting(
-        0, "processes per worker that read a Dataset; 0: the worker itself; not used for arrays", **at_least(0)
+        0, "processes per worker to read a Dataset; 0: the worker reads it; not used for arrays", **at_least(0)
     )
     read_ahead_mib: int = setting(
-        READ_AHEAD_MIB, "memory of a worker for the blocks that it reads ahead; only used for Blocks", **at_least(1)
+        READ_AHEAD_MIB, "memory per worker for reading blocks ahead; only used for Blocks", **at_least(1)
     )
     min_workers: int | None = setting(
-        None, "fewest workers to continue with if the cluster has no room for all", **at_least(1)
+        None, "minimum number of workers to continue with if the cluster has no room for all", **at_least(1)
     )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK", "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node per worker or fail"
     )
     label_selector: tuple[str, ...] | None = setting(
         None,
-        "labels of the nodes for workers, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
+        "labels that a worker's node must have, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
         **rule(lambda labels: all(map(_LABEL.fullmatch, labels)), "must be KEY=VALUE, KEY=!VALUE or KEY=in(A,B)"),
     )
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")
-    max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
+    max_failures: int = setting(3, "how many times to replace lost workers before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")
     plain_ray: bool = setting(False, _PLAIN)
     hang_timeout_s: float = setting(
         600.0,
-        "seconds that a step, a validation batch or a part of the start may take before the worker is replaced",
+        "maximum seconds for a step, a validation batch or a part of the start; then the worker is replaced",
         **within(1, 10**6),
     )
 
@@ -217,11 +223,11 @@ class OutputConfig:
         **_AGAIN,
     )
     storage_path: str = setting(
-        "~/ray_results", "folder or URI (s3://…) for all runs; every node must see it", **_AGAIN
+        "~/ray_results", "folder or URI (s3://…) for all runs, reachable from every node", **_AGAIN
     )
     resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint", **_DROPPED)
-    tracker: str | None = _code("your Tracker that follows the run", "mnist_ray.trackers:Tracker", **_AGAIN)
-    check: bool = setting(False, "train nothing; print the plan, and whether every node is ready for it", **_DROPPED)
+    tracker: str | None = _code("your Tracker, to follow the run", "mnist_ray.trackers:Tracker", **_AGAIN)
+    check: bool = setting(False, "train nothing; print the plan and whether every node is ready for it", **_DROPPED)
     quiet: bool = setting(False, "print only the result", **_DROPPED)
     verbose: bool = setting(False, "also print Ray's own log", **_DROPPED)
 
@@ -233,16 +239,16 @@ class ViewConfig:
     split: Literal["train", "test"] = setting("train", "part of the data")
     index: int = setting(0, "first example, from 0", **at_least(0))
     count: int = setting(1, "number of examples; several are drawn as a grid", **within(1, 1000))
-    output: str = setting("view.png", "file for the picture", **_ending(".png"))
+    output: str = setting("view.png", "image file to write", **_ending(".png"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictionConfig:
     """Output of predictions."""
 
-    threshold: float = setting(0.8, "predictions below this probability are called unsure", **fraction())
+    threshold: float = setting(0.8, "predictions below this probability are marked unsure", **fraction())
     json: bool = setting(False, "print one JSON object per line, for programs")
-    grid: str | None = setting(None, "file for a picture of the model's inputs and predictions", **_ending(".png"))
+    grid: str | None = setting(None, "image file to write, of the model's inputs and predictions", **_ending(".png"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,20 +273,20 @@ class SweepConfig:
 
     sweep: tuple[str, ...] | None = setting(
         None,
-        "settings to search, each as NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: every setting that has a "
-        "search space and is not given as a flag",
+        "settings to search, each as NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: every setting with a "
+        "search space, unless it is given as a flag",
     )
-    num_trials: int = setting(16, "configurations to search, the default one among them", **within(1, 10_000))
+    num_trials: int = setting(16, "configurations to try, including the default one", **within(1, 10_000))
     search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
     scheduler: Literal["halving", "asha", "none"] = setting(
         "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs; asha: Ray's"
     )
     num_confirmed: int = setting(
-        3, "best configurations that race with up to two more seeds; 0: one seed decides", **at_least(0)
+        3, "how many of the best configurations race with up to two more seeds; 0: one seed decides", **at_least(0)
     )
     max_concurrent_trials: int | None = setting(
         None,
-        "most trials at a time; default, and limit without --autoscaling: what fits on the cluster",
+        "maximum number of trials at a time; default, and limit without --autoscaling: as many as fit on the cluster",
         decides_weights=False,
         **at_least(1),
     )

@@ -51,7 +51,7 @@ SearchSpace = Choice | Range
 
 @dataclass(frozen=True)
 class Setting:
-    """A declared setting: its field's name, default and type, and what ``setting`` tells of it."""
+    """A declared setting: its field's name, default and type, and what is given to ``setting``."""
 
     name: str = ""
     default: Any = None
@@ -59,22 +59,22 @@ class Setting:
     arguments: tuple[Any, ...] = ()  # the choices of a Literal, or the item type of a tuple
     may_be_none: bool = False
     help: str = ""  # unit, scope, and `default: …` if None lets the job choose
-    check: Check | None = None  # if it is false for a value, the error says `must`; `**at_least(1)` gives both
+    check: Check | None = None  # if it is false for a value, the error prints `must`; `**at_least(1)` sets both
     must: str = ""
     search: SearchSpace | None = None  # the values that jobs/tune.py tries
-    code: str = ""  # the value names a class of the user's; this is its base class, as MODULE:NAME
-    bare: Any = None  # the value of the flag without a word
+    code: str = ""  # the value names a user's class; this is its base class, as MODULE:NAME
+    bare: Any = None  # the value of the flag given without one
     unset: str = "none"  # the word for None on the command line
     metavar: str | None = None  # the word for a value in the help
     decides_data: bool = False  # load_data reads it, so all trials of a sweep share it: it cannot be searched
     decides_weights: bool = True  # a resumed run must not have another value
     is_searchable: bool = True  # the trials of a sweep may have different values
-    is_single: bool = False  # a second flag is a mistake
-    on_resume: Literal["saved", "given", "dropped"] = "saved"  # in a run's file; or not, but given again
+    is_single: bool = False  # giving the flag twice is an error
+    on_resume: Literal["saved", "given", "dropped"] = "saved"  # saved with the run; given again on resume; or neither
 
     @property
     def form(self) -> dict[str, Any]:
-        """The words that the flag takes, for ``add_argument``."""
+        """The flag's arguments for ``add_argument``."""
         if self.plain is bool:
             return {"action": argparse.BooleanOptionalAction}
         if self.plain is tuple:
@@ -124,7 +124,7 @@ def rule(check: Check, must: str) -> dict[str, Any]:
 
 
 def at_least(minimum: float) -> dict[str, Any]:
-    """Allow numbers from ``minimum``."""
+    """Allow numbers of at least ``minimum``."""
     return rule(lambda value: value >= minimum, f"must be at least {minimum}")
 
 
@@ -150,7 +150,7 @@ def flag(name: str) -> str:
 
 
 def _type_of(annotation: Any) -> dict[str, Any]:
-    """Return what a field's type says of its setting."""
+    """Return the attributes of a setting that its field's type determines."""
     may_be_none = type(None) in get_args(annotation)
     if get_origin(annotation) in (Union, types.UnionType):  # X | None
         annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
@@ -192,7 +192,7 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
     """Build a config from ``values``, ignoring other configs' settings. Raises UsageError for a wrong value."""
     try:
         return config_class(**checked(values, config_class))
-    except ValueError as error:  # of a workload's own __post_init__
+    except ValueError as error:  # from a workload's own __post_init__
         raise UsageError(first_line(error)) from error
 
 
@@ -201,7 +201,7 @@ def _of_type(kind: type[Any], value: Any, name: str) -> Any:
         return path_of(value, name).absolute()  # saved with the run, and read later in another working folder
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "item"):  # a number of NumPy or torch; an array of several numbers raises
+    if hasattr(value, "item"):  # a NumPy or torch number; an array of several numbers raises
         value = value.item()
     if kind is float and type(value) is int:
         return float(value)
@@ -237,7 +237,7 @@ def path_of(text: str | Path, named: str) -> Path:
 
 
 def is_no_file(path: str | Path) -> bool:
-    """Tell whether a path leads to something else than a file: reading a FIFO may wait forever, a device never ends."""
+    """Return whether a path exists but is not a file: reading a FIFO or a device may never end."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
@@ -259,7 +259,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # including text that is not UTF-8
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(pairs, tuple):
-        raise UsageError(f"{path} must hold a JSON object of settings")
+        raise UsageError(f"{path} must contain a JSON object of settings")
     values, names = dict(pairs), [name for name, _ in pairs]
     if twice := [name for name in values if names.count(name) > 1]:
         raise UsageError(f"{path} has {twice[0]} twice; leave one of them out")
@@ -282,7 +282,7 @@ def json_lines(values: Mapping[str, Any]) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser with a flag for each setting of some classes. It reports errors in one line.
 
-    ``--help`` shows ``defaults`` in place of the settings' own. ``choices``: values that the declarations do not know.
+    ``--help`` shows ``defaults`` instead of the settings' own. ``choices``: values that the declarations lack.
     """
 
     def __init__(self, description: str, *classes: type, defaults: Given = _NOTHING, choices: Given = _NOTHING) -> None:
@@ -318,7 +318,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:
-    """Return the flags of some classes as text, and the other words, while most flags are not yet known."""
+    """Return the flags of some classes as text, and the other words, before all flags are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, about in declared(*config_classes).items():
         form = {key: value for key, value in about.form.items() if key in ("action", "nargs", "const")}

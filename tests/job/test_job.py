@@ -182,7 +182,7 @@ def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "must hold a JSON object"),
+        ("[1]", "must contain a JSON object"),
         ('{"batchsize": 1, "lr": 2}', "unknown settings: batchsize, lr"),
         ('{"run_name": "x"}', "unknown settings: run_name"),
         ('{"batch_size": 32, "batch_size": 64}', r"bad\.json has batch_size twice; leave one of them out$"),
