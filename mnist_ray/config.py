@@ -1,4 +1,4 @@
-"""All settings of the jobs, except a workload's own. Imports nothing heavy, so that wrong flags are reported at once."""
+"""All settings of the jobs, except a workload's own. Imports nothing heavy, so wrong flags are reported at once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TrainConfig:
     )
     validate_every: int | None = setting(
         None,
-        "with --num-steps: steps per epoch, each ending with a validation; default: a tenth of --num-steps",
+        "with --num-steps: steps per epoch; a validation ends each epoch; default: a tenth of --num-steps",
         is_searchable=False,
         **at_least(1),
     )
@@ -57,15 +57,12 @@ class TrainConfig:
         128, "examples per optimizer step, across all workers", search=Choice((32, 64, 128, 256, 512)), **at_least(1)
     )
     learning_rate: float = setting(
-        5e-3,
-        "peak of the schedule; not scaled with the number of workers",
-        search=Range(5e-4, 2e-2, log=True),
-        **positive(),
+        5e-3, "peak of the schedule; not scaled by the worker count", search=Range(5e-4, 2e-2, log=True), **positive()
     )
     schedule: Literal["one-cycle", "cosine", "linear", "constant"] = setting("one-cycle", "learning-rate schedule")
     warmup_steps: int = setting(0, "steps over which the learning rate rises; not for one-cycle", **at_least(0))
     optimizer: Literal["adam", "adamw", "sgd"] = setting(
-        "adam", "optimizer from torch.optim; adamw is the same as adam without --weight-decay (PyTorch's default: 0.01)"
+        "adam", "optimizer from torch.optim; adamw differs from adam only with --weight-decay (PyTorch's default: 0.01)"
     )
     beta1: float = setting(0.9, "decay of Adam's running mean of the gradients", **fraction(with_one=False))
     beta2: float = setting(0.999, "decay of Adam's running mean of the squared gradients", **fraction(with_one=False))
@@ -79,12 +76,9 @@ class TrainConfig:
         "keep and evaluate an exponential moving average (EMA) of the weights with this decay, e.g. 0.99",
         **fraction(with_one=False),
     )
-    early_stop: int | None = setting(
-        None, "stop after this many epochs without improvement in validation", **at_least(1)
-    )
+    early_stop: int | None = setting(None, "stop after this many validations without improvement", **at_least(1))
     precision: Precision = setting(
-        "auto",
-        "number format of the forward and backward passes; auto: bf16 if supported, else fp32; fp16 scales the loss",
+        "auto", "number format of forward and backward passes; auto: bf16 if supported, else fp32; fp16 scales the loss"
     )
     validation_size: int | None = setting(
         None,
@@ -174,7 +168,7 @@ class WorkerConfig:
 
     num_workers: int | None = setting(
         None,
-        "training processes; default: one per GPU, else one per node with all its cores; 0: train in this process, without Ray",
+        "training processes; default: one per GPU, else one per node with all cores; 0: in this process, without Ray",
         **at_least(0),
     )
     cpus_per_worker: int | None = setting(

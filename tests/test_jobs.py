@@ -69,7 +69,7 @@ def test_evaluation_is_the_same_for_any_number_of_tasks(
 def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path) -> None:
     before = (finished_run / "result.json").read_bytes()
     same = ["--storage-path", str(finished_run.parent), "--run-name", "two"]
-    with pytest.raises(UsageError, match="two exists already; add --resume to continue it, or give another --run-"):
+    with pytest.raises(UsageError, match="two already exists; add --resume to continue it, or give another --run-"):
         run_main("train", *same)
     with pytest.raises(UsageError, match="run two is finished; its result is in"):
         run_main("train", *same, "--resume")
@@ -221,9 +221,9 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(quick: Flags) -> None:
         (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
         (["--reproducible", "--num-workers", "9"], "--reproducible: 9 workers cannot share 8 chunks of a batch"),
         (["--reproducible", "--use-gpu", "yes"], "--reproducible computes on CPUs only; leave --use-gpu out"),
-        (["--reproducible", "--micro-batch-size", "8"], "take more --num-chunks, not --micro-batch-size"),
-        (["--reproducible", "--compile"], "--reproducible does not go with --compile"),
-        (["--recompute-activations", "--compile"], "--recompute-activations does not go with --compile"),
+        (["--reproducible", "--micro-batch-size", "8"], "use more --num-chunks, not --micro-batch-size"),
+        (["--reproducible", "--compile"], "--reproducible does not work with --compile"),
+        (["--recompute-activations", "--compile"], "--recompute-activations does not work with --compile"),
         (["--warmup-steps", "9"], "--warmup-steps: one-cycle has its own warm-up; choose another --schedule"),
         (["--init-from", "nowhere"], "--init-from nowhere: there is no such run, checkpoint or file"),
     ],

@@ -24,7 +24,7 @@ from mnist_ray.workload.base import Workload
 
 @dataclass(frozen=True)
 class Fitted:
-    """The checkpoint to test of a trained run."""
+    """The checkpoint of a trained run to test."""
 
     checkpoint: RunFolder  # the best by validation; the last if no examples were held out
     metrics: CheckpointMetrics  # of that checkpoint
@@ -76,7 +76,7 @@ def find(
 def read_initial(job: Job) -> tuple[bytes, str]:
     """Return the weights of ``--init-from`` as the content of INITIAL_FILE, and a line about them for the user.
 
-    No code of the run that they come from is loaded. Raises UsageError and JobError.
+    Code of the run that they come from is not loaded. Raises UsageError and JobError.
     """
     model = job.workload.create_model()
     with in_one_line("cannot read the weights of --init-from"):
@@ -100,7 +100,7 @@ def _checkpoint_of(run: RunFolder) -> RunFolder:
     if result is not None:
         chosen = run.inside(result["checkpoint"])
         if not chosen.exists(STATE_FILE):
-            raise UsageError(f"run {run.uri} has no {chosen.name} any more; name one of its other checkpoints")
+            raise UsageError(f"run {run.uri} no longer has {chosen.name}; name one of its other checkpoints")
         return chosen
     if not run.checkpoint_names():
         raise UsageError(f"{run.uri} is neither a checkpoint nor a run with a checkpoint")
@@ -115,7 +115,7 @@ def best_of(run: RunFolder) -> Fitted:
 
 
 def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
-    """Return the whole checkpoints and their metrics: the validated ones, best first; then the others, newest first."""
+    """Return the undamaged checkpoints and their metrics: the validated, best first; then the others, newest first."""
     found = []
     for name in with_retries(run.checkpoint_names):
         with contextlib.suppress(DamagedCheckpointError, UsageError):

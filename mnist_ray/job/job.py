@@ -34,8 +34,8 @@ _FILES = {"train": CONFIG_FILE, "tune": SWEEP_FILE}  # of a run's settings
 _DECIDING: dict[str, tuple[type, ...]] = {"train": (TrainConfig,), "tune": (SweepConfig, TrainConfig)}
 _DESCRIPTIONS = {
     "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
-    "tune": "Search settings with Ray Tune, train with the best and evaluate once on the test set. A trial has one "
-    "worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
+    "tune": "Search settings with Ray Tune, train with the best and evaluate once on the test set. By default, a "
+    "trial has one worker with one CPU; --num-workers and --cpus-per-worker change that.",
 }
 
 
@@ -96,7 +96,7 @@ class Layers:
 def read_job(given: Given | None = None, kind: str = "train") -> Job:
     """Read the settings of ``train`` or ``tune`` from ``given``, or from the command line if it is None.
 
-    Flags and files are read into layers, the run is chosen, its code is trusted, the job is built. Later layers win:
+    Choose the run, check that its code is trusted, read flags and files into layers, build the job. Later layers win:
     default recipe or saved run, recipe, config file, flags. Raises UsageError and JobError.
     """
     early = peek(*_classes(kind))[0] if given is None else given  # as text, and without the workload's own settings
@@ -140,15 +140,15 @@ def _choose_run(kind: str, early: Given) -> tuple[RunFolder, dict[str, Given]]:
 
 
 def check_free(run: RunFolder, *, resume: bool) -> None:
-    """Raise UsageError if a new run exists already, or a resumed run is finished."""
+    """Raise UsageError if a new run already exists, or a resumed run is finished."""
     if resume and run.read_json(RESULT_FILE) is not None:
         raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
     if not resume and run.exists():
-        raise UsageError(f"run {run.uri} exists already; add --resume to continue it, or give another --run-name")
+        raise UsageError(f"run {run.uri} already exists; add --resume to continue it, or give another --run-name")
 
 
 def _load_trusted(kind: str, run: RunFolder, early: Given, files: Layers) -> type[Workload]:
-    """Return the workload. Raises UsageError if only a file names some code, which may have come with a run."""
+    """Return the workload. Raises UsageError if only a file names code that may have come with a run."""
     folders = runs.untrusted_folders(run, run.storage_path)
     if "config" in early:
         home = settings.path_of(early["config"], "--config").absolute().parent
@@ -223,7 +223,7 @@ def _find_code(config: Any) -> dict[str, SourceCode]:
 
 
 def _initial(train: TrainConfig, run: RunFolder, given: frozenset[str], *, is_resumed: bool) -> str | None:
-    """Return the place of the weights to start from, as a path that is right in any folder. Raises UsageError."""
+    """Return where the initial weights are, as a path valid in any working folder. Raises UsageError."""
     if train.init_from is None or (is_resumed and "init_from" not in given):  # it is resolved already
         return train.init_from
     place = find_run(train.init_from, run.storage_path)
@@ -233,14 +233,16 @@ def _initial(train: TrainConfig, run: RunFolder, given: frozenset[str], *, is_re
 
 
 def _in_steps(train: TrainConfig, given: frozenset[str]) -> TrainConfig:
-    """Return settings whose epochs are those of --num-steps, if it is set. Raises UsageError."""
+    """Return the settings, with the epochs that --num-steps makes, if it is set. Raises UsageError."""
     if train.num_steps is None:
         if train.validate_every is not None:
-            raise UsageError("--validate-every needs --num-steps; without it, each pass over the data is validated")
+            raise UsageError(
+                "--validate-every needs --num-steps; without it, validation follows each pass over the data"
+            )
         return train
     if "num_epochs" in given:
         both = "leave one of them out" if "num_steps" in given else "leave that out, or add --num-steps none"
-        raise UsageError(f"--num-steps {train.num_steps} takes the place of --num-epochs; {both}")
+        raise UsageError(f"--num-steps {train.num_steps} replaces --num-epochs; {both}")
     every = min(train.validate_every or math.ceil(train.num_steps / 10), train.num_steps)
     return dataclasses.replace(train, validate_every=every, num_epochs=math.ceil(train.num_steps / every))
 
@@ -267,13 +269,13 @@ def _check_used(kind: str, job: Job) -> None:
 
 
 def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
-    """Raise UsageError if settings do not go together."""
+    """Raise UsageError if settings cannot be combined."""
     if train.schedule == "one-cycle" and train.warmup_steps:
         raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose another --schedule")
     if train.strategy == "fsdp" and train.compile:
-        raise UsageError("--strategy fsdp does not go with --compile, which cannot trace how units are gathered")
+        raise UsageError("--strategy fsdp does not work with --compile, which cannot trace how units are gathered")
     if train.recompute_activations and train.compile:
-        raise UsageError("--recompute-activations does not go with --compile, which cannot trace it")
+        raise UsageError("--recompute-activations does not work with --compile, which cannot trace it")
     if train.reproducible_chunks is None:
         return
     number = workers.num_workers or 1
@@ -282,10 +284,10 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
         f"{share}; lower --num-workers, or start a run with more --num-chunks": number > train.reproducible_chunks,
         "--reproducible computes on CPUs only; leave --use-gpu out": workers.use_gpu == "yes",
         "--reproducible adds up whole gradients in a fixed order; use --strategy ddp": train.strategy == "fsdp",
-        "--reproducible computes a chunk at a time; take more --num-chunks, not --micro-batch-size": (
+        "--reproducible computes one chunk at a time; use more --num-chunks, not --micro-batch-size": (
             train.micro_batch_size is not None
         ),
-        "--reproducible does not go with --compile, whose kernels may give different bits": train.compile,
+        "--reproducible does not work with --compile, whose kernels may give different bits": train.compile,
     }
     for conflict, is_there in conflicts.items():
         if is_there:
@@ -309,9 +311,9 @@ def _check_unchanged(kind: str, job: Job, saved: Mapping[str, Given], layers: La
 
 
 def _has_moved(about: Setting, old: Any, new: Any) -> bool:
-    """Tell whether two values name the same file or folder in two places; of data, the digests are compared, too."""
+    """Return whether two values name one file or folder that has moved; for data, digests are compared, too."""
     are_places = isinstance(old, (str, Path)) and isinstance(new, (str, Path))
-    if are_places and about.code:  # which older runs have without its class
+    if are_places and about.code:  # older runs saved it without its class
         return Path(old).name in (Path(new).name, Path(new).name.rpartition(":")[0])
     if not are_places or Path(old).name != Path(new).name:
         return False

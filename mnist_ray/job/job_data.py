@@ -40,7 +40,7 @@ def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) 
 
 
 def _check_batch_size(job: Job, num_train: int, largest: int, *, is_of_sweep: bool) -> list[str]:
-    """Return a note that all examples make a batch. Raises UsageError if the user has asked for more."""
+    """Return a note that a batch has all examples. Raises UsageError if the user asked for more."""
     there, name = f"{num_train:,} {job.workload.nouns} to train on", "sweep" if is_of_sweep else "batch_size"
     if name in job.given:
         asked = "--sweep: batch size" if is_of_sweep else "--batch-size"

@@ -1,7 +1,7 @@
 """Gives a run one owner at a time, on any storage: a job that owns a run keeps renewing a file next to the run.
 
-If jobs write the file at the same moment, the last one owns the run; the others see that within a second, while Ray is
-still starting, and end. The file of a dead owner is replaced. An owner on this machine is dead if its process is gone;
+If jobs write the file at the same moment, the last one owns the run; the others notice within a second, while Ray is
+still starting, and exit. The file of a dead owner is replaced. An owner on this machine is dead if its process is gone;
 an owner on another machine is dead if the file no longer changes. Clocks are not compared: the time in the file only
 makes it change.
 """
@@ -35,7 +35,7 @@ class Owner:
     host: str
     machine: str  # ids of the machine's boot and of its pid namespace; empty if unknown
     pid: int
-    ticks: int  # of its machine's clock, from the boot to the process's start, whatever the time of day
+    ticks: int  # of its machine's clock, from the boot to the process's start; independent of the time of day
 
     @property
     def is_here(self) -> bool:
@@ -54,7 +54,7 @@ def this_process() -> Owner:
 
 
 def ticks_at_start(pid: int) -> int:
-    """Return the clock ticks from the boot to a process's start; -1 if the process has ended, or without /proc."""
+    """Return the clock ticks from the boot to a process's start; -1 if the process has exited, or without /proc."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -79,7 +79,7 @@ def file_of(run: RunFolder) -> str:
 def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Own a run for the duration of a context. Raises UsageError if another job owns the run.
 
-    If this process is silent for too long and another job takes the run over, this process ends. ``waiting`` is called
+    If this process is silent for too long and another job takes the run over, this process exits. ``waiting`` is called
     with a message while it is unclear whether an owner on another machine is alive.
     """
     me, is_over = this_process(), threading.Event()
@@ -105,7 +105,7 @@ def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
         text, owner = _read(run)
         if text is None:
             return
-        # This process may own it still, if the storage failed when an earlier call ended.
+        # This process may still own it if the storage failed when an earlier call ended.
         has_died = owner is not None and owner.is_here and (owner.has_died or owner == this_process())
         if has_died or (text == first and time.monotonic() - since > EXPIRES_AFTER_S):
             return
@@ -121,7 +121,7 @@ def _text_of(owner: Owner) -> str:
 
 
 def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
-    """Return the file's text and owner. Both are None if there is no file; if it names no owner, only the owner is."""
+    """Return the file's text and its owner: both None if there is no file, the owner None if the file names none."""
     text: str | None = ""
     try:
         text = run.storage.read_text(file_of(run))
@@ -139,7 +139,7 @@ def _renew(run: RunFolder, me: Owner, is_over: threading.Event) -> None:
             text, other = _read(run)
             was_silent = time.time() - renewed > EXPIRES_AFTER_S
             if other not in (None, me) or (text is None and was_silent):
-                by = f"process {other.pid} on {other.host}" if other else "a job that has ended"
+                by = f"process {other.pid} on {other.host}" if other else "a job that has exited"
                 end_with(JobError(f"run {run.uri} was taken over by {by}"))
                 return
             run.storage.write_text(file_of(run), _text_of(me))

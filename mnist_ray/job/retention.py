@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: a run's best and its last, a one-worker trial's last, and none of a trial that is out."""
+"""Which checkpoints are kept: a run's best and its last, a one-worker trial's last, and none of an eliminated trial."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Session:
 
 @contextlib.contextmanager
 def started(job: Job, preload: str, workers: WorkerConfig | None = None) -> Iterator[Start]:
-    """Set this process up, and start a fork server. However the job ends, say how to resume if that may help."""
+    """Set this process up, and start a fork server. However the job ends, report how to resume if that may help."""
     clock, workers = Clock(), workers or job.workers
     cores = usable_cores()
     num_threads = threads_per_worker(cores, cores, 1, job.train.batch_size)
@@ -113,14 +113,14 @@ def opened(
 def connected(
     start: Start, job: Job, data: Splits, console: RunConsole, batch_sizes: Sequence[int] = ()
 ) -> Iterator[Session]:
-    """Send a batch through the workload, and join a cluster or start a local Ray; with ``--num-workers 0``, do not.
+    """Send a batch through the workload, and join a cluster or start a local Ray, except with ``--num-workers 0``.
 
     The batch comes first, so that an error in the user's code is reported before anything starts. This package's
     workloads are tested, so their batch and the imports wait until Ray is starting. Raises UsageError and JobError.
     """
     is_own, unused = type(job.workload).__module__.startswith("mnist_ray."), None
     if job.train.strategy == "fsdp" and (reason := _too_large(job)):
-        console.say("note", f"no batch is tried before the start: {reason}")
+        console.say("note", f"skipping the trial batch: {reason}")
     elif not is_own:
         unused = _try_batch(job, data.train, batch_sizes)
 
@@ -185,7 +185,7 @@ def _too_large(job: Job) -> str:
 
     model, free = on_meta(job.workload)[0], psutil.virtual_memory().available
     needed = 2 * sum(parameter.nbytes for parameter in model.parameters()) if model else 0  # weights and gradients
-    return f"the model needs {size_of(needed)}, and {size_of(free)} are free here" if needed > free else ""
+    return f"the model needs {size_of(needed)}, but only {size_of(free)} are free here" if needed > free else ""
 
 
 def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] | None:

@@ -145,7 +145,7 @@ def test_an_owner_without_its_file_writes_it_again_but_ends_if_it_was_silent_for
         wait_for(lambda: ended.qsize() if ends else own.exists(), timeout_s=30)
         assert ended.qsize() == ends
         if ends:
-            assert "was taken over by a job that has ended" in str(ended.get())
+            assert "was taken over by a job that has exited" in str(ended.get())
 
 
 def test_of_jobs_that_write_the_file_at_the_same_moment_only_the_last_one_goes_on(

@@ -71,7 +71,7 @@ def test_an_optimizer_that_cannot_take_parts_of_tensors_is_one_line(quick: Flags
     ("flags", "message"),
     [
         ({"reproducible": ""}, "--reproducible adds up whole gradients in a fixed order; use --strategy ddp"),
-        ({"compile": ""}, "--strategy fsdp does not go with --compile"),
+        ({"compile": ""}, "--strategy fsdp does not work with --compile"),
     ],
 )
 def test_what_does_not_go_with_sharding_is_refused(quick: Flags, flags: dict[str, str], message: str) -> None:
@@ -87,5 +87,5 @@ def test_a_model_that_is_too_large_for_the_driver_is_not_tried_there(
     monkeypatch.setattr("psutil.virtual_memory", lambda: Mock(available=2**18))
     run_main("train", *quick(num_workers=2, strategy="fsdp"), "--check")
     said = capsys.readouterr().out
-    assert "note       no batch is tried before the start: the model needs 0.4 MiB, and 0.2 MiB are free here" in said
+    assert "note       skipping the trial batch: the model needs 0.4 MiB, but only 0.2 MiB are free here" in said
     assert "sharding   5 units of up to 0.1 MiB" in said

@@ -356,7 +356,7 @@ def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_pa
         ({"overfit_batches": 2}, "leave --validation-size 0 and --overfit-batches out"),
         ({"num_workers": 0}, "a sweep runs on Ray: leave --num-workers 0 out"),
         ({"sweep": ["schedule=one-cycle,cosine", "warmup_steps=0,5"]}, "--warmup-steps: one-cycle has its own warm-up"),
-        ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not go with --compile"),
+        ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not work with --compile"),
         ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
     ],
 )

@@ -216,7 +216,7 @@ def test_settings_of_steps_decide_the_epochs() -> None:
     ("given", "message"),
     [
         ({"validate_every": 10}, "--validate-every needs --num-steps"),
-        ({"num_steps": 10, "num_epochs": 3}, "--num-steps 10 takes the place of --num-epochs; leave one of them out$"),
+        ({"num_steps": 10, "num_epochs": 3}, "--num-steps 10 replaces --num-epochs; leave one of them out$"),
         ({"workload": GPT, "num_epochs": 3}, "--num-steps 1000 takes .*; leave that out, or add --num-steps none$"),
     ],
 )
