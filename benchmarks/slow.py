@@ -69,7 +69,7 @@ class Run:
     def notes(self) -> list[str]:
         """The notes about the time, which follow the line about it."""
         after = self.lines[[line.startswith("time ") for line in self.lines].index(True) :]
-        late = [line for line in self.lines if "the tracker ended" in line]
+        late = [line for line in self.lines if "the tracker finished" in line]
         return [line.split(maxsplit=1)[1] for line in (*after, *late) if line.startswith("note ")]
 
     def seconds(self, part: str) -> list[float]:
@@ -122,7 +122,7 @@ CAUSES = {
         CALLBACKS, "the callback took", ("--callback", f"{SLOWED}:SlowCallback", "--num-epochs", 4)
     ),
     "a tracker takes half a second for each event": Cause(
-        "", "the tracker ended", ("--tracker", f"{SLOWED}:SlowTracker", "--num-epochs", 4)
+        "", "the tracker finished", ("--tracker", f"{SLOWED}:SlowTracker", "--num-epochs", 4)
     ),
     "four workers have batches of 8": Cause(
         "", "all workers wait", ("--batch-size", 8, "--num-workers", 4, "--limit", 0.3)

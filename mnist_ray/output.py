@@ -31,7 +31,7 @@ def writing() -> Iterator[None]:
 
 
 class Output:
-    """A text stream. From the first failure on (a full disk, a closed pipe), what is written to it is discarded."""
+    """A text stream. After the first failure (a full disk, a closed pipe), all further text is discarded."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -51,7 +51,7 @@ class Output:
         except OSError as error:
             with contextlib.suppress(OSError, JobError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is left in the buffer
-                say(f"note: the output cannot be written ({error.strerror}): going on without it", file=sys.stderr)
+                say(f"note: the output cannot be written ({error.strerror}): continuing without it", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -15,7 +15,7 @@ from mnist_ray.text import count, format_settings, size_of
 if TYPE_CHECKING:
     from torch import nn
 
-_SMALL_ON_GPU = 64  # examples of a step: so few leave most of a GPU idle
+_SMALL_ON_GPU = 64  # examples per step; fewer leave most of a GPU idle
 
 
 def say_run(console: RunConsole, job: Job, data: Splits) -> None:
@@ -78,7 +78,7 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
 
 
 def _created(job: Job) -> tuple[nn.Module, str]:
-    """Return a new model: one to be sharded without memory for its tensors or, if it cannot be created so, why not."""
+    """Return a new model. One to be sharded has no memory for its tensors; if that is impossible, also return why."""
     from mnist_ray.parallel.sharding import on_meta
 
     without_memory, why_whole = on_meta(job.workload) if job.train.strategy == "fsdp" else (None, "")
@@ -86,7 +86,7 @@ def _created(job: Job) -> tuple[nn.Module, str]:
 
 
 def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module, why_whole: str) -> None:
-    """Print what each worker holds of a sharded model. Raises UsageError if the nodes have no memory for it."""
+    """Print what each worker holds of a sharded model. Raises UsageError if the nodes lack memory for it."""
     from mnist_ray.parallel import sharding
 
     workload, config = session.job.workload, session.job.train

@@ -4,7 +4,7 @@ metrics.csv      a row per epoch, written at once
 steps.csv        a row about every half second of training, with the mean over the steps since the previous row; in a
                  long run, rows are merged, since all are written at each checkpoint
 predictions.csv  a row per test example, in the data set's order; written when the run is tested
-samples.csv      a row per validation of a language model: how it continues the workload's prompt
+samples.csv      a row per validation of a language model: its continuation of the workload's prompt
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class History:
                     self._add_sample(event.epoch, event.sample)
 
     def _fill(self, last_epoch: int) -> None:
-        """Add what checkpoints tell of epochs whose events have not reached the job, since it was killed."""
+        """Add values from checkpoints for epochs whose events did not reach the job before it was killed."""
         for _, metrics in checkpoints_of(self._run):
             if metrics.step == 0 and 0 < metrics.epoch <= last_epoch:
                 told, row = metrics.values, self.rows.get(metrics.epoch, {})
@@ -102,7 +102,7 @@ class History:
             self._run.write_text(STEPS_FILE, csv_text(self._step_columns, [*self._steps], has_header=True))
 
     def mean_rate(self) -> float | None:
-        """Return the mean examples/s of the epochs with a recorded rate, which a kill may prevent; None without any."""
+        """Return the mean examples/s of the epochs with a recorded rate (a kill may lose one); None without any."""
         rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._rate)]
         seconds = sum(float(row["epoch_s"]) for row in rated)
         examples = sum(float(row[self._rate]) * float(row["epoch_s"]) for row in rated)
@@ -110,12 +110,12 @@ class History:
 
 
 def merged(rows: Sequence[Mapping[str, float]], max_rows: int, figures: Sequence[Figure]) -> list[Mapping[str, float]]:
-    """Merge neighbouring rows of steps.csv into about ``max_rows``, of about as many steps; NaN does not count."""
+    """Merge neighbouring rows of steps.csv into about ``max_rows``, with similar numbers of steps; means skip NaN."""
     names = [figure.name for figure in figures if figure.over == "mean" and figure.name in rows[-1]]
     values = np.array([[row.get(name, math.nan) for name in names] for row in rows])
     steps = np.array([row["step"] for row in rows])
     width = 2.0 ** math.ceil(math.log2(steps[-1] / max_rows))  # a power of 2, so that whole rows are merged next time
-    starts = np.flatnonzero(np.diff(steps // width, prepend=-1))  # of what becomes one row
+    starts = np.flatnonzero(np.diff(steps // width, prepend=-1))  # of the merged rows
     weights = np.diff(steps, prepend=0)[:, None] * ~np.isnan(values)
     with np.errstate(invalid="ignore"):  # NaN if nothing is known
         means = np.add.reduceat(np.where(weights, values, 0) * weights, starts) / np.add.reduceat(weights, starts)
@@ -125,7 +125,7 @@ def merged(rows: Sequence[Mapping[str, float]], max_rows: int, figures: Sequence
 
 
 def joined(rows: Sequence[Mapping[str, float]], figures: Sequence[Figure]) -> dict[str, float]:
-    """Return one value of each figure that is no mean for those in rows of steps.csv."""
+    """Return one value for these rows of steps.csv, for each figure that is not a mean."""
     others = [figure for figure in figures if "step" in figure.at and figure.over != "mean"]
     return {figure.name: figure.join(row.get(figure.name, math.nan) for row in rows) for figure in others}
 

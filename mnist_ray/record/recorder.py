@@ -33,9 +33,9 @@ from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
 from mnist_ray.training.metrics import Evaluation
 
-_LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
-_MAX_TRACKING = 0.05  # of the run's time, in which the job waits for its trackers; more is noted
-_REPORT_EVERY_S = 30.0  # at most, and steps.csv, while the run goes on
+_LEARNED = 0.1  # examples count as learned if the loss falls to this fraction of the first loss
+_MAX_TRACKING = 0.05  # of the run's time, spent waiting for trackers; more is noted
+_REPORT_EVERY_S = 30.0  # at most; during the run, with steps.csv
 _MAX_DRAWING = 0.01  # of a processor's time: the training may need it
 _WORKLOAD_FILE = "workload.py"
 
@@ -44,7 +44,7 @@ _WORKLOAD_FILE = "workload.py"
 def recorded(session: Session, plan: WorkerPlan) -> Iterator[Recorder]:
     """Show a run and write its files. However the run ends, write its report and close its trackers.
 
-    An interrupt waits for that.
+    An interrupt waits until both are done.
     """
     num_parameters = say_plan(session, plan)
     write_settings(session, plan, CONFIG_FILE, session.job.values)
@@ -73,7 +73,7 @@ def logs_named(session: Session) -> Iterator[None]:
 
 
 def write_settings(session: Session, plan: WorkerPlan, settings_file: str, settings: Mapping[str, Any]) -> None:
-    """Write a run's settings and origin. From here on, a terminated process says how to resume the run.
+    """Write a run's settings and origin. From then on, a terminated process prints how to resume the run.
 
     A resumed run keeps its origin. Raises JobError if a node cannot use the storage.
     """
@@ -102,7 +102,7 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
 
 
 def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event) -> None:
-    """Call ``work`` every ``every_s`` seconds until ``is_over``, but less often if it would take 1 % of the time.
+    """Call ``work`` every ``every_s`` seconds until ``is_over``, but for at most 1 % of the time.
 
     A failure is ignored: the next call may succeed.
     """
@@ -205,7 +205,7 @@ class Recorder:
         seconds = self._clock.seconds()
         if seconds["trackers"] > max(_MAX_TRACKING * seconds["total"], 1.0):
             self._warn(
-                f"the tracker ended {seconds['trackers']:.1f} s after the training; it takes too long for an event"
+                f"the tracker finished {seconds['trackers']:.1f} s after the training; it takes too long per event"
             )
 
     def _draw_report(self, warn: Callable[[str], None] = lambda note: None, *, is_running: bool = False) -> Any:

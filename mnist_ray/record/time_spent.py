@@ -21,12 +21,12 @@ Seconds = Mapping[str, float]  # of each of PARTS
 _MIN_SHOWN = 0.01  # of the time
 _MIN_NOTED_S = 5.0  # less is no reason for a note
 _MAX_DATA, _MAX_SAVING, _MAX_CALLBACKS = 0.15, 0.05, 0.05  # of the time; more is noted
-_MAX_EXCHANGE = 0.4  # of the time, in which even the slowest worker waits for the others
-_MAX_WAIT, _MAX_FACTOR = 0.15, 1.4  # of the time in which workers wait for a slower one; its time over theirs
+_MAX_EXCHANGE = 0.4  # of the time that even the slowest worker waits for the others
+_MAX_WAIT, _MAX_FACTOR = 0.15, 1.4  # of the time that workers wait for a slower one; its time over theirs
 
 
 class TimeSpent:
-    """The rows of times.csv. A resumed run adds to those that it finds."""
+    """The rows of times.csv. A resumed run adds to the rows that it finds."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
@@ -77,7 +77,7 @@ def shares_of(of_workers: Sequence[Seconds]) -> str:
 
 
 def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, train: Split) -> list[str]:
-    """Return what has slowed a training and what helps, a line for each cause; none if nothing is plainly wrong."""
+    """Return a line for each cause of slow training, with its remedy; none if nothing is clearly wrong."""
     seconds = means(of_workers)
     total = math.fsum(seconds.values())
 
@@ -107,7 +107,7 @@ def _data_remedy(data_s: float, total: float, job: Job, train: Split) -> str:
         return "its storage, or Blocks.read, is slower than the training"
     if job.workers.loader_workers:
         return "use more --loader-workers, or make the Dataset faster"
-    needed = math.ceil(data_s / max(total - data_s, data_s / 16))  # so many read as fast as the training computes
+    needed = math.ceil(data_s / max(total - data_s, data_s / 16))  # this many read as fast as the training computes
     return f"with --loader-workers {needed}, other processes would read meanwhile, and save up to {data_s:.0f} s"
 
 

@@ -34,9 +34,9 @@ class RunConsole:
     def __init__(self, workload: Workload, num_epochs: int, *, quiet: bool) -> None:
         self._workload, self._num_epochs, self._quiet = workload, num_epochs, quiet
         self._label_width = max(10, len(f"epoch {num_epochs}/{num_epochs}"))
-        is_terminal = getattr(sys.stdout, "isatty", bool)()  # a host of Python may have put anything there
+        is_terminal = getattr(sys.stdout, "isatty", bool)()  # an application that embeds Python may have replaced it
         self._console = Console(
-            file=cast(TextIO, Output(sys.stdout)),  # the training must not end with its output
+            file=cast(TextIO, Output(sys.stdout)),  # training must survive the loss of its output
             force_terminal=is_terminal,  # not from FORCE_COLOR, which Jupyter sets
             force_jupyter=False,
             width=None if is_terminal else _LOG_WIDTH,  # a table in a log may be wide
@@ -87,7 +87,7 @@ class RunConsole:
             case Started():
                 self._started(event)
             case events.WorkersLost(reason):
-                if not self._is_lost:  # a node's loss may fail several attempts to replace its workers
+                if not self._is_lost:  # several attempts to replace a lost node's workers may fail
                     self.say("lost", f"{reason}; replacing the workers …")
                 self._is_lost = True
             case events.Note(text):
@@ -139,7 +139,7 @@ class RunConsole:
             line += f" on {nodes} nodes"
         line += f", {event.precision}"
         if event.epoch == self._num_epochs:
-            line += "; all epochs are trained already"
+            line += "; all epochs are already trained"
         elif event.epoch or event.step:
             line += f"; continuing in epoch {event.epoch + 1} after step {event.step:,}"
         if last := self._last_progress:

@@ -1,4 +1,4 @@
-"""A run's report, which is made from the run's files."""
+"""A run's report, made from the run's files."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from mnist_ray.workload.figures import LOSS, Figure, Metric, formatted
 
 PICTURES_FOLDER = "pictures"
 _REFRESH_S = 10
-_MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
+_MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps that a curve's point covers
 _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "linestyle": "--"}
-_MAX_BARS, _MIN_SHARE = 16, 0.002  # of the time's plot; of the time that a part must have taken to be shown
+_MAX_BARS, _MIN_SHARE = 16, 0.002  # of the plot of the time; share of the time below which a part is not shown
 _MAX_MARKERS = 50  # of epochs; more would hide the curves
 
 
@@ -70,27 +70,27 @@ def write(
     *,
     is_running: bool = False,
 ) -> dict[str, bytes]:
-    """Write report.html and the pictures as PNGs; return the pictures by name. Raises UsageError and JobError.
+    """Write report.html and its images as PNGs; return the PNGs by name. Raises UsageError and JobError.
 
-    ``test`` has the examples of predictions.csv; without it, no examples are shown. If a picture cannot be drawn,
+    ``test`` has the examples of predictions.csv; without it, no examples are shown. If an image cannot be drawn,
     ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
     """
     record = RunRecord.read(run, workload)
     notes, result, rows = list[str](), record.result, record.predictions
     drawn = functools.partial(_drawn, workload, notes)
     if test is not None and rows and len(test) != len(rows):
-        notes.append(f"no {workload.nouns} are shown: the test set has {len(test):,} now, it had {len(rows):,}")
+        notes.append(f"no {workload.nouns} are shown: the test set had {len(rows):,} and now has {len(test):,}")
         test = None
-    pictures = drawn("picture of the trials", lambda: _sweep_picture(record))
+    pictures = drawn("plot of the trials", lambda: _sweep_picture(record))
     for metric in workload.all_metrics:
         pictures += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
     if result:
-        with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
-        pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
+        with_examples = rows and drawn("images of the predictions", lambda: workload.pictures(result, rows, test))
+        pictures += with_examples or drawn("images of the test", lambda: workload.pictures(result, [], None))
     for figure in workload.all_figures:
         if "step" in figure.at and figure.over != "mean":  # curves of metrics have their validation, too
             pictures += drawn(f"curve of the {figure.label}", functools.partial(_over_steps, record, figure))
-    pictures += drawn("picture of the time", lambda: _time_spent(record))
+    pictures += drawn("plot of the time", lambda: _time_spent(record))
     pngs = {re.sub(r"[^\w.@-]", "_", picture.name): picture.png for picture in pictures}  # a "/" would name a folder
     for name, png in pngs.items():
         run.inside(PICTURES_FOLDER).write_bytes(f"{name}.png", png)
@@ -126,7 +126,7 @@ def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], I
 
 def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
-    done = max(record.column("epoch"), default=0)  # a sweep's trial leaves the last row only
+    done = max(record.column("epoch"), default=0)  # a sweep's trial leaves only the last row
     epochs, nouns = f"{done:.0f} of {record.config.get('num_epochs', '?')} epochs", record.workload.nouns
     known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
@@ -155,7 +155,7 @@ def _headlines(record: RunRecord) -> dict[str, str]:
 
 def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     steps = [row["step"] for row in record.steps]
-    if not steps:  # of a run that a sweep's trial has trained
+    if not steps:  # a sweep's trial trained this run
         return []
     total = steps[-1]
     training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
@@ -173,7 +173,7 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
 
 def _over_steps(record: RunRecord, figure: Figure) -> list[Picture]:
     values = [row.get(figure.name, math.nan) for row in record.steps]
-    if all(map(math.isnan, values)):  # without such a figure, or of an earlier version
+    if all(map(math.isnan, values)):  # no such figure, or a run of an earlier version
         return []
     curve = Curve(figure.label, [row["step"] for row in record.steps], values, _TRAINING)
     png = curves_of(Metric(figure.label, "min", figure.form == "fraction"), [curve], record.steps_per_epoch)
@@ -182,7 +182,7 @@ def _over_steps(record: RunRecord, figure: Figure) -> list[Picture]:
 
 
 def _time_spent(record: RunRecord) -> list[Picture]:
-    """Draw the seconds of each part, in a bar per epoch and worker or, if these are too many, per worker or in all."""
+    """Draw the seconds of each part, in a bar per epoch and worker or, if these are too many, per worker or overall."""
     labels: Callable[[Mapping[str, float]], str]
     for labels in (
         lambda row: f"epoch {row['epoch']:.0f}, worker {row['worker']:.0f}",
@@ -205,7 +205,7 @@ def _time_spent(record: RunRecord) -> list[Picture]:
 
 
 def _sweep_picture(record: RunRecord) -> list[Picture]:
-    """Return the plots of a sweep's trials; none if the run is no sweep."""
+    """Return the plots of a sweep's trials; none if the run is not a sweep."""
     png = record.run.read_bytes(SWEEP_PICTURE_FILE)
     alt = f"Validation {record.workload.monitor.name} of {len(record.trials)} trials; the table has all values"
     caption = "Grey or hollow: stopped early. Black or ringed: the best configuration."
@@ -231,7 +231,7 @@ def _trials(record: RunRecord) -> list[Table]:
 
 
 def _shortened(text: str) -> str:
-    """Return a text from a CSV file; a number that is not whole with at most five digits."""
+    """Return a text from a CSV file; a fractional number gets at most five digits."""
     try:
         return text if text.isdigit() else formatted(float(text), ".5g")
     except ValueError:
@@ -258,7 +258,7 @@ def _epochs(record: RunRecord) -> Table:
 
 
 def _samples(run: RunFolder) -> list[Table]:
-    """Return how the model has continued the workload's prompt, epoch by epoch."""
+    """Return the model's continuations of the workload's prompt, epoch by epoch."""
     rows = [(row["epoch"], row["text"]) for row in read_csv(run, SAMPLES_FILE, ["epoch", "text"])]
     return [Table("What the model writes", ["epoch", "text"], rows)] if rows else []
 
@@ -277,7 +277,7 @@ def _settings(record: RunRecord) -> list[Table]:
 
 
 def write_again(run: RunFolder, reference: str | None, storage_path: str, resume_with: str) -> None:
-    """Write the report of a run again. Raises UsageError and JobError."""
+    """Rewrite the report of a run. Raises UsageError and JobError."""
     workload, test = workload_of(run, reference, storage_path), None
     try:
         config = build(TrainConfig, settings_of(run))

@@ -17,7 +17,7 @@ from mnist_ray.workload.drawing import new_plot, plain, png_of
 from mnist_ray.workload.figures import Metric
 
 _MIN_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
-_LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values have more
+_LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values are above
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Curve:
 
 
 def smoothed(curve: Curve, min_steps: float) -> Curve:
-    """Join points, each the mean over the steps since the one before, until each stands for ``min_steps`` or more."""
+    """Join points until each covers at least ``min_steps``; a point is the mean over the steps since the last one."""
     points = [point for point in zip(curve.steps, curve.values, strict=True) if math.isfinite(point[1])]
     ends = [0.0]
     for step, _ in points:
@@ -98,7 +98,7 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
 
 
 def label_log_axis(axis: Axis, low: float, high: float) -> None:
-    """Label 1, 2 and 5 of each power of ten between ``low`` and ``high``; of many powers, only 1."""
+    """Label 1, 2 and 5 of each power of ten between ``low`` and ``high``; with many powers, only 1."""
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.FormatStrFormatter("%g"))

@@ -81,7 +81,7 @@ class RunRecord:
     times: list[dict[str, float]]  # rows of times.csv
     result: dict[str, Any] | None  # None until the run is tested
     predictions: list[dict[str, str]]  # rows of predictions.csv; none until the run is tested
-    trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is no sweep
+    trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is not a sweep
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
@@ -100,12 +100,12 @@ class RunRecord:
         )
 
     def column(self, name: str) -> list[float]:
-        """Return a column of metrics.csv; only NaN if there is no column of this name."""
+        """Return a column of metrics.csv; all NaN if there is no such column."""
         return [row.get(name, math.nan) for row in self.epochs]
 
     @property
     def steps_per_epoch(self) -> float:
-        """Training steps per epoch, of which the last may have fewer; 1 if there was no step."""
+        """Training steps per epoch (the last epoch may have fewer); 1 if there was no step."""
         *_, last = self.steps or [{"step": 1.0, "epoch": 1.0}]
         whole = [row for row in self.steps if row["epoch"] <= math.ceil(last["epoch"]) - 1]
         end = [last, *whole][-1]

@@ -56,7 +56,7 @@ def test_a_run_goes_on_without_its_output_and_says_so_once(
     sys.stdout.flush()
     monkeypatch.undo()
     reason = "No space left on device" if kind == "a full disk" else "Broken pipe"
-    assert capsys.readouterr().err == f"note: the output cannot be written ({reason}): going on without it\n"
+    assert capsys.readouterr().err == f"note: the output cannot be written ({reason}): continuing without it\n"
 
 
 def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,7 @@ def test_many_epochs_widen_the_labels_and_a_trained_run_says_so(capsys: pytest.C
         printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, total_step=4000))
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("epoch 60/100  finished in 3.00 s")
-    assert second == "started       1 × cpu with 2 threads, bf16; all epochs are trained already"
+    assert second == "started       1 × cpu with 2 threads, bf16; all epochs are already trained"
 
 
 def test_a_deciding_metric_that_is_nan_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:

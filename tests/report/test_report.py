@@ -146,7 +146,7 @@ def test_the_command_writes_the_same_report_again(finished_run: Path) -> None:
     ("changes", "notes"),
     [
         ({"limit": 0.002}, []),
-        ({}, ["note no images are shown: the test set has 1,100 now, it had 2"]),
+        ({}, ["note no images are shown: the test set had 2 and now has 1,100"]),
         ({"data_dir": "/gone"}, ["no images are shown: --data-dir /gone is not a folder"]),
     ],
 )
@@ -381,12 +381,12 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     test = Split(Arrays(few_images.inputs[:2], few_images.targets[:2]))
     shown = page.write(tested_run, mnist(), "", test, notes.append)
     assert list(shown) == [name for name in RUN_PICTURES if name not in PHOTOS]
-    assert [note.partition(" (")[0] for note in notes] == ["no pictures of the predictions: ValueError: no such colour"]
+    assert [note.partition(" (")[0] for note in notes] == ["no images of the predictions: ValueError: no such colour"]
     assert "no such colour" in (tested_run.read_text("report.html") or "")
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
     shown = page.write(tested_run, mnist(), "", test, notes.append)
     assert list(shown) == OF_TRAINING
-    assert "no pictures of the test: TypeError: bytes is not a mnist_ray.workload.Picture" in notes[-1]
+    assert "no images of the test: TypeError: bytes is not a mnist_ray.workload.Picture" in notes[-1]
 
 
 def test_values_of_another_type_are_shown_as_missing(tested_run: RunFolder) -> None:
