@@ -37,7 +37,7 @@ _BATCH_SIZES = (16, 2, 2, 2, 2)  # several show which sizes vary, such as the le
 def export(found: Found, config: ExportConfig) -> Path:
     """Write a checkpoint's model as a program, after comparing the outputs of both; return the program's path.
 
-    Beside it, write the weights, in a file of the same name that ends in ``.safetensors``.
+    Also write the weights, to a file of the same name that ends in ``.safetensors``.
 
     Raises UsageError, also if PyTorch cannot export the model, and JobError.
     """
@@ -56,7 +56,7 @@ def export(found: Found, config: ExportConfig) -> Path:
         outputs = [program(example) for example in examples]
         difference = largest_difference(model, program, inputs_of(workload, test, 0, number))
     if not difference <= _TOLERANCE:  # also true for NaN
-        raise JobError(f"the program and the checkpoint do not agree: outputs differ by at most {difference:.1e}")
+        raise JobError(f"the program does not match the checkpoint: outputs differ by up to {difference:.1e}")
     write_file(path, content.getvalue())
     weights = path.with_suffix(".safetensors")
     write_file(weights, save({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}))
@@ -75,7 +75,7 @@ def test_batches(workload: Workload) -> ArrayBatches | ExampleBatches:
 
 
 def inputs_of(workload: Workload, batches: ArrayBatches | ExampleBatches, start: int, number: int) -> Any:
-    """Return what the model takes for a batch of examples, which are repeated if they are few. Raises UsageError."""
+    """Return the model's inputs for a batch of examples; too few examples are repeated. Raises UsageError."""
     places = np.arange(start, start + number) % len(batches)
     with placed(workload, "prepare"):
         return workload.prepare(batches[Request(places)].inputs, None)
@@ -83,7 +83,7 @@ def inputs_of(workload: Workload, batches: ArrayBatches | ExampleBatches, start:
 
 @contextlib.contextmanager
 def _explained(workload: Workload) -> Iterator[None]:
-    """Turn what PyTorch refuses into a UsageError of one line, and let PyTorch itself print nothing."""
+    """Turn PyTorch's errors into a one-line UsageError, and silence PyTorch's own output."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -97,7 +97,7 @@ def _explained(workload: Workload) -> Iterator[None]:
 
 
 def _sizes(*tensors: Tensor) -> list[int | str]:
-    """Return the sizes of a tensor in some batches: ``N`` if as many as examples, else a number or ``any``."""
+    """Return a tensor's sizes in some batches: ``N`` for the batch size, a number if constant, else ``any``."""
     sizes = zip(*(tensor.shape for tensor in tensors), strict=True)
     return ["N" if same == _BATCH_SIZES else same[0] if len(set(same)) == 1 else "any" for same in sizes]
 

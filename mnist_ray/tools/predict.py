@@ -1,4 +1,4 @@
-"""Prints a trained model's predictions for the user's own pictures: ``jobs/predict.py`` after flag parsing."""
+"""Prints a trained model's predictions for the user's own images: ``jobs/predict.py`` after flag parsing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Prediction:
 
 
 def predict(places: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
-    """Print the prediction for each picture or, with a language model, how it continues each text.
+    """Print the prediction for each image or, with a language model, the continuation of each text.
 
     Raises JobError at the end if a file has no prediction.
     """
@@ -117,15 +117,15 @@ def predict(places: Sequence[str], found: find.Found, config: PredictionConfig) 
 
 
 def find_files(places: Iterable[Any]) -> Iterator[Path | Image.Image]:
-    """Yield the files and Pillow images in ``places``, and the pictures in its folders, sorted. Raises UsageError."""
+    """Yield the files and Pillow images in ``places``, and the images in its folders, sorted. Raises UsageError."""
     for place in places:
         if not isinstance(place, (str, Path, Image.Image)):
             kind = type(place).__name__
             raise UsageError(f"pictures must be paths, Pillow images or a NumPy array of inputs, not {kind}")
         path = place if isinstance(place, Image.Image) else Path(os.path.expanduser(place))
-        if isinstance(path, Path) and os.path.isdir(path):  # is_dir() would raise for too long or unreadable a name
+        if isinstance(path, Path) and os.path.isdir(path):  # is_dir() raises if the name is too long or unreadable
             found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
-            # A folder without pictures is reported as a file that cannot be read.
+            # A folder without images is reported as a file that cannot be read.
             yield from [file for file in found if file.suffix.lower() in _SUFFIXES] or [path]
         else:
             yield path
@@ -135,7 +135,7 @@ def predict_files(workload: Workload, model: nn.Module, files: Iterable[Path | I
     """Yield a prediction for each file or image, in their order. Raises UsageError."""
     if type(workload).read_picture is Workload.read_picture:
         name = type(workload).__name__
-        raise UsageError(f"{name} does not take pictures: it has no read_picture; choose another run with --run")
+        raise UsageError(f"{name} does not take images: it has no read_picture; choose another run with --run")
     files = iter(files)
     while batch := [_read(workload, file) for file in itertools.islice(files, _BATCH_SIZE)]:
         inputs = [read.inputs for read in batch if read.inputs is not None]
@@ -170,15 +170,15 @@ def _read(workload: Workload, file: Path | Image.Image) -> Prediction:
 
 
 def read_image(file: Path | io.BytesIO) -> Image.Image:
-    """Decode a picture, as it is displayed. Raises UsageError."""
+    """Decode an image, as it is displayed. Raises UsageError."""
     if isinstance(file, Path) and is_no_file(file):
         raise UsageError("not a file")
     try:
         with process.filters, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large pictures and harmless damage
+            warnings.simplefilter("ignore")  # about large images and harmless damage
             return open_picture(file)
     except UnidentifiedImageError as error:
-        raise UsageError("not a picture in a known format") from error
+        raise UsageError("not an image in a known format") from error
     except Exception as error:  # a damaged file may raise anything
         raise UsageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -198,5 +198,5 @@ def _grid(predictions: Sequence[Prediction], workload: Workload, config: Predict
             captions.append(f"{prediction.best}{'' if prediction.is_sure(config.threshold) else '?'}{percent}\n{short}")
     if not images:
         reason = f"no file has a prediction, or {type(workload).__name__} has no as_picture"
-        raise JobError(f"no picture to draw in {config.grid}: {reason}")
+        raise JobError(f"no image to draw in {config.grid}: {reason}")
     return image_grid(images, captions)

@@ -61,7 +61,7 @@ def _parts(name: str, value: Any) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """Return a value in one line; of a long array shape and dtype, with the range, some values or how many are true."""
+    """Return a value as one line; for a long array, shape, dtype, and the range, some values or the share of True."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         return f"{value}" if len(str(value)) <= _MAX_TEXT else f"{str(value)[:_MAX_TEXT]}…"

@@ -1,4 +1,4 @@
-"""Trackers follow a run. Their base class; TensorBoard; and the user's own (``--tracker FILE.py``)."""
+"""The base class of trackers, which follow a run: TensorBoard, and the user's own (``--tracker FILE.py``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Ending:
     """How a run ended."""
 
     result: dict[str, Any] | None  # result.json; None if the run did not finish
-    pictures: Mapping[str, bytes]  # PNGs of the report, by name
+    pictures: Mapping[str, bytes]  # the report's PNGs, by name
     checkpoint: RunFolder | None  # the tested checkpoint
 
 
@@ -25,7 +25,7 @@ class Tracker(UserClass):
     """Follows one run, in a thread of the driver. A tracker that raises is dropped with a warning; training continues.
 
     A resumed run gets a new tracker, whose first event is ``Started`` with the step from which the run resumes; drop
-    what an earlier tracker wrote of later steps. An epoch has two events: ``EpochFinished`` and, once it is validated,
+    what an earlier tracker wrote for later steps. An epoch has two events: ``EpochFinished`` and, once it is validated,
     ``Validated``. ``RunFolder`` can replace a file, but not append to it: object stores cannot. Values may be NaN.
     """
 

@@ -73,7 +73,7 @@ class Trackers:
             yield
         except (Exception, SystemExit) as error:  # a tracker may be the user's code
             self._trackers.pop(name, None)
-            self._warn(f"{name} failed and is not used any more: {first_line(error)}")
+            self._warn(f"{name} failed and is no longer used: {first_line(error)}")
 
 
 def start(
@@ -127,7 +127,7 @@ class TensorBoard(Tracker):
             self._file.flush()
 
     def close(self, ending: Ending) -> None:
-        """Write the settings, the test metrics and the pictures."""
+        """Write the settings, the test metrics and the images."""
         final = self.final(ending)
         scalars = [summary.scalar(name, value) for name, value in final.items()]
         for line in (*summary.hparams(self.settings, final), *scalars):

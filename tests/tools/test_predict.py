@@ -56,9 +56,9 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     assert checkpoint.startswith("checkpoint ")
     assert lines[0] == f"{tmp_path}/blank.bmp: shows no digit: nothing stands out from its background"
     assert lines[1].startswith(f"{tmp_path}/cut.png: cannot be read: ")
-    assert lines[2] == f"{tmp_path}/empty.png: not a picture in a known format"
+    assert lines[2] == f"{tmp_path}/empty.png: not an image in a known format"
     assert lines[3].startswith(f"{tmp_path}/huge.png: cannot be read: Image size (400000000 pixels) exceeds limit")
-    assert lines[4] == f"{tmp_path}/text.jpg: not a picture in a known format"
+    assert lines[4] == f"{tmp_path}/text.jpg: not an image in a known format"
     assert [Path(line.split(": ")[0]).stem for line in lines[5:13]] == [str(index) for index in range(5000, 5008)]
     assert lines[13] == "~nosuchuser/x.png: cannot be read: No such file or directory"
     assert lines[14].endswith("aaa: cannot be read: File name too long")
@@ -136,7 +136,7 @@ def test_a_checkpoint_finds_its_class_and_says_that_the_file_has_changed(
 
 def test_a_workload_that_does_not_read_pictures_is_refused_once() -> None:
     regression = Regression(None, {"any": 1})
-    with pytest.raises(UsageError, match=r"^Regression does not take pictures: .*; choose another run with --run$"):
+    with pytest.raises(UsageError, match=r"^Regression does not take images: .*; choose another run with --run$"):
         next(predict.predict_files(regression, mnist().create_model(), [Path("a.png"), Path("b.png")]))
 
 
@@ -153,7 +153,7 @@ def test_only_known_formats_are_read(few_images: Arrays, tmp_path: Path) -> None
         image.save(tmp_path / f"{number}.png", name)
     *read, postscript, other = answers_to(tmp_path)
     assert all(answer.isdigit() for answer in read)
-    assert (postscript, other) == ("not a picture in a known format",) * 2
+    assert (postscript, other) == ("not an image in a known format",) * 2
 
 
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, writ
                 self.run.write_text("mine.txt", "closed")
                 raise OSError("full")
     """
-    said = ["your TensorBoard failed and is not used any more: full"]
+    said = ["your TensorBoard failed and is no longer used: full"]
     assert follow(run, EPOCH, INTERRUPTED, write(own, "own.py")) == said
     assert (tmp_path / "run" / "mine.txt").read_text() == "closed"
     assert points(read_events(tmp_path / "run"), "epoch/train_loss") == [(1, 0.5)]
@@ -147,7 +147,7 @@ def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, writ
 def test_a_full_disk_is_one_warning(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: FileIO("/dev/full", "w"))
     warnings = follow(run, EPOCH, INTERRUPTED)
-    assert warnings == ["TensorBoard failed and is not used any more: [Errno 28] No space left on device"]
+    assert warnings == ["TensorBoard failed and is no longer used: [Errno 28] No space left on device"]
 
 
 def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on()
         trackers.log(event)
     trackers.close(INTERRUPTED)
     assert warnings == [
-        "MLflow failed and is not used any more: division by zero",
-        "leaving failed and is not used any more: sys.exit(3)",
-        "broken failed and is not used any more: the server is gone",
+        "MLflow failed and is no longer used: division by zero",
+        "leaving failed and is no longer used: sys.exit(3)",
+        "broken failed and is no longer used: the server is gone",
     ]
     assert recorder.mock_calls == [*map(call.log, EPOCH), call.close(INTERRUPTED)]
     assert leaving.mock_calls == broken.mock_calls == [call.log(EPOCH[0])]
