@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).parent
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in Ray's messages
 _IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in errors that torch's DataLoader passes on
 _MORE = "the system lets this user {} no more {}; raise that limit (ulimit -{})"
-_LIMITS = {  # by what errors and logs say
+_LIMITS = {  # by the text of errors and logs
     r"Errno 11\]|can't start new thread|Resource temporarily": _MORE.format("start", "processes or threads", "u"),
     "Too many open files|ulimit -n": _MORE.format("open", "files", "n"),
     "No space left on device": "No space left on device, or no inodes (df -i)",
@@ -45,7 +45,7 @@ class TrainingStoppedError(JobError):
 
 
 class UnreadableDataError(TrainingStoppedError):
-    """Training can be resumed once the data, or the code that reads them, are mended."""
+    """Training can be resumed once the data, or the code that reads them, are fixed."""
 
 
 class ExampleError(Exception):
@@ -63,7 +63,7 @@ def first_line(error: BaseException) -> str:
 
 
 def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) -> str:
-    """Return one line: an error, and its innermost frame in the first of ``folders`` with any, else ``fallback``."""
+    """Return one line: an error, and its innermost frame in the first of ``folders`` with one, else ``fallback``."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     if _IN_ANOTHER_PROCESS in str(error):
@@ -87,7 +87,7 @@ def sendable(error: BaseException) -> BaseException | None:
 
 
 def about_ray(error: BaseException) -> str | None:
-    """Return one line if an error means that Ray's private API is not as the package knows it; else None."""
+    """Return one line if an error means that Ray's private API has changed; else None."""
     *_, last = traceback.extract_tb(error.__traceback__)
     is_of_extra = Path(last.filename).parent == _PACKAGE / _EXTRAS
     if not isinstance(error, (AttributeError, ImportError, TypeError)) or not is_of_extra:
@@ -96,5 +96,5 @@ def about_ray(error: BaseException) -> str | None:
 
 
 def about_limit(said: object) -> str | None:
-    """Return one line if an error, or the text of a log, means that a limit of the system is reached; else None."""
+    """Return one line if an error, or the text of a log, means that a system limit is reached; else None."""
     return next((line for pattern, line in _LIMITS.items() if re.search(pattern, str(said))), None)

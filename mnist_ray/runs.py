@@ -16,7 +16,7 @@ from mnist_ray.text import command
 def find_run(place: str | None, storage_path: str) -> RunFolder:
     """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest run.
 
-    A name is that of a run in the storage or, if there is none, of a folder here. Raises UsageError if there is no run,
+    A name means a run in the storage or, if there is none, a folder here. Raises UsageError if there is no run,
     or the URI is wrong.
     """
     if place is None:

@@ -28,7 +28,7 @@ REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "swee
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
 _OPTIONAL = type(None)
-_MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # what is read from these files by its name
+_MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are read from these files by name
     CONFIG_FILE: {"num_epochs": (int, _OPTIONAL), "workload": (str, _OPTIONAL)},
     SWEEP_FILE: {"num_epochs": (int, _OPTIONAL), "workload": (str, _OPTIONAL)},
     ORIGIN_FILE: dict.fromkeys(("versions", "data", "metadata"), (dict, _OPTIONAL)),
@@ -60,7 +60,7 @@ def with_retries(action: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def in_one_line(what_failed: str) -> Iterator[None]:
-    """Raise an error of the storage as a JobError."""
+    """Raise a storage error as a JobError of one line."""
     try:
         yield
     except STORAGE_ERRORS as error:
@@ -98,7 +98,7 @@ class RunFolder:
         return self.filesystem.get_file_info(posixpath.join(self.path, file_name).rstrip("/"))
 
     def exists(self, file_name: str = "") -> bool:
-        """Tell whether the folder, or a file in it, exists. Raises STORAGE_ERRORS."""
+        """Return whether the folder, or a file in it, exists. Raises STORAGE_ERRORS."""
         return bool(self.info(file_name).type != fs.FileType.NotFound)
 
     def subfolders(self) -> list[str]:

@@ -236,9 +236,7 @@ def _in_steps(train: TrainConfig, given: frozenset[str]) -> TrainConfig:
     """Return the settings, with the epochs that --num-steps makes, if it is set. Raises UsageError."""
     if train.num_steps is None:
         if train.validate_every is not None:
-            raise UsageError(
-                "--validate-every needs --num-steps; without it, validation follows each pass over the data"
-            )
+            raise UsageError("--validate-every needs --num-steps; without it, validation follows each pass")
         return train
     if "num_epochs" in given:
         both = "leave one of them out" if "num_steps" in given else "leave that out, or add --num-steps none"
