@@ -181,7 +181,7 @@ class WorkerConfig:
         0, "processes per worker to read a Dataset; 0: the worker reads it; not used for arrays", **at_least(0)
     )
     read_ahead_mib: int = setting(
-        READ_AHEAD_MIB, "memory per worker for reading blocks ahead; only used for Blocks", **at_least(1)
+        READ_AHEAD_MIB, "memory per worker, in MiB, for reading blocks ahead; only used for Blocks", **at_least(1)
     )
     min_workers: int | None = setting(
         None, "minimum number of workers to continue with if the cluster has no room for all", **at_least(1)
@@ -191,7 +191,7 @@ class WorkerConfig:
     )
     label_selector: tuple[str, ...] | None = setting(
         None,
-        "labels that a worker's node must have, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
+        "required labels of a worker's node, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
         **rule(lambda labels: all(map(_LABEL.fullmatch, labels)), "must be KEY=VALUE, KEY=!VALUE or KEY=in(A,B)"),
     )
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")

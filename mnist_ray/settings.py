@@ -218,7 +218,7 @@ def _or_none(kind: type[Any], unset: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         return None if text == unset else kind(text)
 
-    parse.__name__ = kind.__name__  # argparse says: invalid float value
+    parse.__name__ = kind.__name__  # argparse reports: invalid float value
     return parse
 
 
