@@ -1,4 +1,4 @@
-"""Workloads say what is learned. Import from here what a workload's file needs."""
+"""Workloads define what is learned. Import everything that a workload's file needs from here."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``sources`` on first use: it needs pyarrow.parquet, which few workloads do."""
+    """Import ``sources`` on first use: it needs pyarrow.parquet, unlike most workloads."""
     if name == "sources":
         return importlib.import_module("mnist_ray.data.sources")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -61,18 +61,18 @@ class NoSettings:
 class Workload(UserClass):
     """One problem. Every process that trains or evaluates creates its own instance, so a workload keeps no state.
 
-    Below, N is the number of examples that are computed at a time: in a micro-batch, or in a batch of an evaluation.
+    Below, N is the number of examples computed at a time: those of a micro-batch, or of an evaluation batch.
     """
 
     Settings: ClassVar[type] = NoSettings  # a frozen dataclass; its fields become flags
     metrics: ClassVar[tuple[Metric, ...]] = ()
-    """Measures to report with the loss. The first one chooses the best checkpoint; without metrics, the loss does."""
+    """Measures reported with the loss. The first one selects the best checkpoint; without metrics, the loss does."""
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of settings, for ``--recipe``. ``default`` always applies; the chosen recipe overrides ``default``."""
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
     """Changed search spaces, like ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None excludes a setting."""
     compares_examples: ClassVar[bool] = False
-    """Whether an example's loss depends on the others of the batch, and therefore on the number of workers."""
+    """Whether an example's loss depends on the other examples in its batch, and therefore on the number of workers."""
     prompt: ClassVar[str] = ""
     """A text that ``complete`` continues after each validation, for the console and the report."""
     noun: ClassVar[str] = "example"
@@ -85,7 +85,7 @@ class Workload(UserClass):
     # --- data
 
     def load_data(self) -> Data:
-        """Return the data: the same examples at every call and on every node."""
+        """Return the data: the same examples on every call and on every node."""
         raise NotImplementedError
 
     def metadata_of(self, data: Data) -> dict[str, Any]:
@@ -96,11 +96,11 @@ class Workload(UserClass):
         """Raise UsageError if the data do not fit this workload; called once, before Ray starts."""
 
     def find_fault(self, examples: Any) -> str:
-        """Return what is wrong with the examples of one of the ``Blocks``, after its name in an error; else ""."""
+        """Return what is wrong with a block's examples, as errors print it after the block's name; "" if nothing is."""
         return ""
 
     def collate(self, examples: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
-        """Join a ``Dataset``'s examples (input, target) to a batch (inputs, targets), for sequences or graphs.
+        """Join a ``Dataset``'s examples (input, target) into a batch (inputs, targets), for sequences or graphs.
 
         None: torch's ``default_collate`` joins them. Not called for ``Arrays``. In predictions, every target is 0.
         """
@@ -109,7 +109,7 @@ class Workload(UserClass):
     # --- training
 
     def create_model(self) -> nn.Module:
-        """Return a new model for ``self.settings`` and ``self.metadata``; torch's generator has been seeded."""
+        """Return a new model for ``self.settings`` and ``self.metadata``; torch's generator is already seeded."""
         raise NotImplementedError
 
     def prepare(self, inputs: Any, generator: Generator | None) -> Any:
@@ -123,16 +123,16 @@ class Workload(UserClass):
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the loss of each example, (N,). Outputs are in fp32, whatever the model's precision.
 
-        A loss that compares the examples of a batch sees a micro-batch of it: see ``compares_examples``.
+        A loss that compares examples sees only a micro-batch at a time: see ``compares_examples``.
         """
         raise NotImplementedError
 
     def weights(self, targets: Any) -> Tensor | None:
-        """Return how much each example counts, (N,): for example, how many tokens it has. None: all count alike.
+        """Return each example's weight, (N,), such as its number of tokens; None if all examples count equally.
 
-        With weights, ``loss`` and ``measure`` return an example's sum over its tokens, or its value times its weight;
-        only a ``measure`` that is inherited stays as it is. The training minimizes, and reports show, sums divided by
-        weights: over the whole batch, over all workers, over all that was seen.
+        With weights, ``loss`` and ``measure`` must return sums over an example's tokens, or values times weights; an
+        inherited ``measure`` needs no change. Training minimizes the sum of the losses divided by the sum of the
+        weights, over the whole batch and all workers. Reports show such ratios over all examples seen.
         """
         return None
 
@@ -153,7 +153,7 @@ class Workload(UserClass):
     def summarize_predictions(self, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Compute the ``metrics`` that need all examples at once, such as AUC, from the columns of ``predictions``.
 
-        Called for the validation and the test, not during training. Examples are in the data's order.
+        Called for validation and test, not during training. Examples are in the data's order.
         """
         return {}
 
@@ -172,7 +172,7 @@ class Workload(UserClass):
         return kinds[config.optimizer](model.parameters(), betas=(config.beta1, config.beta2), **options)
 
     def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
-        """Return the schedule of the learning rate; the training steps it ``total_steps`` times."""
+        """Return the learning rate's schedule; training steps it ``total_steps`` times."""
         from torch.optim import lr_scheduler
 
         if config.schedule == "one-cycle":  # https://arxiv.org/abs/1708.07120. Betas and momentum stay as configured.
@@ -189,7 +189,7 @@ class Workload(UserClass):
     def shard_units(self, model: nn.Module) -> Sequence[nn.Module]:
         """Return the parts of the model that ``--strategy fsdp`` gathers, and a recomputation repeats, one at a time.
 
-        Each is a module that runs once in a forward pass. By default, they are the elements of each ``nn.ModuleList``.
+        Each must be a module that runs once per forward pass. The default is the elements of each ``nn.ModuleList``.
         """
         from torch.nn import ModuleList
 
@@ -201,14 +201,14 @@ class Workload(UserClass):
     # --- results
 
     def evaluation_batch_size(self, *, on_gpu: bool) -> int:
-        """Return how many examples an evaluation computes at a time; unless overridden, it may be fewer."""
-        return 256 if on_gpu else 100  # on CPUs, activations of so few examples stay in the processor's cache
+        """Return the batch size of evaluations. The default is an upper limit; a value of your own is always used."""
+        return 256 if on_gpu else 100  # on CPUs, the activations of 100 examples stay in the cache
 
     def check_outputs(self, outputs: Any, targets: Any) -> None:
         """Raise UsageError if a model's outputs do not fit the targets; called once, before Ray starts."""
 
     def predictions(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Return values of each example by name, (N, ...) each: the columns of predictions.csv."""
+        """Return named values per example, (N, ...) each: the columns of predictions.csv."""
         return {}
 
     def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
@@ -236,11 +236,11 @@ class Workload(UserClass):
         raise UsageError(f"{type(self).__name__} does not take pictures: it defines no read_picture()")
 
     def top_predictions(self, outputs: Any) -> list[list[tuple[Any, float]]]:
-        """Return a few predictions per input, each with its probability, the most probable first."""
+        """Return a few predictions per input with their probabilities, the most probable first."""
         raise UsageError(f"{type(self).__name__} defines no top_predictions(): it can only be evaluated and exported")
 
     def complete(self, model: nn.Module, prompt: str) -> str:
-        """Return how a language model continues a text, without random numbers; the model is in evaluation mode."""
+        """Return a language model's continuation of a text, without random numbers. The model is in evaluation mode."""
         raise UsageError(f"{type(self).__name__} defines no complete(): it cannot continue a text")
 
     # --- derived
@@ -267,13 +267,13 @@ class Workload(UserClass):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The entry about the workload in a checkpoint: enough to create the same model again."""
+        """The checkpoint's entry about the workload: enough to create the same model again."""
         code, settings = self.source, values_of(self.settings)
         return {"reference": code.reference, "sha256": code.sha256, "settings": settings, "metadata": self.metadata}
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The default values of all settings, those of the training and those of the workload."""
+        """The default values of all settings, of training and of the workload."""
         return {**values_of(TrainConfig(), self.Settings()), **self.recipes.get("default", {})}
 
     @property
@@ -302,7 +302,7 @@ class Workload(UserClass):
 
 
 def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
-    """Tell whether a workload inherits ``loss``, ``measure`` or ``predictions`` unchanged from ``base``."""
+    """Return whether a workload inherits ``loss``, ``measure`` or ``predictions`` unchanged from ``base``."""
     methods = ("loss", "measure", "predictions")
     return any(getattr(type(workload), method) is getattr(base, method) for method in methods)
 

@@ -1,4 +1,4 @@
-"""Calls methods of a workload and checks what they return; an error in the user's code becomes one line."""
+"""Calls a workload's methods and checks their results. An error in the user's code becomes one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat
 
 
 def data_of(workload: Workload) -> Data:
-    """Return a workload's data; set its metadata, unless a checkpoint set them. Raises UsageError and JobError."""
+    """Return a workload's data; set its metadata unless a checkpoint has. Raises UsageError and JobError."""
     with placed(workload, "load_data"):
         data = _checked_data(workload, workload.load_data())
     if not workload.metadata:
@@ -43,7 +43,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
     except (UsageError, JobError) as error:
         if not any(frame.filename == _API for frame in traceback.extract_tb(error.__traceback__)):
             raise
-        said = f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder)}"  # of a run within
+        said = f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder)}"  # of a nested run
         raise type(error)(said) from error
     except bdb.BdbQuit:  # ends a debugger
         raise
@@ -77,7 +77,7 @@ def _checked_data(workload: Workload, data: object) -> Data:
             kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
             raise UsageError(f"{where} is of type {type(examples).__name__}, {kinds}")
         if hasattr(examples, "collate_fn"):
-            raise UsageError(f"{where} has a collate_fn, which nothing calls: make it {name}.collate(examples)")
+            raise UsageError(f"{where} has a collate_fn, but nothing calls it: make it {name}.collate(examples)")
         if len(examples) == 0:
             raise UsageError(f"{where} holds no examples")
     files = tuple(data.files)

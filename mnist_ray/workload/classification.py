@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 _NUM_TOP = 3
 _MAX_COLUMNS = 12  # with more classes, the console shows no confusion matrix
-_MAX_ROWS = 1000  # with more classes, there is no confusion matrix: its memory grows with their square
+_MAX_ROWS = 1000  # with more classes, there is no confusion matrix: its memory grows quadratically
 
 
 class Classification(Workload):
     """The outputs are logits, (N, classes); the targets are integers from 0 on, (N,).
 
     The classes come from ``metadata={"class_names": [...]}``. If that is missing, they come from the training
-    ``Dataset``'s attribute ``classes``, which torchvision's data sets have; for arrays, from the largest target.
+    ``Dataset``'s attribute ``classes``, as in torchvision, or, for arrays, from the largest target.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY,)
@@ -67,7 +67,7 @@ class Classification(Workload):
         for split in ("train", "validation", "test"):
             examples, where = getattr(data, split), f"{type(self).__name__}.load_data: {split}"
             if isinstance(examples, Arrays):
-                if isinstance(examples.targets, np.ndarray):  # others may have any form, with a loss of their own
+                if isinstance(examples.targets, np.ndarray):  # other targets may have any form, with a custom loss
                     self._check_targets(where, examples.targets)
             elif (classes := list(getattr(examples, "classes", self.class_names))) != self.class_names:
                 different = sorted(str(name) for name in {*classes} ^ {*self.class_names})
@@ -75,7 +75,7 @@ class Classification(Workload):
                 raise UsageError(f"{where} and the model differ in classes: {named}")
 
     def find_fault(self, examples: Any) -> str:
-        """Name the first target of a block that is no class, unless methods of a subclass interpret the targets."""
+        """Report a block's first target that is not a class, unless methods of a subclass interpret the targets."""
         is_whole = isinstance(examples, Arrays)
         if not uses_outputs(self, Classification) or not (is_whole or type(self).collate is Workload.collate):
             return ""
@@ -171,8 +171,8 @@ class Classification(Workload):
 def _cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     from torch.nn import functional as F
 
-    if targets.is_floating_point():  # a Dataset may have such a label among whole numbers
-        raise ExampleError(f"a batch has targets of type {targets.dtype}; labels of classes must be whole numbers")
+    if targets.is_floating_point():  # a Dataset may mix such labels with whole numbers
+        raise ExampleError(f"a batch has targets of type {targets.dtype}; class labels must be whole numbers")
     return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=label_smoothing)
 
 

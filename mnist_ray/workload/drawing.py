@@ -20,7 +20,7 @@ from mnist_ray.text import escaped
 from mnist_ray.workload.base import CsvRows, Picture, Workload
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
-_SIZE = (4.8, 4.0)  # inches: fits on a phone; side by side on a page, plots have one height
+_SIZE = (4.8, 4.0)  # inches: fits on a phone; plots side by side on a page have the same height
 _RIGHT, _WRONG, _CAPTION = "#2e8b57", "#e0483f", "#777777"  # readable on white and on black
 _MIN_SIDE = 336  # pixels of the longer side of an image that is drawn alone
 _MIN_TILE, _MIN_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
@@ -35,13 +35,13 @@ def _characters() -> frozenset[str]:
 
 
 def drawable(text: object) -> str:
-    """Return a text with escapes for characters that the plots' font lacks, or that nobody would see."""
+    """Return a text with escapes for characters that the plots' font lacks, or that are invisible."""
     known = _characters()
     return escaped(str(text), lambda letter: letter == "\n" or (letter in known and letter.isprintable()))
 
 
 def plain(text: object) -> str:
-    """Return a drawable text for matplotlib, which would take what is between two ``$`` for a formula."""
+    """Return a drawable text for matplotlib, with ``$`` escaped: text between two of them would be a formula."""
     return drawable(text).replace("$", r"\$")
 
 
@@ -63,7 +63,7 @@ def png_of(drawn: Figure | Image.Image) -> bytes:
 def of_classification(
     workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: CsvRows, test: Split | None
 ) -> list[Picture]:
-    """Return the confusion matrix, if there is one, and some of the examples, if they are images."""
+    """Return the confusion matrix, if there is one, and some examples, if they are images."""
     examples = _examples(workload, rows, test) if rows and test is not None else []
     return [*([_confusion(classes, result)] if "confusion_matrix" in result else []), *examples]
 
@@ -75,9 +75,9 @@ def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
     worst = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
     alt = f"Confusion matrix: {mistakes.sum()} mistakes among {counts.sum():,}"
     alt += f"; {worst}" if mistakes.any() else ""
-    caption = "Shade: the fraction of the label's examples that were predicted so. Right predictions have none."
+    caption = "Shade: the fraction of the label's examples with this prediction. Right predictions are not shaded."
     if names != [*map(str, classes)]:
-        caption += " Names have escapes for characters that the font lacks."
+        caption += " Names are escaped where the font lacks a character."
     return Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
 
 
@@ -200,6 +200,6 @@ def image_grid(
 
 
 def _resized(image: np.ndarray, factor: float) -> Image.Image:
-    """Scale an image; if the image grows, each pixel becomes a square."""
+    """Scale an image; if it grows, each pixel becomes a square."""
     height, width = (max(1, round(factor * side)) for side in image.shape[:2])
     return Image.fromarray(image).resize((width, height), Image.Resampling.BOX)

@@ -1,4 +1,4 @@
-"""The figures of a run: what each is called, how it is summed up, how it is shown."""
+"""The figures of a run: how each is named, aggregated and shown."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Figure:
     """A number that a run reports: in files, to trackers, in its report."""
 
     name: str  # of its column
-    at: tuple[Literal["step", "epoch", "validation", "trial", "test"], ...]  # what reports it; steps: of a window
-    over: Literal["mean", "max", "root", "last"]  # steps and ranks: mean over examples, root of the sum of squares, …
-    form: str = "number"  # "number", "fraction" (from 0 to 1, shown as a percentage), or a format of Python
-    label: str = ""  # in the report; "" if it leaves the figure out
+    at: tuple[Literal["step", "epoch", "validation", "trial", "test"], ...]  # when it is reported; step: per window
+    over: Literal["mean", "max", "root", "last"]  # joins steps and ranks: mean over examples, root of summed squares, …
+    form: str = "number"  # "number", "fraction" (from 0 to 1, shown as a percentage), or a Python format
+    label: str = ""  # in the report; "" to leave the figure out
     places: int | None = None  # decimals in metrics.csv; None: all
-    needs: str = ""  # the setting of TrainConfig without which the figure does not exist
+    needs: str = ""  # the setting of TrainConfig that the figure requires
 
     def join(self, values: Iterable[float]) -> float:
-        """Return one value for those of several steps or ranks; only finite ones count: fp16 may skip a step."""
+        """Join the values of several steps or ranks. Only finite values count, since fp16 may skip a step."""
         known = [value for value in values if math.isfinite(value)]
         return {"max": max(known), "root": math.hypot(*known), "last": known[-1]}[self.over] if known else math.nan
 

@@ -24,7 +24,7 @@ Reference = str | type[Workload]  # a value of ``--workload``, or a class in thi
 def load(reference: Reference) -> type[Workload]:
     """Return the workload in ``FILE.py`` or ``package.module``; ``:NAME`` picks one of several.
 
-    A class is returned as it is. Other processes cannot load a class without a file, like one in a notebook.
+    A class is returned as it is. Other processes cannot load a class without a file, such as one in a notebook.
     Raises UsageError.
     """
     if isinstance(reference, str):
@@ -56,7 +56,7 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
 
 
 def _check_class(workload_class: type[Workload]) -> None:
-    """Raise UsageError if a method is missing, or an attribute is not what it must be."""
+    """Raise UsageError if a method is missing, or an attribute is invalid."""
     name, settings = workload_class.__name__, workload_class.Settings
     for method in ("load_data", "create_model", "loss"):
         if getattr(workload_class, method) is getattr(Workload, method):
@@ -84,7 +84,7 @@ def _check_class(workload_class: type[Workload]) -> None:
 
 @contextlib.contextmanager
 def _checking(workload_class: type[Workload], attribute: str) -> Iterator[None]:
-    """Raise any error as a UsageError that names the attribute: a tuple of one may lack its comma, for example."""
+    """Raise any error as a UsageError that names the attribute: a one-element tuple may lack its comma, for example."""
     try:
         yield
     except Exception as error:
@@ -100,5 +100,5 @@ def _check_settings(settings: type) -> None:
         if field.default is dataclasses.MISSING:
             raise UsageError(f"{field.name} needs a default: use setting(DEFAULT, HELP)")
         if field.name in taken:
-            raise UsageError(f"{flag(field.name)} is a flag already; give it another name")
+            raise UsageError(f"{flag(field.name)} is already a flag; give it another name")
     json.dumps(values_of(build(settings, {field.name: field.default for field in dataclasses.fields(settings)})))

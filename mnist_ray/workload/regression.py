@@ -14,7 +14,7 @@ from mnist_ray.workload.figures import Metric
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROUNDING = 1e-12  # relative to the targets' mean square; a variance below is rounding
+_ROUNDING = 1e-12  # relative to the targets' mean square; a smaller variance is rounding error
 
 
 class Regression(Workload):
@@ -62,7 +62,7 @@ class Regression(Workload):
         return {"target": targets, "prediction": _flat(outputs)}
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
-        """Return the number that is predicted for each example; it has no probability."""
+        """Return the number predicted for each example; it has no probability."""
         return [[(value, math.nan)] for value in _flat(outputs).tolist()]
 
     def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:

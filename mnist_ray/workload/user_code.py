@@ -1,4 +1,4 @@
-"""Finds and loads the classes that a user names by flags, and sends their code to other processes."""
+"""Finds and loads the classes that a user names with flags, and sends their code to other processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class UserClass:
 
 T = TypeVar("T", bound=UserClass)
 alone = threading.RLock()
-"""Held while a user's code is loaded, or creates a model: it may not expect several threads."""
+"""Held while a user's code is loaded or creates a model: it may not be thread-safe."""
 
 
 def find(reference: str, base: type[T]) -> type[T]:
@@ -86,12 +86,12 @@ def load(source: SourceCode, base: type[T]) -> type[T]:
         module = _module_of(dataclasses.replace(source, reference=code), _flag(base))
     loaded = _pick(module, source.reference, base)
     name = next(name for name, value in vars(module).items() if value is loaded)
-    loaded.source = dataclasses.replace(source, reference=f"{code}:{name}")  # another class may come into the file
+    loaded.source = dataclasses.replace(source, reference=f"{code}:{name}")  # another class may be added to the file
     return loaded
 
 
 def check_members(user_class: type, base: type) -> None:
-    """Raise UsageError if a method takes other arguments than the base class's, or if a new name is misspelled.
+    """Raise UsageError if a method's arguments differ from the base class's, or if a new name is misspelled.
 
     A new public name that resembles one of the base class's is probably misspelled.
     """
@@ -143,7 +143,7 @@ def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
 
 
 def _paths_of_module(name: str) -> list[Path]:
-    """Return the paths of a module's package without an import; none if the package is missing, or is this one."""
+    """Return the paths of a module's package without importing it; none if it is missing, or is this package."""
     package = name.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return []  # this package is loaded already
@@ -197,7 +197,7 @@ def _module_name(path: str) -> str:
 
 
 def _is_another_module(path: str) -> bool:
-    """Tell whether Python finds a module with this file's name in another file."""
+    """Return whether Python finds a module with this file's name in another file."""
     name = _module_name(path)
     if name in sys.modules:
         origin = getattr(sys.modules[name], "__file__", None) or "built in"

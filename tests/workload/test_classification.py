@@ -68,7 +68,7 @@ def test_targets_may_be_whole_numbers_of_any_size(dtype: torch.dtype) -> None:
 
 def test_a_label_that_is_no_whole_number_is_refused_in_any_batch() -> None:
     outputs, targets = map(torch.from_numpy, outputs_and_targets())
-    with pytest.raises(ExampleError, match=r"targets of type torch\.float32; labels of classes must be whole numbers"):
+    with pytest.raises(ExampleError, match=r"targets of type torch\.float32; class labels must be whole numbers"):
         workload().loss(outputs, targets + 0.5)
 
 
@@ -197,8 +197,8 @@ def test_labels_and_predictions_are_written_by_name_and_further_columns_as_they_
 def test_names_with_characters_that_the_font_lacks_are_drawn_as_escapes() -> None:
     assert drawable("naïve 猫\x1b\n×") == "naïve \\u732b\\x1b\n×"
     odd = workload(["ant", "bee", "猫", "\u202edog", "elephant"])
-    assert "Names have escapes" in odd.pictures(odd.details(COLUMNS), [], None)[0].caption
-    assert "Names have escapes" not in workload().pictures(odd.details(COLUMNS), [], None)[0].caption
+    assert "Names are escaped" in odd.pictures(odd.details(COLUMNS), [], None)[0].caption
+    assert "Names are escaped" not in workload().pictures(odd.details(COLUMNS), [], None)[0].caption
 
 
 def test_the_report_has_pictures_without_examples_to_show() -> None:

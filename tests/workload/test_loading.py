@@ -269,7 +269,7 @@ def test_unknown_names_are_refused_with_the_likely_ones(write: Write, line: str,
         *(
             (
                 f"@dataclass(frozen=True)\nclass Settings:\n    {name}: int = setting(1, 'units')",
-                f"Settings: {flag} is a flag already; give it another name",
+                f"Settings: {flag} is already a flag; give it another name",
             )
             for name, flag in [("batch_size", "--batch-size"), ("num_trials", "--num-trials"), ("help", "--help")]
         ),
