@@ -1,1 +1,1 @@
-"""What an example is, and in which order examples come: arrays, blocks, sources, splits, batches."""
+"""Examples and the order in which they come: arrays, blocks, sources, splits, batches."""

@@ -44,7 +44,7 @@ class MicroBatch(NamedTuple):
     targets: Any  # likewise
     global_size: int  # number of examples in the whole batch, over all ranks
     ends_step: bool = True  # whether this is the rank's last micro-batch of the step
-    is_filler: bool = False  # the rank has no examples of this batch, and this one's loss does not count
+    is_filler: bool = False  # the rank has no examples of this batch; this one's loss does not count
 
 
 def _loaded(request: Request, inputs: Any, targets: Any) -> MicroBatch:
@@ -83,9 +83,9 @@ class ArrayBatches(Dataset):
 class ExampleBatches(Dataset):
     """A ``Dataset`` that is read example by example, or memory-mapped arrays. Loader processes can read both.
 
-    Before each example is read, the generators of Python, NumPy and torch are seeded. So its random numbers depend only
-    on the seed and the example's index in the user's ``Dataset``, not on interruptions, splits or the number of ranks,
-    tasks and loader processes.
+    Before each example is read, the generators of Python, NumPy and torch are seeded. So an example's random numbers
+    depend only on the seed and its index in the user's ``Dataset``, not on interruptions, splits, or the number of
+    ranks, tasks and loader processes.
     """
 
     def __init__(self, split: Split, seed: int = 0, collate: Collate | None = None) -> None:
@@ -102,7 +102,7 @@ class ExampleBatches(Dataset):
         return self._joined([self._example(index) for index in indices.tolist()], indices, request)
 
     def _joined(self, examples: list[tuple[Any, Any]], indices: np.ndarray, request: Request) -> MicroBatch:
-        """Join examples, with their ``indices`` in the user's data, to a batch."""
+        """Join examples into a batch; ``indices`` are theirs in the user's data."""
         try:
             joined = None if self.collate is None else self.collate(examples)
         except StopIteration as error:  # like _example
@@ -143,7 +143,7 @@ def _misfit(indices: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
 
 
 class BlockBatches(ExampleBatches):
-    """A split of ``Blocks``. Blocks are read when they are needed, until an order is announced: then, ahead of it."""
+    """A split of ``Blocks``. Blocks are read when they are needed or, once an order is announced, ahead of time."""
 
     def __init__(self, split: Split, collate: Collate | None, read_ahead_mib: int) -> None:
         super().__init__(split, 0, collate)
@@ -155,9 +155,9 @@ class BlockBatches(ExampleBatches):
     def announce(
         self, config: TrainConfig, pass_number: int, first_step: int, rank: int, world_size: int
     ) -> StreamOrder | None:
-        """Return the order of a pass over the data, and from now on read ahead; None if there is no such order.
+        """Return the order of a pass over the data, and read ahead from now on; None if there is no such order.
 
-        ``first_step``: the first step, over all epochs, that this process makes. Raises ExampleError if there are fewer
+        ``first_step``: this process's first step, counted over all epochs. Raises ExampleError if there are fewer
         streams than workers.
         """
         if (sizes := self._sizes) is None:
@@ -234,7 +234,7 @@ def allow_read_only() -> None:
 
 
 def _begin_process(number: int) -> None:
-    """Set up a loader process. A signal to all processes of the job must not kill it: the job saves a checkpoint."""
+    """Set up a loader process. A signal to all of the job's processes must not kill it: the job saves a checkpoint."""
     allow_read_only()
     os.setsid()
     if sys.platform == "linux":  # a job that is killed cannot stop this process
@@ -244,11 +244,11 @@ def _begin_process(number: int) -> None:
 def _rows(array: np.ndarray, indices: np.ndarray) -> Tensor:
     """Copy rows into torch's memory, which always has the same alignment: the bits of a sum may depend on it.
 
-    ``np.take`` would first copy an array whose rows overlap, or do not follow each other in memory.
+    ``np.take`` would first copy an array whose rows overlap, or are not contiguous in memory.
     """
     try:
         whole = torch.from_numpy(array)
-    except ValueError:  # torch knows no negative strides
+    except ValueError:  # torch does not support negative strides
         return torch.from_numpy(array[indices]).clone()
     return whole.index_select(0, torch.from_numpy(indices))
 
@@ -258,7 +258,7 @@ def batch_loader(
 ) -> DataLoader:
     """Return a loader that reads ``requests``. ``num_processes`` processes read a ``Dataset`` or mapped arrays ahead.
 
-    With ``batch_size=None``, the DataLoader passes each request to the data set as it is: arrays are indexed once per
+    With ``batch_size=None``, the DataLoader passes each request to the data set unchanged: arrays are indexed once per
     batch. By default, it would read the examples one by one and stack them.
     """
     is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.device.type == "cuda"
@@ -267,13 +267,13 @@ def batch_loader(
         sampler=requests,
         batch_size=None,
         num_workers=num_processes if type(dataset) is ExampleBatches else 0,  # threads read blocks
-        pin_memory=device.type == "cuda" and not is_on_gpu,  # elsewhere, it would only take memory of the first GPU
+        pin_memory=device.type == "cuda" and not is_on_gpu,  # otherwise, it would only take up memory of the first GPU
         worker_init_fn=_begin_process,
     )
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """Return a batch on a device. A GPU copies pinned memory while this process goes on."""
+    """Return a batch on a device. A GPU copies pinned memory while this process continues."""
     if device.type == "cpu":
         return batch
     moved: MicroBatch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)

@@ -1,4 +1,4 @@
-"""Reading blocks in threads: in an announced order, ahead of the training; or when they are needed."""
+"""Reads blocks in threads: in an announced order, ahead of training; or when they are needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnist_ray.data.order import Read
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, with_retries
 
-Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target), and their bytes
+Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target), and their size in bytes
 _NUM_THREADS = 8  # they mostly wait for the storage
 
 
@@ -50,15 +50,15 @@ class BlockReader:
 
 
 class OnDemand(BlockReader):
-    """Reads blocks when they are needed, and the one that follows, if they are needed in their order."""
+    """Reads blocks when they are needed and, if they are needed in order, the next one as well."""
 
     def __init__(self, split: Split, max_mib: int, sizes: np.ndarray | None) -> None:
-        """``sizes``: the number of the split's examples in each block; None if blocks are needed in no order."""
+        """``sizes``: the number of the split's examples in each block; None if blocks are needed in random order."""
         super().__init__(split, max_mib)
         self._sizes = sizes
 
     def examples_of(self, blocks: Sequence[int], *, ends_step: bool) -> dict[int, Any]:
-        """Return like ``BlockReader``."""
+        """Return the examples like ``BlockReader``."""
         examples = self._in_no_order if self._sizes is None else self._in_order
         return {block: examples(block) for block in blocks}
 
@@ -90,7 +90,7 @@ class ReadAhead(BlockReader):
         self._needed = dict[int, Read]()  # by held block: from which step to which
 
     def examples_of(self, blocks: Sequence[int], *, ends_step: bool) -> dict[int, Any]:
-        """Return like ``BlockReader``. First start to read ahead."""
+        """Return the examples like ``BlockReader``, after starting to read ahead."""
         self._forget()
         self._check_memory()
         while self._next is not None and (self._next.first_step <= self._step or self._has_room()):
@@ -114,13 +114,13 @@ class ReadAhead(BlockReader):
         self._held = {block: held for block, held in self._held.items() if block in self._needed}
 
     def _check_memory(self) -> None:
-        """Raise ExampleError if the blocks that one step needs take more than the memory."""
+        """Raise ExampleError if the blocks that one step needs exceed the memory."""
         used = [self._held[block] for block, read in self._needed.items() if read.first_step < self._step]
         sizes = [held.result()[1] for held in used if held.done()]
         if (num_mib := sum(sizes) / 2**20) > self._max_mib:
-            mib = f"{num_mib:,.0f} MiB, above --read-ahead-mib {self._max_mib}"
+            mib = f"{num_mib:,.0f} MiB in all, more than --read-ahead-mib {self._max_mib}"
             remedy = "raise it, write smaller blocks (row groups), or start a run with fewer --num-chunks"
-            raise ExampleError(f"a step needs {len(sizes)} blocks at a time, in all {mib}; {remedy}")
+            raise ExampleError(f"a step needs {len(sizes)} blocks at a time, {mib}; {remedy}")
 
 
 def _read(split: Split, block: int) -> Content:
@@ -134,7 +134,7 @@ def _read(split: Split, block: int) -> Content:
     except Exception as error:
         raise ExampleError(f"{name} cannot be read: {type(error).__name__}: {first_line(error)}") from error
     if len(examples) != size:
-        raise ExampleError(f"{name} has {len(examples):,} examples; sizes says {size:,}")
+        raise ExampleError(f"{name} has {len(examples):,} examples, but sizes has {size:,}")
     if isinstance(examples, Arrays):
         return examples, examples.nbytes
     leaves = pytree.tree_leaves(examples)

@@ -23,7 +23,7 @@ class Arrays:
     """Examples as NumPy arrays of any shape and dtype, in memory or memory-mapped; or as dicts of such arrays."""
 
     inputs: Any  # (N, ...)
-    targets: Any  # (N, ...); for a classification, whole numbers from 0 on, (N,)
+    targets: Any  # (N, ...); for classification, whole numbers from 0 on, (N,)
 
     def __len__(self) -> int:
         first: Any = next(iter(self.targets.values())) if isinstance(self.targets, Mapping) else self.targets
@@ -35,7 +35,7 @@ class Arrays:
 
     @property
     def named(self) -> dict[str, np.ndarray]:
-        """All arrays, by names for messages, such as ``inputs`` or ``inputs["mask"]``."""
+        """All arrays, by their names in messages, such as ``inputs`` or ``inputs["mask"]``."""
         found: dict[str, np.ndarray] = {}
         for name, values in (("inputs", self.inputs), ("targets", self.targets)):
             parts = values.items() if isinstance(values, Mapping) else ()
@@ -51,12 +51,12 @@ class Arrays:
 class Blocks:
     """Examples that are read a block at a time, such as a file. A subclass sets ``sizes`` and defines ``read``.
 
-    Other processes get copies of it, so it must not hold the examples. ``read`` must draw no random numbers.
+    Other processes get copies of the object, so it must not hold the examples. ``read`` must not draw random numbers.
     """
 
     sizes: Sequence[int]  # the number of examples in each block
     block_names: Sequence[str] = ()  # what messages call the blocks; by default, their numbers
-    identity: str | None = None  # a text that changes if the data do; None: the files in ``Data.files`` tell
+    identity: str | None = None  # a text that changes with the data; None: use the files in ``Data.files``
     _last: tuple[int, Any] = (-1, None)  # the last block that was read for one example
 
     def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
@@ -83,14 +83,14 @@ class Data:
     """The result of a workload's ``load_data``.
 
     The driver loads in-memory arrays and ``Blocks``; Ray's object store shares them, one copy per node. Every worker
-    calls ``load_data`` for ``Dataset``s, and for arrays that are memory-mapped or whose rows overlap, as sliding
-    windows do. A ``Dataset``'s items are pairs (input, target).
+    calls ``load_data`` for ``Dataset``s, and for arrays that are memory-mapped or whose rows overlap, such as
+    sliding windows. A ``Dataset``'s items are pairs (input, target).
     """
 
     train: Arrays | Dataset | Blocks
     test: Arrays | Dataset | Blocks
     validation: Arrays | Dataset | Blocks | None = None  # None: held out from ``train``
-    name: str = ""  # for people; default: the workload's name
+    name: str = ""  # shown to users; default: the workload's name
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the model needs to know, as JSON. Every checkpoint keeps it; every process has it as ``self.metadata``."""
     files: Sequence[str | Path] = ()
@@ -121,7 +121,7 @@ class Split:
         raise UsageError(f"{self.origin}: a Dataset's items must be pairs (input, target), not {got}; {remedy}")
 
     def indices_of(self, positions: Any) -> Any:
-        """Return the indices in ``examples`` of the examples at some positions of this split."""
+        """Turn positions in this split into indices in ``examples``."""
         return positions if self.indices is None else self.indices[positions]
 
     @property

@@ -46,7 +46,7 @@ def _digest_of_arrays(arrays: Arrays) -> str:
     for array in arrays.named.values():
         if isinstance(owner := owner_of(array), np.memmap):
             digest.update(digest_of_files([str(owner.filename)]).encode())
-        elif span_of(array) < array.nbytes:  # rows overlap: a copy would be much larger than what they show
+        elif span_of(array) < array.nbytes:  # rows overlap: a copy would be much larger than their memory
             digest.update(f"{array.shape} {array.strides}".encode())
             digest.update(_memory_of(array).data)
         else:
@@ -55,7 +55,7 @@ def _digest_of_arrays(arrays: Arrays) -> str:
 
 
 def _memory_of(array: np.ndarray) -> np.ndarray:
-    """Return the memory that an array with overlapping rows shows, from its lowest address on, as one dimension."""
+    """Return the memory behind an array with overlapping rows, from its lowest address on, as one dimension."""
     array = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
     return as_strided(array, [span_of(array) // array.itemsize], [array.itemsize])
 

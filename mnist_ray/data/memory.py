@@ -1,4 +1,4 @@
-"""Whose memory an array shows: its own, a mapped file's, or that of rows which overlap, as windows do."""
+"""Whose memory an array shows: its own, a mapped file's, or that of overlapping rows, such as windows."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def span_of(array: np.ndarray) -> int:
 
 
 def may_be_copied(array: np.ndarray) -> bool:
-    """Tell whether a copy of an array is no larger than its memory, which is this process's own."""
+    """Return whether a copy of an array is no larger than its memory, which is this process's own."""
     return not isinstance(owner_of(array), (np.memmap, mmap.mmap)) and array.nbytes <= span_of(array)

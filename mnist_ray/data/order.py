@@ -16,7 +16,7 @@ _WINDOW = 4  # blocks whose examples are shuffled together
 
 
 def part_of(length: int, number: int, num_parts: int) -> range:
-    """Return the positions of the ``number``-th of ``num_parts`` parts of a sequence, which differ by at most one."""
+    """Return the positions of one of ``num_parts`` parts of a sequence; the parts' lengths differ by at most one."""
     return range(length * number // num_parts, length * (number + 1) // num_parts)
 
 
@@ -66,7 +66,7 @@ def _hashed(values: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
 
 
 class AllBut:
-    """The numbers below ``number`` without ``left_out``, in order; not stored, as an array takes 8 bytes each."""
+    """The numbers below ``number`` except ``left_out``, in order; not stored, as an array takes 8 bytes each."""
 
     def __init__(self, number: int, left_out: np.ndarray) -> None:
         self._number = number
@@ -100,12 +100,12 @@ class Stream(NamedTuple):
     """A part of the row of blocks; each full batch takes the same number of examples from it."""
 
     number: int
-    width: int  # that number; the last batch may take another
+    width: int  # that number; it may differ for the last batch
     edges: list[int]  # the positions in the row where its windows begin, and where the last one ends
 
 
 class StreamOrder:
-    """The order of a split's examples, which are in blocks, in a pass over the data. Its slices are arrays of indices.
+    """The order of a split's examples in blocks, for one pass over the data. Its slices are arrays of indices.
 
     The blocks are permuted into a row, which is cut into ``num_streams`` almost equal streams; a block at a border
     belongs to two. Within a stream, the examples of every four blocks, a *window*, are shuffled. A batch takes its c-th

@@ -1,8 +1,8 @@
 """Sharded sampling: each rank's slices of global batches that do not depend on the number of ranks.
 
 A *batch* is global: the examples of one optimizer step, over all ranks. A rank's part of it is a *slice*. A rank
-computes its slice in *micro-batches*: in one, or, with ``--micro-batch-size``, in several. With ``--reproducible``, a
-batch is cut into a fixed number of *chunks* instead of slices. A rank has several of them, and each is a micro-batch
+computes its slice in one *micro-batch* or, with ``--micro-batch-size``, in several. With ``--reproducible``, a batch is
+cut into a fixed number of *chunks* instead of slices. Each rank has several chunks, and each chunk is a micro-batch
 (``--micro-batch-size`` is then an error).
 """
 
@@ -22,7 +22,7 @@ _DRAWN_AT_ONCE = 2**13  # examples of a pass's order; drawing one at a time take
 
 
 class Request(NamedTuple):
-    """What the loader requests from a data set: a micro-batch, or a batch of an evaluation."""
+    """What the loader requests from a data set: a micro-batch, or an evaluation batch."""
 
     indices: np.ndarray
     global_size: int = 0  # number of examples in the whole batch, over all ranks; 0 in an evaluation
@@ -44,7 +44,7 @@ class ShardedBatchSampler:
 
     The global batches depend only on the seed and the pass, never on the number of ranks: the pass's order is cut into
     batches, and rank r of w takes the r-th of each batch's w slices. So a run can resume at any ``first_step`` with any
-    number of workers and see the same batches. Every rank makes all steps, if need be with a filler.
+    number of workers and see the same batches. Every rank takes all steps, if necessary with a filler.
 
     Of a batch of 10, 4 ranks take 2, 3, 2 and 3 examples. With ``--reproducible``, a batch has a fixed number of
     chunks. Data in blocks have a fixed number of streams, each with a part of every batch. Of 8, 3 ranks take 2, 3, 3.
@@ -58,11 +58,11 @@ class ShardedBatchSampler:
     world_size: int = 1
     first_step: int = 0
     num_chunks: int | None = None  # of a batch, with --reproducible; None: slices
-    micro_batch_size: int | None = None  # at most; None: any
+    micro_batch_size: int | None = None  # the upper limit; None: no limit
     order: StreamOrder | None = None  # of examples in blocks; a rank's slice comes from its own streams
 
     def __iter__(self) -> Iterator[Request]:
-        # A rank's slice is one of world_size parts or, of data in blocks, the parts of its streams. Chunks stay apart.
+        # A rank's slice is one of world_size parts or, for data in blocks, its streams' parts. Chunks stay separate.
         num_parts = self.num_chunks or (self.order.num_streams if self.order else self.world_size)
         own = part_of(num_parts, self.rank, self.world_size)
         edges = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
@@ -77,7 +77,7 @@ class ShardedBatchSampler:
                 yield Request(batch[:1] if is_filler else indices, len(batch), ends_step, is_filler)
 
     def _num_micro_batches(self, size: int, num_parts: int) -> int:
-        """Return how many micro-batches the largest slice needs: all ranks compute as many, as FSDP requires."""
+        """Return how many micro-batches the largest slice needs: all ranks compute that many, as FSDP requires."""
         if self.micro_batch_size is None:
             return 1
         largest = math.ceil(size * math.ceil(num_parts / self.world_size) / num_parts)

@@ -1,4 +1,4 @@
-"""Ready-made data for ``load_data``: folders of pictures, one folder per class; and Parquet, read in blocks."""
+"""Ready-made data for ``load_data``: folders of images, one folder per class; and Parquet, read in blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mnist_ray.settings import path_of
 from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
+"""Pillow's names of the accepted formats. For some others, it would start a program: Ghostscript for PostScript."""
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 _NUM_THREADS = 16  # that read footers
 _KINDS_OF_LIST = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -34,9 +34,9 @@ _REMEDY = "pass decode=, which turns a row into an example"
 
 
 def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Data:
-    """Return the pictures in ``place``, a folder per class; torchvision's ``ImageFolder`` reads each one when needed.
+    """Return the images in ``place``, a folder per class; torchvision's ``ImageFolder`` reads each one when needed.
 
-    Each picture is scaled and cut to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may have
+    Each image is scaled and cropped to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may have
     train/ and test/ (or val/) with these folders; with all three, val/ is for validation. Without them, a random fifth
     is the test set. Raises UsageError.
     """
@@ -75,9 +75,9 @@ class Parquet(Blocks):
 
     ``place``: a path or URI of a file, of a folder with ``.parquet`` files, or with ``*``. ``columns``: those of the
     inputs, then that of the targets; by default all, without pandas' index. They hold numbers, lists of equal lengths,
-    tensors of Ray Data, or pictures as Hugging Face writes them, which become (H, W) or (H, W, 3) uint8. Several
+    tensors of Ray Data, or images as Hugging Face writes them, which become (H, W) or (H, W, 3) uint8. Several
     columns of inputs hold numbers and become (columns,) float32. Instead, ``decode`` may turn a row, a dict by column,
-    into (input, target); like ``Blocks.read``, it must draw no random numbers. Raises UsageError if there are no such
+    into (input, target); like ``Blocks.read``, it must not draw random numbers. Raises UsageError if there are no such
     files or columns.
     """
 
@@ -175,7 +175,7 @@ def _opened(filesystem: fs.FileSystem, path: str) -> _File:
 
 
 def _version(filesystem: fs.FileSystem, path: str, handle: pa.NativeFile) -> str:
-    """Return what changes if a file does; an object store has sent its ETag when it opened the file."""
+    """Return a text that changes if the file does. An object store sent its ETag when it opened the file."""
     tag = handle.metadata().get("ETag") or filesystem.get_file_info(path).mtime_ns
     return f"{handle.size()} {tag!r}"
 
@@ -250,16 +250,16 @@ def _picture(content: bytes) -> np.ndarray:
 
 
 def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
-    """Decode a picture in one of FORMATS, as it is displayed. A damaged file may raise anything."""
+    """Decode an image in one of FORMATS, as it is displayed. A damaged file may raise anything."""
     with Image.open(file, formats=FORMATS) as picture:
         picture.load()
         return as_displayed(picture)
 
 
 def as_displayed(picture: Image.Image) -> Image.Image:
-    """Return a picture upright, as its EXIF data say, and a grey one of 16 bits with 8.
+    """Return an image upright, as its EXIF data state, with 8 bits if it is grey with 16.
 
-    Pillow's ``convert`` would make nearly all of 16 bits white.
+    Pillow's ``convert`` would make nearly all 16-bit values white.
     """
     has_more = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM")
     with contextlib.suppress(Exception):  # damaged EXIF data may raise anything; a damaged picture raises later

@@ -1,4 +1,4 @@
-"""Divides a workload's data into training, validation and test; and makes subsets for quick trials."""
+"""Divides a workload's data into training, validation and test sets, and makes subsets for quick trials."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _part(split: Split, limit: float) -> Split:
 
 
 def _drawn(split: Split, size: int, seed: int) -> np.ndarray:
-    """Return the indices, sorted, of ``size`` random examples; of ``Blocks``, those of random blocks."""
+    """Return the sorted indices of ``size`` random examples; for ``Blocks``, those of random blocks."""
     if isinstance(split.examples, Blocks):
         return whole_blocks(split, size, seed)
     return np.sort(Shuffled(len(split), [seed])[:size])
@@ -80,7 +80,7 @@ def sizes_in(split: Split) -> np.ndarray | None:
 
 
 def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
-    """Return the indices, sorted, of the examples in random blocks: as many blocks as ``size`` holds, at least one."""
+    """Return the sorted indices of the examples in random blocks: as many blocks as ``size`` holds, at least one."""
     sizes = sizes_in(split)
     assert sizes is not None
     order = [block for block in Shuffled(len(sizes), [seed])[:].tolist() if sizes[block]]

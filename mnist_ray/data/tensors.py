@@ -58,7 +58,7 @@ def with_fast_layout(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a ``DTensor``, without the import of its class, which takes a second."""
+    """Return whether a tensor is a ``DTensor``, without importing that class, which takes a second."""
     return hasattr(tensor, "to_local")
 
 

@@ -121,7 +121,7 @@ def test_too_large_blocks_are_refused_with_a_remedy() -> None:
     with pytest.raises(ExampleError) as raised:
         list(batches)
     assert str(raised.value) == (
-        "a step needs 32 blocks at a time, in all 16 MiB, above --read-ahead-mib 8; raise it, write smaller blocks "
+        "a step needs 32 blocks at a time, 16 MiB in all, more than --read-ahead-mib 8; raise it, write smaller blocks "
         "(row groups), or start a run with fewer --num-chunks"
     )
 
@@ -155,7 +155,7 @@ def test_other_errors_name_the_block() -> None:
     short = Numbers()
     short.sizes = [*SIZES[:-1], 6]
     short.read = Mock(side_effect=lambda block: Arrays(np.arange(5), np.arange(5)))  # type: ignore[method-assign]
-    with pytest.raises(ExampleError, match=r"^train block \d+ has 5 examples; sizes says \d+$"):
+    with pytest.raises(ExampleError, match=r"^train block \d+ has 5 examples, but sizes has \d+$"):
         list(epochs(dataset_of(short)))
 
 
