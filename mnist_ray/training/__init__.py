@@ -1,1 +1,1 @@
-"""Training and evaluation in plain PyTorch: nothing here knows of Ray."""
+"""Training and evaluation in plain PyTorch: nothing here depends on Ray."""

@@ -16,7 +16,7 @@ class Callback(UserClass):
     """The base class of your code. Its methods are called on every rank at the same steps; override what you need.
 
     Each worker creates an instance, without arguments, when it starts. State that a resumed run needs belongs in
-    ``state_dict``. You may change ``state.model``, ``state.optimizer`` and ``state.scheduler``, but alike on all ranks.
+    ``state_dict``. You may change ``state.model``, ``state.optimizer`` and ``state.scheduler``, alike on all ranks.
     """
 
     def on_start(self, state: TrainingState, group: Group) -> None:
@@ -26,7 +26,7 @@ class Callback(UserClass):
         """The model holds the gradients of the global batch's mean loss, before clipping."""
 
     def on_step(self, state: TrainingState) -> None:
-        """The optimizer has made a step; ``state.step`` counts it."""
+        """The optimizer has taken a step; ``state.step`` counts it."""
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """About half a second has passed; ``progress`` has the metrics over all ranks."""

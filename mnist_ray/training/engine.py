@@ -98,8 +98,8 @@ def train(
 ) -> None:
     """Train ``state`` from its position to the end of the last epoch, on this rank's slices of ``split``.
 
-    ``config.precision`` must not be ``auto``. Raises TrainingDivergedError, on every rank, before weights that are not
-    finite are saved; StopWantedError after a checkpoint, if a callback wants to stop, or at ``state.last_step``.
+    ``config.precision`` must not be ``auto``. Raises TrainingDivergedError on every rank instead of saving weights that
+    are not finite, and StopWantedError after a checkpoint if a callback wants to stop, or at ``state.last_step``.
     """
     assert config.precision != "auto"
     if config.compile:
@@ -153,7 +153,7 @@ def _steps(
 ) -> Iterator[list[MicroBatch]]:
     """Yield this rank's slice of each remaining step of the epoch, as a list of micro-batches on the device.
 
-    An epoch is a pass over the data or, with ``--num-steps``, a number of steps: it may end within a pass, or have
+    An epoch is a pass over the data or, with ``--num-steps``, a number of steps: it may end within a pass, or span
     several.
     """
     pass_number, first_step = divmod(state.total_step, config.steps_per_pass(len(batches)))
@@ -175,7 +175,7 @@ def _steps_of_pass(
     pass_number: int,
     first_step: int,
 ) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's slices like ``_steps``, from a step of a pass over the data to its end."""
+    """Yield this rank's slices like ``_steps``, from ``first_step`` to the end of a pass over the data."""
     sampler = ShardedBatchSampler(
         len(batches),
         config.batch_size,
@@ -202,7 +202,7 @@ def _steps_of_pass(
 
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> dict[Figure, Tensor]:
-    """Make a step of the optimizer, the schedule and the EMA, from the gradients in the model; return its figures."""
+    """Step the optimizer, the schedule and the EMA with the model's gradients; return the step's figures."""
     figures: dict[Figure, Tensor] = {}
     state.watch.turn(CALLBACKS)
     state.scaler.unscale_(state.optimizer)
@@ -227,7 +227,7 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
 def _decide(
     window: LoggingWindow, state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]
 ) -> Progress | None:
-    """Close the window, on all ranks, if it is full or a checkpoint is due; report it, and return what to do then."""
+    """If the window is full or a checkpoint is due, close it on all ranks, report it, and return what to do next."""
     is_last = state.total_step == state.last_step
     is_due = is_last or state.step % (config.checkpoint_every or MAX_STEPS_UNSAVED) == 0
     if not (is_due or window.is_full(state.epoch_steps - state.step)):

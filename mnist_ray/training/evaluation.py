@@ -23,8 +23,8 @@ from mnist_ray.training.metrics import Evaluation, check_columns
 from mnist_ray.training.step import forward, sums_of
 from mnist_ray.workload.base import Workload
 
-MAX_OUTPUT_BYTES = 2**26  # that an evaluation computes at a time, if the workload leaves that to us
-MAX_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
+MAX_OUTPUT_BYTES = 2**26  # of outputs computed at a time, unless the workload sets the batch size
+MAX_COLUMN_BYTES = 2**30  # of predictions that a process keeps in memory
 
 
 def evaluate_together(
@@ -56,7 +56,7 @@ def evaluate_together(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Let a model compute in evaluation mode, without gradients; then, put it back into the mode that it was in."""
+    """Put a model into evaluation mode, without gradients; restore its mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():  # in inference mode, a model could not train with the tensors that it caches
@@ -68,7 +68,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _not_compiled(model: nn.Module) -> Iterator[None]:
-    """Let a model compute without ``--compile``, which would compile it for the shape of each batch."""
+    """Run a model without ``--compile``: it would be compiled for the shape of each batch."""
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     yield
     model._compiled_call_impl = compiled
@@ -77,8 +77,8 @@ def _not_compiled(model: nn.Module) -> Iterator[None]:
 def batch_size_of(workload: Workload, model: nn.Module, split: Split, num_processes: int, most: int | None) -> int:
     """Return how many examples an evaluation computes at a time: the same number for any part of the examples.
 
-    Unless the workload has a number of its own, it divides the default one, and is limited by ``most``, a micro-batch,
-    and by MAX_OUTPUT_BYTES of outputs, if all are like those of the first of the examples.
+    Unless the workload sets the number, it is a divisor of the default, limited by ``most``, the size of a micro-batch,
+    and by MAX_OUTPUT_BYTES of outputs, as estimated from the first example.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     size = workload.evaluation_batch_size(on_gpu=device.type == "cuda")

@@ -85,16 +85,16 @@ class Progress(Event):
     so_far: Mapping[str, float]  # loss and metrics over the epoch so far
     num_examples: int  # of the epoch so far
     epoch_s: float  # seconds of training in the epoch so far
-    learning_rate: float  # with which the last step was made, in the optimizer's first parameter group
+    learning_rate: float  # of the last step, in the optimizer's first parameter group
     total_step: int  # finished steps over all epochs
     saves: bool = False  # whether a checkpoint follows
     stops: bool = False  # whether the training stops after that
     parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
-    others: Mapping[str, float] = field(default_factory=dict)  # figures over the steps since then that are no means
+    others: Mapping[str, float] = field(default_factory=dict)  # figures of these steps that are not means
 
     @property
     def loss(self) -> float:
-        """Mean loss of the steps since the last progress that had weight."""
+        """Mean loss of the steps since the last progress, except those without weight."""
         known = [loss for loss in self.losses if not math.isnan(loss)]
         return math.fsum(known) / len(known) if known else math.nan
 
@@ -141,7 +141,7 @@ class Outcome(Event):
     """The training has ended; no other event of the workers follows."""
 
     diverged: Exception | None = None  # a TrainingDivergedError
-    is_stopped: bool = False  # as it was asked to, before its last epoch
+    is_stopped: bool = False  # as requested, before its last epoch
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A step's gradients: of each micro-batch, added up over micro-batches and ranks."""
+"""A step's gradients, computed for each micro-batch and added up over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Gradients:
         """Put the gradients into the model; return sums over this rank's slice: of the losses, measures and weights.
 
         Each is one number or, with ``--reproducible``, has one per chunk, 0 for chunks of other ranks. Raises
-        TrainingStoppedError, at an epoch's start, if other parameters than at first are trained.
+        TrainingStoppedError, at an epoch's start, if the set of trained parameters has changed.
         """
         if self._state.step == 0:
             self._check_trained()
@@ -83,14 +83,14 @@ class Gradients:
             dist.all_reduce(weight_sum)
         weight_sum = weight_sum.sum()  # over the chunks
         gradients = [rows_here(p.grad) for p in self._state.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, global_size / weight_sum)  # they are divided by the size already
+        torch._foreach_mul_(gradients, global_size / weight_sum)  # they are already divided by the size
         return bool(weight_sum != 0)
 
     def _check_trained(self) -> None:
-        """Raise TrainingStoppedError if other parameters than at first are trained: their gradients would be wrong."""
+        """Raise TrainingStoppedError if the set of trained parameters has changed: gradients would be wrong."""
         must_be_same = self._model is not self._state.model or self._chunks is not None
         if must_be_same and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
-            raise TrainingStoppedError("a callback has changed requires_grad in mid-training; change it in on_start")
+            raise TrainingStoppedError("a callback has changed requires_grad during training; change it in on_start")
 
     def _of_slice(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)
@@ -105,7 +105,7 @@ class Gradients:
         return total
 
     def _accumulating(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Let the backward pass of a step's last micro-batch add up over the ranks what has accumulated on each."""
+        """Add up gradients over the ranks only in the backward pass of a step's last micro-batch."""
         if self._is_sharded:
             self._model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         elif isinstance(self._model, DistributedDataParallel) and not is_last:
@@ -121,7 +121,7 @@ class Gradients:
         return chunks.apply()
 
     def _seed(self, number: int) -> None:
-        """Seed augmentation and dropout by epoch, step, and the number of the rank or, if there are any, the chunk."""
+        """Seed augmentation and dropout by epoch, step, and the number of the rank or, with chunks, of the chunk."""
         for generator in {torch.default_generator, self._generator}:
             generator.manual_seed(seed_of(self._config.seed, self._state.epoch, number) + self._state.step)
 

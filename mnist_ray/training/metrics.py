@@ -95,14 +95,14 @@ def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:
         shapes = {tuple(columns[name].shape[1:]) if name in columns else "none" for columns in batches}
         if len(shapes) > 1:
             found = " and ".join(map(str, sorted(shapes, key=str)))
-            raise UsageError(f"predictions: an example's {name} has different shapes, {found}; pad them to one")
+            raise UsageError(f"predictions: {name} differs in shape between examples, {found}; pad them to one")
 
 
 def score(workload: Workload, values: Mapping[str, float]) -> float:
     """Return a number that is larger for a better model, by the monitored metric and then by the loss.
 
-    Ray ranks checkpoints by one number, so the pair (metric, −loss) is packed into one: the loss, limited by the arc
-    tangent and times 1e-9, only breaks ties. ``values`` come from the validation.
+    Ray ranks checkpoints by one number, so the pair (metric, −loss) is packed into one: the loss, bounded by the arc
+    tangent and multiplied by 1e-9, only breaks ties. ``values`` come from the validation.
     """
     value, loss = values[workload.monitor.name], math.atan(values["loss"])
     loss = 2.0 if math.isnan(loss) else loss

@@ -18,7 +18,7 @@ from mnist_ray.training.stopwatch import Pace, Stopwatch
 
 
 class StopWantedError(Exception):
-    """Training has saved a checkpoint and stopped, as it was asked to. Raised on every rank alike."""
+    """Training has saved a checkpoint and stopped, as requested. Raised on every rank alike."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class TrainingState:
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step at which training stops here, set by the worker: a trial's segment may end
-    learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
+    learning_rate: float = math.nan  # of the last step, in the optimizer's first parameter group
     watch: Stopwatch = field(default_factory=Stopwatch)
     pace: Pace = field(default_factory=Pace)
 
@@ -58,7 +58,7 @@ class TrainingState:
         return min(self.steps_per_epoch, self.total_steps - self.epoch * self.steps_per_epoch)
 
     def finish_epoch(self) -> None:
-        """Begin the next epoch: its sums and its time are 0."""
+        """Begin the next epoch: reset its sums and its time."""
         self.finished_s += self.epoch_s
         self.epoch += 1
         self.step, self.sums, self.epoch_s = 0, MetricSums(), 0.0
@@ -75,7 +75,7 @@ class TrainingState:
 
 
 def is_over(state: TrainingState, config: TrainConfig) -> bool:
-    """Tell whether training ends here: after the last epoch, by early stopping, or by a callback."""
+    """Return whether training ends here: after the last epoch, by early stopping, or by a callback."""
     scores, patience = state.scores, config.early_stop
     has_stalled = bool(scores) and patience is not None and len(scores) - best_epoch(scores) >= patience
     return state.epoch >= config.num_epochs or has_stalled or state.ends

@@ -1,4 +1,4 @@
-"""A batch's way through a workload: the same in training, in evaluations and predictions, and in the dry run."""
+"""A batch's path through a workload: the same in training, evaluation, prediction and the dry run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def forward(
 ) -> tuple[Any, Any]:
     """Return the model's outputs for a batch on its device, in fp32, and the targets that belong to them.
 
-    ``precision``, of the model alone, must not be ``auto``. ``generator`` is for the augmentation of a training.
+    ``precision`` is that of the model alone, and must not be ``auto``. ``generator`` is for augmentation in training.
     """
     first = next(model.parameters(), torch.empty(0))
     inputs = workload.prepare(batch.inputs, generator)
@@ -39,7 +39,7 @@ def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor) ->
     """
     measured, example_weights = workload.measure(detached(outputs), targets), workload.weights(targets)
     if example_weights is not None and type(workload).measure in (Classification.measure, Regression.measure):
-        measured = {name: values * example_weights for name, values in measured.items()}  # those know no weights
+        measured = {name: values * example_weights for name, values in measured.items()}  # these ignore weights
     sums = {"loss": loss_sum.detach(), **{name: values.sum() for name, values in measured.items()}}
     if example_weights is not None:
         sums[WEIGHT] = torch.where(example_weights >= 0, example_weights, math.nan).sum()

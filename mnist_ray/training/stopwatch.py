@@ -11,7 +11,7 @@ from typing import Any
 
 DATA, COPIES, COMPUTE, WORKERS, OPTIMIZER = "data", "copies", "compute", "workers", "optimizer"
 CALLBACKS, CHECKPOINTS, STORAGE, VALIDATION, START = "callbacks", "checkpoints", "storage", "validation", "start"
-PARTS = {  # and what the console and the report call them
+PARTS = {  # with their names on the console and in the report
     DATA: "data",  # waiting for the next batch
     COPIES: "copies",  # copying it to the device
     COMPUTE: "compute",  # forward and backward pass
@@ -19,19 +19,19 @@ PARTS = {  # and what the console and the report call them
     OPTIMIZER: "optimizer",  # its step, those of the schedule and of the EMA
     CALLBACKS: "callbacks",  # the user's, and reports of progress
     CHECKPOINTS: "checkpoints",  # standing still while the state is copied
-    STORAGE: "storage",  # standing still until it has taken the checkpoint before
+    STORAGE: "storage",  # standing still until the previous checkpoint is stored
     VALIDATION: "validation",
     START: "first step",  # from the creation of the model to the end of the first step: data, compilation, caches
 }
 
 _MAX_COST = 0.01  # of the time since the last checkpoint
-_FIRST_S = 5.0  # of training before the first checkpoint, whose cost nobody knows yet
+_FIRST_S = 5.0  # of training before the first checkpoint, whose cost is not known yet
 
 
 class Stopwatch:
     """Divides this process's time among PARTS: each moment belongs to one.
 
-    On a GPU, the time is the GPU's. Moments are events in its stream, so that measuring waits for nothing.
+    On a GPU, times are measured on the GPU. Moments are events in its stream, so measuring never waits.
     """
 
     def __init__(self, *, is_on_gpu: bool = False) -> None:
@@ -59,7 +59,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def on(self, part: str) -> Iterator[None]:
-        """Count the time of a block as ``part``, then go on with the part before."""
+        """Count the time of a block as ``part``, then return to the previous part."""
         before = self.part
         self.turn(part)
         yield
@@ -82,9 +82,9 @@ class Stopwatch:
 
 
 class Pace:
-    """Tells when to save within an epoch: if a checkpoint costs at most 1 % of the time since the last one.
+    """Decides when to save within an epoch: if a checkpoint costs at most 1 % of the time since the last one.
 
-    It costs the time for which training stands still, and the processor's time in which a thread writes it.
+    The cost is the time for which training stands still, plus the processor time of the thread that writes it.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -94,7 +94,7 @@ class Pace:
         self._written.set()
 
     def is_due(self, *, at_any_cost: bool = False) -> bool:
-        """Tell whether to save now. Only one checkpoint is written at a time: one that is due meanwhile comes next."""
+        """Return whether to save now. Only one checkpoint is written at a time; if another falls due, it comes next."""
         self._is_late |= at_any_cost
         is_cheap = self._now() - self._saved_at > (self._stall_s + self._write_s) / _MAX_COST
         return self._written.is_set() and (is_cheap or self._is_late)

@@ -45,14 +45,14 @@ class LoggingWindow:
         self._start = time.perf_counter()
 
     def add(self, sums: dict[str, Tensor], global_size: int, others: Mapping[Figure, Tensor]) -> None:
-        """Add a step: sums on this rank, one or a row of the chunks'; global batch size; figures that are no means."""
+        """Add a step: sums on this rank, one or a row of the chunks'; global batch size; figures that are not means."""
         self._sums.append(sums)
         self._sizes.append(global_size)
         for figure, value in others.items():
             self._others.setdefault(figure, []).append(value)
 
     def is_full(self, steps_left: int) -> bool:
-        """Tell whether to close the window. It stays open if an epoch's last steps are too few for another."""
+        """Return whether to close the window. It stays open if an epoch's last steps are too few for another."""
         return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
 
     def close(self, state: TrainingState, *, stop_wanted: bool, save_wanted: bool) -> Progress:
@@ -66,7 +66,7 @@ class LoggingWindow:
         return progress
 
     def _reduce(self, state: TrainingState, *wishes: bool) -> tuple[list[MetricSums], list[list[float]], list[float]]:
-        """Return the steps over all ranks, a row of each rank, and what rank 0 decides."""
+        """Return the steps over all ranks, a row for each rank, and rank 0's decisions."""
         names = list(self._sums[0])
         sums = torch.stack([step[name] for step in self._sums for name in names]).double()
         if sums.is_cuda:

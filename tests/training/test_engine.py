@@ -508,5 +508,5 @@ def test_a_layer_that_a_callback_freezes_later_is_refused_if_its_gradients_are_a
     hooks = Hooks(on_epoch=lambda state, progress: state.model.get_submodule("conv1").requires_grad_(False))
     config = replace(CONFIG, num_epochs=2)
     assert trained(config, few_images, hooks).epoch == 2
-    with pytest.raises(TrainingStoppedError, match=r"^a callback has changed requires_grad in mid-training"):
+    with pytest.raises(TrainingStoppedError, match=r"^a callback has changed requires_grad during training"):
         trained(replace(config, reproducible=True), few_images, hooks)

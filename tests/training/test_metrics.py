@@ -39,7 +39,7 @@ def test_an_epoch_that_began_before_a_metric_was_added_has_none() -> None:
 @pytest.mark.parametrize("columns", [{"words": np.ones((2, 5))}, {"others": np.ones((2, 3))}])
 def test_columns_that_cannot_be_joined_are_named(columns: dict[str, np.ndarray]) -> None:
     parts = [Evaluation(({"loss": 2.0},), 2, each) for each in ({"words": np.ones((2, 3))}, columns)]
-    said = r"^predictions: an example's words has different shapes, \(3,\) and (\(5,\)|none); pad them to one$"
+    said = r"^predictions: words differs in shape between examples, \(3,\) and (\(5,\)|none); pad them to one$"
     with pytest.raises(UsageError, match=said):
         Evaluation.merge(parts)
 
