@@ -1,7 +1,7 @@
 """``--strategy fsdp``: each worker holds some rows of each tensor of the model (PyTorch's FSDP2, ``fully_shard``).
 
 The model is sharded in *units*, such as the blocks of a transformer. Before a unit computes, the workers gather its
-weights; afterwards, they free them. All that is in no unit, such as an embedding, is gathered for the whole step.
+weights; afterwards, they free them. Everything outside the units, such as an embedding, is gathered for the whole step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mnist_ray.errors import UsageError, first_line
 from mnist_ray.parallel.group import Group
 from mnist_ray.workload.base import Workload
 
-_STATES = {"adam": 2, "adamw": 2, "sgd": 1}  # that an optimizer keeps of each parameter
+_STATES = {"adam": 2, "adamw": 2, "sgd": 1}  # tensors that an optimizer keeps per parameter
 
 
 def create_models(
@@ -54,7 +54,7 @@ def create_models(
 
 
 def create_model(workload: Workload, config: TrainConfig, *, with_memory: bool = True) -> nn.Module:
-    """Return a new model; with ``--recompute-activations``, its units compute theirs again in the backward pass."""
+    """Return a new model; with ``--recompute-activations``, its units recompute theirs in the backward pass."""
     torch.manual_seed(config.seed)
     with contextlib.nullcontext() if with_memory else torch.device("meta"):
         model = workload.create_model()
@@ -81,7 +81,7 @@ def _shard(model: nn.Module, units: Iterable[nn.Module], group: Group) -> None:
 
 @contextlib.contextmanager
 def resharded(model: nn.Module) -> Iterator[bool]:
-    """Free at the end what forward passes without a backward pass have gathered; give whether the model has units."""
+    """At the end, free the weights gathered by forward passes without backward; yield whether the model has units."""
     has_units = any(is_sharded(parameter) for parameter in model.parameters())
     yield has_units
     if has_units:
@@ -89,14 +89,14 @@ def resharded(model: nn.Module) -> Iterator[bool]:
 
 
 def _recompute(units: Iterable[nn.Module]) -> None:
-    """Let units compute their activations again in the backward pass, with the same random numbers."""
+    """Let units recompute their activations in the backward pass, with the same random numbers."""
     for unit in units:
         contexts = functools.partial(_recomputing, unit)
         unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, context_fn=contexts)
 
 
 def _recomputing(unit: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a unit's first forward pass, and of the second, which must not move running statistics."""
+    """Return contexts for a unit's first forward pass, and for the second, which must not update running statistics."""
     return contextlib.nullcontext(), _with_buffers_kept(unit)
 
 
@@ -105,13 +105,13 @@ def _with_buffers_kept(unit: nn.Module) -> Iterator[None]:
     before = [buffer.clone() for buffer in unit.buffers()]
     try:
         yield
-    finally:  # a second pass ends by an exception as soon as it has all activations
+    finally:  # a second pass ends with an exception as soon as it has all activations
         for buffer, value in zip(unit.buffers(), before, strict=True):
             buffer.copy_(value)
 
 
 def on_meta(workload: Workload) -> tuple[nn.Module | None, str]:
-    """Return the model without memory for its tensors; or None, and why it cannot be created so."""
+    """Return the model without memory for its tensors; or None, and why that is impossible."""
     try:
         with torch.device("meta"):
             model = workload.create_model()
@@ -147,7 +147,7 @@ def units_of(workload: Workload, model: nn.Module) -> list[nn.Module]:
 
 
 def is_wanted(config: TrainConfig, num_workers: int) -> bool:
-    """Tell whether so many workers shard the model; one holds all of it."""
+    """Return whether this many workers shard the model; a single one holds all of it."""
     return config.strategy == "fsdp" and num_workers > 1
 
 
@@ -188,7 +188,7 @@ def _check_owners(workload: Workload, model: nn.Module, num_workers: int) -> Non
             remedy = "override shard_units() so that one unit has all parts that share it"
             raise UsageError(f"{name}: parameter {path} is tied across units; {remedy}")
         if not parameter.dim():
-            raise UsageError(f"{name}: parameter {path} is a number: --strategy fsdp needs the shape (1,)")
+            raise UsageError(f"{name}: parameter {path} is a scalar: --strategy fsdp needs the shape (1,)")
     if num_workers > max(map(len, model.parameters())):
         raise UsageError(f"--strategy fsdp: no tensor has rows for {num_workers} workers; lower --num-workers")
 
@@ -196,7 +196,7 @@ def _check_owners(workload: Workload, model: nn.Module, num_workers: int) -> Non
 def held_bytes(model: nn.Module, workload: Workload, config: TrainConfig, num_workers: int) -> int:
     """Return the size of the weights, gradients, optimizer state and EMA that each worker holds.
 
-    For an optimizer of the workload's own, the state is taken to be as large as Adam's.
+    A workload's own optimizer is assumed to keep as much state as Adam.
     """
     is_own = type(workload).create_optimizer is not Workload.create_optimizer
     of_trained = 2 + (2 if is_own else _STATES[config.optimizer])

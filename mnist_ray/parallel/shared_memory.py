@@ -54,7 +54,7 @@ def use_if_possible(model: DistributedDataParallel) -> bool:
 
 
 def is_supported() -> bool:
-    """Tell whether this is Linux on a processor that makes writes visible in their order (x86-64)."""
+    """Return whether this is Linux on a processor that makes writes visible in order (x86-64)."""
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
@@ -87,7 +87,7 @@ class Exchange:
 
 
 def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
-    """Return zeroed memory that all ranks share; None on all ranks if one cannot map it. All ranks must call it."""
+    """Return zeroed memory that all ranks share; None on all ranks if any cannot map it. All ranks must call it."""
     num_bytes = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4
     with contextlib.ExitStack() as removed:  # the file; the memory stays until the last rank has closed it
         names = [_create_file(num_bytes, removed) if dist.get_rank() == 0 and is_supported() else ""]
@@ -99,7 +99,7 @@ def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
 
 
 def _create_file(num_bytes: int, removed: contextlib.ExitStack) -> str:
-    """Create a file of zeros, until ``removed`` ends; return its name. Empty if it would be too large."""
+    """Create a file of zeros that exists until ``removed`` exits; return its name, or "" if it would be too large."""
     if num_bytes > _MAX_BYTES:
         return ""
     with contextlib.suppress(OSError):  # there is no such folder, or no room: a full memory would kill us later

@@ -493,7 +493,7 @@ class Grows(Stack):
         (tied, 2, r"parameter words\.weight is tied across units"),
         (Repeats, 2, r"unit blocks\.0 runs 2 times in a forward pass"),
         (Grows, 2, r"changes the shape of parameter blocks\.0\.scale"),
-        (Scaled, 2, r"parameter temperature is a number: --strategy fsdp needs the shape \(1,\)"),
+        (Scaled, 2, r"parameter temperature is a scalar: --strategy fsdp needs the shape \(1,\)"),
         (Stack, 12, r"no tensor has rows for 12 workers; lower --num-workers"),
     ],
 )
