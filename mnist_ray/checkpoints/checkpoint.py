@@ -106,7 +106,7 @@ class Snapshot:
                 digests[STATE_FILE] = digest_of(document)
                 folder.write_files({STATE_FILE: [json_lines(document).encode()]})
         except STORAGE_ERRORS:
-            with contextlib.suppress(*STORAGE_ERRORS):  # a part of a checkpoint is of no use on a full disk
+            with contextlib.suppress(*STORAGE_ERRORS):  # a part of a checkpoint only fills the disk
                 folder.filesystem.delete_dir(folder.path)
             raise
 
@@ -125,7 +125,7 @@ class Snapshot:
 
 
 def _gathered(written: Written, writers: dist.ProcessGroup | None) -> list[Written]:
-    """Return, on rank 0, what all ranks have written."""
+    """Return, on rank 0, the digests or errors of all ranks."""
     if writers is None:
         return [written]
     of_ranks: list[Any] | None = [None] * writers.size() if writers.rank() == 0 else None
@@ -172,7 +172,7 @@ def _apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[st
         plain = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor) and not is_sharded(value)]
         if is_sharded(parameter) and any(tensor.dim() for tensor in plain):
             found = f"{type(optimizer).__name__} keeps a worker's rows in a plain tensor, which cannot be saved"
-            raise TrainingStoppedError(f"--strategy fsdp: {found}; create it by torch.zeros_like(parameter)")
+            raise TrainingStoppedError(f"--strategy fsdp: {found}; create it with torch.zeros_like(parameter)")
     return tensors, {**saved, "state": others}
 
 
@@ -210,7 +210,7 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a rank needs of a checkpoint: of a sharded state, its own rows."""
+    """What a rank needs from a checkpoint: its own rows if the state is sharded, else everything."""
 
     document: dict[str, Any]
     weights: dict[str, Tensor]
@@ -239,7 +239,7 @@ class _Saved:
 
 
 def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
-    """Read what this rank needs of a checkpoint. Raises like ``restore``."""
+    """Read what this rank needs from a checkpoint. Raises like ``restore``."""
     document = read_state(folder)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     of_numbers = {str(number): parameter for number, parameter in enumerate(parameters)}
@@ -256,7 +256,7 @@ def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
 
 
 def _training_of(document: dict[str, Any], tensors: dict[str, Tensor], content: bytes) -> dict[str, Any]:
-    """Return the content of training.pt, with the optimizer's ``tensors``. Raises anything if it is not a right one."""
+    """Return the content of training.pt, with the optimizer's ``tensors``. Raises anything if it is invalid."""
     training = unpickled(content)
     of_numbers = {str(number): values for number, values in training["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
@@ -320,7 +320,7 @@ def read_file(folder: RunFolder, name: str) -> bytes | None:
 
 
 def tensors_of(folder: RunFolder, document: dict[str, Any], kind: str) -> TensorFiles:
-    """Return the tensors of a kind, such as MODEL, whose files' headers are read. Call it while ``reading``."""
+    """Return the tensors of a kind, such as MODEL; reads only the files' headers. Call it within ``reading``."""
     digests = document["sha256"]
     files = TensorFiles(folder, {name: digests[name] for name in files_of(digests, kind)})
     if document.get("tensors", {}).get(kind, len(files.shapes)) != len(files.shapes):
@@ -330,7 +330,7 @@ def tensors_of(folder: RunFolder, document: dict[str, Any], kind: str) -> Tensor
 
 @contextlib.contextmanager
 def reading(folder: RunFolder) -> Iterator[None]:
-    """Raise what goes wrong in reading tensors as a DamagedCheckpointError or, if the storage fails, a JobError."""
+    """Turn errors of reading tensors into a DamagedCheckpointError or, if the storage fails, into a JobError."""
     try:
         with in_one_line(f"cannot read the checkpoint {folder.uri}"):
             yield
@@ -381,7 +381,7 @@ def state_of(callback: Callback) -> dict[str, Any]:
     values = callback.state_dict()
     try:
         check_kept(values)
-    except Exception as error:  # torch's own message would advise to run code
+    except Exception as error:  # torch's own message would advise running code
         code, said = callback.state_dict.__code__, "returns more than numbers, strings, lists, dicts and tensors"
         place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
         raise TrainingStoppedError(f"{type(callback).__name__}.state_dict {said} ({place})") from error

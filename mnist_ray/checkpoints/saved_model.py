@@ -1,4 +1,4 @@
-"""The model in a checkpoint, whole: for evaluations, predictions, exports, and as the start of another run."""
+"""Loads the whole model of a checkpoint: for evaluations, predictions, exports, and as the start of another run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mnist_ray.workload.calls import placed
 
 
 def weights_digest(document: dict[str, Any]) -> str:
-    """Return the digest of a checkpoint's weights from its state.json, for one number of files."""
+    """Return the digest of a checkpoint's weights from its state.json; it depends on the number of files."""
     digests = [document["sha256"][name] for name in files_of(document["sha256"], MODEL)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -45,7 +45,7 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
         files = tensors_of(folder, document, MODEL)
     if files.num_bytes > (free := psutil.virtual_memory().available):
         needed = f"the model of {folder.uri} needs {size_of(files.num_bytes)} of memory"
-        raise JobError(f"{needed}, of which {size_of(free)} are free here; use a larger machine")
+        raise JobError(f"{needed}, and {size_of(free)} are free here; use a larger machine")
     with placed(workload, "create_model"):
         model = workload.create_model()
     own = model.state_dict()
@@ -60,23 +60,23 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
 
 
 def read_weights(location: RunFolder) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint, or those in a file, whose code is not run. Raises UsageError and JobError."""
+    """Return the weights of a checkpoint, or of a file, without running code in it. Raises UsageError and JobError."""
     if location.exists(STATE_FILE):
         with reading(location):
             return tensors_of(location, read_state(location), MODEL).read_all()
     content = read_file(location.storage, location.name) or b""
     try:
-        with warnings.catch_warnings():  # torch warns of strange files
+        with warnings.catch_warnings():  # torch warns about strange files
             warnings.simplefilter("ignore")
             weights = load(content) if location.name.endswith(".safetensors") else unpickled(content)
             return {name: Rows.of(tensor).copied().values for name, tensor in weights.items()}  # tied ones apart
-    except Exception as error:  # torch's own message would advise to run the code
+    except Exception as error:  # torch's own message would advise running the code
         remedy = "write .safetensors, or torch.save(model.state_dict(), 'FILE.pt')"
         raise UsageError(f"{location.uri} has no weights that can be read: {remedy}") from error
 
 
 def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Load the weights that fit a model by name and shape; return the names of those that the model does not get."""
+    """Load the weights that fit a model by name and shape; return the names of the model's other tensors."""
     own = model.state_dict()
     lacking = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     model.load_state_dict({name: weights[name] for name in own.keys() - lacking}, strict=False)

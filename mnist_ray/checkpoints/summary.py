@@ -1,4 +1,4 @@
-"""What is known of a checkpoint, as Ray and state.json hold it."""
+"""What is known about a checkpoint, as Ray and state.json hold it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CheckpointMetrics:
-    """What is known of a checkpoint. Ray gets it, and state.json keeps it, as a flat dict."""
+    """What is known about a checkpoint. Ray gets it, and state.json keeps it, as a flat dict."""
 
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch

@@ -1,4 +1,4 @@
-"""Files of tensors, in the format of safetensors, of which any rows can be read and checked by themselves.
+"""Files of tensors in the safetensors format. Any rows can be read and checked on their own.
 
 *Rows* are numbered along a tensor's first dimension; a tensor without dimensions has one row. A file holds all rows of
 its tensors, or those of one worker (``--strategy fsdp``). Its header has their numbers, and a digest of every few rows.
@@ -22,7 +22,7 @@ from mnist_ray.data.tensors import is_sharded
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 
-_DIGESTED_BYTES = 2**15  # of a digest, about; reading rows reads up to so many bytes more at each end
+_DIGESTED_BYTES = 2**15  # per digest, about; reading rows reads up to that many more bytes at each end
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
@@ -147,7 +147,7 @@ class TensorFiles:
     """Tensors in one or several files of a folder."""
 
     def __init__(self, folder: RunFolder, digests: Mapping[str, str]) -> None:
-        """Read the files' headers, whose ``digests`` ``content_of`` has returned. Raises like ``read``."""
+        """Read the files' headers; ``digests`` are those that ``content_of`` returned. Raises like ``read``."""
         self._folder = folder
         self._parts: dict[str, list[_Part]] = {}
         self._tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
