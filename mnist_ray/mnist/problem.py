@@ -1,4 +1,4 @@
-"""The workload that ships with the package, and an example for your own: digits, and the notebook's network."""
+"""The workload that ships with the package, and an example for your own: digits and the notebook's network."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class MNIST(Classification):
         return CNN(self.num_classes)
 
     def shard_units(self, model: nn.Module) -> list[nn.Module]:
-        """Return the layers: the network is too small to be worth it, but shows that it works."""
+        """Return the layers. The network is too small for sharding to pay off, but shows that it works."""
         return list(model.children())
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
