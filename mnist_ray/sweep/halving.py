@@ -1,4 +1,4 @@
-"""What a sweep trains next, as functions of its table: so a resumed sweep does what is missing, and no more.
+"""What a sweep trains next, as functions of its table, so that a resumed sweep does only what is missing.
 
 The search is successive halving (https://arxiv.org/abs/1502.07943): at each rung, the better half of the trials
 continues. Then the best configurations race.
@@ -15,12 +15,12 @@ from mnist_ray.sweep.ranking import FAILING, finalists, score_at, unreached
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import Sweep, TrialTable
 
-_RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of all epochs
+_RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # fractions of all epochs
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a trial: from its last checkpoint until an epoch, which is not always a whole number."""
+    """A part of a trial: from its last checkpoint to an epoch, not always a whole number."""
 
     point: Point
     until_epoch: float
@@ -33,7 +33,7 @@ def rungs_of(sweep: Sweep) -> list[float]:
 
 
 def climb(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[list[Point]]:
-    """Return the trials on each rung that has begun; a rung begins when all trials have reached the one before."""
+    """Return the trials on each rung that has begun; a rung begins when all trials have reached the previous one."""
     rungs, default = [candidates.points], sweep.space.default_points(sweep.job.train.seed)
     num_trials, num_confirmed = len(candidates.points), sweep.config.num_confirmed
     for number, epoch in enumerate(rungs_of(sweep)[:-1], 1):
@@ -52,7 +52,7 @@ def segments(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_ra
     last, epoch = rungs[-1], epochs[len(rungs) - 1]
     missing = unreached(table, last, epoch)
     if with_race and len(rungs) == len(epochs) and not candidates.num_unknown:
-        # Before all have reached the end, it is known who will race only if nobody has to drop out.
+        # Before all trials have reached the end, the finalists are known only if no trial has to drop out.
         in_time = last if len(last) <= sweep.config.num_confirmed else []
         racing = in_time if missing else finalists(table, sweep.config.num_confirmed, sweep.job.train.seed)
         missing = race(sweep, table, racing, epoch) or missing

@@ -16,7 +16,7 @@ from mnist_ray.text import count, format_settings, format_value, in_words
 from mnist_ray.workload.drawing import plain, png_of
 from mnist_ray.workload.figures import Metric
 
-_WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
+_WIDTH = 9.5  # inches: across the page, the text is as large as the page's own
 _TITLE_WIDTH = 80  # characters
 
 
@@ -53,7 +53,7 @@ def _balanced(text: str) -> list[str]:
 
 def _draw_over_epochs(axes: Axes, metric: Metric, records: list[TrialRecord], best: list[TrialRecord]) -> None:
     """Draw a line for each trial, with a point for each report; grey if the trial was stopped early."""
-    for record in sorted(records, key=lambda record: record.state != STOPPED):  # the others are drawn above them
+    for record in sorted(records, key=lambda record: record.state != STOPPED):  # the others are drawn on top
         style: dict[str, Any] = {"color": "silver" if record.state == STOPPED else "tab:blue"}
         style |= {"color": "black", "zorder": 3} if record in best else {}
         epochs, values = [at for at, _ in record.reported], [on_axis(metric, value) for _, value in record.reported]

@@ -32,10 +32,10 @@ class Candidates:
             self.points = propose(sweep.space, sweep.config, self._seed)
 
     def propose(self, score: Callable[[Point], float]) -> Point | None:
-        """Return a new point, which is now also in ``points``; None if there are no more.
+        """Add a new point to ``points``, and return it; None if there are no more.
 
-        Optuna's TPE learns the score of each point on the first rung; NaN if the point is not there yet. The later
-        rungs cannot teach it anything: they begin when all points are proposed.
+        Optuna's TPE learns each point's score on the first rung; the score is NaN until the point has reached it. Later
+        rungs come too late for TPE: they begin when all points are proposed.
         """
         while self.num_unknown > 0:
             scores = {point: score(point) for point in self.points}

@@ -1,6 +1,6 @@
 """The race of a sweep's best configurations (https://doi.org/10.1023/A:1006556606079).
 
-Each of them is trained with more seeds. After each seed, those that are worse by more than chance drop out.
+Each is trained with more seeds. After each seed, configurations that are worse by more than chance drop out.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mnist_ray.sweep.ranking import FAILING, score_at, unreached
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import Sweep, TrialTable
 
-_MAX_SEEDS = 3  # of a configuration, with that of the search
+_MAX_SEEDS = 3  # per configuration, including that of the search
 # Student's t at 90 %, one-sided, for 1, 2, … degrees of freedom; the last one also for more.
 _T_90 = (3.08, 1.89, 1.64, 1.53, 1.48, 1.44, 1.41, 1.40, 1.38, 1.37)
 
 
 def race(sweep: Sweep, table: TrialTable, racing: Sequence[Point], epoch: float) -> list[Point]:
-    """Return the trials that the race lacks now, trained to ``epoch``; none if it is over.
+    """Return the trials that the race needs next, trained to ``epoch``; none if it is over.
 
     ``racing`` are the configurations that begin it, with the seed of the search.
     """
@@ -41,9 +41,9 @@ def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[
     """Return the points whose means over the seeds are not below the best one's by more than chance.
 
     Empty if the means differ by less than the standard error of a fraction of the validation examples: more seeds would
-    not tell which one is better on other data. Points that have failed are left out.
+    not show which one is better on other data. Points that have failed are left out.
 
-    The seeds are the blocks of a randomized block design: what neither points nor seeds explain estimates the variance
+    The seeds are the blocks of a randomized block design: the residuals after points and seeds estimate the variance
     (Montgomery, Design and Analysis of Experiments, chapter 4).
     """
     complete = {point: of_seeds for point, of_seeds in scores.items() if FAILING not in of_seeds}

@@ -36,18 +36,18 @@ class Averaged:
 
 
 class _Rank(NamedTuple):
-    """What decides between two configurations: the first difference; the larger one is better."""
+    """Decides between two configurations by the first difference; the larger one is better."""
 
     has_no_failure: bool  # with any seed
-    num_done: int  # finished trials, as values of different epochs are not compared
-    monitor: float  # mean over the seeds, negated if less is better
+    num_done: int  # finished trials: values at different epochs are not comparable
+    monitor: float  # mean over the seeds, negated if lower is better
     negative_loss: float  # mean over the seeds
 
 
 def find_best(table: TrialTable) -> Averaged | None:
     """Return the best configuration so far, by the mean over its seeds; None before the first validation.
 
-    A later seed is ignored if the time was up before all configurations had finished it.
+    A later seed is ignored if time ran out before all configurations had finished it.
     """
     records = table.by_point.values()
     failed = {record.point.configuration for record in records if record.state == FAILED}
@@ -88,9 +88,9 @@ def ranked(table: TrialTable) -> list[TrialRecord]:
 
 
 def score_at(table: TrialTable, point: Point, epoch: float) -> float:
-    """Return a trial's monitor at its first report from ``epoch`` on, negated if less is better.
+    """Return a trial's monitor at its first report from ``epoch`` on, negated if lower is better.
 
-    NaN if the trial has not reached the epoch yet; FAILING if it has failed; its last value if it has ended before.
+    NaN if the trial has not reached the epoch yet; FAILING if it has failed; its last value if it ended before.
     """
     record = table.by_point.get(point)
     if record is None:
@@ -112,8 +112,8 @@ def unreached(table: TrialTable, points: Iterable[Point], epoch: float) -> list[
 def finalists(table: TrialTable, num_confirmed: int, seed: int) -> list[Point]:
     """Return the best configurations, and the default one if it was tried: those to train with more seeds.
 
-    The metric of a good configuration varies more from seed to seed than good configurations differ. So the best of
-    many single runs is mostly the luckiest.
+    A good configuration's metric varies more between seeds than it differs from those of other good configurations. So
+    the best of many single runs is usually the luckiest.
     """
     if num_confirmed == 0:
         return []

@@ -79,7 +79,7 @@ def _event_of(table: TrialTable, record: TrialRecord) -> TrialEnded:
 def train_chosen(session: Session, sweep: Sweep, trial_plan: WorkerPlan, table: TrialTable) -> None:
     """Write the best configuration. Train and test the default one, unless it is the best, and then the best one.
 
-    Nothing is trained that a trial, or an interrupted sweep, has trained.
+    What a trial or an interrupted sweep has already trained is not trained again.
     """
     best = _write_best(session, sweep, table)
     default = best.with_values(dict(sweep.space.defaults))
@@ -135,11 +135,11 @@ def train_and_test(
 ) -> float:
     """Train and test a configuration like ``jobs/train.py``; return the monitored value on the test set.
 
-    If ``trial`` has trained the configuration, its checkpoint is used. But the best one, which ``is_last``, must have
-    the weights that ``jobs/train.py`` gives, so it is trained anew if trials have other workers or threads.
+    If ``trial`` has trained the configuration, its checkpoint is used. But the best one (``is_last``) must have the
+    weights that ``jobs/train.py`` gives, so it is trained anew if trials have other workers or threads.
     """
     cluster, console = session.cluster, console_of(job)
-    if not cluster.is_local:  # an autoscaler has added or removed nodes
+    if not cluster.is_local:  # an autoscaler may have added or removed nodes
         cluster = dataclasses.replace(cluster, nodes=current_nodes())
     run = dataclasses.replace(session, job=job, workers=job.workers, console=console, clock=Clock(), cluster=cluster)
     try:
@@ -160,5 +160,5 @@ def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:
     with in_one_line("the storage has failed"):
         for name in trial.checkpoint_names()[-1:]:
             with contextlib.suppress(DamagedCheckpointError, UsageError):
-                for file in read_state(trial.inside(name))["sha256"]:  # state.json is the last
+                for file in read_state(trial.inside(name))["sha256"]:  # state.json comes last
                     run.inside(name).write_files({file: [trial.inside(name).read_bytes(file) or b""]})

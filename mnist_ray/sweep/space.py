@@ -38,7 +38,7 @@ class Point:
         """The trial's folder: unique to the point, if the file system distinguishes upper and lower case."""
         pairs = (*self.configuration, ("seed", self.seed))
         name = "_".join(f"{name}-{value}" for name, value in pairs)
-        marks = ["/", *(f"_{name}-" for name, _ in pairs)]  # in a value, they could give another point the same name
+        marks = ["/", *(f"_{name}-" for name, _ in pairs)]  # in a value, they could give two points the same name
         if any(value == "None" or any(mark in str(value) for mark in marks) for _, value in pairs):
             name = repr(pairs)
         elif len(name.encode()) <= _MAX_NAME_BYTES:
@@ -65,7 +65,7 @@ class Space:
         return [self.point(self.defaults, seed)] if inside else []
 
     def up_to(self, maximum: int, name: str) -> Space:
-        """Return the space with ``maximum`` instead of larger values of a searched setting, and of its default."""
+        """Return the space with the values and the default of a searched setting limited to ``maximum``."""
         space = self.spaces[name]
         if isinstance(space, Choice):
             limited: SearchSpace = Choice(tuple(dict.fromkeys(min(option, maximum) for option in space.options)))
@@ -88,7 +88,7 @@ class Space:
 
 
 def options_text(options: Iterable[Any]) -> str:
-    """Return options in the syntax of ``--sweep``: like a line of CSV, with quotes around an option with a comma."""
+    """Return options in the syntax of ``--sweep``: like a line of CSV, with quotes around options with commas."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow([_NONE if option is None else option for option in options])
     return text.getvalue()
@@ -184,7 +184,7 @@ def _parsed(text: str, known: Mapping[str, Setting]) -> tuple[str, SearchSpace]:
         _check(setting, space)
         return name, space
     if values.count(",") >= _MAX_VALUES:
-        raise UsageError(f"these are more than {_MAX_VALUES:,} values; write a range, NAME=LOW:HIGH")
+        raise UsageError(f"more than {_MAX_VALUES:,} values; write a range, NAME=LOW:HIGH")
     try:
         (texts,) = csv.reader(io.StringIO(values, newline=""), skipinitialspace=True, strict=True)
     except (ValueError, csv.Error) as error:

@@ -91,7 +91,7 @@ class TuneReporter(Reporter):
             self._report(restored.metrics)
 
     def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
-        """Save a checkpoint, remove the earlier ones, and report; a whole checkpoint always exists."""
+        """Save a checkpoint, remove the earlier ones, and report; an intact checkpoint always exists."""
         self.save(state, metrics, functools.partial(drop_earlier, self._job.run, (state.epoch, state.step)))
         self._report(metrics)
 

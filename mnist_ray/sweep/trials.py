@@ -26,7 +26,7 @@ ENDED = (DONE, STOPPED, FAILED)  # a resumed sweep does not repeat these trials;
 class TrialRecord:
     """A trial; a row of sweep.csv."""
 
-    trial: int  # counted from 1, in the order of starting
+    trial: int  # counted from 1, in the order in which they start
     point: Point
     state: str = RUNNING
     epochs: float = 0.0  # epochs trained; not always a whole number
@@ -94,7 +94,7 @@ class TrialTable:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of sweep.csv, one per trial in the order of starting."""
+        """The rows of sweep.csv, one per trial, in the order in which they started."""
         return [
             {"trial": record.trial, **record.point.values, "seed": record.point.seed, **self.outcome(record)}
             for record in self.by_point.values()

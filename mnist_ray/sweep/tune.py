@@ -38,7 +38,7 @@ def read_sweep(given: Given | None = None) -> Sweep:
     if job.workers.num_workers == 0:
         raise UsageError("a sweep runs on Ray: leave --num-workers 0 out")
     for point in propose(space, config, job.train.seed):  # raises if there are too few trials for a grid
-        job.with_values(point.values)  # raises if settings do not go together
+        job.with_values(point.values)  # raises if settings contradict each other
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
     sweep = Sweep(config, space, job)
@@ -89,7 +89,7 @@ def say_sweep(console: RunConsole, sweep: Sweep, data: Splits) -> None:
     job, config = sweep.job, sweep.config
     console.say("sweep", job.run.name)
     say_data(console, job, data)
-    points = {*propose(sweep.space, config, job.train.seed)}  # Optuna tries at most as many
+    points = {*propose(sweep.space, config, job.train.seed)}  # Optuna tries at most this many
     trials = f"{count(len(points), 'trial')} of {count(job.train.num_epochs, 'epoch')}"
     best = min(config.num_confirmed, len(points))
     also = best < len(points) and not points.isdisjoint(sweep.space.default_points(job.train.seed))
@@ -102,7 +102,7 @@ def say_sweep(console: RunConsole, sweep: Sweep, data: Splits) -> None:
 
 
 class SweepConsole(RunConsole):
-    """Prints a sweep: a table that is redrawn in place on a terminal, elsewhere a line for each trial that ends."""
+    """Prints a sweep: a table redrawn in place on a terminal; elsewhere, a line for each trial that ends."""
 
     def __init__(self, sweep: Sweep) -> None:
         job = sweep.job
@@ -126,7 +126,7 @@ class SweepConsole(RunConsole):
             self._console.print(self._table(table))
         trained = sum(record.epochs for record in table.by_point.values())
         full = self._num_epochs * len(table.by_point)
-        self.say("epochs", f"{trained:.4g} trained; it would be {full} if no trial stopped early")
+        self.say("epochs", f"{trained:.4g} trained; {full} if no trial had stopped early")
 
     def _table(self, table: TrialTable) -> Table:
         view = Table(box=None, padding=(0, 1, 0, 0))

@@ -262,7 +262,7 @@ class _Watcher(tune.Callback):
         self._begin_rungs()
 
     def end(self) -> None:
-        """Stop the trials that were cut off when the time was up, and those of the race that did not begin."""
+        """Stop the trials that were cut off when time ran out, and those of the race that did not begin."""
         for segment in segments(self.sweep, self._table, self._candidates):
             if segment.point.seed != self.sweep.job.train.seed:
                 self._table.start(segment.point)
@@ -307,7 +307,7 @@ class _Watcher(tune.Callback):
 
 
 def _drop_checkpoints(sweep: Sweep, table: TrialTable, num_confirmed: int) -> None:
-    """Delete the checkpoints of finished trials, except of those that may be tested; see ``finalists``."""
+    """Delete the checkpoints of finished trials, except those that may be tested; see ``finalists``."""
     kept = may_be_tested(table, num_confirmed, sweep.job.train.seed)
     ended = [record.point for record in table.by_point.values() if record.state in ENDED]
     names = {point.name for point in ended if point not in kept}

@@ -157,7 +157,7 @@ def test_rounded_values_stay_in_their_range() -> None:
 
 
 def test_a_long_list_of_values_is_refused_in_a_short_line() -> None:
-    with pytest.raises(UsageError, match=r"^.{0,120}: these are more than 1,000 values; write a range, NAME=LOW:HIGH$"):
+    with pytest.raises(UsageError, match=r"^.{0,120}: more than 1,000 values; write a range, NAME=LOW:HIGH$"):
         over(f"batch_size={','.join(map(str, range(1, 1_000_001)))}")
 
 
