@@ -50,7 +50,7 @@ def try_batch(
     """Send a batch through a workload, and the smallest micro-batch of each batch size. Raises UsageError.
 
     ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time. Returns the
-    settings that the workload's own loss, optimizer and schedule do not use; None if they are the usual ones.
+    settings that the workload's own loss, optimizer and schedule do not use; None if all are the usual ones.
     """
 
     def first(number: int) -> MicroBatch:
@@ -150,7 +150,7 @@ def _remedy(workload: Workload, batch: MicroBatch, message: str) -> str:
     if "Double" in message:
         return "; make all floats in the inputs float32, for example in prepare"
     if re.search("BFloat16|Half", message):
-        return "; create one of the tensors by new_zeros(…) of the other, or use --precision fp32"
+        return "; create one of the tensors with the other's new_zeros(…), or use --precision fp32"
     return ""
 
 
@@ -214,7 +214,7 @@ def _check_losses(
             raise UsageError(f"{name}.weights must be finite numbers from 0, not all of them 0")
         if type(workload).loss in (Classification.loss, Regression.loss):
             remedy = "return super().loss(outputs, targets) * self.weights(targets)"
-            raise UsageError(f"{name} has weights, so it needs a loss of its own, which multiplies by them: {remedy}")
+            raise UsageError(f"{name} has weights, so it needs a loss of its own that multiplies by them: {remedy}")
     recorded, used = _recorded(config)
     with placed(workload, "training_loss"):
         minimized = workload.training_loss(outputs, targets, recorded)
@@ -236,9 +236,9 @@ def _check_losses(
 def _check_independence(
     workload: Workload, model: nn.Module, outputs: Any, targets: Any, fewer: MicroBatch, config: TrainConfig
 ) -> None:
-    """Raise UsageError if an example's loss changes when others leave the batch, unless it changes at each call.
+    """Raise UsageError if an example's loss changes when others leave the batch, unless it changes on every call.
 
-    ``outputs`` and ``targets`` are those of the whole batch in evaluation mode, in which the model must be.
+    ``outputs`` and ``targets`` are those of the whole batch. The model must be in evaluation mode.
     """
     are_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-5)
 
@@ -254,7 +254,7 @@ def _check_independence(
         if not are_close(first, among) and are_close(first, alone()):
             raise UsageError(
                 f"{type(workload).__name__}: an example's loss changes if other examples leave the batch, so it "
-                "depends on the number of workers; mask the padding, or set compares_examples = True if that is meant"
+                "depends on the number of workers; mask the padding, or set compares_examples = True if intended"
             )
 
 
@@ -264,14 +264,14 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict
         measured = workload.measure(outputs, targets)
     _check_dict(f"{name}.measure", measured)
     if taken := {"loss", WEIGHT} & measured.keys():
-        raise UsageError(f"{name}.measure: the {min(taken)} is measured already; choose another name")
+        raise UsageError(f"{name}.measure: the {min(taken)} is already measured; choose another name")
     for key, values in measured.items():
         _check_numbers(f"{name}.measure: {key}", values, number)
     with placed(workload, "summarize"):
         summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
     _check_dict(f"{name}.summarize", summary)
     with placed(workload, "summarize_predictions"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # so few examples may have no example of some class
+        warnings.simplefilter("ignore")  # so few examples may lack some class
         arrays = {key: values.numpy() for key, values in columns.items()}
         of_all = workload.summarize_predictions(arrays)
     with placed(workload, "details, readable or lines"), warnings.catch_warnings():
@@ -318,7 +318,7 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
 
 
 def _recorded(config: TrainConfig) -> tuple[TrainConfig, set[str]]:
-    """Return the config, and the set of the settings that are read of it from now on."""
+    """Return a copy of the config, and a set that records which of the copy's settings are read."""
     used = set[str]()
 
     class Recording(TrainConfig):

@@ -185,7 +185,7 @@ def test_columns_that_differ_between_batches_are_named(write: Write) -> None:
     def prepare(self, inputs, generator): return inputs / 80
     def predictions(self, outputs, targets): return {"words": outputs[:, : 3 + int(targets[0])]}
 """
-    said = "predictions: an example's words has different shapes, (3,) and (7,); pad them to one"
+    said = "predictions: words differs in shape between examples, (3,) and (7,); pad them to one"
     assert message_of(write, body) == said
 
 
@@ -323,7 +323,7 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         ("def measure(self, outputs, targets): ...", ".measure returned NoneType, not a dict"),
         (
             "def measure(self, outputs, targets): return {'loss': targets}",
-            ".measure: the loss is measured already; choose another name",
+            ".measure: the loss is already measured; choose another name",
         ),
         (
             'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs.T}',
@@ -332,7 +332,7 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         (
             "def loss(self, outputs, targets): return F.cross_entropy(outputs @ outputs.T, targets, reduction='none')",
             ": an example's loss changes if other examples leave the batch, so it depends on the number of workers; "
-            "mask the padding, or set compares_examples = True if that is meant",
+            "mask the padding, or set compares_examples = True if intended",
         ),
         (
             "def create_optimizer(self, model, config): return [torch.optim.SGD(model.parameters())] * 2",
@@ -442,7 +442,7 @@ class Summed(nn.Linear):
         return torch.zeros(features.shape).index_add(0, torch.arange(len(features)), features)
 """
     message = message_of(write, body, config=TrainConfig(precision="bf16"))
-    assert message.endswith("; create one of the tensors by new_zeros(…) of the other, or use --precision fp32")
+    assert message.endswith("; create one of the tensors with the other's new_zeros(…), or use --precision fp32")
 
 
 @pytest.mark.parametrize("base", ["Right", "Numbers"])
@@ -562,7 +562,7 @@ def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exce
          ": train is of type Stream, neither Arrays(inputs, targets) nor a Dataset with a length"),
         ("Data(examples(0), examples(3))", ": train holds no examples"),
         ("Data(type('Padded', (list,), {'collate_fn': 1})([1]), examples(3))",
-         ": train has a collate_fn, which nothing calls: make it Wrong.collate(examples)"),
+         ": train has a collate_fn, but nothing calls it: make it Wrong.collate(examples)"),
         ("Data(examples(3), Arrays(np.ones((1200, 4)), np.arange(1199)))",
          ": test has 1,200 inputs but 1,199 targets"),
         ("Data(Arrays(torch.ones(3, 4), np.arange(3)), examples(3))",

@@ -260,7 +260,7 @@ def test_inherited_metrics_are_means_by_weight() -> None:
 
 def test_weights_without_a_loss_that_multiplies_by_them_are_refused_before_the_start() -> None:
     batch = MicroBatch(torch.ones(16, 4), torch.arange(16) % 3, 16)
-    with pytest.raises(UsageError, match=r"^Classes has weights, so it needs a loss of its own, .*: return super\(\)"):
+    with pytest.raises(UsageError, match=r"^Classes has weights, so it needs a loss of its own .*: return super\(\)"):
         check_batch(Classes(metadata={"class_names": [0, 1, 2]}), batch, [batch, batch, batch], CONFIG, 16)
 
 
