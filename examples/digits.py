@@ -54,7 +54,7 @@ class Digits(MNIST):
     recipes = {**MNIST.recipes, "robust": {"num_epochs": 6, "augment": True, "ema_decay": 0.99}}
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
-        """Augment the images in training, if that is wanted."""
+        """Augment the images in training, with ``--augment``."""
         images = super().prepare(inputs, generator)
         return images if generator is None or not self.settings.augment else augmented(images, generator)
 
@@ -65,7 +65,7 @@ class Digits(MNIST):
 
 def augmented(images: Tensor, generator: Generator) -> Tensor:
     """Turn, scale, shear and move each image, (N, 1, H, W) in [0, 1]; blur or thicken all images of some batches."""
-    if len(images) == 0:  # affine_grid refuses an empty batch
+    if len(images) == 0:  # affine_grid rejects an empty batch
         return images
 
     def within(limit: float) -> Tensor:
@@ -76,11 +76,11 @@ def augmented(images: Tensor, generator: Generator) -> Tensor:
     wide, high = within(_LOG_SCALE).exp(), within(_LOG_SCALE).exp()
     right, down = within(_SHIFT), within(_SHIFT)
     cos, sin = turn.cos(), turn.sin()
-    # affine_grid takes the inverse map, from each new pixel to where it comes from.
+    # affine_grid takes the inverse map, from each new pixel to its source.
     rows = [torch.stack([cos / wide, (shear - sin) / wide, right], 1), torch.stack([sin / high, cos / high, down], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, align_corners=False)
-    # This waits for a GPU. Without item(), all three results would be needed, which doubles the time on a CPU.
+    # item() waits for a GPU. Without it, all three results would be computed, in twice the time on a CPU.
     drawn = torch.rand(1, generator=generator, device=images.device).item()
     if drawn < _BLURRED:
         return (F.avg_pool2d(moved, 3, stride=1, padding=1) * 1.5).clamp(max=1)
@@ -129,7 +129,7 @@ def _ink(grey: np.ndarray) -> np.ndarray:
 
 
 def _is_bright_on_dark(grey: np.ndarray) -> bool:
-    """Tell from the picture's edge, which is mostly paper, whether the ink is brighter than the paper.
+    """Return whether the ink is brighter than the paper, judged by the picture's edge, which is mostly paper.
 
     If a shadow divides the edge, subtract slow changes: then the rarer of bright and dark is ink.
     """

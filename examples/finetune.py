@@ -1,9 +1,9 @@
-"""Fine-tune a causal language model of Hugging Face on your texts. pip install transformers peft
+"""Fine-tune a Hugging Face causal language model on your texts. pip install transformers peft
 
 python jobs/train.py --workload examples/finetune.py --model-folder ~/models/smol --texts texts.jsonl --lora-rank 8
 python examples/finetune.py RUN FOLDER      # then AutoModelForCausalLM.from_pretrained(FOLDER) loads the model
 
-The folder is one of ``save_pretrained``; without weights, the model is new. A line of the texts is {"text": "…"}.
+The folder comes from ``save_pretrained``; without weights, the model is new. Each line of the texts is {"text": "…"}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mnist_ray import load_run
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Data, Range, Workload, at_least, setting
 
-IGNORED = -100  # the target of a place without a token
+IGNORED = -100  # the target of a position without a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Texts(Dataset):
 
 
 class Logits(nn.Module):
-    """A model of transformers that takes one dict and returns one tensor."""
+    """A transformers model that takes one dict and returns one tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -77,15 +77,15 @@ class Finetuning(Workload):
     }
 
     def load_data(self) -> Data:
-        """Return all texts but every tenth to train on."""
+        """Return every tenth text for the test, the others to train on."""
         if not self.settings.texts.is_file():
-            raise UsageError(f"--texts {self.settings.texts} is no file")
+            raise UsageError(f"--texts {self.settings.texts} is not a file")
         texts = Texts(self.settings)
         train, test = ([i for i in range(len(texts)) if (i % 10 == 0) is is_test] for is_test in (False, True))
         return Data(Subset(texts, train), Subset(texts, test), name=self.settings.texts.name)
 
     def collate(self, examples: Sequence[tuple[Any, Any]]) -> tuple[dict[str, Tensor], Tensor]:
-        """Pad texts to the longest one. The target of a place is the next token."""
+        """Pad texts to the longest one. The target of a position is the next token."""
         size = max(len(tokens) for tokens, _ in examples)
         tokens = torch.tensor([list(tokens) + [0] * (size - len(tokens)) for tokens, _ in examples])
         mask = torch.tensor([[1] * len(tokens) + [0] * (size - len(tokens)) for tokens, _ in examples])

@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A transformer that predicts the next byte at each place. The embedding is also the last matrix."""
+    """A transformer that predicts the next byte at each position. The embedding is also the last matrix."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ from mnist_ray.trackers import Tracker
 from mnist_ray.training.events import Started, TrialEnded
 
 FOLDER = "mnist_ray.run"  # a tag with the run's folder, to find the MLflow run again
-MOST_METRICS = 1000  # a server takes no more in one request
+MOST_METRICS = 1000  # a server accepts no more in one request
 MAX_DIGEST = 36  # characters
 
 

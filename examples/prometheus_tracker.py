@@ -14,7 +14,7 @@ from mnist_ray.training.events import Progress, Started, Validated
 
 
 class RayMetrics(Tracker):
-    """A run's current values as gauges, which disappear when this process ends."""
+    """A run's current values as gauges, which disappear when this process exits."""
 
     def __init__(self, run, workload, settings):
         super().__init__(run, workload, settings)

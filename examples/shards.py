@@ -2,7 +2,7 @@
 
 python jobs/train.py --workload examples/shards.py --data s3://bucket/pictures --num-classes 10
 
-The place has the folders train/ and test/; docs/workloads.md, "Data in object storage", says how to write them.
+The place has the folders train/ and test/; docs/workloads.md, "Data in object storage", describes how to write them.
 """
 
 import io
@@ -37,7 +37,7 @@ class Shards(Classification):
     recipes = {"default": {"num_epochs": 4, "batch_size": 64, "learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99}}
 
     def load_data(self) -> Data:
-        """Find the files; their pictures are read during the training."""
+        """Find the files; their pictures are read during training."""
         train, test = (
             Parquet(f"{self.settings.data}/{split}", columns=["image", "label"], decode=self.example)
             for split in ("train", "test")

@@ -33,7 +33,7 @@ class WandB(Tracker):
             dir=run.path if "://" not in run.uri else tempfile.mkdtemp(),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        for folder in (MEDIA_TMP, wandb.Artifact._TMP_DIR):  # an earlier run of this process has removed them
+        for folder in (MEDIA_TMP, wandb.Artifact._TMP_DIR):  # an earlier run in this process may have removed them
             os.makedirs(folder.name, exist_ok=True)
         for axis in ("step", "epoch"):
             self.wandb_run.define_metric(f"{axis}/*", step_metric=axis)
@@ -52,7 +52,7 @@ class WandB(Tracker):
         images = {name: Image.open(io.BytesIO(png)) for name, png in ending.pictures.items()}
         self.wandb_run.log({f"pictures/{name}": wandb.Image(image) for name, image in images.items()})
         self.wandb_run.finish(exit_code=int(ending.result is None))
-        # The job ends without Python's exit handlers: write what is not written yet, and remove temporary folders.
+        # The job exits without running Python's exit handlers: flush all data, and remove temporary folders.
         wandb.teardown()
         for folder in (MEDIA_TMP, wandb.Artifact._TMP_DIR):
             folder.cleanup()
