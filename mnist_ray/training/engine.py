@@ -191,7 +191,7 @@ def _steps_of_pass(
         else None,
     )
     if isinstance(batches, ExampleBatches):
-        batches.seed = seed_of(config.seed, pass_number, 0)  # for an example's own random numbers, on any rank
+        batches.seed = seed_of(config.seed, pass_number, 0)  # for an example's own random numbers, with its index
     micro_batches: list[MicroBatch] = []
     for micro_batch in batch_loader(batches, sampler, group.device, num_processes):
         with state.watch.on(COPIES):
@@ -230,14 +230,14 @@ def _decide(
     """If the window is full or a checkpoint is due, close it on all ranks, report it, and return what to do next."""
     is_last = state.total_step == state.last_step
     is_due = is_last or state.step % (config.checkpoint_every or MAX_STEPS_UNSAVED) == 0
-    if not (is_due or window.is_full(state.epoch_steps - state.step)):
+    if not (is_due or window.is_full(steps_left=state.epoch_steps - state.step)):
         return None
     stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
     save_wanted = state.pace.is_due(at_any_cost=is_due) if config.checkpoint_every is None else is_due
     progress = window.close(state, stop_wanted=stop_wanted, save_wanted=save_wanted)
     for callback in callbacks:
         callback.on_progress(state, progress)
-    wanted = [callback.wants_checkpoint() for callback in callbacks]  # asks all of them
+    wanted = [callback.wants_checkpoint() for callback in callbacks]  # asks all of them; all ranks must agree
     return replace(progress, saves=progress.saves or any(wanted))
 
 

@@ -32,8 +32,8 @@ from mnist_ray.workload import Workload
 class Gradients:
     """Computes a step's gradients.
 
-    DDP averages them over the ranks, FSDP adds them up and leaves each rank its rows; with ``--reproducible``, Chunks
-    adds them up.
+    DDP averages them over the ranks. FSDP adds them up (``sharding`` turns its averaging off) and leaves each rank its
+    rows. With ``--reproducible``, Chunks adds them up.
     """
 
     def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from mnist_ray.data.data import Data, Split
 
 
-TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
 CsvRows = Sequence[Mapping[str, str]]  # a CSV file's rows, each a mapping from column names to values
 
 
@@ -299,12 +298,6 @@ class Workload(UserClass):
         if source is None or not source.path:  # a class without a file, for example in a notebook
             return type(self), (self.settings, self.metadata)
         return create, (source, values_of(self.settings), self.metadata)
-
-
-def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
-    """Return whether a workload inherits ``loss``, ``measure`` or ``predictions`` unchanged from ``base``."""
-    methods = ("loss", "measure", "predictions")
-    return any(getattr(type(workload), method) is getattr(base, method) for method in methods)
 
 
 def create(source: SourceCode, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> Workload:

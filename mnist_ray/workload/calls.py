@@ -19,6 +19,8 @@ from mnist_ray.data.digests import digest_of_files
 from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
 
+TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
+
 _API = str(Path(config.__file__).with_name("api.py"))
 _REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
 
@@ -98,3 +100,9 @@ def _check_arrays(where: str, arrays: Arrays) -> None:
     for what, other in others:
         if len(other) != len(array):
             raise UsageError(f"{where} has {len(array):,} {first} but {len(other):,} {what}")
+
+
+def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
+    """Return whether a workload inherits ``loss``, ``measure`` or ``predictions`` unchanged from ``base``."""
+    methods = ("loss", "measure", "predictions")
+    return any(getattr(type(workload), method) is getattr(base, method) for method in methods)

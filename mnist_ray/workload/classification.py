@@ -10,7 +10,8 @@ import numpy as np
 
 from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.errors import ExampleError, UsageError
-from mnist_ray.workload.base import TARGETS_REMEDY, CsvRows, Picture, Workload, uses_outputs
+from mnist_ray.workload.base import CsvRows, Picture, Workload
+from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
 from mnist_ray.workload.figures import ACCURACY, Metric
 
 if TYPE_CHECKING:

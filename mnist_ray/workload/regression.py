@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_ray.data.data import Split
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import TARGETS_REMEDY, CsvRows, Picture, Workload, uses_outputs
+from mnist_ray.workload.base import CsvRows, Picture, Workload
+from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
 from mnist_ray.workload.figures import Metric
 
 if TYPE_CHECKING:
