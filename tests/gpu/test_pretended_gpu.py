@@ -26,7 +26,7 @@ from tests.ranks import Hooks
 AT_START = {"usable", "create_state", "restore_newest", "batches_of"}
 NOT_AT_EACH_STEP = {*AT_START, "close", "_save", "on_checkpoint", "evaluate_here"}
 """Functions that may wait for the GPU."""
-CHOOSING = {"augmented", "_divide_by"}
+CHOOSING = {"augmented", "_divide_by_weights"}
 """Functions that wait at each step: an example's, to leave out work that is expensive on a CPU; and, only with weights,
 one that must know whether the batch has any."""
 

@@ -217,7 +217,7 @@ def test_settings_of_steps_decide_the_epochs() -> None:
     [
         ({"validate_every": 10}, "--validate-every needs --num-steps"),
         ({"num_steps": 10, "num_epochs": 3}, "--num-steps 10 replaces --num-epochs; leave one of them out$"),
-        ({"workload": GPT, "num_epochs": 3}, "--num-steps 1000 takes .*; leave that out, or add --num-steps none$"),
+        ({"workload": GPT, "num_epochs": 3}, "--num-steps 1000 replaces .*; leave that out, or add --num-steps none$"),
     ],
 )
 def test_settings_of_steps_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
