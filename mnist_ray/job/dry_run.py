@@ -130,8 +130,8 @@ def _forward_placed(workload: Workload, batch: MicroBatch) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if any(frame.f_locals.get("self") is workload for frame in frames):
-            with placed(workload, "prepare"):
+        for frame in (frame for frame in frames if frame.f_locals.get("self") is workload):
+            with placed(workload, frame.f_code.co_name):  # such as prepare
                 raise
         try:
             with placed(workload, "the model"):
