@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from mnist_ray.training.events import EpochFinished, Event, Started, Validated
-
-if TYPE_CHECKING:
-    pass
 
 
 class Clock:

@@ -8,7 +8,6 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from mnist_ray import extras, process
 from mnist_ray.cluster import environment, kept
@@ -26,9 +25,6 @@ from mnist_ray.signals import if_ended, take_signals
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.text import size_of
 from ray_fork.starting import Forking, prepared_forking
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ class Workload(UserClass):
 
     def read_picture(self, picture: Image) -> np.ndarray:
         """Turn a user's picture into one input for ``jobs/predict.py``. Raises UsageError if that is not possible."""
-        raise UsageError(f"{type(self).__name__} does not take pictures: it defines no read_picture()")
+        raise UsageError(f"{type(self).__name__} does not take images: it defines no read_picture()")
 
     def top_predictions(self, outputs: Any) -> list[list[tuple[Any, float]]]:
         """Return a few predictions per input with their probabilities, the most probable first."""
