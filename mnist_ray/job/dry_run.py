@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
 from mnist_ray.checkpoints.tensor_files import check_held
-from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch, batches_of
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import detached
 from mnist_ray.errors import UsageError, with_place
 from mnist_ray.parallel import sharding
-from mnist_ray.provenance import cpu_has_bf16
+from mnist_ray.parallel.group import Group
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
+from mnist_ray.training.engine import resolve_precision
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
@@ -89,7 +90,7 @@ def check_batch(
     ``num_examples`` to train on. Returns like ``try_batch``. Raises UsageError with the file name and line
     number of the user's code.
     """
-    name, number, precision = type(workload).__name__, batch.global_size, _precision_here(config)
+    name, number, precision = type(workload).__name__, batch.global_size, resolve_precision(config.precision, Group())
     if workload.compares_examples and (config.reproducible or config.micro_batch_size):
         flag = "--reproducible" if config.reproducible else "--micro-batch-size"
         raise UsageError(f"{flag} cuts batches into parts, but {name}'s loss compares the examples of a batch")
@@ -129,9 +130,10 @@ def _forward_placed(workload: Workload, batch: MicroBatch) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        for frame in (frame for frame in frames if frame.f_locals.get("self") is workload):
-            with placed(workload, frame.f_code.co_name):  # such as prepare
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        methods = (frame.f_code.co_name for frame in frames if frame.f_locals.get("self") is workload)
+        if method := next(methods, ""):  # such as prepare
+            with placed(workload, method):
                 raise
         try:
             with placed(workload, "the model"):
@@ -167,9 +169,9 @@ def _evaluated(
 
 def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:
     """Try a new model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
-    model = workload.create_model().train()
+    model, precision = workload.create_model().train(), resolve_precision(config.precision, Group())
     try:
-        outputs, targets = forward(workload, model, few, _precision_here(config), torch.default_generator)
+        outputs, targets = forward(workload, model, few, precision, torch.default_generator)
         workload.loss(outputs, targets).sum()
     except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
         few_left = f"a worker computes only {count(few.global_size, 'example')} of some batches at a time"
@@ -177,13 +179,6 @@ def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config:
         remedy += ", or a larger --micro-batch-size" if config.micro_batch_size else ""
         reason = f"{few_left}, too few for the model ({with_place(error, workload.source.folder)}); {remedy}"
         raise UsageError(f"{type(workload).__name__}: {reason}") from error
-
-
-def _precision_here(config: TrainConfig) -> Precision:
-    """Return the training's precision on this CPU: ``auto`` is bf16 if the processor supports it."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if cpu_has_bf16() else "fp32"
 
 
 def _check_model(name: str, model: object) -> None:

@@ -74,13 +74,17 @@ def _not_compiled(model: nn.Module) -> Iterator[None]:
     model._compiled_call_impl = compiled
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def batch_size_of(workload: Workload, model: nn.Module, split: Split, num_processes: int, most: int | None) -> int:
     """Return how many examples an evaluation computes at a time: the same number for any part of the examples.
 
     Unless the workload sets the number, it is a divisor of the default, limited by ``most``, the size of a micro-batch,
     and by MAX_OUTPUT_BYTES of outputs, as estimated from the first example.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = _device_of(model)
     size = workload.evaluation_batch_size(on_gpu=device.type == "cuda")
     is_own = type(workload).evaluation_batch_size is not Workload.evaluation_batch_size
     if is_own or workload.compares_examples or not len(split):
@@ -103,7 +107,7 @@ def evaluate(
     batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model on its device, in fp32 and fixed batches. Raises UsageError if the columns are too large."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = _device_of(model)
     batch_size = batch_size or batch_size_of(workload, model, split, num_loader_processes, None)
     requests = [Request(np.arange(*bounds)) for bounds in split_bounds(len(split), len(split), batch_size)]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
