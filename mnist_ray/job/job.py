@@ -154,10 +154,8 @@ def _load_trusted(kind: str, run: RunFolder, early: Given, files: Layers) -> typ
         home = settings.path_of(early["config"], "--config").absolute().parent
         folders += runs.untrusted_folders(storage.locate(str(home.parent), home.name), run.storage_path)
     for name, about in declared(*_classes(kind)).items():
-        held = files.values.get(name) if about.code and name not in early else None
-        for reference in held if isinstance(held, list) else [held]:
-            if isinstance(reference, str):  # other types are errors of the file, reported later
-                user_code.check_trusted(reference, flag(name), files.place_of(name), folders)
+        if about.code and name not in early and isinstance(reference := files.values.get(name), str):
+            user_code.check_trusted(reference, flag(name), files.place_of(name), folders)
     reference = files.values.get("workload") or loading.DEFAULT
     return loading.load_again(reference, early.get("workload"), files.place_of("workload"), folders)
 
