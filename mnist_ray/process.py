@@ -21,7 +21,6 @@ from mnist_ray.errors import JobError
 from mnist_ray.signals import take_signals
 
 _CGROUP = Path("/sys/fs/cgroup")
-
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT|GOMP_")  # Ray keeps the token that it reads
 _busy = threading.RLock()  # a workload may itself load a run
 filters = threading.Lock()  # for warning filters, which all threads share
@@ -96,7 +95,7 @@ def end_if_hung(timeout_s: float) -> None:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use, by its affinity and its cgroup's quota."""
+    """Return the number of cores that this process may use, given its affinity and its cgroup's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup v2 and v1

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from mnist_ray.ray_versions import must_ask_for_tokens
 
-_LOAD = Path("/proc/loadavg")
-
 IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # by Ray Train and PyTorch's optimizers, in running workers
 _SETTINGS = {
     # How often Train's controller checks its workers. The end of a run waits for a check; the default is 2 s.
@@ -40,6 +38,7 @@ _QUIET_SETTINGS = {
     # Skip all lines: raylets' errors would appear on the driver's console even without logs. Log files keep them.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
+_LOAD = Path("/proc/loadavg")
 
 
 def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None:

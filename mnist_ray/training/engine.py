@@ -224,6 +224,20 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     return figures
 
 
+@torch.no_grad()
+def move_average(state: TrainingState, decay: float) -> None:
+    """Move the EMA towards the weights; copy buffers and whole numbers. ``AveragedModel`` would wait for the GPU."""
+    assert state.average is not None
+    moved, copied = list[tuple[Tensor, Tensor]](), [*zip(state.average.buffers(), state.model.buffers(), strict=True)]
+    both = (map(rows_here, model.parameters()) for model in (state.average, state.model))
+    for pair in zip(*both, strict=True):
+        (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
+    is_first = state.epoch == state.step == 0
+    get_ema_multi_avg_fn(0.0 if is_first else decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]
+    for own, value in copied:
+        own.copy_(value)
+
+
 def _decide(
     window: LoggingWindow, state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]
 ) -> Progress | None:
@@ -263,17 +277,3 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
     if group.world_size > 1:
         dist.all_reduce(supported, dist.ReduceOp.MIN)
     return "bf16" if supported.item() else "fp32"
-
-
-@torch.no_grad()
-def move_average(state: TrainingState, decay: float) -> None:
-    """Move the EMA towards the weights; copy buffers and whole numbers. ``AveragedModel`` would wait for the GPU."""
-    assert state.average is not None
-    moved, copied = list[tuple[Tensor, Tensor]](), [*zip(state.average.buffers(), state.model.buffers(), strict=True)]
-    both = (map(rows_here, model.parameters()) for model in (state.average, state.model))
-    for pair in zip(*both, strict=True):
-        (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
-    is_first = state.epoch == state.step == 0
-    get_ema_multi_avg_fn(0.0 if is_first else decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]
-    for own, value in copied:
-        own.copy_(value)

@@ -20,7 +20,6 @@ from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
 
 TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
-
 _API = str(Path(config.__file__).with_name("api.py"))
 _REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
 
