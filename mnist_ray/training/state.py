@@ -23,7 +23,7 @@ class StopWantedError(Exception):
 
 @dataclass
 class TrainingState:
-    """What training changes. A checkpoint holds it, down to ``ends``; the rest follows from settings, or is a clock.
+    """What training changes. A checkpoint holds it, down to ``ends``. The rest follows from settings, or measures.
 
     No generator's state is held: random numbers are seeded anew at each step.
     """
@@ -42,7 +42,7 @@ class TrainingState:
     ends: bool = False  # set by a callback: no further epoch
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
-    last_step: int = -1  # the total step at which training stops here, set by the worker: a trial's segment may end
+    last_step: int = -1  # the total step that ends the trial's segment, or the training; the worker sets it
     learning_rate: float = math.nan  # of the last step, in the optimizer's first parameter group
     watch: Stopwatch = field(default_factory=Stopwatch)
     pace: Pace = field(default_factory=Pace)
