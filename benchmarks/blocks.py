@@ -422,7 +422,7 @@ def accuracy(folder: Path) -> None:
             config = TrainConfig(**MNIST.recipes["default"], precision="bf16", seed=seed)
             state = engine.create_state(workload, config, len(split), group)
             engine.train(workload, state, split, config, group)
-            tested = evaluate(workload, state.model, Split(test))
+            tested = evaluate(workload, state.model, Split(test), config)
             accuracies.append(tested.values(workload)["accuracy"])
         each = ", ".join(f"{100 * one:.2f}" for one in accuracies)
         print(f"| {name} | {statistics.mean(accuracies):.2%} | {each} |", flush=True)

@@ -18,17 +18,17 @@ from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, without_unusable_gpus
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.cluster.waiting import Waiting
-from mnist_ray.config import EvaluationConfig, WorkerConfig
+from mnist_ray.config import EvaluationConfig, TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import split_bounds
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.job.find import Found
 from mnist_ray.report.console import RunConsole
-from mnist_ray.settings import flag
+from mnist_ray.settings import build, flag
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder
-from mnist_ray.training.evaluation import batch_size_of, evaluate
+from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
@@ -156,9 +156,8 @@ def evaluate_here(
     try:
         with placed(workload, "an evaluation"):
             model = with_fast_layout(load_model(checkpoint, workload).to(device))
-            micro_batch_size = read_state(checkpoint).get("config", {}).get("micro_batch_size")
-            size = batch_size_of(workload, model, split, loader_workers, micro_batch_size)
-            return evaluate(workload, model, split, loader_workers, batch_size=size)
+            config = build(TrainConfig, read_state(checkpoint).get("config", {}))
+            return evaluate(workload, model, split, config, loader_workers)
     except UsageError as error:
         if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the user may fix the data
             raise JobError(str(error)) from error

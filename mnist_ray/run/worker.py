@@ -285,12 +285,12 @@ class Reporter(Callback):
         split, loader_workers = self._validation, self._job.workers.loader_workers
         with state.watch.on(VALIDATION):
             if self._batch_size is None:
-                most = self._config.micro_batch_size
-                self._batch_size = batch_size_of(workload, state.result, split, loader_workers, most)
+                self._batch_size = batch_size_of(workload, state.result, split, self._config, loader_workers)
             evaluation = evaluate_together(
                 workload,
                 state.result,
                 split,
+                self._config,
                 self._group,
                 num_loader_processes=loader_workers,
                 on_batch=self._life.show,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import batch_loader, batches_of, checked, to_device
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request, split_bounds
@@ -31,24 +32,25 @@ def evaluate_together(
     workload: Workload,
     model: nn.Module,
     split: Split,
+    config: TrainConfig,
     group: Group,
     num_loader_processes: int = 0,
     on_batch: Callable[[], None] = lambda: None,
     batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model, each rank on some of the batches. Every rank returns what ``evaluate`` would, bit for bit."""
-    size = batch_size or batch_size_of(workload, model, split, num_loader_processes, None)
+    size = batch_size or batch_size_of(workload, model, split, config, num_loader_processes)
     if group.world_size == 1:
-        return evaluate(workload, model, split, num_loader_processes, on_batch, size)
+        return evaluate(workload, model, split, config, num_loader_processes, on_batch, size)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
         dist.broadcast(buffer, 0)
     bounds = split_bounds(len(split), group.world_size, size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
     own_passes, *passes = (math.ceil((last - first) / size) for first, last in ((start, stop), *bounds))
     with sharding.resharded(model) as has_units:
-        own = evaluate(workload, model, split.between(start, stop), num_loader_processes, on_batch, size)
+        own = evaluate(workload, model, split.between(start, stop), config, num_loader_processes, on_batch, size)
         for _ in range(own_passes, max(passes) if has_units else 0):  # all ranks together gather the units
-            evaluate(workload, model, split.between(0, 1), batch_size=size)
+            evaluate(workload, model, split.between(0, 1), config, batch_size=size)
     parts: list[Any] = [None] * group.world_size
     dist.all_gather_object(parts, own)
     return Evaluation.merge(parts[: len(bounds)])
@@ -78,11 +80,13 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def batch_size_of(workload: Workload, model: nn.Module, split: Split, num_processes: int, most: int | None) -> int:
+def batch_size_of(
+    workload: Workload, model: nn.Module, split: Split, config: TrainConfig, num_loader_processes: int = 0
+) -> int:
     """Return how many examples an evaluation computes at a time: the same number for any part of the examples.
 
-    Unless the workload sets the number, it is a divisor of the default, limited by ``most``, the size of a micro-batch,
-    and by MAX_OUTPUT_BYTES of outputs, as estimated from the first example.
+    Unless the workload sets the number, it is a divisor of the default, limited by the size of a micro-batch and by
+    MAX_OUTPUT_BYTES of outputs, as estimated from the first example.
     """
     device = _device_of(model)
     size = workload.evaluation_batch_size(on_gpu=device.type == "cuda")
@@ -90,11 +94,11 @@ def batch_size_of(workload: Workload, model: nn.Module, split: Split, num_proces
     if is_own or workload.compares_examples or not len(split):
         return size
     batches = batches_of(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
-    (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_processes))
+    (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_loader_processes))
     with evaluating(model), _not_compiled(model):
         outputs, _ = forward(workload, model, to_device(first, device))
     num_bytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
-    limit = min(size, most or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
+    limit = min(size, config.micro_batch_size or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
     return next(number for number in range(max(1, limit), 0, -1) if size % number == 0)
 
 
@@ -102,13 +106,17 @@ def evaluate(
     workload: Workload,
     model: nn.Module,
     split: Split,
+    config: TrainConfig,
     num_loader_processes: int = 0,
     on_batch: Callable[[], None] = lambda: None,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Evaluate a model on its device, in fp32 and fixed batches. Raises UsageError if the columns are too large."""
+    """Evaluate a model that was trained with ``config``, on its device, in fp32 and fixed batches.
+
+    Raises UsageError if the columns are too large.
+    """
     device = _device_of(model)
-    batch_size = batch_size or batch_size_of(workload, model, split, num_loader_processes, None)
+    batch_size = batch_size or batch_size_of(workload, model, split, config, num_loader_processes)
     requests = [Request(np.arange(*bounds)) for bounds in split_bounds(len(split), len(split), batch_size)]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []

@@ -185,8 +185,8 @@ def train_cases(rank: int, folder: Path) -> None:
             run = locate(storage, f"{case}-{world_size}")
             state, losses[case], norms[case] = trained(kind(), config_of(case), group, run)
             split = Split(few_words(replace(CONFIG, batch_size=50)))  # of three batches for an evaluation
-            together = evaluate_together(kind(), state.result, split, group)
-            alone = evaluate(kind(), saved_model.load_model(run.inside(END), kind()), split)
+            together = evaluate_together(kind(), state.result, split, CONFIG, group)
+            alone = evaluate(kind(), saved_model.load_model(run.inside(END), kind()), split, CONFIG)
             assert together.batch_sums == alone.batch_sums, case
         for before in range(1, world_size + 1):
             cut = only_middle(locate(storage, f"frozen-{before}"), group)

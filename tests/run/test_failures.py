@@ -786,7 +786,7 @@ def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monke
 
 def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(spec: Any) -> None:
-        evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images))
+        evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images), TrainConfig())
 
     with pytest.raises(TrainingStoppedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(step\.py, line \d+\)$"):
         train_on_a_worker(monkeypatch, fail)

@@ -102,8 +102,8 @@ def train_cases(group: Group, images: Arrays, folder: Path) -> None:
         state.optimizer = OPTIMIZERS[optimizer](state.model.parameters())
         split = Split(Arrays(images.inputs[:num_images], images.targets[:num_images]))
         engine.train(mnist(), state, split, config, group, callbacks_of(case))
-        together = evaluate_together(mnist(), state.result, split, group)
-        alone = evaluate(mnist(), state.result, split)
+        together = evaluate_together(mnist(), state.result, split, CONFIG, group)
+        alone = evaluate(mnist(), state.result, split, CONFIG)
         assert together.batch_sums == alone.batch_sums
         assert all(np.array_equal(together.columns[name], values) for name, values in alone.columns.items())
         if group.rank == 0:
@@ -223,7 +223,7 @@ def test_prepare_computes_in_full_precision_in_training_too(few_images: Arrays) 
     config = replace(CONFIG, precision="bf16", batch_size=300)
     state = engine.create_state(workload, config, len(split), Group())
     engine.train(workload, state, split, config, Group())
-    evaluate(workload, state.model, split)
+    evaluate(workload, state.model, split, config)
     assert dtypes == {(torch.float32, False), (torch.float32, True)}
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
@@ -16,7 +17,7 @@ from tests.conftest import mnist
 
 def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     model = mnist().create_model()
-    evaluation = evaluate(mnist(), model, Split(few_images))
+    evaluation = evaluate(mnist(), model, Split(few_images), TrainConfig())
     logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
     labels = torch.tensor(few_images.targets).long()
     assert evaluation.values(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -29,7 +30,7 @@ def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, m
     workload, measure = mnist(), Mock(return_value={})
     monkeypatch.setattr(workload, "evaluation_batch_size", lambda on_gpu: 250)
     monkeypatch.setattr(workload, "measure", measure)
-    evaluate(workload, workload.create_model(), Split(few_images))
+    evaluate(workload, workload.create_model(), Split(few_images), TrainConfig())
     assert [len(call.args[1]) for call in measure.call_args_list] == [250, 250, 100]
 
 
@@ -45,8 +46,7 @@ def test_an_evaluation_computes_no_more_at_a_time_than_a_micro_batch_or_outputs_
     workload, measure = mnist(), Mock(return_value={})
     monkeypatch.setattr(workload, "measure", measure)
     images, model = Split(few_images).between(0, 120), workload.create_model()
-    batch_size = batch_size_of(workload, model, images, 0, micro_batch_size)
-    evaluate_together(workload, model, images, Group(), batch_size=batch_size)
+    evaluate_together(workload, model, images, TrainConfig(micro_batch_size=micro_batch_size), Group())
     assert [len(call.args[1]) for call in measure.call_args_list] == [size] * (120 // size) + [20] * (size > 20)
 
 
@@ -65,9 +65,9 @@ def test_all_parts_of_the_examples_are_evaluated_as_many_at_a_time(monkeypatch: 
     monkeypatch.setattr(MNIST, "prepare", lambda self, inputs, generator: inputs)
     split, model = Split(Rows()), nn.Identity()
     parts = [split, split.between(0, 100), split.between(100, 300)]
-    assert [batch_size_of(mnist(), model, part, 0, None) for part in parts] == [20] * 3
+    assert [batch_size_of(mnist(), model, part, TrainConfig()) for part in parts] == [20] * 3
     monkeypatch.setattr(MNIST, "evaluation_batch_size", lambda self, on_gpu: 77)
-    assert batch_size_of(mnist(), model, split, 0, None) == 77, "the workload's own number holds"
+    assert batch_size_of(mnist(), model, split, TrainConfig()) == 77, "the workload's own number holds"
 
 
 def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be_trained_with(
@@ -84,7 +84,7 @@ def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be
         return nn.Module.train(model, mode)
 
     vars(model)["train"] = train
-    evaluate(mnist(), model, Split(few_images))
+    evaluate(mnist(), model, Split(few_images), TrainConfig())
     assert [name for name, module in model.named_modules() if not module.training] == ["conv1"]
     assert switched == [False, True] * 2  # first, to see how large the outputs are
     assert not kept[0].is_inference()

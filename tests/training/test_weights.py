@@ -110,9 +110,10 @@ def train_cases(rank: int, folder: Path) -> None:
             for case in CASES:
                 state, gradients, losses = trained(case, group)
                 split = Split(few_words(251))
-                size = batch_size_of(Words(), state.model, split, 0, 30)
-                evaluation = evaluate_together(Words(), state.model, split, group, batch_size=size)
-                alone = evaluate(Words(), state.model, split, batch_size=25)
+                config = replace(CONFIG, micro_batch_size=30)
+                size = batch_size_of(Words(), state.model, split, config)
+                evaluation = evaluate_together(Words(), state.model, split, config, group, batch_size=size)
+                alone = evaluate(Words(), state.model, split, config, batch_size=25)
                 assert evaluation.values(Words()) == alone.values(Words())
                 if rank == 0:
                     name = f"{case}-{world_size}"
@@ -203,8 +204,8 @@ def test_a_mean_of_the_slices_means_would_be_another_loss() -> None:
 
 def test_an_evaluation_is_the_mean_over_all_tokens_however_it_is_cut() -> None:
     words, model = few_words(251), Words().create_model()
-    whole = evaluate(Words(), model, Split(words))
-    parts = [evaluate(Words(), model, Split(words).between(start, start + 100)) for start in (0, 100, 200)]
+    whole = evaluate(Words(), model, Split(words), CONFIG)
+    parts = [evaluate(Words(), model, Split(words).between(start, start + 100), CONFIG) for start in (0, 100, 200)]
     logits = model(torch.tensor(words.inputs))
     expected = F.cross_entropy(logits.transpose(1, 2), torch.tensor(words.targets), ignore_index=-1).item()
     right = (logits.argmax(2) == torch.tensor(words.targets)).sum() / (words.targets >= 0).sum()
@@ -255,7 +256,7 @@ def test_inherited_metrics_are_means_by_weight() -> None:
             mae = np.average(abs(errors), weights=weights)
             expected = {"rmse": math.sqrt(np.average(losses, weights=weights)), "mae": mae, "r2": r2}
         expected["loss"] = np.average(losses, weights=weights)
-        assert evaluate(workload, model, Split(examples)).values(workload) == pytest.approx(expected, rel=1e-5)
+        assert evaluate(workload, model, Split(examples), CONFIG).values(workload) == pytest.approx(expected, rel=1e-5)
 
 
 def test_weights_without_a_loss_that_multiplies_by_them_are_refused_before_the_start() -> None:
