@@ -272,16 +272,21 @@ def busy(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checked_out(commit: str) -> Iterator[Path | None]:
-    """Extract and compile an earlier version, in a temporary folder. None if a shallow clone's history lacks it."""
+    """Extract and compile a version, in a temporary folder. None if a shallow clone's history lacks it."""
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True, check=False)
         if archive.returncode != 0:
             yield None
             return
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        for root in (folder, ROOT / "mnist_ray", ROOT / "ray_fork"):  # else one version would compile in each process
-            compileall.compile_dir(root, quiet=2)
+        compileall.compile_dir(folder, quiet=2)  # else each process would compile
         yield Path(folder)
+
+
+def this_version() -> str:
+    """Return a commit with the tracked files as they are now."""
+    made = subprocess.run(["git", "-C", ROOT, "stash", "create"], capture_output=True, text=True, check=True)
+    return made.stdout.strip() or "HEAD"
 
 
 def one_round(
@@ -294,8 +299,8 @@ def one_round(
 ) -> dict[str, float]:
     """Run both versions; return their measurements, with the prefix ``before_`` for the earlier version."""
     figures: dict[str, float] = {}
-    with checked_out(before) as earlier:
-        versions = {"now": ROOT, "before": earlier}
+    with checked_out(before) as earlier, checked_out(this_version()) as now:  # both in the same kind of folder
+        versions = {"now": now, "before": earlier}
         for name in sorted(versions, reverse=not is_before_first):
             if (root := versions[name]) is not None:
                 measured = one_version(root, storage / name, flags, parts)
