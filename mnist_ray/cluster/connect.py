@@ -11,7 +11,6 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -22,9 +21,10 @@ from mnist_ray.cluster.connection import about_access, connected, join, start_lo
 from mnist_ray.cluster.environment import prepare_local
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.cluster.session_files import removed_unless_failed, sessions_folder
-from mnist_ray.cluster.watch import watched
+from mnist_ray.cluster.watch import in_thread, watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.signals import end_with
 from mnist_ray.storage import in_one_line
 from ray_fork.starting import Forking, own_runtime_env
 
@@ -45,7 +45,7 @@ def connect(
     failed. Raises JobError if the cluster does not answer or a local Ray does not start, and UsageError if ``config``
     or ``RAY_ADDRESS`` is impossible.
 
-    ``meanwhile`` runs in a thread while Ray and a first worker start; its exception is raised here.
+    ``meanwhile`` runs in a thread while Ray and a first worker start. Its exception ends the start, and is raised here.
     """
     resources = kept.take(config, verbose=verbose)
     if resources is None and ray.is_initialized():
@@ -112,13 +112,36 @@ def _new_connection(
             # cannot import torch.
             meanwhile()
             meanwhile = _nothing
-        with ThreadPoolExecutor(1) as pool:
-            done = pool.submit(meanwhile)
+        with _in_parallel(meanwhile):
             at_the_end.enter_context(connected(start, leaving))
             cluster = _describe(is_local=address is None)
             notes += start_worker(cluster.log_folder) + (about_access() if cluster.is_local else [])
-        done.result()
         yield dataclasses.replace(cluster, notes=tuple(notes))
+
+
+@contextlib.contextmanager
+def _in_parallel(meanwhile: Callable[[], None]) -> Iterator[None]:
+    """Call a function in a thread during the block. If it fails, end the block, and raise its exception instead."""
+    is_main, failure = threading.current_thread() is threading.main_thread(), None
+
+    def call() -> None:
+        nonlocal failure
+        try:
+            meanwhile()
+        except Exception as error:
+            failure = error
+            if is_main:
+                end_with(error)
+            raise
+
+    done = in_thread(call)
+    try:
+        yield
+    except BaseException:  # perhaps the failure, perhaps in other words
+        if failure is not None:
+            raise failure  # noqa: B904, as its own cause is to stay
+        raise
+    done.result()
 
 
 @contextlib.contextmanager

@@ -111,21 +111,18 @@ def connected(
 ) -> Iterator[Session]:
     """Send a batch through the workload, and join a cluster or start a local Ray, except with ``--num-workers 0``.
 
-    The batch comes first, so that an error in the user's code is reported before anything starts. This package's
-    workloads are tested, so their batch and the imports wait until Ray is starting. Raises UsageError and JobError.
+    An error in the user's code ends the start of Ray. Raises UsageError and JobError.
     """
-    is_own, unused = type(job.workload).__module__.startswith("mnist_ray."), None
-    if job.train.strategy == "fsdp" and (reason := _too_large(job)):
+    unused, reason = None, _too_large(job) if job.train.strategy == "fsdp" else ""
+    if reason:
         console.say("note", f"skipping the trial batch: {reason}")
-    elif not is_own:
-        unused = _try_batch(job, data.train, batch_sizes)
 
     def meanwhile() -> None:
         nonlocal unused
         with process.without_collector():
+            if not reason:
+                unused = _try_batch(job, data.train, batch_sizes)
             importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
-        if is_own:
-            unused = _try_batch(job, data.train, batch_sizes)
 
     if start.workers.num_workers == 0:
         meanwhile()
