@@ -76,7 +76,7 @@ class ArrayBatches(Dataset):
         indices = torch.from_numpy(request.indices)
         if self.device.type == "cuda":
             indices = indices.pin_memory().to(self.device, non_blocking=True)
-        inputs, targets = map_tensors(lambda tensor: tensor[indices], self._whole)
+        inputs, targets = (map_tensors(lambda tensor: tensor[indices], part) for part in self._whole)
         return _loaded(request, inputs, targets)
 
 
@@ -250,24 +250,25 @@ def _rows(array: np.ndarray, indices: np.ndarray) -> Tensor:
         whole = torch.from_numpy(array)
     except ValueError:  # torch does not support negative strides
         return torch.from_numpy(array[indices]).clone()
-    return whole.index_select(0, torch.from_numpy(indices))
+    return whole[..., None].index_select(0, torch.from_numpy(indices))[..., 0]  # else no unsigned numbers of one axis
 
 
 def batch_loader(
     dataset: ArrayBatches | ExampleBatches, requests: Iterable[Request], device: torch.device, num_processes: int = 0
-) -> DataLoader:
+) -> Iterable[MicroBatch]:
     """Return a loader that reads ``requests``. ``num_processes`` processes read a ``Dataset`` or mapped arrays ahead.
 
     With ``batch_size=None``, the DataLoader passes each request to the data set unchanged: arrays are indexed once per
     batch. By default, it would read the examples one by one and stack them.
     """
-    is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.device.type == "cuda"
+    if isinstance(dataset, ArrayBatches) and dataset.device.type == device.type:
+        return map(dataset.__getitem__, requests)  # there is nothing to wait for
     return DataLoader(
         dataset,
         sampler=requests,
         batch_size=None,
         num_workers=num_processes if type(dataset) is ExampleBatches else 0,  # threads read blocks
-        pin_memory=device.type == "cuda" and not is_on_gpu,  # otherwise, it would only take up memory of the first GPU
+        pin_memory=device.type == "cuda",  # otherwise, it would only take up memory of the first GPU
         worker_init_fn=_begin_process,
     )
 

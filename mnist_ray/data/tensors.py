@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,13 +43,16 @@ def detached(outputs: Any) -> Any:
     return map_tensors(Tensor.detach, outputs)
 
 
-def autocast(device: torch.device, precision: Precision, *, keeps_casts: bool = True) -> torch.autocast:
-    """Return the autocast context for a forward pass; ``precision`` must not be ``auto``.
+def autocast(model: nn.Module, precision: Precision) -> AbstractContextManager[object]:
+    """Return the autocast context for a model's forward pass; ``precision`` must not be ``auto``.
 
-    ``keeps_casts``: a weight that is used twice is cast once, and its copy is kept until the context ends.
+    A weight that is used twice is cast once, and its copy is kept until the context ends, unless it is sharded.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=keeps_casts)
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    first = next(model.parameters(), torch.empty(0))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(first.device.type, dtype, cache_enabled=not is_sharded(first))
 
 
 def with_fast_layout(model: nn.Module) -> nn.Module:

@@ -122,9 +122,8 @@ def train(
             sums, others = gradients.compute(micro_batches), dict[Figure, Tensor]()
             if gradients.has_weight:
                 others = _update(state, config, callbacks)
-            else:
-                state.model.zero_grad()
-                state.scheduler.step()
+            gradients.clear()
+            state.scheduler.step()
             state.step += 1
             watch.turn(CALLBACKS)
             for callback in callbacks:
@@ -194,15 +193,17 @@ def _steps_of_pass(
         batches.seed = seed_of(config.seed, pass_number, 0)  # for an example's own random numbers, with its index
     micro_batches: list[MicroBatch] = []
     for micro_batch in batch_loader(batches, sampler, group.device, num_processes):
-        with state.watch.on(COPIES):
-            micro_batches.append(to_device(micro_batch, group.device))
+        if group.device.type != "cpu":
+            with state.watch.on(COPIES):
+                micro_batch = to_device(micro_batch, group.device)
+        micro_batches.append(micro_batch)
         if micro_batch.ends_step:
             yield micro_batches
             micro_batches = []
 
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> dict[Figure, Tensor]:
-    """Step the optimizer, the schedule and the EMA with the model's gradients; return the step's figures."""
+    """Step the optimizer and the EMA with the model's gradients; return the step's figures."""
     figures: dict[Figure, Tensor] = {}
     state.watch.turn(CALLBACKS)
     state.scaler.unscale_(state.optimizer)
@@ -216,9 +217,6 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad()
-    state.model.zero_grad()  # also the gradients of parameters that the optimizer does not have
-    state.scheduler.step()
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)
     return figures

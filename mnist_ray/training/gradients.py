@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -45,7 +46,7 @@ class Gradients:
         adds_up_itself = config.reproducible or self._is_sharded
         self._model = state.model if adds_up_itself else _distributed(state.model, group)
         self._ranks_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
-        self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
+        self._trained = self._note_trained()
         self._generator = _generator(group.device)
         self._ready_at: Any = None  # for the stopwatch: when this rank had its own gradients
         self.has_weight = True  # False if all example weights of the global batch are 0: there is nothing to learn
@@ -69,6 +70,11 @@ class Gradients:
             self.has_weight = self._divide_by_weights(sums[WEIGHT], micro_batches[0].global_size)
         return sums
 
+    def clear(self) -> None:
+        """Drop all gradients, also those of parameters that the optimizer or the model does not have."""
+        for parameter in self._parameters:  # model.zero_grad() would walk through all modules
+            parameter.grad = None
+
     def _note_ready(self, parameter: Tensor) -> None:
         self._ready_at = self._state.watch.now()
 
@@ -89,8 +95,14 @@ class Gradients:
     def _check_trained(self) -> None:
         """Raise TrainingStoppedError if the set of trained parameters has changed: gradients would be wrong."""
         must_be_same = self._model is not self._state.model or self._chunks is not None
-        if must_be_same and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
+        if self._trained != self._note_trained() and must_be_same:
             raise TrainingStoppedError("a callback has changed requires_grad during training; change it in on_start")
+
+    def _note_trained(self) -> list[bool]:
+        """Note the parameters to clear; return whether each of the model's is trained."""
+        of_model, groups = [*self._state.model.parameters()], self._state.optimizer.param_groups
+        self._parameters = [*{*of_model, *itertools.chain(*(group["params"] for group in groups))}]
+        return [parameter.requires_grad for parameter in of_model]
 
     def _of_slice(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)

@@ -38,14 +38,16 @@ class MetricSums:
         """What the sums are divided by: the examples' weights, or their number if all count alike."""
         return self.sums.get(WEIGHT, self.num_examples)
 
-    def __add__(self, other: MetricSums) -> MetricSums:
-        names = {**self.sums, **other.sums}
-        added = {name: self._sum(name) + other._sum(name) for name in names}
-        return MetricSums(added, self.num_examples + other.num_examples)
+    def plus(self, steps: Mapping[str, np.ndarray], num_examples: int) -> MetricSums:
+        """Add the sums of steps, (steps,) by name, one by one: the bits do not depend on how many come at a time.
 
-    def _sum(self, name: str) -> float:
-        """Return a sum; NaN if the examples were counted before the workload had this measure."""
-        return self.sums.get(name, math.nan if self.num_examples else 0.0)
+        A sum becomes NaN if the examples so far were counted before the workload had this measure, or the reverse.
+        """
+        missing = math.nan if self.num_examples else 0.0
+        added = dict.fromkeys(self.sums, math.nan)
+        for name, values in steps.items():
+            added[name] = float(np.add.accumulate(np.append(self.sums.get(name, missing), values))[-1])
+        return MetricSums(added, self.num_examples + num_examples)
 
     def values(self, workload: Workload) -> dict[str, float]:
         """Return the mean loss and the metrics that need no more than means; NaN if there are no examples."""

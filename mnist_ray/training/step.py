@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mnist_ray.config import Precision
 from mnist_ray.data.batches import MicroBatch
-from mnist_ray.data.tensors import as_fp32, autocast, detached, is_sharded
+from mnist_ray.data.tensors import as_fp32, autocast, detached
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.workload import Classification, Regression, Workload
 
@@ -26,9 +26,8 @@ def forward(
 
     ``precision`` is that of the model alone, and must not be ``auto``. ``generator`` is for augmentation in training.
     """
-    first = next(model.parameters(), torch.empty(0))
     inputs = workload.prepare(batch.inputs, generator)
-    with autocast(first.device, precision, keeps_casts=not is_sharded(first)):
+    with autocast(model, precision):
         return as_fp32(model(inputs)), batch.targets
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import time
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
+from mnist_ray.training.metrics import WEIGHT, MetricSums, TrainingDivergedError
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS
 from mnist_ray.workload.base import Workload
@@ -58,15 +60,17 @@ class LoggingWindow:
     def close(self, state: TrainingState, *, stop_wanted: bool, save_wanted: bool) -> Progress:
         """Sum the window over all ranks, add it to ``state``, and empty it. Raises TrainingDivergedError."""
         state.watch.turn(WORKERS)
-        steps, ranks, of_first = self._reduce(state, stop_wanted, save_wanted)
+        sums, ranks, of_first = self._reduce(state, stop_wanted, save_wanted)
         state.watch.turn(CALLBACKS)
-        self._check(steps, state)
-        progress = self._report(steps, ranks, of_first, state)
+        losses = self._losses(sums, state)
+        progress = self._report(sums, losses, ranks, of_first, state)
         self._sums, self._sizes, self._others = [], [], {}
         return progress
 
-    def _reduce(self, state: TrainingState, *wishes: bool) -> tuple[list[MetricSums], list[list[float]], list[float]]:
-        """Return the steps over all ranks, a row for each rank, and rank 0's decisions."""
+    def _reduce(
+        self, state: TrainingState, *wishes: bool
+    ) -> tuple[dict[str, np.ndarray], list[list[float]], list[float]]:
+        """Return the steps' sums over all ranks, (steps,) by name; a row for each rank; and rank 0's decisions."""
         names = list(self._sums[0])
         sums = torch.stack([step[name] for step in self._sums for name in names]).double()
         if sums.is_cuda:
@@ -85,37 +89,45 @@ class LoggingWindow:
             sums, ranks = whole[: sums.numel()].view_as(sums), whole[sums.numel() :].view_as(ranks)
         if sums.dim() > 1:
             sums = functools.reduce(operator.add, sums.unbind(1))  # chunk by chunk, in double
-        rows = [dict(zip(names, row, strict=True)) for row in sums.view(-1, len(names)).tolist()]
-        steps = [MetricSums(row, size) for row, size in zip(rows, self._sizes, strict=True)]
-        return steps, ranks.tolist(), of_first.tolist()
+        columns = sums.view(-1, len(names)).T.cpu().numpy()
+        return dict(zip(names, columns, strict=True)), ranks.tolist(), of_first.tolist()
 
-    def _check(self, steps: list[MetricSums], state: TrainingState) -> None:
-        """Raise TrainingStoppedError for a wrong sum of weights, TrainingDivergedError if a loss is not finite."""
-        for number, step in enumerate(steps, start=state.step - len(steps) + 1):
-            if not step.weight >= 0:
+    def _losses(self, sums: Mapping[str, np.ndarray], state: TrainingState) -> list[float]:
+        """Return each step's mean loss: NaN if it has no weight.
+
+        Raises TrainingStoppedError for a wrong sum of weights, TrainingDivergedError if a loss is not finite.
+        """
+        weights, first = sums.get(WEIGHT, np.array(self._sizes)), state.step - len(self._sizes) + 1
+        for number, weight, loss in zip(itertools.count(first), weights.tolist(), sums["loss"].tolist()):
+            if not weight >= 0:
                 found = f"one in step {number} of epoch {state.epoch + 1} is negative or NaN"
                 raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: {found}; leave it out")
-            if not math.isfinite(step.sums["loss"]):
+            if not math.isfinite(loss):
                 raise TrainingDivergedError(state.epoch + 1, number)
+        losses: list[float] = (sums["loss"] / np.where(weights > 0, weights, math.nan)).tolist()
+        return losses
 
     def _report(
-        self, steps: list[MetricSums], ranks: list[list[float]], of_first: list[float], state: TrainingState
+        self,
+        sums: Mapping[str, np.ndarray],
+        losses: list[float],
+        ranks: list[list[float]],
+        of_first: list[float],
+        state: TrainingState,
     ) -> Progress:
         """Add the steps to ``state``, and return the progress."""
         next_interval, elapsed_s, stop_wanted, save_wanted = of_first
         self._interval_steps = int(next_interval)
         state.epoch_s += elapsed_s
-        window = MetricSums()
-        for step in steps:
-            window += step
-            state.sums += step  # step by step: the bits of the sum must not depend on when windows close
+        num_examples = sum(self._sizes)
+        state.sums = state.sums.plus(sums, num_examples)
         columns = [*zip(*ranks, strict=True)][len(PARTS) :]
         return Progress(
             epoch=state.epoch + 1,
             step=state.step,
             epoch_steps=state.epoch_steps,
-            losses=[step.sums["loss"] / step.weight if step.weight else math.nan for step in steps],
-            window=window.values(self._workload),
+            losses=losses,
+            window=MetricSums().plus(sums, num_examples).values(self._workload),
             so_far=state.sums.values(self._workload),
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,

@@ -29,6 +29,7 @@ from mnist_ray.workload import Arrays, Blocks
 from tests.conftest import mnist
 
 CPU = torch.device("cpu")
+ARRAYS = Split(Arrays(np.arange(10), np.arange(10)))
 NUM_EXAMPLES, BATCH_SIZE = 10, 4  # the last batch has two examples
 
 
@@ -207,7 +208,7 @@ def test_random_draws_differ_by_example_generator_and_seed() -> None:
 
 def test_mapped_arrays_give_the_same_batches_as_arrays_in_memory(tmp_path: Path) -> None:
     inputs = np.arange(60, dtype=np.uint8).reshape(NUM_EXAMPLES, 2, 3)
-    targets = np.arange(NUM_EXAMPLES, dtype=np.int32)
+    targets = np.arange(NUM_EXAMPLES, dtype=np.uint16)
     np.save(tmp_path / "inputs.npy", inputs)
     mapped = Split(Arrays(np.load(tmp_path / "inputs.npy", mmap_mode="r"), targets))
     in_memory, in_files = batches_of(Split(Arrays(inputs, targets)), CPU), batches_of(mapped, CPU)
@@ -320,15 +321,18 @@ def test_arrays_stay_in_main_memory_if_the_gpu_has_no_room(monkeypatch: pytest.M
 
 def test_only_batches_for_a_gpu_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    arrays = batches_of(Split(Arrays(np.arange(10), np.arange(10))), CPU)
-    assert not batch_loader(arrays, [], CPU).pin_memory  # it would take memory of the first GPU
-    assert batch_loader(arrays, [], torch.device("cuda")).pin_memory
+    examples: Any = batch_loader(ExampleBatches(Split(Rows()), 0), [], CPU)
+    arrays: Any = batch_loader(batches_of(ARRAYS, CPU), [], torch.device("cuda"))
+    assert not examples.pin_memory  # it would take memory of the first GPU
+    assert arrays.pin_memory
 
 
 def test_arrays_are_never_read_by_loader_processes() -> None:
-    arrays = batches_of(Split(Arrays(np.arange(10), np.arange(10))), CPU)
-    assert batch_loader(arrays, [], CPU, 2).num_workers == 0
-    assert batch_loader(ExampleBatches(Split(Rows()), 0), [], CPU, 2).num_workers == 2
+    here: Any = batch_loader(batches_of(ARRAYS, CPU), [Request(np.array([2, 5]))], CPU, 2)
+    assert [batch.inputs.tolist() for batch in here] == [[2, 5]]
+    for_gpu: Any = batch_loader(batches_of(ARRAYS, CPU), [], torch.device("cuda"), 2)
+    examples: Any = batch_loader(ExampleBatches(Split(Rows()), 0), [], CPU, 2)
+    assert (for_gpu.num_workers, examples.num_workers) == (0, 2)
 
 
 class Sessions(Rows):

@@ -14,12 +14,8 @@ from mnist_ray.workload.figures import Figure
 from tests.conftest import Digits
 
 
-def sums_of(loss: float, right: int, number: int) -> MetricSums:
-    return MetricSums({"loss": loss, "accuracy": right}, number)
-
-
 def test_sums_add_up_and_are_divided_last() -> None:
-    sums = MetricSums() + sums_of(3.0, 1, 2) + sums_of(1.0, 3, 6)
+    sums = MetricSums().plus({"loss": np.array([3.0, 1.0]), "accuracy": np.array([1, 3])}, 2 + 6)
     assert sums.values(Digits()) == {"loss": 0.5, "accuracy": 0.5}
     assert str(MetricSums().values(Digits())) == "{'loss': nan, 'accuracy': nan}"
 
@@ -32,7 +28,7 @@ def test_values_of_steps_and_ranks_become_one_without_those_that_are_not_finite(
 
 
 def test_an_epoch_that_began_before_a_metric_was_added_has_none() -> None:
-    sums = MetricSums({"loss": 1.0}, 2) + sums_of(3.0, 1, 2)
+    sums = MetricSums({"loss": 1.0}, 2).plus({"loss": np.array([3.0]), "accuracy": np.array([1])}, 2)
     assert str(sums.values(Digits())) == "{'loss': 1.0, 'accuracy': nan}"
 
 

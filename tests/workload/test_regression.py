@@ -20,7 +20,7 @@ def values_of(predictions: np.ndarray, targets: np.ndarray, cuts: Sequence[int] 
         outputs, on_them = torch.from_numpy(some), torch.from_numpy(their_targets)
         loss_sum = problem.loss(outputs, on_them).double().sum()
         measured = sums_of(problem, outputs, on_them, loss_sum)
-        sums += MetricSums({name: value.item() for name, value in measured.items()}, len(some))
+        sums = sums.plus({name: value.numpy()[None] for name, value in measured.items()}, len(some))
     return sums.values(problem)
 
 
