@@ -52,7 +52,8 @@ from mnist_ray.training.state import TrainingState
 STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
 FORMAT = 2
-_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "ends")  # fields of a TrainingState, stored unchanged
+_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "ends")
+"""Fields of a TrainingState, stored unchanged."""
 
 
 class DamagedCheckpointError(JobError):
@@ -257,7 +258,7 @@ def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
 
 def _training_of(document: dict[str, Any], tensors: dict[str, Tensor], content: bytes) -> dict[str, Any]:
     """Return the content of training.pt, with the optimizer's ``tensors``. Raises anything if it is invalid."""
-    training = unpickled(content)
+    training = {"one_thread": False, **unpickled(content)}  # which older checkpoints do not have
     of_numbers = {str(number): values for number, values in training["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")

@@ -32,7 +32,7 @@ from mnist_ray.process import keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, position_of
-from mnist_ray.training import engine
+from mnist_ray.training import engine, threads
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together, evaluating
 from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
@@ -64,8 +64,8 @@ def train_worker(
     """Set up a worker with ``cpus``; train from the newest checkpoint. Raises like ``train`` and ``restore_newest``."""
     job = spec.job
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
-    threads = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
-    torch.set_num_threads(1 if job.train.reproducible else threads)
+    planned = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
+    torch.set_num_threads(1 if job.train.reproducible else planned)
     life = Life(job, group.rank, spec.event_queue)
     try:
         _train(spec, group, create_reporter, life)
@@ -86,6 +86,11 @@ def _train(
     life.show()
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
+    if job.workers.cpus_per_worker is None and not state.is_sharded:
+        if not restored.name:  # a resumed run keeps its choice, and so its bits
+            state.one_thread = threads.is_one_faster(job.workload, state, split, config, group)
+        if state.one_thread:
+            torch.set_num_threads(1)
     # Not earlier: the memory of a whole model, or of a checkpoint that was read, should go back to the kernel.
     keep_freed_memory(is_sharded=state.is_sharded)
     state.last_step = min(
@@ -187,7 +192,9 @@ class Reporter(Callback):
 
     def _started(self, state: TrainingState, restored: checkpoints.Restored, hosts: Sequence[str]) -> Started:
         has_changed = restored.arithmetic not in (None, arithmetic())
-        note = "versions or processor changed since the checkpoint: results are no longer bit-identical"
+        changed = "versions or processor changed since the checkpoint: results are no longer bit-identical"
+        small = "steps are so small that one thread is as fast as several; --cpus-per-worker sets another number"
+        notes = {changed: has_changed, small: state.one_thread and torch.get_num_threads() == 1}
         return Started(
             num_workers=self._group.world_size,
             hosts=tuple(hosts),
@@ -198,7 +205,7 @@ class Reporter(Callback):
             step=state.step,
             total_step=state.total_step,
             damaged=restored.damaged,
-            notes=(note,) if has_changed else (),
+            notes=tuple(note for note, applies in notes.items() if applies),
             processor=name_of(self._group.device),
         )
 

@@ -39,6 +39,7 @@ class TrainingState:
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # scales the loss; for fp16 only
     average: nn.Module | None = None  # the weights' EMA, with --ema-decay
     scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
+    one_thread: bool = False  # each worker computes with one thread, because steps are small
     ends: bool = False  # set by a callback: no further epoch
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
