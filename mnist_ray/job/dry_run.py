@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,9 @@ from mnist_ray.training.step import forward
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.calls import picture_of, placed
 
-NUM_EXAMPLES = 16  # in that batch
+NUM_EXAMPLES = 16  # in that batch, or fewer if they are slow
+_MAX_S = 1.0  # for all passes together
+_NUM_PASSES = 6  # of that batch, if a backward pass counts as two
 _OF_OPTIMIZER = {"optimizer", "learning_rate", "beta1", "beta2", "momentum", "weight_decay", "schedule", "warmup_steps"}
 
 
@@ -62,42 +65,61 @@ def try_batch(
         batches = batches_of(train, torch.device("cpu"), workload.collate)
         inputs, _ = train[0]
     picture_of(workload, inputs)
-    number = min(NUM_EXAMPLES, len(train))
+    model = new_model(workload, config)
+    max_number = int(_MAX_S / _NUM_PASSES / _seconds_of(workload, model, first(1)))
+    number, is_slow = min(max(2, max_number), NUM_EXAMPLES, len(train)), max_number < 2
     with placed(workload, "an example"):
         last = batches[Request(np.arange(len(train) - number, len(train)), number)]
-    others = [first((number + 1) // 2), first(1), last]
-    unused = check_batch(workload, first(number), others, config, len(train), num_workers)
-    for size in batch_sizes:
+    others = [] if is_slow else [first((number + 1) // 2), first(1), last]
+    unused = check_batch(workload, model, first(number), others, config, len(train), num_workers)
+    for size in () if is_slow else batch_sizes:
         shares = [batch * part for batch in (size, len(train) % size or size)]
         numbers = [math.ceil(math.ceil(share) / (config.micro_batch_size or size)) for share in shares]
         smallest = max(1, min(int(share) // number for share, number in zip(shares, numbers, strict=True)))
         if smallest < NUM_EXAMPLES:
-            check_smallest(workload, first(smallest), size, config)
+            check_smallest(workload, model, first(smallest), size, config)
     return unused
+
+
+def new_model(workload: Workload, config: TrainConfig) -> nn.Module:
+    """Return a new model. Raises UsageError if it cannot be trained or saved."""
+    with placed(workload, "create_model"):
+        torch.manual_seed(config.seed)
+        model = workload.create_model()
+    _check_model(type(workload).__name__, model)
+    return model
+
+
+def _seconds_of(workload: Workload, model: nn.Module, one: MicroBatch) -> float:
+    """Return the seconds of an example's forward pass. If it fails, the checks report why."""
+    times = []
+    for _ in range(2):  # the first pass also warms up
+        start = time.perf_counter()
+        with contextlib.suppress(Exception), torch.no_grad():
+            forward(workload, model.eval(), one)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def check_batch(
     workload: Workload,
+    model: nn.Module,
     batch: MicroBatch,
     others: Sequence[MicroBatch],
     config: TrainConfig,
     num_examples: int,
     num_workers: int = 1,
 ) -> set[str] | None:
-    """Call each method that training and evaluation will call.
+    """Call each method that training and evaluation will call, on a new ``model``.
 
-    ``others``: two batches with the first examples of ``batch``, and one with other examples. The run has
-    ``num_examples`` to train on. Returns like ``try_batch``. Raises UsageError with the file name and line
+    ``others``: two batches with the first examples of ``batch``, and one with other examples; none if that takes long.
+    The run has ``num_examples`` to train on. Returns like ``try_batch``. Raises UsageError with the file name and line
     number of the user's code.
     """
     name, number, precision = type(workload).__name__, batch.global_size, resolve_precision(config.precision, Group())
     if workload.compares_examples and (config.reproducible or config.micro_batch_size):
         flag = "--reproducible" if config.reproducible else "--micro-batch-size"
         raise UsageError(f"{flag} cuts batches into parts, but {name}'s loss compares the examples of a batch")
-    with placed(workload, "create_model"):
-        torch.manual_seed(config.seed)
-        model = workload.create_model()
-    _check_model(name, model)
     generator = torch.default_generator.manual_seed(config.seed)
     with sharding.units_checked(workload, model, config, num_workers), _forward_placed(workload, batch):
         outputs, targets = forward(workload, model.train(), batch, precision, generator)
@@ -110,16 +132,17 @@ def check_batch(
     for key, values in columns.items():
         if not isinstance(values, Tensor) or values.shape[:1] != (number,):
             raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
-    if workload.prompt:
-        with placed(workload, "complete"), torch.no_grad():
-            workload.complete(model, workload.prompt)
     _check_metrics(workload, detached(outputs), targets, columns, number)
-    *fewer, last = others
-    of_last = f"predictions for the last {number} examples"
-    with placed(workload, of_last):
-        check_columns([columns, _evaluated(workload, model, last, of_last)[-1]])
-    for few in () if workload.compares_examples else fewer:
-        _check_independence(workload, model, evaluated, own_targets, few, config)
+    if others:
+        if workload.prompt:
+            with placed(workload, "complete"), torch.no_grad():
+                workload.complete(model, workload.prompt)
+        *fewer, last = others
+        of_last = f"predictions for the last {number} examples"
+        with placed(workload, of_last):
+            check_columns([columns, _evaluated(workload, model, last, of_last)[-1]])
+        for few in () if workload.compares_examples else fewer:
+            _check_independence(workload, model, evaluated, own_targets, few, config)
     unused = _check_optimizer(workload, model, config, config.total_steps(num_examples))
     return idle | (unused or config.unused) if idle else unused
 
@@ -167,11 +190,11 @@ def _evaluated(
             return outputs, targets, workload.predictions(outputs, targets)
 
 
-def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:
-    """Try a new model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
-    model, precision = workload.create_model().train(), resolve_precision(config.precision, Group())
+def check_smallest(workload: Workload, model: nn.Module, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:
+    """Try a model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
+    precision = resolve_precision(config.precision, Group())
     try:
-        outputs, targets = forward(workload, model, few, precision, torch.default_generator)
+        outputs, targets = forward(workload, model.train(), few, precision, torch.default_generator)
         workload.loss(outputs, targets).sum()
     except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
         few_left = f"a worker computes only {count(few.global_size, 'example')} of some batches at a time"

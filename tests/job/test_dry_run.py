@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,7 @@ from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.splits import splits_of
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.dry_run import NUM_EXAMPLES, check_batch, try_batch
+from mnist_ray.job.dry_run import NUM_EXAMPLES, check_batch, new_model, try_batch
 from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.loading import load
 from tests.conftest import mnist
@@ -106,7 +107,7 @@ def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig
     batches = batches_of(train, torch.device("cpu"), workload.collate)
     whole, *others = (batches[Request(np.arange(size), size)] for size in (number, number // 2, 1))
     others.append(batches[Request(np.arange(len(train) - number, len(train)), number)])
-    check_batch(workload, whole, others, config, num_examples=2400)
+    check_batch(workload, new_model(workload, config), whole, others, config, num_examples=2400)
 
 
 def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> str:
@@ -366,10 +367,22 @@ def test_a_part_of_a_batch_is_tried_only_if_it_has_few_examples(
     tried = Mock()
     monkeypatch.setattr("mnist_ray.job.dry_run.check_smallest", tried)
     try_batch(mnist(), Split(few_images), FP32, [256, 599], Fraction(1))
-    assert [call.args[1].global_size for call in tried.call_args_list] == [1]
+    assert [call.args[2].global_size for call in tried.call_args_list] == [1]
     tried.reset_mock()
     try_batch(mnist(), Split(few_images), TrainConfig(precision="fp32", micro_batch_size=5), [300], Fraction(1, 2))
-    assert [call.args[1].global_size for call in tried.call_args_list] == [5]
+    assert [call.args[2].global_size for call in tried.call_args_list] == [5]
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(1e-4, {1, 8, 16}), (0.02, {1, 4, 8}), (0.1, {1, 2})])
+def test_the_slower_an_example_is_the_fewer_are_tried(
+    seconds: float, sizes: set[int], few_images: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = mnist()
+    prepare = Mock(side_effect=workload.prepare)
+    monkeypatch.setattr(workload, "prepare", prepare)
+    monkeypatch.setattr("mnist_ray.job.dry_run.time.perf_counter", itertools.count(0, seconds).__next__)
+    try_batch(workload, Split(few_images), FP32, [300], Fraction(1))
+    assert {len(call.args[0]) for call in prepare.call_args_list} == sizes
 
 
 @pytest.mark.parametrize(
