@@ -162,7 +162,7 @@ def evaluate(
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
-    num_tasks: int = EvaluationConfig().num_tasks,
+    num_tasks: int | None = EvaluationConfig().num_tasks,
     use_gpu: str = EvaluationConfig().use_gpu,
     plain_ray: bool = False,
     **settings: Any,

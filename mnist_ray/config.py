@@ -256,7 +256,11 @@ class ExportConfig:
 class EvaluationConfig:
     """Evaluation on Ray."""
 
-    num_tasks: int = setting(1, "Ray tasks that share the examples; any number gives the same result", **at_least(1))
+    num_tasks: int | None = setting(
+        None,
+        "Ray tasks that share the examples; any number gives the same result; default: one, or more for a long test",
+        **at_least(1),
+    )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
     plain_ray: bool = setting(False, _PLAIN)
 

@@ -37,6 +37,7 @@ class Found:
     checkpoint: RunFolder
     workload: Workload
     config: Mapping[str, Any]  # settings of the training
+    metrics: CheckpointMetrics  # of the training
     notes: tuple[str, ...]  # for the user
 
     def load_model(self) -> Any:
@@ -70,7 +71,8 @@ def find(
     check_known(saved["settings"], declared(workload_class.Settings), source)
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
     workload = workload_class(settings, saved["metadata"])
-    return Found(checkpoint, workload, document.get("config", {}), tuple(notes))
+    metrics = CheckpointMetrics.of(document.get("metrics", {}))
+    return Found(checkpoint, workload, document.get("config", {}), metrics, tuple(notes))
 
 
 def read_initial(job: Job) -> tuple[bytes, str]:

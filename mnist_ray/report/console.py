@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO, TypeVar, cast
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from mnist_ray.workload.base import Workload
 
 _PLAIN_INTERVAL_S, _NOTEBOOK_INTERVAL_S = 10.0, 2.0
 _LOG_WIDTH = 240
+_SHOWN_AFTER_S, _SHOWN_EVERY_S = 2.0, 0.5
 
 Self = TypeVar("Self", bound="RunConsole")
 
@@ -117,6 +119,23 @@ class RunConsole:
                 best = f": validation was best after epoch {best_epoch}" if best_epoch else ""
                 self.say("stopped", f"after epoch {epoch}{best}")
 
+    def testing(self, num_examples: int) -> Callable[[int], None]:
+        """Return a function that shows, from the third second on, how many examples of the test set are done."""
+        begun = shown = self._last_plain = time.monotonic()
+
+        def show(num_done: int) -> None:
+            nonlocal begun, shown
+            now = time.monotonic()
+            if num_done == 0:
+                begun = now
+            if now - begun < _SHOWN_AFTER_S or now - shown < _SHOWN_EVERY_S:
+                return
+            shown, rate = now, num_done / (now - begun)
+            left = clock_time((num_examples - num_done) / rate)
+            self._show_now("test", f"{num_done:,}/{num_examples:,}  {rate:,.0f} {self._workload.nouns}/s  {left} left")
+
+        return show
+
     def show_evaluation(self, tested: Evaluation) -> None:
         """Print the result on the test set."""
         workload = self._workload
@@ -159,7 +178,10 @@ class RunConsole:
             f"{event.examples_per_s:,.0f} {self._workload.nouns}/s  "
             f"{clock_time(event.epoch_s / event.step * steps_left)} left"
         )
-        label = f"epoch {event.epoch}/{self._num_epochs}"
+        self._show_now(f"epoch {event.epoch}/{self._num_epochs}", line)
+
+    def _show_now(self, label: str, line: str) -> None:
+        """Redraw the live line; without one, print the line if the last one was printed some time ago."""
         if self._live.is_started:
             self._live.update(Text(self._column(label) + redact(line)), refresh=True)
         elif time.monotonic() - self._last_plain >= self._plain_interval_s:

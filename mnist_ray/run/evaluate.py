@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -14,25 +17,33 @@ from ray.exceptions import RayError, RayTaskError
 from mnist_ray import extras
 from mnist_ray.checkpoints.checkpoint import read_state
 from mnist_ray.checkpoints.saved_model import load_model
+from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, without_unusable_gpus
+from mnist_ray.cluster.plan import cpus_for_each
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.cluster.waiting import Waiting
+from mnist_ray.cluster.watch import in_thread
 from mnist_ray.config import EvaluationConfig, TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import split_bounds
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.job.find import Found
+from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import build, flag
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder
+from mnist_ray.text import count
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
 from ray_fork.starting import Forking
+
+_TASK_PAYS_S = 2.0  # of work: a process of its own takes about as long to start
+_TOLD_EVERY_S = 1.0
 
 if TYPE_CHECKING:  # the process of an evaluation does not need these
     from mnist_ray.cluster.plan import WorkerPlan
@@ -60,7 +71,10 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
                 console.say("note", f"the run was tested with {flag(name)} {part}; this evaluation uses all data")
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
-        tested = evaluate_in_tasks(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu, console)
+        places = sum(node.num_gpus if use_gpu else node.num_cpus > 0 for node in cluster.nodes)
+        number = config.num_tasks or num_paying(found.metrics, len(test), places)
+        tasks = Tasks(number, cpus_for_each(cluster.nodes, number, None, use_gpu) or 1, use_gpu)
+        tested = evaluate_in_tasks(workload, found.checkpoint, test, tasks, 0, console)
         console.show_evaluation(tested)
         return tested
 
@@ -74,20 +88,14 @@ def evaluate_fitted(
     """
     job, test = session.job, session.data.test
     record.begin_test(fitted)
+    loader_workers = job.workers.loader_workers
     if session.is_here:
-        device = "cuda" if plan.use_gpu else "cpu"
-        tested = evaluate_here(fitted.checkpoint, job.workload, test, job.workers.loader_workers, device)
+        device, show = "cuda" if plan.use_gpu else "cpu", session.console.testing(len(test))
+        tested = evaluate_here(fitted.checkpoint, job.workload, test, loader_workers, device, show)
     else:
-        tested = evaluate_in_tasks(
-            job.workload,
-            fitted.checkpoint,
-            test,
-            num_tasks=1,
-            loader_workers=job.workers.loader_workers,
-            use_gpu=plan.use_gpu,
-            console=session.console,
-            labels=plan.labels,
-        )
+        number = num_paying(fitted.metrics, len(test), plan.num_workers)
+        tasks = Tasks(number, plan.cpus_per_worker, plan.use_gpu, plan.labels)
+        tested = evaluate_in_tasks(job.workload, fitted.checkpoint, test, tasks, loader_workers, session.console)
     if is_last:
         session.cluster.leave()
     record.add_test(fitted, tested)
@@ -96,32 +104,52 @@ def evaluate_fitted(
     return tested.values(job.workload)[job.workload.monitor.name]
 
 
-def evaluate_in_tasks(
-    workload: Workload,
-    checkpoint: RunFolder,
-    test: Split,
-    num_tasks: int,
-    loader_workers: int,
-    use_gpu: bool,
-    console: RunConsole,
-    labels: Mapping[str, str] | None = None,
-) -> Evaluation:
-    """Evaluate a checkpoint on the test set, divided among tasks with one CPU and, if ``use_gpu``, one GPU each.
+@dataclass(frozen=True)
+class Tasks:
+    """How many Ray tasks share a test set, and the resources of each."""
 
-    ``labels``: the node labels that the tasks require. The result does not depend on the number of tasks, because each
-    evaluates whole batches. Raises a task's exception, or JobError if a task's node or the storage is lost.
+    number: int
+    cpus: int = 1
+    use_gpu: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes that the tasks require
+
+    def __str__(self) -> str:
+        return count(self.cpus, "CPU") + (" and 1 GPU" if self.use_gpu else "")
+
+
+def num_paying(metrics: CheckpointMetrics, num_examples: int, most: int) -> int:
+    """Return how many tasks to start: each has work for some seconds, by the rate of a worker in the validation."""
+    rate = metrics.values.get("val_examples_per_s", math.inf)
+    return max(1, min(int(num_examples / rate / _TASK_PAYS_S), most))
+
+
+def evaluate_in_tasks(
+    workload: Workload, checkpoint: RunFolder, test: Split, tasks: Tasks, loader_workers: int, console: RunConsole
+) -> Evaluation:
+    """Evaluate a checkpoint on the test set, divided among tasks, and show the progress.
+
+    The result does not depend on the number of tasks, because each evaluates whole batches. Raises a task's exception,
+    or JobError if a task's node or the storage is lost.
     """
-    shared = share(workload, test)
+    shared, show = share(workload, test), console.testing(len(test))
     # Ray ends the process after such a GPU task; with options(num_gpus=1), the process would keep the GPU's memory.
-    selector = {"label_selector": dict(labels)} if labels else {}
-    task = ray.remote(num_cpus=1, num_gpus=int(use_gpu), **selector)(_evaluate_split)
-    bounds = split_bounds(len(test), num_tasks, workload.evaluation_batch_size(on_gpu=use_gpu))
-    splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
-    waiting = Waiting("1 CPU and 1 GPU" if use_gpu else "1 CPU", functools.partial(console.say, "note"))
-    while splits and not ray.wait(splits, timeout=1)[0]:  # until a task has begun
-        waiting.look()
+    selector = {"label_selector": dict(tasks.labels)} if tasks.labels else {}
+    task = ray.remote(num_cpus=tasks.cpus, num_gpus=int(tasks.use_gpu), **selector)(_evaluate_split)
+    bounds = split_bounds(len(test), tasks.number, workload.evaluation_batch_size(on_gpu=tasks.use_gpu))
+    streams = [task.remote(checkpoint, shared, start, stop, loader_workers, tasks.cpus) for start, stop in bounds]
+    waiting = Waiting(str(tasks), functools.partial(console.say, "note"))
+    done, parts = dict.fromkeys(streams, 0), dict[Any, Evaluation]()
     try:
-        return Evaluation.merge([ray.get([*split][-1]) for split in splits])
+        while len(parts) < len(streams):
+            ready, _ = ray.wait([stream for stream in streams if stream not in parts], timeout=1)
+            waiting.look(is_waiting=not ready and not any(done.values()))
+            for stream in ready:
+                news = ray.get(next(stream))
+                if isinstance(news, Evaluation):
+                    parts[stream], news = news, news.num_examples
+                done[stream] = news
+            show(sum(done.values()))
+        return Evaluation.merge([parts[stream] for stream in streams])
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, RayError):
@@ -140,24 +168,42 @@ def _import_this() -> None:
 
 
 def _evaluate_split(
-    checkpoint: RunFolder, shared: RemoteSplit, start: int, stop: int, loader_workers: int
-) -> Iterator[Evaluation | None]:
-    yield None  # the task has begun
-    split = shared.open().between(start, stop)
-    yield evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here())
+    checkpoint: RunFolder, shared: RemoteSplit, start: int, stop: int, loader_workers: int, cpus: int
+) -> Iterator[Evaluation | int]:
+    """Yield the number of examples that are done, at the start and then every second; last, the evaluation."""
+    done = 0
+
+    def note(number: int) -> None:
+        nonlocal done
+        done = number
+
+    def evaluate_split() -> Evaluation:
+        torch.set_num_threads(min(cpus, usable_cores()))
+        split = shared.open().between(start, stop)
+        return evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here(), note)
+
+    yield done
+    result = in_thread(evaluate_split)
+    while not wait([result], _TOLD_EVERY_S).done:
+        yield done
+    yield result.result()
 
 
 def evaluate_here(
-    checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int, device: str | torch.device = "cpu"
+    checkpoint: RunFolder,
+    workload: Workload,
+    split: Split,
+    loader_workers: int,
+    device: str | torch.device = "cpu",
+    on_batch: Callable[[int], object] = lambda num_done: None,
 ) -> Evaluation:
-    """Evaluate a checkpoint in this process, on one thread, since a task has one CPU."""
-    torch.set_num_threads(1)
+    """Evaluate a checkpoint in this process. Calls ``on_batch`` like ``evaluate``."""
     torch.backends.cudnn.allow_tf32 = False  # an evaluation is in fp32
     try:
         with placed(workload, "an evaluation"):
             model = with_fast_layout(load_model(checkpoint, workload).to(device))
             config = build(TrainConfig, read_state(checkpoint).get("config", {}))
-            return evaluate(workload, model, split, config, loader_workers)
+            return evaluate(workload, model, split, config, loader_workers, on_batch)
     except UsageError as error:
         if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the user may fix the data
             raise JobError(str(error)) from error

@@ -300,12 +300,14 @@ class Reporter(Callback):
                 self._config,
                 self._group,
                 num_loader_processes=loader_workers,
-                on_batch=self._life.show,
+                on_batch=lambda num_done: self._life.show(),
                 batch_size=self._batch_size,
             )
         values = evaluation.values(workload)
         of_metrics = {f"val_{name}": value for name, value in values.items()}
-        return {**of_metrics, "val_score": score(workload, values), "val_s": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        rate = len(split) / seconds / self._group.world_size  # of one worker
+        return {**of_metrics, "val_score": score(workload, values), "val_s": seconds, "val_examples_per_s": rate}
 
     def _sample(self, state: TrainingState) -> str:
         """Return the model's continuation of the workload's prompt, if it has one; all ranks must call this."""

@@ -35,7 +35,7 @@ def evaluate_together(
     config: TrainConfig,
     group: Group,
     num_loader_processes: int = 0,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: Callable[[int], object] = lambda num_done: None,
     batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model, each rank on some of the batches. Every rank returns what ``evaluate`` would, bit for bit."""
@@ -108,12 +108,13 @@ def evaluate(
     split: Split,
     config: TrainConfig,
     num_loader_processes: int = 0,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: Callable[[int], object] = lambda num_done: None,
     batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model that was trained with ``config``, on its device, in fp32 and fixed batches.
 
-    Raises UsageError if the columns are too large.
+    ``on_batch`` is called before each batch with the number of examples that are done. Raises UsageError if the columns
+    are too large.
     """
     device = _device_of(model)
     batch_size = batch_size or batch_size_of(workload, model, split, config, num_loader_processes)
@@ -124,8 +125,8 @@ def evaluate(
     batches = batches_of(checked(split, workload.find_fault), device, workload.collate)
     loader = batch_loader(batches, requests, device, num_loader_processes)
     with evaluating(model):
-        for loaded in loader:
-            on_batch()
+        for request, loaded in zip(requests, loader, strict=True):
+            on_batch(int(request.indices[0]))
             batch = to_device(loaded, device)
             outputs, targets = forward(workload, model, batch)
             sums.append(sums_of(workload, outputs, targets, workload.loss(outputs, targets).sum()))

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -19,6 +19,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.record.header import say_plan
 from mnist_ray.run import evaluate
 from mnist_ray.storage import RunFolder
+from mnist_ray.training.metrics import Evaluation
 from tests.conftest import Flags, mnist, run_job, run_main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use a GPU here")
@@ -73,14 +74,17 @@ def test_the_test_asks_for_a_gpu_and_the_nodes_labels_for_each_task(
     ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = Mock()
-    remote.return_value.return_value.remote.side_effect = lambda *args: [ray.put(None), ray.put(args)]
-    monkeypatch.setattr("ray.wait", lambda splits, timeout: (splits, []))
+    remote.return_value.return_value.remote.side_effect = lambda *args: iter(
+        [ray.put(0), ray.put(Evaluation((), args[3] - args[2], {"bounds": np.array([args[2:4]])}))]
+    )
+    monkeypatch.setattr("ray.wait", lambda streams, timeout: (streams, []))
     monkeypatch.setattr("ray.remote", remote)
     monkeypatch.setattr(evaluate, "share", lambda workload, split: split)
-    monkeypatch.setattr("mnist_ray.training.metrics.Evaluation.merge", lambda parts: [part[2:4] for part in parts])
-    parts: Any = evaluate.evaluate_in_tasks(mnist(), Mock(), range(1000), 2, 0, True, Mock(), {"market": "spot"})  # type: ignore[arg-type]
-    asked = {"num_cpus": 1, "num_gpus": 1, "label_selector": {"market": "spot"}}
-    assert (remote.call_args.kwargs, parts) == (asked, [(0, 512), (512, 1000)])
+    tasks = evaluate.Tasks(2, cpus=3, use_gpu=True, labels={"market": "spot"})
+    tested = evaluate.evaluate_in_tasks(mnist(), Mock(), range(1000), tasks, 0, Mock())  # type: ignore[arg-type]
+    asked = {"num_cpus": 3, "num_gpus": 1, "label_selector": {"market": "spot"}}
+    assert remote.call_args.kwargs == asked
+    assert tested.columns["bounds"].tolist() == [[0, 512], [512, 1000]]
 
 
 def test_a_small_share_of_a_batch_for_each_gpu_is_noted() -> None:
