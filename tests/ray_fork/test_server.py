@@ -61,7 +61,8 @@ def send(
     connection.connect(str(server.address))
     head = (len(content) if size is None else size).to_bytes(4, "big")
     socket.send_fds(connection, [head], files)
-    connection.sendall(content)
+    if content:  # else the server may already have answered and closed the connection
+        connection.sendall(content)
 
 
 def request_of(folder: Path, server: Server) -> bytes:
