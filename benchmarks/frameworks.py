@@ -1,7 +1,9 @@
 """Compare jobs with the same training in other frameworks.
 
     python benchmarks/frameworks.py mnist DATA_DIR --rounds 1       # 7 minutes on two cores
-    python benchmarks/frameworks.py gpt DATA_DIR --rounds 1 ARGS    # 7 minutes, with the ARGS below
+    python benchmarks/frameworks.py gpt DATA_DIR --rounds 1 ARGS    # 9 minutes, with the ARGS below
+    python benchmarks/frameworks.py table - --rounds 1              # 90 s
+    python benchmarks/frameworks.py vision DATA_DIR --rounds 1      # 3 minutes
 
 Guards the speed of a job beside Lightning, accelerate, transformers and a plain loop, its few lines to write, its
 restart after a kill, and, with ``--busy``, its speed beside other work.
@@ -11,6 +13,11 @@ two of which one is killed (SIGKILL) a second after the first epoch's checkpoint
 
 ``gpt``: DATA_DIR has texts, on which every program trains examples/gpt.py with one process. ARGS are passed to each
 program: ``--num-steps 60 --depth 6 --width 384 --precision bf16``, perhaps ``--validation-size 100``.
+
+``table``: 100,000 rows of 20 numbers and a small network, in batches of 32. ``vision``: a ResNet-18 on pictures of 64 ×
+64 from a ``Dataset`` with augmentation, read by two processes; DATA_DIR has torchvision's layout. One process each.
+
+All programs of a job have the same validation and the same test.
 
 Needs `pip install lightning accelerate`, and for ``gpt`` also transformers.
 """
@@ -83,7 +90,8 @@ class MnistRay(Framework):
     def command(self, data: Path, folder: Path, processes: int) -> list[object]:
         """Return the arguments of Python."""
         run = ["--storage-path", folder, "--run-name", "run", *(["--resume"] if (folder / "run").exists() else [])]
-        return [TRAIN, "--workload", self.script, self.data_flag, data, "--num-workers", processes, *run, *self.flags]
+        of_data = [self.data_flag, data] if self.data_flag else []
+        return [TRAIN, "--workload", self.script, *of_data, "--num-workers", processes, *run, *self.flags]
 
     def second_process(self, job: psutil.Process) -> psutil.Process:
         """Return a training worker."""
@@ -94,6 +102,19 @@ class MnistRay(Framework):
         rates = [float(row["images_per_s"]) for row in epochs(folder / "run")]
         accuracy = json.loads((folder / "run" / "result.json").read_text())["test_accuracy"]
         return {"images_per_s": statistics.harmonic_mean(rates), "accuracy": accuracy}
+
+
+@dataclass(frozen=True)
+class StepsInMnistRay(MnistRay):
+    """This project, with a workload whose steps are timed, except for those of the first epoch."""
+
+    def outcome(self, printed: str, folder: Path) -> Figures:
+        """Read the run's files."""
+        _, *warm = epochs(folder / "run")
+        (rate,) = (name for name in warm[0] if name.endswith("s_per_s"))
+        batch_size = json.loads((folder / "run" / "config.json").read_text())["batch_size"]
+        loss = json.loads((folder / "run" / "result.json").read_text())["test_loss"]
+        return {"steps_per_s": statistics.harmonic_mean(float(row[rate]) for row in warm) / batch_size, "loss": loss}
 
 
 class GptInMnistRay(MnistRay):
@@ -109,7 +130,8 @@ class GptInMnistRay(MnistRay):
         _, *warm = epochs(folder / "run")
         length = json.loads((folder / "run" / "config.json").read_text())["length"]
         rate = statistics.harmonic_mean(float(row["windows_per_s"]) for row in warm)
-        return {"tokens_per_s": rate * length, "loss": float(warm[-1]["val_loss"])}
+        tested = json.loads((folder / "run" / "result.json").read_text())["test_loss"]
+        return {"tokens_per_s": rate * length, "loss": float(warm[-1]["val_loss"]), "test_loss": tested}
 
 
 def epochs(run: Path) -> list[dict[str, str]]:
@@ -148,7 +170,24 @@ GPT = (
     Framework("Lightning", PEERS / "gpt_lightning.py"),
     Framework("transformers", PEERS / "gpt_transformers.py"),
 )
+TABLE = (
+    StepsInMnistRay("mnist_ray", PEERS / "table_mnist_ray.py", data_flag=""),
+    Framework("a plain loop", PEERS / "table_plain.py"),
+    Framework("Lightning", PEERS / "table_lightning.py"),
+)
+VISION = (
+    StepsInMnistRay("mnist_ray", PEERS / "vision_mnist_ray.py", ("--loader-workers", "2")),
+    Framework("a plain loop", PEERS / "vision_plain.py"),
+    Framework("Lightning", PEERS / "vision_lightning.py"),
+)
+STEPS = {
+    "one_steps_per_s": "steps/s in training",
+    "one_s": "seconds from start to exit",
+    "one_loss": "loss on the test set",
+}
 JOBS = {
+    "table": Job(TABLE, ("one",), STEPS, frozenset({"one_loss"})),
+    "vision": Job(VISION, ("one",), STEPS, frozenset({"one_loss"})),
     "mnist": Job(
         MNIST,
         ("one", "two", "killed"),
@@ -171,8 +210,9 @@ JOBS = {
             "one_tokens_per_s": "tokens/s in training",
             "one_s": "seconds from start to exit",
             "one_loss": "loss on the validation set",
+            "one_test_loss": "loss on the test set",
         },
-        frozenset({"one_loss"}),
+        frozenset({"one_loss", "one_test_loss"}),
     ),
 }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnist_ray.mnist import MNIST
+from mnist_ray.mnist import MNIST, idx
 from mnist_ray.workload import Arrays, Data
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
@@ -32,8 +32,7 @@ class ManyTests(MNIST):
 
     def load_data(self) -> Data:
         """Return 2,000 images for the training, 10,000 for the validation, and 100,000 for the test."""
-        data = super().load_data()
-        train, test = data.train, data.test
+        train, test = idx.load("train"), idx.load("test")
         few = Arrays(train.inputs[:2000], train.targets[:2000])
         return Data(few, Arrays(np.tile(test.inputs, (10, 1, 1)), np.tile(test.targets, 10)), test)
 

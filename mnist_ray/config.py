@@ -173,7 +173,8 @@ class WorkerConfig:
     )
     cpus_per_worker: int | None = setting(
         None,
-        "CPUs per worker, with a thread for each but at least 8 examples per thread; default: all CPUs, shared evenly",
+        "CPUs per worker, with a thread for each but at least 8 examples per thread; default: all CPUs, shared evenly, "
+        "and one thread if steps are small",
         **at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch finds any")

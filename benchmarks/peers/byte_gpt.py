@@ -49,6 +49,7 @@ class Job:
     config: TrainConfig
     train: Windows
     validation: Windows
+    test: Windows
 
     @property
     def steps_of_tenth(self) -> int:
@@ -94,7 +95,8 @@ def job_of(arguments: list[str] | None = None) -> Job:
     workload = example(example.Settings(text_folder=args.texts, depth=args.depth, width=args.width))
     recipe = {**example.recipes["default"], "num_steps": args.num_steps, "precision": args.precision}
     splits = splits_of(data_of(workload), args.validation_size)
-    return Job(args.folder, workload, TrainConfig(**recipe), Windows(splits.train), Windows(splits.validation))
+    windows = map(Windows, (splits.train, splits.validation, splits.test))
+    return Job(args.folder, workload, TrainConfig(**recipe), *windows)
 
 
 class StepClock:
@@ -107,10 +109,10 @@ class StepClock:
         """Note the end of a step."""
         self._ends.append(time.perf_counter())
 
-    def report(self, validation_loss: float) -> None:
-        """Print the rate and the validation loss as JSON. Steps are left out before which the program validated."""
+    def report(self, validation_loss: float, test_loss: float) -> None:
+        """Print the rate and the losses as JSON. Steps are left out before which the program validated."""
         tenth, settings = self._job.steps_of_tenth, self._job.workload.settings
         steps = [end - start for number, (start, end) in enumerate(pairwise(self._ends)) if number % tenth]
         warm = steps[tenth - 1 :]
         tokens = len(warm) * self._job.config.batch_size * settings.length
-        print(json.dumps({"tokens_per_s": tokens / sum(warm), "loss": validation_loss}))
+        print(json.dumps({"tokens_per_s": tokens / sum(warm), "loss": validation_loss, "test_loss": test_loss}))

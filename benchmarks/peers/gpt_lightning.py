@@ -33,6 +33,8 @@ class Gpt(L.LightningModule):
         inputs, targets = batch
         self.log("val_loss", F.cross_entropy(self.model(inputs).float().flatten(0, 1), targets.flatten()))
 
+    test_step = validation_step
+
     def configure_optimizers(self) -> dict:
         """Return the optimizer and the schedule."""
         optimizer, scheduler = self.job.optimizer_and_scheduler(self, fused=False)  # else it could not clip with bf16
@@ -44,7 +46,7 @@ class Gpt(L.LightningModule):
 
 
 def main() -> None:
-    """Train and validate."""
+    """Train, validate and test."""
     job = job_of()
     clock = StepClock(job)
     L.seed_everything(job.config.seed)
@@ -61,7 +63,9 @@ def main() -> None:
     )
     loaders = DataLoader(job.train, job.config.batch_size, shuffle=True), DataLoader(job.validation, 100)
     trainer.fit(Gpt(job, clock), *loaders)
-    clock.report(trainer.callback_metrics["val_loss"].item())
+    validation_loss = trainer.callback_metrics["val_loss"].item()
+    (tested,) = trainer.test(dataloaders=DataLoader(job.test, 100), ckpt_path="best")
+    clock.report(validation_loss, tested["val_loss"])
 
 
 if __name__ == "__main__":

@@ -10,25 +10,25 @@ It takes the same batches as the project's job. The last line of the output is J
 import itertools
 
 import torch
-from byte_gpt import Job, StepClock, job_of
+from byte_gpt import StepClock, Windows, job_of
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 
-def validation_loss(job: Job, model: nn.Module) -> float:
-    """Return the mean loss of a byte of the validation set."""
+def loss_on(windows: Windows, model: nn.Module) -> float:
+    """Return the mean loss of a byte."""
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for inputs, targets in DataLoader(job.validation, 100):
+        for inputs, targets in DataLoader(windows, 100):
             total += F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum").item()
     model.train()
-    return total / len(job.validation) / job.workload.settings.length
+    return total / len(windows) / targets.shape[1]
 
 
 def main() -> None:
-    """Train, validate and save."""
+    """Train, validate, save, and test."""
     job = job_of()
     torch.manual_seed(job.config.seed)
     model = job.workload.create_model()
@@ -45,10 +45,10 @@ def main() -> None:
         scheduler.step()
         clock.step()
         if step % job.steps_of_tenth == 0:
-            loss = validation_loss(job, model)
+            loss = loss_on(job.validation, model)
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(states, job.folder / f"{step}.pt")
-    clock.report(loss)
+    clock.report(loss, loss_on(job.test, model))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def collate(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Train and validate."""
+    """Train, validate and test."""
     job = job_of()
     clock = StepClock(job)
     set_seed(job.config.seed)
@@ -80,7 +80,8 @@ def main() -> None:
         callbacks=[Clock(clock)],  # for the clock
     )
     trainer.train()
-    clock.report(trainer.state.log_history[-2]["eval_loss"])
+    validation_loss = trainer.state.log_history[-2]["eval_loss"]
+    clock.report(validation_loss, trainer.evaluate(job.test)["eval_loss"])
 
 
 if __name__ == "__main__":
