@@ -29,12 +29,12 @@ class Regression(Workload):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the squared error of each example."""
-        return (_flat(outputs) - targets.float()) ** 2
+        return (_flat(outputs) - targets.float()).square()
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return squared and absolute errors, targets, and squared targets."""
         error, target = (_flat(outputs) - targets.float()).double(), targets.double()
-        return {"squared": error**2, "absolute": error.abs(), "target": target, "target_squared": target**2}
+        return {"squared": error.square(), "absolute": error.abs(), "target": target, "target_squared": target.square()}
 
     def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return root mean squared error, mean absolute error, and the explained fraction of the variance."""
