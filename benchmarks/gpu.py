@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.splits import splits_of
-from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
@@ -112,7 +112,7 @@ def train_here(
     train = splits_of(data_of(workload), None).train
     recipe = {**kind.recipes["default"], **values, "num_epochs": 10**6, "num_steps": None}
     config = TrainConfig(**recipe)
-    config = TrainConfig(**{**recipe, "precision": engine.resolve_precision(config.precision, group)})
+    config = TrainConfig(**{**recipe, "precision": resolve_precision(config.precision, group)})
     state, meter = engine.create_state(workload, config, len(train), group), Meter(steps)
     num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
     on_gpu = group.device.type == "cuda"

@@ -22,7 +22,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Splits
 from mnist_ray.data.splits import splits_of
 from mnist_ray.parallel import shared_memory
-from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.process import keep_freed_memory
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
@@ -54,7 +54,7 @@ def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, d
     if args.plain:
         shared_memory.use_if_possible = lambda model: False
     settings = {**workload.recipes["default"], "num_epochs": args.num_epochs}
-    config = TrainConfig(**settings, precision=engine.resolve_precision("auto", group))
+    config = TrainConfig(**settings, precision=resolve_precision("auto", group))
     state = engine.create_state(workload, config, len(data.train), group)
     rates = _Rates()
     engine.train(workload, state, data.train, config, group, [rates])

@@ -27,10 +27,9 @@ from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import detached
 from mnist_ray.errors import UsageError, with_place
 from mnist_ray.parallel import sharding
-from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
-from mnist_ray.training.engine import resolve_precision
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward

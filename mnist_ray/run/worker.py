@@ -25,7 +25,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.job.job import Job
-from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
 from mnist_ray.parallel.sharding import resharded
 from mnist_ray.process import keep_freed_memory, usable_cores
@@ -77,7 +77,7 @@ def _train(
     spec: LoopSpec, group: Group, create_reporter: Callable[[LoopSpec, Group, TrainConfig], Reporter], life: Life
 ) -> None:
     job = spec.job
-    config = replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
+    config = replace(job.train, precision=resolve_precision(job.train.precision, group))
     if config.reproducible:
         check_arithmetic(group.world_size)
     split = _opened(spec.train)

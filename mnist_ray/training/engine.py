@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
+from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.data.batches import (
     ArrayBatches,
     BlockBatches,
@@ -30,7 +30,6 @@ from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.tensors import is_sharded, rows_here, with_fast_layout
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
-from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
@@ -263,15 +262,3 @@ def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback
         raise TrainingDivergedError(progress.epoch, progress.step)
     for callback in callbacks:
         callback.on_checkpoint(state, progress)
-
-
-def resolve_precision(precision: Precision, group: Group) -> Precision:
-    """Turn ``auto`` into bf16 if the processors or GPUs of all ranks support it in hardware, else into fp32."""
-    if precision != "auto":
-        return precision
-    on_gpu = group.device.type == "cuda"
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
-    supported = torch.tensor(int(has_bf16), device=group.device)
-    if group.world_size > 1:
-        dist.all_reduce(supported, dist.ReduceOp.MIN)
-    return "bf16" if supported.item() else "fp32"

@@ -111,10 +111,10 @@ def evaluate(
     on_batch: Callable[[int], object] = lambda num_done: None,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Evaluate a model that was trained with ``config``, on its device, in fp32 and fixed batches.
+    """Evaluate a model on its device, in fp32 and fixed batches.
 
-    ``on_batch`` is called before each batch with the number of examples that are done. Raises UsageError if the columns
-    are too large.
+    ``config`` is the training's; its precision may be ``auto``. ``on_batch`` is called before each batch, with the
+    number of examples that are done. Raises UsageError if the columns are too large.
     """
     device = _device_of(model)
     batch_size = batch_size or batch_size_of(workload, model, split, config, num_loader_processes)

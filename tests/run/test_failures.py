@@ -524,7 +524,7 @@ def test_each_part_of_a_workers_start_has_a_time_limit(
 ) -> None:
     monkeypatch.setattr(life, "SHOWN_EVERY_S", -1)
     begun: dict[str, int] = {}  # how many limits were set before each part
-    of_engine = [(engine, "resolve_precision"), (engine, "create_state")]
+    of_engine = [(worker, "resolve_precision"), (engine, "create_state")]
     parts: list[tuple[Any, str]] = [*of_engine, (worker, "_opened"), (checkpoint, "restore_newest")]
 
     def noting(name: str, part: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
-from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate, evaluate_together
@@ -467,8 +467,8 @@ def test_outputs_in_a_dict_reach_the_loss_in_fp32_and_measure_without_a_graph(fe
 def test_auto_precision_is_bf16_if_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(engine, "cpu_has_bf16", lambda answer=has_bf16: answer)
-        assert engine.resolve_precision("auto", Group()) == expected
-        assert engine.resolve_precision("fp32", Group()) == "fp32"
+        assert resolve_precision("auto", Group()) == expected
+        assert resolve_precision("fp32", Group()) == "fp32"
 
 
 def test_complex_parameters_have_an_optimizer_that_takes_them() -> None:
