@@ -170,10 +170,33 @@ def test_a_signal_in_any_phase_ends_a_job_like_an_interrupt_and_leaves_no_proces
     assert bool(list(tmp_path.glob("run/checkpoint_epoch-*"))) == (PHASES[when] != PHASES["results"])
     assert "running:" not in "".join(path.read_text() for path in tmp_path.glob("run/report.html"))
     assert not list(tmp_path.glob(".*"))
-    psutil.wait_procs(processes_in(own_folder), timeout=30)
-    assert processes_in(own_folder) == []
-    assert not list(own_folder.glob("ray/*"))
-    assert not [*own_folder.glob("mnist_ray-*"), *own_folder.glob("ray_fork-*")]
+    assert_nothing_left(own_folder)
+
+
+def assert_nothing_left(folder: Path) -> None:
+    """Check that a job and its Ray, with their temporary files in a folder, have left no process and no file."""
+    psutil.wait_procs(processes_in(folder), timeout=30)
+    assert processes_in(folder) == []
+    assert not list(folder.glob("ray/*"))
+    assert not [*folder.glob("mnist_ray-*"), *folder.glob("ray_fork-*")]
+
+
+FAILS_LATE = """
+import time
+from mnist_ray.mnist import MNIST
+class Late(MNIST):
+    def create_model(self):
+        time.sleep(1.0)  # Ray starts meanwhile
+        raise RuntimeError("no model")
+"""
+
+
+def test_an_error_in_a_workload_ends_the_start_of_ray(own_folder: Path, quick: Flags, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(FAILS_LATE)
+    printed, errors = run_and_act({}, *quick(workload=tmp_path / "late.py"), address="local", status=2)
+    assert errors == "error: Late, create_model: RuntimeError: no model (late.py, line 7)\n"
+    assert printed.splitlines()[-1].startswith("results"), "the error is the first line after the header"
+    assert_nothing_left(own_folder)
 
 
 def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(
