@@ -466,7 +466,7 @@ def test_outputs_in_a_dict_reach_the_loss_in_fp32_and_measure_without_a_graph(fe
 
 def test_auto_precision_is_bf16_if_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(engine, "cpu_has_bf16", lambda answer=has_bf16: answer)
+        monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda answer=has_bf16: answer)
         assert resolve_precision("auto", Group()) == expected
         assert resolve_precision("fp32", Group()) == "fp32"
 
