@@ -94,7 +94,7 @@ def _seconds_of(workload: Workload, model: nn.Module, one: MicroBatch) -> float:
     times = []
     for _ in range(2):  # the first pass also warms up
         start = time.perf_counter()
-        with contextlib.suppress(Exception), torch.no_grad():
+        with contextlib.suppress(Exception, SystemExit), torch.no_grad():
             forward(workload, model.eval(), one)
         times.append(time.perf_counter() - start)
     return min(times)

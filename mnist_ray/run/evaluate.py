@@ -73,7 +73,8 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
         places = sum(node.num_gpus if use_gpu else node.num_cpus > 0 for node in cluster.nodes)
         number = config.num_tasks or num_paying(found.metrics, len(test), places)
-        tasks = Tasks(number, cpus_for_each(cluster.nodes, number, None, use_gpu) or 1, use_gpu)
+        free = int(ray.available_resources().get("CPU", 0)) // number  # another job may have the others
+        tasks = Tasks(number, max(1, min(cpus_for_each(cluster.nodes, number, None, use_gpu) or 1, free)), use_gpu)
         tested = evaluate_in_tasks(workload, found.checkpoint, test, tasks, 0, console)
         console.show_evaluation(tested)
         return tested

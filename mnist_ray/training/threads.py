@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import ArrayBatches, batches_of
+from mnist_ray.data.batches import batches_of
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.parallel import sharding
@@ -31,21 +31,18 @@ def is_one_faster(workload: Workload, state: TrainingState, split: Split, config
     reading a ``Dataset`` takes longer than such a pass.
     """
     num_bytes = sum(parameter.nbytes for parameter in state.model.parameters())
-    batches = batches_of(split, group.device, workload.collate)
-    if group.device.type != "cpu" or config.compile or num_bytes > _MAX_MODEL_BYTES:
+    if group.device.type != "cpu" or config.compile or num_bytes > _MAX_MODEL_BYTES or split.whole_arrays is None:
         return False
-    is_faster = False
-    if isinstance(batches, ArrayBatches) and torch.get_num_threads() > 1:
-        is_faster = _is_one_faster_here(workload, batches, config, group)
+    is_faster = torch.get_num_threads() > 1 and _is_one_faster_here(workload, split, config, group)
     of_all = torch.tensor(int(is_faster))
     if group.world_size > 1:
         dist.all_reduce(of_all, dist.ReduceOp.MIN)
     return bool(of_all)
 
 
-def _is_one_faster_here(workload: Workload, batches: ArrayBatches, config: TrainConfig, group: Group) -> bool:
+def _is_one_faster_here(workload: Workload, split: Split, config: TrainConfig, group: Group) -> bool:
     planned, model = torch.get_num_threads(), sharding.create_model(workload, config).train()
-    size = min(len(batches), math.ceil(config.batch_size / group.world_size))
+    batches, size = batches_of(split, group.device), min(len(split), math.ceil(config.batch_size / group.world_size))
     slice_ = batches[Request(np.arange(min(size, config.micro_batch_size or size)), size)]
 
     def seconds(num_threads: int) -> float:
