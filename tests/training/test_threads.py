@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
@@ -30,7 +31,7 @@ def choice(
     """Return the choice if a pass takes ``seconds`` by the number of threads, and the sizes of the slices tried."""
     now, sizes = [0.0], set[int]()
 
-    def backward(workload: object, model: object, slice_: engine.MicroBatch, *_: object) -> None:
+    def backward(workload: object, model: object, slice_: MicroBatch, *_: object) -> None:
         now[0] += seconds[torch.get_num_threads()]
         sizes.add(len(slice_.targets))
 
