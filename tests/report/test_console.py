@@ -121,3 +121,20 @@ def test_texts_are_escaped_and_redacted(capsys: pytest.CaptureFixture[str]) -> N
         r"no\nte     b\x1b[31m",
         r"lost       c\r; replacing the workers …",
     ]
+
+
+def test_a_long_test_shows_how_far_it_is_and_a_short_one_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("mnist_ray.report.console.time.monotonic", lambda: now[0])
+    with RunConsole(mnist(), 2, quiet=False) as printer:
+        show = printer.testing(1000)
+        for second, num_done in ((5, 0), (6, 100), (16, 550), (17, 600), (26, 1000)):  # it begins in the fifth second
+            now[0] = 100.0 + second
+            show(num_done)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "test       550/1,000  50 images/s  0:09 left",
+        "test       1,000/1,000  48 images/s  0:00 left",
+    ]
