@@ -1,13 +1,14 @@
-"""What the programs that train on pictures have in common: the pictures, the network, the recipe, and a clock."""
+"""What the programs that train on pictures have in common: the pictures, the network, and the recipe."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import table
 import torch
+from measuring import Clock
 from PIL import Image
-from table import EpochClock
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
@@ -47,13 +48,11 @@ def new_network() -> nn.Module:
 
 def adam(network: nn.Module) -> tuple[torch.optim.Optimizer, OneCycleLR]:
     """Return the optimizer and the schedule."""
-    optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, fused=True)
-    num_steps = NUM_EPOCHS * -(-SIZES["train"] // BATCH_SIZE)
-    return optimizer, OneCycleLR(optimizer, LEARNING_RATE, num_steps, cycle_momentum=False)
+    return table.adam(network, LEARNING_RATE, NUM_EPOCHS * -(-SIZES["train"] // BATCH_SIZE))
 
 
-def set_up() -> EpochClock:
+def set_up() -> Clock:
     """Use all cores, and the same initial weights; return a clock."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    return EpochClock()
+    return Clock()

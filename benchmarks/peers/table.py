@@ -1,7 +1,4 @@
-"""What the programs that train on a table have in common: its rows, its network, its recipe, and a clock."""
-
-import json
-import time
+"""What the programs that train on a table have in common: its rows, its network, and its recipe."""
 
 import numpy as np
 import torch
@@ -11,6 +8,7 @@ from torch.utils.data import TensorDataset
 
 BATCH_SIZE, NUM_EPOCHS, LEARNING_RATE = 32, 5, 1e-3
 SIZES = {"train": 100_000, "validation": 10_000, "test": 20_000}
+STEPS_PER_EPOCH = -(-SIZES["train"] // BATCH_SIZE)
 
 
 def rows_of(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -31,37 +29,15 @@ def new_network() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1))
 
 
-def adam(network: nn.Module) -> tuple[torch.optim.Optimizer, OneCycleLR]:
+def adam(
+    network: nn.Module, learning_rate: float = LEARNING_RATE, num_steps: int = NUM_EPOCHS * STEPS_PER_EPOCH
+) -> tuple[torch.optim.Optimizer, OneCycleLR]:
     """Return the optimizer and the schedule."""
-    optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, fused=True)
-    num_steps = NUM_EPOCHS * -(-SIZES["train"] // BATCH_SIZE)
-    return optimizer, OneCycleLR(optimizer, LEARNING_RATE, num_steps, cycle_momentum=False)
+    optimizer = torch.optim.Adam(network.parameters(), learning_rate, fused=True)
+    return optimizer, OneCycleLR(optimizer, learning_rate, num_steps, cycle_momentum=False)
 
 
 def squared(network: nn.Module, rows: TensorDataset) -> Tensor:
     """Return the mean squared error of all rows."""
     inputs, targets = rows.tensors
     return nn.functional.mse_loss(network(inputs).squeeze(1), targets)
-
-
-class EpochClock:
-    """Measures the steps/s of the epochs but the first."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-        self._started: float | None = None
-
-    def start(self) -> None:
-        """Start an epoch."""
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """End an epoch, if one has started."""
-        if self._started is not None:
-            self._seconds.append(time.perf_counter() - self._started)
-        self._started = None
-
-    def report(self, num_steps: int, loss: float) -> None:
-        """Print the rate of epochs of ``num_steps``, and the loss on the test set, as JSON."""
-        _, *warm = self._seconds
-        print(json.dumps({"steps_per_s": len(warm) * num_steps / sum(warm), "loss": loss}))

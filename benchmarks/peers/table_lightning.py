@@ -12,12 +12,13 @@ import sys
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from table import BATCH_SIZE, NUM_EPOCHS, EpochClock, adam, new_network, tensors_of
+from measuring import Clock
+from table import BATCH_SIZE, NUM_EPOCHS, STEPS_PER_EPOCH, adam, new_network, tensors_of
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-clock = EpochClock()
+clock = Clock()
 
 
 class Table(L.LightningModule):
@@ -52,7 +53,7 @@ class Table(L.LightningModule):
 
     def on_validation_start(self) -> None:  # for the clock
         """Stop the clock."""
-        clock.stop()
+        clock.stop(STEPS_PER_EPOCH)
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def main() -> None:
     )
     trainer.fit(Table(), DataLoader(train, BATCH_SIZE, shuffle=True), DataLoader(validation, 1000))
     (tested,) = trainer.test(dataloaders=DataLoader(test, 1000), ckpt_path="best")
-    clock.report(-(-len(train) // BATCH_SIZE), tested["val_loss"])
+    clock.report_steps(tested["val_loss"])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from table import BATCH_SIZE, NUM_EPOCHS, EpochClock, adam, new_network, squared, tensors_of
+from measuring import Clock
+from table import BATCH_SIZE, NUM_EPOCHS, STEPS_PER_EPOCH, adam, new_network, squared, tensors_of
 from torch.nn import functional as F
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     inputs, targets = train.tensors
     network = new_network()
     optimizer, scheduler = adam(network)
-    clock = EpochClock()
+    clock = Clock()
     for epoch in range(NUM_EPOCHS):
         clock.start()
         total = 0.0
@@ -34,13 +35,13 @@ def main() -> None:
             optimizer.zero_grad()
             scheduler.step()
             total += loss.item()
-        clock.stop()
+        clock.stop(STEPS_PER_EPOCH)
         with torch.no_grad():
             print(epoch, total / len(targets) * BATCH_SIZE, squared(network, validation).item())
         states = {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(states, Path(sys.argv[2]) / f"{epoch}.pt")
     with torch.no_grad():
-        clock.report(-(-len(train) // BATCH_SIZE), squared(network, test).item())
+        clock.report_steps(squared(network, test).item())
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Digits(L.LightningModule):
 
     def on_validation_start(self) -> None:  # for the clock
         """Stop the clock."""
-        clock.stop()
+        clock.stop(self.trainer.num_training_batches)
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     )
     trainer.fit(Digits(), train, validation)
     (tested,) = trainer.test(dataloaders=test, ckpt_path="best")
-    clock.report(len(train), tested["val_loss"])
+    clock.report_steps(tested["val_loss"])
 
 
 if __name__ == "__main__":

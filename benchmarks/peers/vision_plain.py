@@ -47,11 +47,11 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        clock.stop()
+        clock.stop(len(train))
         print(epoch, loss_on(network, validation))
         states = {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(states, Path(folder) / f"{epoch}.pt")
-    clock.report(len(train), loss_on(network, test))
+    clock.report_steps(loss_on(network, test))
 
 
 if __name__ == "__main__":
