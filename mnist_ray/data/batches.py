@@ -258,11 +258,11 @@ def batch_loader(
 ) -> Iterable[MicroBatch]:
     """Return a loader that reads ``requests``. ``num_processes`` processes read a ``Dataset`` or mapped arrays ahead.
 
-    With ``batch_size=None``, the DataLoader passes each request to the data set unchanged: arrays are indexed once per
-    batch. By default, it would read the examples one by one and stack them.
+    Arrays on the device need no DataLoader. With ``batch_size=None``, it passes each request to the data set unchanged;
+    by default, it would read the examples one by one and stack them.
     """
     if isinstance(dataset, ArrayBatches) and dataset.device.type == device.type:
-        return map(dataset.__getitem__, requests)  # there is nothing to wait for
+        return map(dataset.__getitem__, requests)
     return DataLoader(
         dataset,
         sampler=requests,

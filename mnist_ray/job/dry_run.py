@@ -1,4 +1,4 @@
-"""Sends one batch through a workload before Ray starts, and reports an error in one line."""
+"""Sends one batch through a workload while Ray starts, and reports an error in one line."""
 
 from __future__ import annotations
 
@@ -65,11 +65,12 @@ def try_batch(
         inputs, _ = train[0]
     picture_of(workload, inputs)
     model = new_model(workload, config)
-    max_number = int(_MAX_S / _NUM_PASSES / _seconds_of(workload, model, first(1)))
+    one = first(1)
+    max_number = int(_MAX_S / _NUM_PASSES / _seconds_of(workload, model, one))
     number, is_slow = min(max(2, max_number), NUM_EXAMPLES, len(train)), max_number < 2
     with placed(workload, "an example"):
         last = batches[Request(np.arange(len(train) - number, len(train)), number)]
-    others = [] if is_slow else [first((number + 1) // 2), first(1), last]
+    others = [] if is_slow else [first((number + 1) // 2), one, last]
     unused = check_batch(workload, model, first(number), others, config, len(train), num_workers)
     for size in () if is_slow else batch_sizes:
         shares = [batch * part for batch in (size, len(train) % size or size)]

@@ -87,10 +87,7 @@ def _train(
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
     if job.workers.cpus_per_worker is None and not state.is_sharded:
-        if not restored.name:  # a resumed run keeps its choice, and so its bits
-            state.one_thread = threads.is_one_faster(job.workload, state, split, config, group)
-        if state.one_thread:
-            torch.set_num_threads(1)
+        _choose_threads(job, state, split, config, group, is_new=not restored.name)
     # Not earlier: the memory of a whole model, or of a checkpoint that was read, should go back to the kernel.
     keep_freed_memory(is_sharded=state.is_sharded)
     state.last_step = min(
@@ -122,6 +119,16 @@ def _train(
         remedy = "pad them to a few in collate"
         raise TrainingStoppedError(f"--compile: the inputs have too many shapes; {remedy}") from error
     reporter.end(state)
+
+
+def _choose_threads(
+    job: Job, state: TrainingState, split: Split, config: TrainConfig, group: Group, *, is_new: bool
+) -> None:
+    """Use one thread if steps are small. A resumed run keeps the choice in ``state``, and so its bits."""
+    if is_new:
+        state.one_thread = threads.is_one_faster(job.workload, state, split, config, group)
+    if state.one_thread:
+        torch.set_num_threads(1)
 
 
 def _load_initial(job: Job, model: nn.Module) -> None:

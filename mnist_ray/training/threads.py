@@ -51,9 +51,7 @@ def _is_one_faster_here(workload: Workload, split: Split, config: TrainConfig, g
         backward(workload, model, slice_, config, 1 / size, torch.default_generator)
         return time.perf_counter() - start
 
-    if min(seconds(1), seconds(1)) < 10 * _MAX_PASS_S:  # the first pass also warms up
-        alone, together = zip(*((seconds(1), seconds(planned)) for _ in range(_NUM_PASSES)), strict=True)
-    else:
-        alone, together = (math.inf,), (0.0,)
+    is_slow = seconds(1) > 100 * _MAX_PASS_S or seconds(1) > 10 * _MAX_PASS_S  # the first pass also warms up
+    pairs = [(seconds(1), seconds(planned)) for _ in range(0 if is_slow else _NUM_PASSES)]
     torch.set_num_threads(planned)
-    return min(alone) <= min(*together, _MAX_PASS_S)
+    return not is_slow and min(alone for alone, _ in pairs) <= min(_MAX_PASS_S, *(together for _, together in pairs))

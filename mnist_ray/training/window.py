@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
 import time
@@ -98,7 +97,7 @@ class LoggingWindow:
         Raises TrainingStoppedError for a wrong sum of weights, TrainingDivergedError if a loss is not finite.
         """
         weights, first = sums.get(WEIGHT, np.array(self._sizes)), state.step - len(self._sizes) + 1
-        for number, weight, loss in zip(itertools.count(first), weights.tolist(), sums["loss"].tolist()):
+        for number, (weight, loss) in enumerate(zip(weights.tolist(), sums["loss"].tolist(), strict=True), first):
             if not weight >= 0:
                 found = f"one in step {number} of epoch {state.epoch + 1} is negative or NaN"
                 raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: {found}; leave it out")

@@ -204,7 +204,7 @@ class Workload(UserClass):
         return 256 if on_gpu else 100  # on CPUs, the activations of 100 examples stay in the cache
 
     def check_outputs(self, outputs: Any, targets: Any) -> None:
-        """Raise UsageError if a model's outputs do not fit the targets; called once, before Ray starts."""
+        """Raise UsageError if a model's outputs do not fit the targets; called once, before the training."""
 
     def predictions(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return named values per example, (N, ...) each: the columns of predictions.csv."""
