@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.splits import splits_of
+from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
@@ -174,7 +175,7 @@ def mnist(device: torch.device, steps: int, use_gpu: str) -> Iterator[Row]:
         _, said, run = job("train", Path(folder) / "long", [*flags, "--num-epochs", num_epochs])
         with (run / "metrics.csv").open() as file:
             _, *warm = (float(row["images_per_s"]) for row in csv.DictReader(file))
-    bare = TrainConfig().batch_size / here.step_s
+    bare = MNIST.recipes["default"]["batch_size"] / here.step_s
     ours = statistics.harmonic_mean(warm)
     yield "MNIST, images/s: the job; the same loop without Ray", f"{ours:,.0f}; {bare:,.0f} (ratio {ours / bare:.2f})"
     yield "MNIST, 2 epochs, seconds from start to exit", f"{seconds:.1f}"

@@ -48,7 +48,7 @@ from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Arrays, Workload
 
 PARTS = ("memory", "losses")
-CONFIG = TrainConfig(precision="fp32", num_epochs=1, optimizer="adamw", learning_rate=3e-4, schedule="constant")
+CONFIG = TrainConfig(precision="fp32", num_epochs=1, optimizer="adamw", learning_rate=3e-4, lr_schedule="constant")
 MIB = 2**20
 
 
@@ -339,7 +339,7 @@ CASES: dict[str, tuple[Size, dict[str, Any]]] = {
     "clipped": (SMALL, {"clip_grad_norm": 0.5}),
     "with an EMA": (SMALL, {"ema_decay": 0.99}),
     "in micro-batches": (SMALL, {"micro_batch_size": 2}),
-    "recomputed": (SMALL, {"recompute_activations": True}),
+    "recomputed": (SMALL, {"activation_checkpointing": True}),
     "tied": (replace(SMALL, is_tied=True), {}),
     "half frozen": (replace(SMALL, num_frozen=2), {}),
 }

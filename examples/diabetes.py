@@ -31,7 +31,15 @@ class Diabetes(Regression):
 
     Settings = Settings
     noun = "patient"
-    recipes = {"default": {"num_epochs": 20, "batch_size": 32, "learning_rate": 1e-2, "precision": "fp32"}}
+    recipes = {
+        "default": {
+            "num_epochs": 20,
+            "batch_size": 32,
+            "learning_rate": 1e-2,
+            "lr_schedule": "one-cycle",
+            "precision": "fp32",
+        }
+    }
     search = {"batch_size": Choice((16, 32, 64)), "learning_rate": Range(1e-3, 5e-2, log=True)}
 
     def load_data(self) -> Data:

@@ -73,7 +73,13 @@ class Finetuning(Workload):
     noun = "text"
     search = {"learning_rate": Range(1e-5, 1e-3, log=True)}
     recipes = {
-        "default": {"num_epochs": 1, "batch_size": 8, "optimizer": "adamw", "learning_rate": 1e-4, "schedule": "linear"}
+        "default": {
+            "num_epochs": 1,
+            "batch_size": 8,
+            "optimizer": "adamw",
+            "learning_rate": 1e-4,
+            "lr_schedule": "linear",
+        }
     }
 
     def load_data(self) -> Data:

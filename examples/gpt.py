@@ -105,7 +105,7 @@ class Gpt(Workload):
             "weight_decay": 0.1,
             "learning_rate": 1e-3,
             "beta2": 0.95,
-            "schedule": "cosine",
+            "lr_schedule": "cosine",
             "warmup_steps": 50,
             "clip_grad_norm": 1.0,
         }

@@ -33,7 +33,16 @@ class Shapes(Classification):
 
     Settings = Settings
     noun = "image"
-    recipes = {"default": {"num_epochs": 8, "batch_size": 64, "learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99}}
+    recipes = {
+        "default": {
+            "num_epochs": 8,
+            "batch_size": 64,
+            "learning_rate": 1e-2,
+            "lr_schedule": "one-cycle",
+            "beta1": 0.9,
+            "beta2": 0.99,
+        }
+    }
 
     def load_data(self) -> Data:
         """Draw the images; the same settings give the same images."""

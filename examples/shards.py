@@ -34,7 +34,16 @@ class Shards(Classification):
 
     Settings = Settings
     noun = "picture"
-    recipes = {"default": {"num_epochs": 4, "batch_size": 64, "learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99}}
+    recipes = {
+        "default": {
+            "num_epochs": 4,
+            "batch_size": 64,
+            "learning_rate": 1e-2,
+            "lr_schedule": "one-cycle",
+            "beta1": 0.9,
+            "beta2": 0.99,
+        }
+    }
 
     def load_data(self) -> Data:
         """Find the files; their pictures are read during training."""

@@ -236,8 +236,10 @@ def load_run(
 
 
 def _run(job: Job) -> Run:
-    if job.output.check:
-        raise JobError(f"the check of {job.run.name} is done; check=True trains nothing, so there is no run to return")
+    if job.output.dry_run:
+        raise JobError(
+            f"the dry run of {job.run.name} is done; dry_run=True trains nothing, so there is no run to return"
+        )
     workload_class = type(job.workload)
     settings: Any = build(workload_class.Settings, job.run.require_json(CONFIG_FILE))  # of a sweep, the best ones
     return Run(job.run, workload_class(settings, job.workload.metadata), job.run.require_json(RESULT_FILE))

@@ -43,7 +43,7 @@ class SourceConfig:
 class TrainConfig:
     """Hyperparameters of one training run: all but a few affect the weights, as do the workload's settings."""
 
-    num_epochs: int = setting(2, "passes over the training set", is_searchable=False, **at_least(1))
+    num_epochs: int = setting(3, "passes over the training set", is_searchable=False, **at_least(1))
     num_steps: int | None = setting(
         None, "optimizer steps, instead of --num-epochs", is_searchable=False, **at_least(1)
     )
@@ -54,12 +54,12 @@ class TrainConfig:
         **at_least(1),
     )
     batch_size: int = setting(
-        128, "examples per optimizer step, across all workers", search=Choice((32, 64, 128, 256, 512)), **at_least(1)
+        32, "examples per optimizer step, across all workers", search=Choice((16, 32, 64, 128, 256)), **at_least(1)
     )
     learning_rate: float = setting(
-        5e-3, "peak of the schedule; not scaled by the worker count", search=Range(5e-4, 2e-2, log=True), **positive()
+        1e-3, "peak of the schedule; not scaled by the worker count", search=Range(1e-4, 1e-2, log=True), **positive()
     )
-    schedule: Literal["one-cycle", "cosine", "linear", "constant"] = setting("one-cycle", "learning-rate schedule")
+    lr_schedule: Literal["constant", "one-cycle", "cosine", "linear"] = setting("constant", "learning-rate schedule")
     warmup_steps: int = setting(0, "steps over which the learning rate rises; not for one-cycle", **at_least(0))
     optimizer: Literal["adam", "adamw", "sgd"] = setting(
         "adam", "optimizer from torch.optim; adamw differs from adam only with --weight-decay (PyTorch's default: 0.01)"
@@ -76,7 +76,9 @@ class TrainConfig:
         "keep and evaluate an exponential moving average (EMA) of the weights with this decay, e.g. 0.99",
         **fraction(with_one=False),
     )
-    early_stop: int | None = setting(None, "stop after this many validations without improvement", **at_least(1))
+    early_stopping_patience: int | None = setting(
+        None, "stop after this many validations without improvement", **at_least(1)
+    )
     precision: Precision = setting(
         "auto", "number format of forward and backward passes; auto: bf16 if supported, else fp32; fp16 scales the loss"
     )
@@ -104,7 +106,7 @@ class TrainConfig:
         "ddp: each worker holds the whole model; fsdp: a part of the weights, gradients and optimizer state",
         decides_weights=False,
     )
-    recompute_activations: bool = setting(
+    activation_checkpointing: bool = setting(
         False, "recompute activations in the backward pass, to save memory", decides_weights=False
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
@@ -134,9 +136,10 @@ class TrainConfig:
         False, "bit-identical weights for any number of workers; slower: CPUs only, one thread per worker"
     )
     num_chunks: int = setting(
-        8,
-        "chunks per batch with --reproducible; streams of Blocks; the maximum number of workers for both",
-        **within(1, 1024),
+        8, "with --reproducible: chunks per batch, and the maximum number of workers", **within(1, 1024)
+    )
+    num_streams: int = setting(
+        8, "only used for Blocks: streams that make up an epoch, and the maximum number of workers", **within(1, 1024)
     )
 
     @property
@@ -187,7 +190,7 @@ class WorkerConfig:
     min_workers: int | None = setting(
         None, "minimum number of workers to continue with if the cluster has no room for all", **at_least(1)
     )
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK", "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node per worker or fail"
     )
     label_selector: tuple[str, ...] | None = setting(
@@ -222,7 +225,7 @@ class OutputConfig:
     )
     resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint", **_DROPPED)
     tracker: str | None = _code("your Tracker, to follow the run", "mnist_ray.trackers:Tracker", **_AGAIN)
-    check: bool = setting(False, "train nothing; print the plan and whether every node is ready for it", **_DROPPED)
+    dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it", **_DROPPED)
     quiet: bool = setting(False, "print only the result", **_DROPPED)
     verbose: bool = setting(False, "also print Ray's own log", **_DROPPED)
 
@@ -276,7 +279,7 @@ class SweepConfig:
         "search space, unless it is given as a flag",
     )
     num_trials: int = setting(16, "configurations to try, including the default one", **within(1, 10_000))
-    search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
+    search_algorithm: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
     scheduler: Literal["halving", "asha", "none"] = setting(
         "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs; asha: Ray's"
     )

@@ -40,7 +40,7 @@ def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
     assert float(rows[1]["val_accuracy"]) > 0.8
     assert all(row.values() for row in rows)
     config = json.loads((finished_run / "config.json").read_text())
-    assert (config["batch_size"], config["num_workers"], config["schedule"]) == (50, 2, "one-cycle")
+    assert (config["batch_size"], config["num_workers"], config["lr_schedule"]) == (50, 2, "one-cycle")
     state = json.loads((finished_run / result["checkpoint"] / "state.json").read_text())
     assert (state["epoch"], state["config"]["batch_size"]) == (2, 50)
 
@@ -246,8 +246,8 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(quick: Flags) -> None:
         (["--reproducible", "--use-gpu", "yes"], "--reproducible computes on CPUs only; leave --use-gpu out"),
         (["--reproducible", "--micro-batch-size", "8"], "use more --num-chunks, not --micro-batch-size"),
         (["--reproducible", "--compile"], "--reproducible does not work with --compile"),
-        (["--recompute-activations", "--compile"], "--recompute-activations does not work with --compile"),
-        (["--warmup-steps", "9"], "--warmup-steps: one-cycle has its own warm-up; choose another --schedule"),
+        (["--activation-checkpointing", "--compile"], "--activation-checkpointing does not work with --compile"),
+        (["--warmup-steps", "9"], "--warmup-steps: one-cycle has its own warm-up; choose another --lr-schedule"),
         (["--init-from", "nowhere"], "--init-from nowhere: there is no such run, checkpoint or file"),
     ],
 )

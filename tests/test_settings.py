@@ -213,8 +213,10 @@ def test_unknown_flags_are_one_line_with_a_suggestion_and_without_secrets(
 
 
 def test_a_flag_can_undo_what_a_recipe_or_a_file_has_set() -> None:
-    given = Parser("", TrainConfig).read_flags(["--no-compile", "--ema-decay", "none", "--early-stop", "none"])
-    assert given == {"compile": False, "ema_decay": None, "early_stop": None}
+    given = Parser("", TrainConfig).read_flags(
+        ["--no-compile", "--ema-decay", "none", "--early-stopping-patience", "none"]
+    )
+    assert given == {"compile": False, "ema_decay": None, "early_stopping_patience": None}
 
 
 @pytest.mark.parametrize(

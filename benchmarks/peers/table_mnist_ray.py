@@ -23,6 +23,7 @@ class Table(Regression):
             "batch_size": BATCH_SIZE,
             "num_epochs": NUM_EPOCHS,
             "learning_rate": LEARNING_RATE,
+            "lr_schedule": "one-cycle",
             "precision": "fp32",
         }
     }

@@ -34,6 +34,7 @@ class Digits(Classification):
             "batch_size": BATCH_SIZE,
             "num_epochs": NUM_EPOCHS,
             "learning_rate": LEARNING_RATE,
+            "lr_schedule": "one-cycle",
             "precision": "bf16",
         }
     }

@@ -27,7 +27,16 @@ class Digits(Classification):
 
     Settings = Settings
     noun = "image"
-    recipes = {"default": {"beta1": 0.7, "beta2": 0.9}}
+    recipes = {
+        "default": {
+            "num_epochs": 2,
+            "batch_size": 128,
+            "learning_rate": 5e-3,
+            "lr_schedule": "one-cycle",
+            "beta1": 0.7,
+            "beta2": 0.9,
+        }
+    }
 
     def load_data(self) -> Data:
         """Read torchvision's files."""

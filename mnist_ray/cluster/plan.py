@@ -117,7 +117,7 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
         use_gpu,
         must_scale_up=cpus_per_worker is None,
         min_workers=config.min_workers,
-        placement=config.placement,
+        placement=config.placement_strategy,
         labels=labels,
         is_local=cluster.is_local,
     )
@@ -150,8 +150,9 @@ def _resolve_minimum(config: WorkerConfig, num_workers: int) -> int:
     """Return the number of workers that the nodes must hold. Raises UsageError for an impossible --min-workers."""
     if config.min_workers is None:
         return num_workers
-    if config.placement.startswith("STRICT"):
-        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot use fewer workers")
+    if config.placement_strategy.startswith("STRICT"):
+        asked = f"--placement-strategy {config.placement_strategy}"
+        raise UsageError(f"{asked} needs a fixed --num-workers: Ray cannot use fewer workers")
     if config.min_workers > num_workers:
         workers = count(num_workers, "worker")
         raise UsageError(f"--min-workers {config.min_workers} is more than the {workers} of this run")
@@ -163,7 +164,7 @@ def _fit_cpus(
 ) -> int | None:
     """Return the CPUs of each worker if all workers fit, or else if the minimum fits; otherwise None."""
     for number in (num_workers, min_workers):
-        if cpus := cpus_for_each(nodes, number, config.cpus_per_worker, use_gpu, config.placement):
+        if cpus := cpus_for_each(nodes, number, config.cpus_per_worker, use_gpu, config.placement_strategy):
             return cpus
     return None
 
@@ -204,8 +205,8 @@ def _cannot_hold(
     asked, there = _workers(config, num_workers), f"{sum(node.num_cpus for node in nodes)} CPUs"
     if use_gpu:
         asked, there = f"{asked} and 1 GPU", f"{there} and {sum(node.num_gpus for node in nodes)} GPUs"
-    if config.placement.startswith("STRICT"):
-        asked += f", {config.placement}"
+    if config.placement_strategy.startswith("STRICT"):
+        asked += f", {config.placement_strategy}"
     there += f" on {count(len(nodes), 'node')}"
     advice = "lower --num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
     if config.label_selector:

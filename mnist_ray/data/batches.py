@@ -162,12 +162,14 @@ class BlockBatches(ExampleBatches):
         """
         if (sizes := self._sizes) is None:
             return None
-        if world_size > config.num_chunks:
-            streams = f"the {config.num_chunks} streams of blocks; start a run with more --num-chunks, or fewer workers"
+        if world_size > config.num_streams:
+            streams = (
+                f"the {config.num_streams} streams of blocks; start a run with more --num-streams, or fewer workers"
+            )
             raise ExampleError(f"{world_size} workers are more than {streams}")
-        order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_chunks, config.seed)
+        order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_streams, config.seed)
         if not isinstance(self._reader, ReadAhead):  # the first pass; the others follow without a wait
-            own = part_of(config.num_chunks, rank, world_size)
+            own = part_of(config.num_streams, rank, world_size)
             passes = range(pass_number, math.ceil(config.total_steps(len(self)) / config.steps_per_pass(len(self))))
             reads = (read for later in passes for read in order(later).reads(own, first_step))
             self._reader = ReadAhead(self.split, self._read_ahead_mib, reads, first_step)

@@ -39,7 +39,16 @@ from mnist_ray.workload.calls import picture_of, placed
 NUM_EXAMPLES = 16  # in that batch, or fewer if they are slow
 _MAX_S = 1.0  # for all passes together
 _NUM_PASSES = 6  # of that batch, if a backward pass counts as two
-_OF_OPTIMIZER = {"optimizer", "learning_rate", "beta1", "beta2", "momentum", "weight_decay", "schedule", "warmup_steps"}
+_OF_OPTIMIZER = {
+    "optimizer",
+    "learning_rate",
+    "beta1",
+    "beta2",
+    "momentum",
+    "weight_decay",
+    "lr_schedule",
+    "warmup_steps",
+}
 
 
 def try_batch(

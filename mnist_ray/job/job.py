@@ -27,7 +27,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import SourceCode
 
 _OF_RAY = {  # settings that do nothing with --num-workers 0
-    *("min_workers", "placement", "label_selector", "autoscaling"),
+    *("min_workers", "placement_strategy", "label_selector", "autoscaling"),
     *("max_failures", "fork_workers", "plain_ray", "hang_timeout_s"),
 }
 _FILES = {"train": CONFIG_FILE, "tune": SWEEP_FILE}  # of a run's settings
@@ -268,12 +268,12 @@ def _check_used(kind: str, job: Job) -> None:
 
 def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     """Raise UsageError if settings cannot be combined."""
-    if train.schedule == "one-cycle" and train.warmup_steps:
-        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose another --schedule")
+    if train.lr_schedule == "one-cycle" and train.warmup_steps:
+        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose another --lr-schedule")
     if train.strategy == "fsdp" and train.compile:
         raise UsageError("--strategy fsdp does not work with --compile, which cannot trace how units are gathered")
-    if train.recompute_activations and train.compile:
-        raise UsageError("--recompute-activations does not work with --compile, which cannot trace it")
+    if train.activation_checkpointing and train.compile:
+        raise UsageError("--activation-checkpointing does not work with --compile, which cannot trace it")
     if train.reproducible_chunks is None:
         return
     number = workers.num_workers or 1

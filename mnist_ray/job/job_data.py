@@ -49,27 +49,31 @@ def _check_batch_size(job: Job, num_train: int, largest: int, *, is_of_sweep: bo
 
 
 def _check_streams(job: Job, examples: object) -> list[str]:
-    """Return a note if there are fewer blocks than streams. Raises UsageError if there are more workers."""
+    """Return a note if there are fewer blocks than streams. Raises UsageError if there are too few."""
     if not isinstance(examples, Blocks):
         return []
-    streams = f"{count(job.train.num_chunks, 'stream')} of blocks (--num-chunks)"
-    if (job.workers.num_workers or 1) > job.train.num_chunks:
+    if job.train.reproducible_chunks not in (None, job.train.num_streams):
+        raise UsageError("--reproducible: data in blocks need as many --num-streams as --num-chunks")
+    streams = f"{count(job.train.num_streams, 'stream')} of blocks (--num-streams)"
+    if (job.workers.num_workers or 1) > job.train.num_streams:
         raise UsageError(f"--num-workers {job.workers.num_workers} is more than the {streams}")
-    if len(examples.sizes) >= job.train.num_chunks:
+    if len(examples.sizes) >= job.train.num_streams:
         return []
     return [f"{count(len(examples.sizes), 'block')} for {streams}: some are read twice; write smaller ones"]
 
 
 def _check_early_stop(job: Job, num_validation: int) -> list[str]:
     """Return a note if the learning rate may not come down. Raises UsageError without validation."""
-    if job.train.early_stop is None:
+    if job.train.early_stopping_patience is None:
         return []
     if num_validation == 0:
-        raise UsageError("--early-stop needs validation; leave --validation-size 0 and --overfit-batches out")
-    if job.train.schedule == "constant":
+        raise UsageError(
+            "--early-stopping-patience needs validation; leave --validation-size 0 and --overfit-batches out"
+        )
+    if job.train.lr_schedule == "constant":
         return []
-    said = f"the {job.train.schedule} schedule spans all epochs: if training stops early, the learning rate has"
-    return [f"{said} not come down; --schedule constant avoids that"]
+    said = f"the {job.train.lr_schedule} schedule spans all epochs: if training stops early, the learning rate has"
+    return [f"{said} not come down; --lr-schedule constant avoids that"]
 
 
 def _check_same_data(job: Job, splits: Splits) -> list[str]:

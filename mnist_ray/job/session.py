@@ -185,10 +185,10 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
     """Send a batch through the job's workload; return like ``try_batch``. Raises UsageError."""
     from mnist_ray.job.dry_run import try_batch  # imports torch
 
-    num_workers, num_chunks = job.workers.num_workers or 1, job.train.num_chunks
+    num_workers, num_streams = job.workers.num_workers or 1, job.train.num_streams
     smallest = Fraction(1, job.train.reproducible_chunks or num_workers)
     if isinstance(train.examples, Blocks) and not job.train.reproducible:  # each worker has some of the streams
-        smallest = Fraction(num_chunks // num_workers, num_chunks)
+        smallest = Fraction(num_streams // num_workers, num_streams)
     sizes = batch_sizes or [job.train.batch_size]
     unused = try_batch(job.workload, train, job.train, sizes, smallest, num_workers)
     if given := sorted(job.given & (unused or set())):

@@ -10,7 +10,7 @@ import numpy as np
 
 from mnist_ray.data.data import Data
 from mnist_ray.mnist import idx
-from mnist_ray.settings import setting
+from mnist_ray.settings import Choice, Range, setting
 from mnist_ray.workload.classification import Classification
 
 if TYPE_CHECKING:
@@ -33,18 +33,26 @@ class MNIST(Classification):
     Settings = Settings
     noun, prediction_noun = "image", "digit"
     recipes = {
-        "default": {"beta1": 0.7, "beta2": 0.9},  # short averages, since two epochs have few steps
+        "default": {
+            "num_epochs": 2,
+            "batch_size": 128,
+            "learning_rate": 5e-3,
+            "lr_schedule": "one-cycle",
+            "beta1": 0.7,  # short averages, since two epochs have few steps
+            "beta2": 0.9,
+        },
         "notebook": {
             "num_epochs": 2,
             "batch_size": 8,
             "learning_rate": 1e-3,
-            "schedule": "constant",
+            "lr_schedule": "constant",
             "beta1": 0.9,
             "beta2": 0.999,
             "precision": "fp32",
             "validation_size": 0,
         },
     }
+    search = {"batch_size": Choice((32, 64, 128, 256, 512)), "learning_rate": Range(5e-4, 2e-2, log=True)}
 
     def load_data(self) -> Data:
         """Read the IDX files. Raises UsageError if they are missing, JobError if damaged."""

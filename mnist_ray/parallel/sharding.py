@@ -54,11 +54,11 @@ def create_models(
 
 
 def create_model(workload: Workload, config: TrainConfig, *, with_memory: bool = True) -> nn.Module:
-    """Return a new model; with ``--recompute-activations``, its units recompute theirs in the backward pass."""
+    """Return a new model; with ``--activation-checkpointing``, its units recompute theirs in the backward pass."""
     torch.manual_seed(config.seed)
     with contextlib.nullcontext() if with_memory else torch.device("meta"):
         model = workload.create_model()
-    if config.recompute_activations:
+    if config.activation_checkpointing:
         _recompute(units_of(workload, model))
     return model
 
@@ -135,7 +135,7 @@ def units_of(workload: Workload, model: nn.Module) -> list[nn.Module]:
     units = list(workload.shard_units(model))
     if not units:
         remedy = "put its blocks into an nn.ModuleList, or override shard_units()"
-        raise UsageError(f"{name}: the model has no units for --strategy fsdp or --recompute-activations; {remedy}")
+        raise UsageError(f"{name}: the model has no units for --strategy fsdp or --activation-checkpointing; {remedy}")
     for unit in units:
         if unit is model or id(unit) not in names:
             raise UsageError(f"{name}.shard_units: {type(unit).__name__} is not a part of the model")
@@ -154,7 +154,7 @@ def is_wanted(config: TrainConfig, num_workers: int) -> bool:
 @contextlib.contextmanager
 def units_checked(workload: Workload, model: nn.Module, config: TrainConfig, num_workers: int) -> Iterator[None]:
     """Raise UsageError if workers cannot shard a model, which makes one forward pass within."""
-    if config.recompute_activations:
+    if config.activation_checkpointing:
         units_of(workload, model)
     if not is_wanted(config, num_workers):
         yield

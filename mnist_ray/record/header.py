@@ -29,9 +29,9 @@ def say_run(console: RunConsole, job: Job, data: Splits) -> None:
     console.say(
         "training",
         f"{steps}, batch size {config.batch_size}, "
-        f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
+        f"{config.lr_schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
     )
-    printed = {"num_epochs", "num_steps", "validate_every", "batch_size", "schedule", "learning_rate", "precision"}
+    printed = {"num_epochs", "num_steps", "validate_every", "batch_size", "lr_schedule", "learning_rate", "precision"}
     defaults = {name: value for name, value in job.workload.defaults.items() if name not in printed}
     changed = {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}
     if changed:

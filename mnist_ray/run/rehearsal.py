@@ -1,4 +1,4 @@
-"""``--check``: prints how a run would go, and checks every node."""
+"""``--dry-run``: prints how a run would go, and checks every node."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def train(job: Job) -> None:
             from mnist_ray.run import evaluate, fit, in_process, rehearsal
 
             plan = fit.plan(session)
-            if job.output.check:
+            if job.output.dry_run:
                 rehearsal.check(session, plan)
                 return
             fit_run = in_process.fit_here if session.is_here else fit.fit

@@ -24,7 +24,7 @@ class Candidates:
 
     def __init__(self, sweep: Sweep, table: TrialTable) -> None:
         self._space, self._seed, self.num_unknown = sweep.space, sweep.job.train.seed, 0  # points still to be proposed
-        if sweep.config.search == "optuna":
+        if sweep.config.search_algorithm == "optuna":
             known = [point for point in table.by_point if point.seed == self._seed]  # of an interrupted sweep
             self.points = known or sweep.space.default_points(self._seed)
             self.num_unknown = sweep.config.num_trials - len(self.points)
@@ -73,7 +73,7 @@ def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
 
     Raises UsageError if a grid has more combinations than trials.
     """
-    if sweep.search == "grid":
+    if sweep.search_algorithm == "grid":
         return _grid(space, sweep.num_trials, seed)
     rng = np.random.default_rng(seed)
     drawn = [
@@ -101,7 +101,9 @@ def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
     num_choices = math.prod(map(len, choices.values()))
     if (needed := num_choices * 2 ** sum(axis.low < axis.high for axis in ranges.values())) > num_trials:
         ends = f", with both ends of {', '.join(ranges)}" if ranges else ""
-        raise UsageError(f"--search grid needs {needed} trials for all combinations of {', '.join(space.spaces)}{ends}")
+        raise UsageError(
+            f"--search-algorithm grid needs {needed} trials for all combinations of {', '.join(space.spaces)}{ends}"
+        )
     num_values = int((num_trials / num_choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
     values: dict[str, Collection[Any]] = {}
     for name, axis in ranges.items():

@@ -39,8 +39,8 @@ def read_sweep(given: Given | None = None) -> Sweep:
         raise UsageError("a sweep runs on Ray: leave --num-workers 0 out")
     for point in propose(space, config, job.train.seed):  # raises if there are too few trials for a grid
         job.with_values(point.values)  # raises if settings contradict each other
-    if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
+    if config.search_algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--search-algorithm optuna needs Optuna: pip install -e '.[optuna]'")
     sweep = Sweep(config, space, job)
     if find_best(sweep.table()) is None and job.run.exists(BEST_FILE):  # a new choice would continue the old one's run
         remedy = f"{command('train')} --config {job.run.inside(BEST_FILE).uri}"
@@ -75,7 +75,7 @@ def tune(sweep: Sweep) -> Sweep:
             from mnist_ray.sweep.search import plan_trials, search, train_chosen
 
             plan, concurrent = plan_trials(session, sweep)
-            if sweep.job.output.check:
+            if sweep.job.output.dry_run:
                 check_nodes_for(session, plan)
                 return sweep
             table = search(session, sweep, plan, concurrent, console.show_table)
@@ -96,7 +96,7 @@ def say_sweep(console: RunConsole, sweep: Sweep, data: Splits) -> None:
     if best + also > 1:
         trials += f", then the best {best}{' and the default' * also} with up to two more seeds"
     searched = " ".join(sweep.space.texts())
-    console.say("search", f"{config.search}, {trials}: {searched}; scheduler {config.scheduler}")
+    console.say("search", f"{config.search_algorithm}, {trials}: {searched}; scheduler {config.scheduler}")
     console.say("results", job.run.uri)
     console.waiting("starting Ray …")
 

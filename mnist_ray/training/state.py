@@ -77,7 +77,7 @@ class TrainingState:
 
 def is_over(state: TrainingState, config: TrainConfig) -> bool:
     """Return whether training ends here: after the last epoch, by early stopping, or by a callback."""
-    scores, patience = state.scores, config.early_stop
+    scores, patience = state.scores, config.early_stopping_patience
     has_stalled = bool(scores) and patience is not None and len(scores) - best_epoch(scores) >= patience
     return state.epoch >= config.num_epochs or has_stalled or state.ends
 

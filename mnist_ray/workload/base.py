@@ -174,13 +174,15 @@ class Workload(UserClass):
         """Return the learning rate's schedule; training steps it ``total_steps`` times."""
         from torch.optim import lr_scheduler
 
-        if config.schedule == "one-cycle":  # https://arxiv.org/abs/1708.07120. Betas and momentum stay as configured.
+        if (
+            config.lr_schedule == "one-cycle"
+        ):  # https://arxiv.org/abs/1708.07120. Betas and momentum stay as configured.
             return lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
         warmup = config.warmup_steps
 
         def part_of_peak(step: int) -> float:  # steps are counted from 0
             left = 1 - max(0, step - warmup) / max(1, total_steps - warmup)
-            after = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.schedule]
+            after = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.lr_schedule]
             return min((step + 1) / max(1, warmup), after)
 
         return lr_scheduler.LambdaLR(optimizer, part_of_peak)

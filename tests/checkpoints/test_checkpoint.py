@@ -31,7 +31,9 @@ from tests.conftest import folder_at, mnist
 from tests.ranks import Hooks
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(precision="fp32", num_epochs=2, batch_size=20, learning_rate=2e-3, checkpoint_every=7)
+CONFIG = TrainConfig(
+    precision="fp32", num_epochs=2, batch_size=20, learning_rate=2e-3, lr_schedule="one-cycle", checkpoint_every=7
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +129,8 @@ class Counts(Callback):
 def test_an_ema_a_callback_scores_momentum_and_a_warm_up_resume_bit_identical(
     tmp_path: Path, few_images: Arrays
 ) -> None:
-    config = replace(CONFIG, ema_decay=0.9, optimizer="sgd", early_stop=2, label_smoothing=0.1)
-    config = replace(config, schedule="cosine", warmup_steps=20)
+    config = replace(CONFIG, ema_decay=0.9, optimizer="sgd", early_stopping_patience=2, label_smoothing=0.1)
+    config = replace(config, lr_schedule="cosine", warmup_steps=20)
     train_and_save(tmp_path / "whole", few_images, config, callbacks=[Counts()])
     for position in ("0-14", "1-7"):
         shutil.rmtree(tmp_path / "resumed", ignore_errors=True)

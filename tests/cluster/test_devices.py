@@ -125,7 +125,7 @@ def with_gpus() -> Iterator[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [["--num-workers", "1"], ["--num-workers", "2"], ["--check"]])
+@pytest.mark.parametrize("more", [["--num-workers", "1"], ["--num-workers", "2"], ["--dry-run"]])
 def test_on_a_cluster_a_worker_that_cannot_use_its_gpu_ends_the_run_in_one_line(
     more: list[str], with_gpus: str, quick: Flags
 ) -> None:

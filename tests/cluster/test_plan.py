@@ -114,9 +114,9 @@ def test_a_strict_placement_is_planned_only_if_the_nodes_allow_it(
         (WorkerConfig(num_workers=4, min_workers=2), [Node(1)], "cannot hold 2 workers of 1 CPU"),
         (WorkerConfig(num_workers=4, min_workers=5), [LARGE], "--min-workers 5 is more than the 4 workers"),
         (
-            WorkerConfig(num_workers=2, min_workers=1, placement="STRICT_SPREAD"),
+            WorkerConfig(num_workers=2, min_workers=1, placement_strategy="STRICT_SPREAD"),
             [SMALL, SMALL],
-            "--placement STRICT_SPREAD needs a fixed --num-workers",
+            "--placement-strategy STRICT_SPREAD needs a fixed --num-workers",
         ),
         (
             WorkerConfig(label_selector=("market=spot", "ray.io/accelerator-type=A100")),

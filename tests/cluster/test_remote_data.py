@@ -44,12 +44,12 @@ def test_check_says_whether_the_job_would_run_and_trains_nothing(
     ray_address: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = as_flags({"data_dir": small_data, "validation_size": 600, "storage_path": tmp_path})
-    run_main("train", *flags, "--check", "--batch-size", "50", "--num-workers", "2")
+    run_main("train", *flags, "--dry-run", "--batch-size", "50", "--num-workers", "2")
     printed = capsys.readouterr().out
     assert "plan       2 workers (PACK); 25 of a step's 50 images each\n" in printed
     assert printed.endswith("check      this job would run\n")
     with pytest.raises(UsageError, match="cannot hold 3 workers of 1 CPU: it has 2 CPUs on 1 node; lower --num"):
-        run_main("train", *flags, "--check", "--num-workers", "3")
-    run_main("tune", *flags, "--check")
+        run_main("train", *flags, "--dry-run", "--num-workers", "3")
+    run_main("tune", *flags, "--dry-run")
     assert capsys.readouterr().out.endswith("check      this job would run\n")
     assert list(tmp_path.iterdir()) == []

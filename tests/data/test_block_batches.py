@@ -84,14 +84,14 @@ class Counted(Blocks):
 
 @pytest.mark.parametrize("number", [160, 640])
 def test_memory_does_not_grow_with_the_data(number: int) -> None:
-    blocks, config = Counted(number), TrainConfig(batch_size=64, num_epochs=1, num_chunks=2)
+    blocks, config = Counted(number), TrainConfig(batch_size=64, num_epochs=1, num_streams=2)
     for _ in epochs(dataset_of(blocks, read_ahead_mib=12), config=config):
         assert blocks.in_memory <= 24
     assert blocks.most > 16, "blocks are read ahead of the windows of two streams"
 
 
 def test_blocks_of_the_next_epoch_are_read_before_it_begins() -> None:
-    blocks, config = Counted(160), TrainConfig(batch_size=64, num_epochs=2, num_chunks=2)
+    blocks, config = Counted(160), TrainConfig(batch_size=64, num_epochs=2, num_streams=2)
     batches = epochs(dataset_of(blocks, read_ahead_mib=12), config=config)
     for _ in range(40):
         next(batches)
@@ -99,7 +99,7 @@ def test_blocks_of_the_next_epoch_are_read_before_it_begins() -> None:
 
 
 def test_a_rank_without_examples_in_a_step_keeps_its_blocks() -> None:
-    blocks, config = Counted(160), TrainConfig(batch_size=852, num_epochs=2, num_chunks=8)  # the last batch has 4
+    blocks, config = Counted(160), TrainConfig(batch_size=852, num_epochs=2, num_streams=8)  # the last batch has 4
     for _ in epochs(dataset_of(blocks, read_ahead_mib=24), rank=0, world_size=4, config=config):
         pass
     assert blocks.reads <= 2 * (160 / 4 + 2)
@@ -122,7 +122,7 @@ def test_too_large_blocks_are_refused_with_a_remedy() -> None:
         list(batches)
     assert str(raised.value) == (
         "a step needs 32 blocks at a time, 16 MiB in all, more than --read-ahead-mib 8; raise it, write smaller blocks "
-        "(row groups), or start a run with fewer --num-chunks"
+        "(row groups), or start a run with fewer --num-streams"
     )
 
 

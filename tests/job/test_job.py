@@ -203,7 +203,7 @@ def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str | Non
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        (["--placement", "SPREAD"], "--placement"),
+        (["--placement-strategy", "SPREAD"], "--placement-strategy"),
         (["--min-workers", "1"], "--min-workers"),
         (["--label-selector", "market=spot"], "--label-selector"),
         (["--autoscaling", "--quiet"], "--autoscaling"),
@@ -222,9 +222,12 @@ def test_a_flag_that_only_workers_on_ray_use_is_refused_without_them(read: Any, 
 def test_a_run_without_ray_may_have_a_files_settings_of_workers_and_flags_that_it_uses(
     read: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text('{"placement": "SPREAD", "max_failures": 0}')
+    (tmp_path / "config.json").write_text('{"placement_strategy": "SPREAD", "max_failures": 0}')
     flags = ["--cpus-per-worker", "1", "--use-gpu", "no", "--loader-workers", "1", "--read-ahead-mib", "64"]
-    assert read("--config", str(tmp_path / "config.json"), "--num-workers", "0", *flags).workers.placement == "SPREAD"
+    assert (
+        read("--config", str(tmp_path / "config.json"), "--num-workers", "0", *flags).workers.placement_strategy
+        == "SPREAD"
+    )
 
 
 @pytest.mark.parametrize("name", ["--callback", "--tracker", "--recipe", "--config"])
@@ -246,7 +249,10 @@ def test_a_second_value_of_which_only_one_would_count_is_refused(
             "--validation-size 600 leaves nothing to train on: the data has 600 training examples$",
         ),
         (["--validation-size", "560", "--batch-size", "41"], "--batch-size 41 is larger than the 40 images"),
-        (["--schedule", "linear", "--warmup-steps", "10"], "--warmup-steps 10 must be below the 10 steps of the run"),
+        (
+            ["--lr-schedule", "linear", "--warmup-steps", "10"],
+            "--warmup-steps 10 must be below the 10 steps of the run",
+        ),
         (["--momentum", "0.5"], "--momentum has no effect: adam does not use it; leave it out"),
         (["--optimizer", "sgd", "--beta2", "0.5"], "--beta2 has no effect: sgd does not use it; leave it out"),
     ],
@@ -288,9 +294,9 @@ def test_workers_share_the_streams_of_blocks_and_few_blocks_are_noted(tmp_path: 
     given = {"workload": InBlocks, "storage_path": str(tmp_path), "validation_size": 0}
     job, _ = with_data(read_job({**given, "num_workers": 8}))
     assert job.notes == ()
-    job, _ = with_data(read_job({**given, "num_chunks": 16}))
-    assert job.notes == ("12 blocks for 16 streams of blocks (--num-chunks): some are read twice; write smaller ones",)
-    with pytest.raises(UsageError, match=r"^--num-workers 9 is more than the 8 streams of blocks \(--num-chunks\)$"):
+    job, _ = with_data(read_job({**given, "num_streams": 16}))
+    assert job.notes == ("12 blocks for 16 streams of blocks (--num-streams): some are read twice; write smaller ones",)
+    with pytest.raises(UsageError, match=r"^--num-workers 9 is more than the 8 streams of blocks \(--num-streams\)$"):
         with_data(read_job({**given, "num_workers": 9}))
 
 
@@ -336,7 +342,7 @@ def test_early_stopping_is_noted_if_the_learning_rate_would_not_come_down(
     read: Any, tmp_path: Path, few_images: Any, schedule: str, noted: int
 ) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
-    job, _ = with_data(read("--data-dir", str(folder), "--early-stop", "1", "--schedule", schedule))
+    job, _ = with_data(read("--data-dir", str(folder), "--early-stopping-patience", "1", "--lr-schedule", schedule))
     assert [note.startswith(f"the {schedule} schedule spans all epochs: if") for note in job.notes] == [True] * noted
 
 

@@ -15,13 +15,15 @@ from tests.conftest import Flags, callback_at, folder_at, run_main
 
 @pytest.mark.usefixtures("ray_address")
 def test_a_run_stops_early(quick: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = {"num_epochs": 9, "early_stop": 1, "ema_decay": 0.9, "optimizer": "sgd", "label_smoothing": 0.1}
+    more = {"num_epochs": 9, "early_stopping_patience": 1, "ema_decay": 0.9, "optimizer": "sgd", "label_smoothing": 0.1}
     # At this rate the second epoch cannot be better than the first.
-    more |= {"learning_rate": 1e-9, "limit": 0.5, "schedule": "constant"}
+    more |= {"learning_rate": 1e-9, "limit": 0.5, "lr_schedule": "constant"}
     run_main("train", *quick(**more))
     said = capsys.readouterr().out
     assert "stopped    after epoch 2: validation was best after epoch 1" in said
-    changed = "optimizer sgd, label smoothing 0.1, ema decay 0.9, early stop 1, validation size 600, limit 0.5"
+    changed = (
+        "optimizer sgd, label smoothing 0.1, ema decay 0.9, early stopping patience 1, validation size 600, limit 0.5"
+    )
     assert f"settings   {changed}" in said
     assert "data       0.5 of " in said
     assert "1,200 images to train on, 300 for validation, 550 to test" in said
@@ -32,7 +34,7 @@ def test_a_run_stops_early(quick: Flags, tmp_path: Path, capsys: pytest.CaptureF
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (tmp_path / "run" / result["checkpoint"] / "training.pt").exists()
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "<td>early_stop</td><td>1 (default: None)</td>" in page
+    assert "<td>early_stopping_patience</td><td>1 (default: None)</td>" in page
 
 
 @pytest.mark.usefixtures("ray_address")

@@ -59,7 +59,13 @@ class LargeTargets(Regression):
 
 
 CONFIG = TrainConfig(
-    precision="fp32", num_epochs=2, batch_size=50, learning_rate=2e-3, validation_size=0, reproducible=True
+    precision="fp32",
+    num_epochs=2,
+    batch_size=50,
+    learning_rate=2e-3,
+    lr_schedule="one-cycle",
+    validation_size=0,
+    reproducible=True,
 )
 # 120 examples: the last batch of each epoch has 20, in chunks of 2 and 3, or of 3 and 4.
 CASES: dict[str, tuple[Callable[[], Workload], TrainConfig]] = {

@@ -39,7 +39,13 @@ from tests.ranks import Hooks, call_on_ranks
 
 NUM_WORDS, WIDTH = 11, 10  # neither can be divided evenly by all numbers of ranks
 CONFIG = TrainConfig(
-    strategy="fsdp", precision="fp32", num_epochs=1, batch_size=26, learning_rate=1e-2, optimizer="adamw"
+    strategy="fsdp",
+    precision="fp32",
+    num_epochs=1,
+    batch_size=26,
+    learning_rate=1e-2,
+    optimizer="adamw",
+    lr_schedule="one-cycle",
 )
 MIDDLE, END = checkpoint_name(0, 4), checkpoint_name(1, 0)
 
@@ -117,7 +123,7 @@ CASES: dict[str, tuple[type[Words], dict[str, Any]]] = {
     "plain": (Words, {}),
     "micro-batches": (Words, {"micro_batch_size": 5, "clip_grad_norm": 0.1}),  # of slices of 13, or of 8 and 9
     "empty slices": (Words, {"batch_size": 2, "optimizer": "sgd", "learning_rate": 0.02}),
-    "frozen": (Frozen, {"ema_decay": 0.8, "clip_grad_norm": 0.1, "recompute_activations": True}),
+    "frozen": (Frozen, {"ema_decay": 0.8, "clip_grad_norm": 0.1, "activation_checkpointing": True}),
     "masked": (Masked, {"ema_decay": 0.8}),
 }
 
@@ -191,7 +197,7 @@ def train_cases(rank: int, folder: Path) -> None:
         for before in range(1, world_size + 1):
             cut = only_middle(locate(storage, f"frozen-{before}"), group)
             trained(Frozen(), config_of("frozen"), group, locate(storage, f"from {before} to {world_size}"), cut)
-        run, config = locate(storage, f"varying-{world_size}"), replace(CONFIG, recompute_activations=True)
+        run, config = locate(storage, f"varying-{world_size}"), replace(CONFIG, activation_checkpointing=True)
         trained(Varying(), config, group, run)
         trained(Varying(), CONFIG, group, locate(storage, f"resumed varying-{world_size}"), only_middle(run, group))
         if rank == 0:
@@ -382,7 +388,7 @@ def test_a_checkpoint_with_a_damaged_part_is_damaged(runs: Path, tmp_path: Path,
 
 def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
     for recompute in (False, True):
-        config = replace(CONFIG, recompute_activations=recompute, ema_decay=0.8)
+        config = replace(CONFIG, activation_checkpointing=recompute, ema_decay=0.8)
         trained(Varying(), config, Group(), locate(str(tmp_path), f"{recompute}"))
     found, expected = (weights_in(tmp_path / name) for name in ("True", "False"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -400,7 +406,7 @@ def test_recomputation_repeats_the_forward_pass_of_each_unit(tmp_path: Path, mon
     counts = []
     for recompute in (False, True):
         calls.clear()
-        trained(Words(), replace(CONFIG, recompute_activations=recompute), Group(), locate(str(tmp_path), "run"))
+        trained(Words(), replace(CONFIG, activation_checkpointing=recompute), Group(), locate(str(tmp_path), "run"))
         counts.append(len(calls))
     assert counts == [3 * 6, 6 * 6]
 

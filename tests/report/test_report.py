@@ -120,7 +120,7 @@ def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images:
 
 
 def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Split, run: RunFolder) -> None:
-    run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
+    run.write_text("config.json", json_lines(values_of(TrainConfig(num_epochs=2), WorkerConfig())))
     for some, test, num_epochs in ((folder_at(unfinished_run), test_images, 1), (run, None, 0)):
         assert list(write(some, test)) == OF_TRAINING * num_epochs  # none without a step
         text = some.read_text("report.html") or ""
@@ -173,7 +173,7 @@ def test_settings_that_differ_from_their_defaults_come_first(
 
     workload = mnist()
     monkeypatch.setattr(type(workload), "Settings", Settings)
-    train = TrainConfig(beta1=0.7, beta2=0.9, batch_size=64, ema_decay=0.5)
+    train = TrainConfig(**{**workload.recipes["default"], "batch_size": 64}, ema_decay=0.5)
     tested_run.write_text("config.json", json_lines(values_of(train, WorkerConfig(num_workers=2), Settings())))
     page.write(tested_run, workload, "", None)
     written = Page(tested_run.read_text("report.html") or "")
@@ -315,7 +315,7 @@ def tested_run(run: RunFolder) -> RunFolder:
     write_predictions(run, workload, tested)
     result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 3.0}, "num_workers": 1}
     run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, workload.rate: 50.0}))
-    run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
+    run.write_text("config.json", json_lines(values_of(TrainConfig(num_epochs=2), WorkerConfig())))
     run.write_text("origin.json", json_lines({"versions": {}, "metadata": workload.metadata}))
     run.write_text("sweep.csv", trials(TrialRecord(1, point(32, 0.01), DONE, 2.0, 0.9, 0.1)))
     return run

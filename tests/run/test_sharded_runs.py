@@ -85,7 +85,7 @@ def test_a_model_that_is_too_large_for_the_driver_is_not_tried_there(
     quick: Flags, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: Mock(available=2**18))
-    run_main("train", *quick(num_workers=2, strategy="fsdp"), "--check")
+    run_main("train", *quick(num_workers=2, strategy="fsdp"), "--dry-run")
     said = capsys.readouterr().out
     assert "note       skipping the trial batch: the model needs 0.4 MiB, but only 0.2 MiB are free here" in said
     assert "sharding   5 units of up to 0.1 MiB" in said

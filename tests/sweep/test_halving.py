@@ -200,14 +200,14 @@ def test_only_what_was_reported_from_an_epoch_on_counts_there(tmp_path: Path) ->
     record.add_report(1.0, 0.3)
     assert [score_at(made_up.table, A, epoch) for epoch in (0.25, 0.5, 1)] == [0.1, 0.2, 0.3]
     assert math.isnan(score_at(made_up.table, A, 2))
-    record.state, record.val_monitor = DONE, 0.3  # by --early-stop
+    record.state, record.val_monitor = DONE, 0.3  # by --early-stopping-patience
     assert score_at(made_up.table, A, 2) == 0.3
     record.state = FAILED
     assert score_at(made_up.table, A, 0.25) == FAILING
 
 
 def test_optuna_learns_from_the_first_rung_and_proposes_nothing_twice(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, search="optuna", num_trials=40, sweep=["learning_rate=log:1e-5:1"])
+    sweep = sweep_of(tmp_path, search_algorithm="optuna", num_trials=40, sweep=["learning_rate=log:1e-5:1"])
     candidates = Candidates(sweep, sweep.table())
     assert candidates.points == sweep.space.default_points(0)
 
@@ -223,7 +223,7 @@ def test_optuna_learns_from_the_first_rung_and_proposes_nothing_twice(tmp_path: 
 
 @pytest.mark.parametrize("num_known", [1, 12])
 def test_a_resumed_search_with_optuna_proposes_the_same(num_known: int, tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, search="optuna", num_trials=16)
+    sweep = sweep_of(tmp_path, search_algorithm="optuna", num_trials=16)
 
     def proposed_after(known: list[Point]) -> list[Point]:
         table = sweep.table()
@@ -239,7 +239,7 @@ def test_a_resumed_search_with_optuna_proposes_the_same(num_known: int, tmp_path
 
 
 def test_optuna_stops_proposing_if_there_are_no_new_points(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, search="optuna", num_trials=8, sweep=["batch_size=32,64,128"])
+    sweep = sweep_of(tmp_path, search_algorithm="optuna", num_trials=8, sweep=["batch_size=32,64,128"])
     table = sweep.table()
     known = [sweep.space.point({"batch_size": size}, 0) for size in (64, 32)]
     for some in known:

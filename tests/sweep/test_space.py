@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.config import SweepConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import Choice, Range
 from mnist_ray.sweep import proposals
@@ -25,7 +25,7 @@ def propose(*texts: str, sweep: SweepConfig | None = None, seed: int = 0) -> lis
     return proposals.propose(over(*texts), sweep or SweepConfig(), seed)
 
 
-DEFAULT = point(TrainConfig().batch_size, TrainConfig().learning_rate)
+DEFAULT = point(*(WORKLOAD.recipes["default"][name] for name in ("batch_size", "learning_rate")))
 
 
 def test_random_proposals_start_with_the_default_stay_inside_and_depend_on_the_seed_alone() -> None:
@@ -53,16 +53,16 @@ def test_a_space_up_to_a_number_has_this_number_in_place_of_larger_ones_also_as_
     less = over("batch_size=8:500", "beta1=0.5,0.6").up_to(100, "batch_size")
     assert less.texts() == ("batch_size=8:100", "beta1=0.5,0.6")
     assert less.default_points(0) == []
-    assert over().up_to(100, "batch_size").default_points(0) == [point(100, TrainConfig().learning_rate)]
+    assert over().up_to(100, "batch_size").default_points(0) == [point(100, DEFAULT.values["learning_rate"])]
 
 
 def test_a_grid_covers_both_ends_for_every_batch_size() -> None:
     some = ("batch_size=32,64", "learning_rate=log:5e-4:2e-2")
-    points = propose(*some, sweep=SweepConfig(search="grid", num_trials=7))
+    points = propose(*some, sweep=SweepConfig(search_algorithm="grid", num_trials=7))
     assert points == [point(size, rate) for rate in (5e-4, 3.162e-3, 2e-2) for size in (32, 64)]
     needed = "needs 10 trials for all combinations of batch_size, learning_rate, with both ends of learning_rate"
-    with pytest.raises(UsageError, match=f"^--search grid {needed}$"):
-        propose(sweep=SweepConfig(search="grid", num_trials=9))
+    with pytest.raises(UsageError, match=f"^--search-algorithm grid {needed}$"):
+        propose(sweep=SweepConfig(search_algorithm="grid", num_trials=9))
 
 
 class Searched(Workload):
@@ -82,14 +82,14 @@ class Searched(Workload):
 def test_a_workloads_settings_are_searched_with_the_jobs_and_a_grid_takes_each_combination() -> None:
     found = space_of(Searched, {})
     assert list(found.spaces) == ["batch_size", "learning_rate", "width", "depth", "kind"]
-    assert found.defaults == {"batch_size": 128, "learning_rate": 0.5, "width": 16, "depth": 2, "kind": "a"}
+    assert found.defaults == {"batch_size": 32, "learning_rate": 0.5, "width": 16, "depth": 2, "kind": "a"}
     points = proposals.propose(found, SweepConfig(num_trials=100), seed=0)
     assert {point.values["depth"] for point in points} == {1, 2, 3, 4, 5}
     assert {point.values["kind"] for point in points} == {"a", "b"}
     assert all(0.1 <= point.values["learning_rate"] <= 1.0 for point in points)
 
     found = space_of(Searched, {}, fixed=["batch_size", "plain"])
-    grid = proposals.propose(found, SweepConfig(search="grid", num_trials=40), seed=0)
+    grid = proposals.propose(found, SweepConfig(search_algorithm="grid", num_trials=40), seed=0)
     assert len(grid) == len(set(grid)) == 2 * 2 * 3 * 3
     assert {point.values["depth"] for point in grid} == {1, 3, 5}
 
@@ -148,11 +148,11 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
 
 def test_the_default_configuration_has_the_values_of_a_recipe_or_a_file() -> None:
     found = space_of(Searched, {"learning_rate": 0.25, "width": 8, "plain": 9})
-    assert found.defaults == {"batch_size": 128, "learning_rate": 0.25, "width": 8, "depth": 2, "kind": "a"}
+    assert found.defaults == {"batch_size": 32, "learning_rate": 0.25, "width": 8, "depth": 2, "kind": "a"}
 
 
 def test_rounded_values_stay_in_their_range() -> None:
-    points = propose("ema_decay=0.9:0.99999", sweep=SweepConfig(search="grid", num_trials=3))
+    points = propose("ema_decay=0.9:0.99999", sweep=SweepConfig(search_algorithm="grid", num_trials=3))
     assert [point.values["ema_decay"] for point in points] == [0.9, 0.95, 0.99999]
 
 

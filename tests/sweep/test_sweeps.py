@@ -71,7 +71,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 def rates(*learning_rates: float) -> dict[str, Any]:
     """Return settings of a sweep that tries these learning rates in this order, one at a time."""
     limits = {"num_trials": len(learning_rates), "max_concurrent_trials": 1}
-    return {"search": "grid", "sweep": [f"learning_rate={','.join(map(str, learning_rates))}"], **limits}
+    return {"search_algorithm": "grid", "sweep": [f"learning_rate={','.join(map(str, learning_rates))}"], **limits}
 
 
 def tune(settings: dict[str, Any]) -> None:
@@ -308,7 +308,7 @@ def test_a_killed_sweep_resumes_without_repeating_finished_trials(
 
 
 def test_optuna_proposes(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
-    tune({**where, "search": "optuna", "num_trials": 3, "num_epochs": 1})
+    tune({**where, "search_algorithm": "optuna", "num_trials": 3, "num_epochs": 1})
     trials = rows(tmp_path / "run")
     assert [row["state"] for row in trials] == ["done"] * 3
     assert {row["batch_size"] for row in trials} <= {"32", "64"}
@@ -355,7 +355,10 @@ def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_pa
         ({"validation_size": 0}, "a sweep chooses by validation accuracy, but no examples are held out: leave"),
         ({"overfit_batches": 2}, "leave --validation-size 0 and --overfit-batches out"),
         ({"num_workers": 0}, "a sweep runs on Ray: leave --num-workers 0 out"),
-        ({"sweep": ["schedule=one-cycle,cosine", "warmup_steps=0,5"]}, "--warmup-steps: one-cycle has its own warm-up"),
+        (
+            {"sweep": ["lr_schedule=one-cycle,cosine", "warmup_steps=0,5"]},
+            "--warmup-steps: one-cycle has its own warm-up",
+        ),
         ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not work with --compile"),
         ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
     ],
@@ -404,14 +407,14 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
 ) -> None:
     given = {"workload": Noisy, "storage_path": str(tmp_path)}
     sweep, data = with_data(read_sweep({**given, "sweep": ["batch_size=8,16"], "validation_size": 500}))
-    assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 100)  # the default is 128
+    assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 100)
     sweep, _ = with_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
     sweep, _ = with_data(read_sweep({**given, "validation_size": 500}))
-    assert sweep.batch_sizes == [32, 64, 100]
-    assert sweep.job.notes == ("batch size 100, not 512: there are only 100 examples to train on",)
+    assert sweep.batch_sizes == [16, 32, 64, 100]
+    assert sweep.job.notes == ("batch size 100, not 256: there are only 100 examples to train on",)
     sweep, _ = with_data(read_sweep({**given, "validation_size": 200}))
-    assert (sweep.batch_sizes, sweep.job.train.batch_size) == ([32, 64, 128, 256, 400], 128)  # the default fits
+    assert (sweep.batch_sizes, sweep.job.train.batch_size) == ([16, 32, 64, 128, 256], 32)
     sweep, _ = with_data(read_sweep({**given, "validation_size": 500}))
     (tmp_path / "sweep.json").write_text(json_lines({**values_of(sweep.config), **sweep.job.values}))
     again, _ = with_data(read_sweep({**given, "config": str(tmp_path / "sweep.json")}))
@@ -423,11 +426,11 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "random, 16 trials of 2 epochs, then the best 3 and the default with up to two more seeds: "),
-        ({"num_trials": 3}, "random, 3 trials of 2 epochs, then the best 3 with up to two more seeds: "),
-        ({"num_confirmed": 0}, "random, 16 trials of 2 epochs: "),
-        ({"num_trials": 1}, "random, 1 trial of 2 epochs: "),
-        ({"sweep": ["width=2,4"]}, "random, 2 trials of 2 epochs, then the best 2 with up to two more seeds: "),
+        ({}, "random, 16 trials of 3 epochs, then the best 3 and the default with up to two more seeds: "),
+        ({"num_trials": 3}, "random, 3 trials of 3 epochs, then the best 3 with up to two more seeds: "),
+        ({"num_confirmed": 0}, "random, 16 trials of 3 epochs: "),
+        ({"num_trials": 1}, "random, 1 trial of 3 epochs: "),
+        ({"sweep": ["width=2,4"]}, "random, 2 trials of 3 epochs, then the best 2 with up to two more seeds: "),
     ],
 )
 def test_the_header_says_what_will_be_tried_and_confirmed(

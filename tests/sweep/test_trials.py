@@ -16,9 +16,10 @@ from ray.tune.search import Searcher
 from mnist_ray.checkpoints.checkpoint import Snapshot, read_state
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.cluster.watch import RaySilentError
-from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import read_job
+from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.report.run_files import csv_text
 from mnist_ray.run.worker import LoopSpec, train_worker
@@ -182,7 +183,7 @@ def test_no_more_trials_run_at_a_time_than_the_cluster_holds_unless_it_autoscale
 
 
 def test_the_best_and_the_default_race() -> None:
-    default = TrainConfig().learning_rate
+    default = MNIST.recipes["default"]["learning_rate"]
     table = table_of((1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.98), (3e-3, 0, STOPPED, 0.995), (default, 0, DONE, 0.9))
     points = finalists(table, 1, 0)
     assert [(point.values["learning_rate"], point.seed) for point in points] == [(1e-3, 0), (default, 0)]
@@ -231,7 +232,7 @@ def test_the_checkpoints_that_may_be_tested_are_kept(
     rows: list[tuple[float, int, str, float]], num_confirmed: int, kept: set[tuple[float, int]]
 ) -> None:
     points = may_be_tested(table_of(*rows), num_confirmed, 0)
-    default = TrainConfig().learning_rate
+    default = MNIST.recipes["default"]["learning_rate"]
     assert {(point.values["learning_rate"], point.seed) for point in points} == kept | {(default, 0)}
 
 
@@ -324,7 +325,7 @@ class OneAtATime:
         (1, {"num_trials": 2, "scheduler": "none"}, [DONE, DONE]),
         (4, {"num_trials": 2, "scheduler": "none"}, [LOST, DONE]),
         # There are two points: all further proposals are known, and the later rungs follow.
-        (0, {"num_trials": 5, "search": "optuna", "sweep": ["batch_size=64,128"]}, [DONE, DONE]),
+        (0, {"num_trials": 5, "search_algorithm": "optuna", "sweep": ["batch_size=64,128"]}, [DONE, DONE]),
     ],
 )
 def test_a_sweep_trains_until_nothing_is_left_also_if_a_process_dies_as_tune_resets_it(

@@ -166,7 +166,7 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), mlflow_tracker) == []
     (found,) = in_mlflow(run)
     assert found.info.status == "FINISHED"
-    assert (found.data.params["batch_size"], found.data.params["schedule"]) == ("128", "one-cycle")
+    assert (found.data.params["batch_size"], found.data.params["lr_schedule"]) == ("128", "one-cycle")
     assert found.data.metrics["epoch/val_accuracy"] == 0.75
     assert found.data.metrics["final/test_accuracy"] == 0.875
     history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "step/train_loss")

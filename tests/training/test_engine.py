@@ -30,7 +30,9 @@ from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, validation_size=0)
+CONFIG = TrainConfig(
+    precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, lr_schedule="one-cycle", validation_size=0
+)
 
 
 def trained(config: TrainConfig, split: Arrays, *callbacks: Callback) -> TrainingState:
@@ -91,7 +93,7 @@ def callbacks_of(case: str) -> list[Callback]:
 
 
 def config_of(case: str) -> TrainConfig:
-    return replace(CONFIG, schedule="constant", **CASES[case][1])
+    return replace(CONFIG, lr_schedule="constant", **CASES[case][1])
 
 
 def train_cases(group: Group, images: Arrays, folder: Path) -> None:
@@ -291,7 +293,7 @@ def test_the_learning_rate_climbs_in_the_warm_up_then_follows_its_schedule(sched
     done = np.linspace(0, 1, 60 - warmup_steps, endpoint=False)
     after = {"constant": 1 + 0 * done, "cosine": (1 + np.cos(np.pi * done)) / 2, "linear": 1 - done}[schedule]
     expected = 2e-3 * np.concatenate([np.arange(1, warmup_steps + 1) / max(1, warmup_steps), after])
-    found = rates_of(replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps))
+    found = rates_of(replace(CONFIG, lr_schedule=schedule, warmup_steps=warmup_steps))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -302,7 +304,7 @@ def test_progress_has_the_learning_rate_with_which_its_last_step_was_made(few_im
         on_gradients=lambda state: rates.append(state.optimizer.param_groups[0]["lr"]),
         on_progress=lambda state, progress: seen.append(progress.learning_rate - rates[-1]),
     )
-    weights_after(replace(CONFIG, schedule="linear"), few_images, hooks)
+    weights_after(replace(CONFIG, lr_schedule="linear"), few_images, hooks)
     assert set(seen) == {0}
     assert (len(rates), len(set(rates))) == (30, 30)
 
@@ -341,7 +343,7 @@ def test_progress_has_the_largest_gradient_norm_before_clipping(
     ],
 )
 def test_the_optimizer_is_as_configured(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
-    optimizer = engine.create_state(mnist(), replace(config, schedule="constant"), 600, Group()).optimizer
+    optimizer = engine.create_state(mnist(), replace(config, lr_schedule="constant"), 600, Group()).optimizer
     assert type(optimizer) is kind
     assert {name: optimizer.param_groups[0][name] for name in options} == options
 
@@ -359,7 +361,7 @@ def test_the_optimizer_is_as_configured(config: TrainConfig, kind: type, options
 def test_training_stops_when_validation_stalls(
     few_images: Arrays, scores: list[float], patience: int | None, epochs: int
 ) -> None:
-    config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stop=patience)
+    config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stopping_patience=patience)
     hooks = Hooks(on_checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
     state = trained(config, few_images, hooks)
     assert state.epoch == epochs
@@ -427,7 +429,7 @@ SPOILS = Hooks(on_epoch=lambda state, progress: next(state.model.parameters()).d
 
 @pytest.mark.parametrize(
     ("changes", "callbacks", "step"),
-    [({"checkpoint_every": 1, "learning_rate": 1e39, "schedule": "constant"}, [], 1), ({}, [SPOILS], 30)],
+    [({"checkpoint_every": 1, "learning_rate": 1e39, "lr_schedule": "constant"}, [], 1), ({}, [SPOILS], 30)],
     ids=["by a step", "by a callback"],
 )
 def test_weights_that_are_not_finite_get_into_no_checkpoint(
@@ -480,7 +482,7 @@ def test_complex_parameters_have_an_optimizer_that_takes_them() -> None:
 
 def trained_head(few_images: Arrays, *, is_frozen: bool) -> nn.Module:
     """Train the last layer only, with gradients that are all clipped; ``is_frozen``: the others have no gradients."""
-    config = replace(CONFIG, schedule="constant", clip_grad_norm=0.2)
+    config = replace(CONFIG, lr_schedule="constant", clip_grad_norm=0.2)
     state = engine.create_state(mnist(), config, len(few_images), Group())
     state.optimizer = torch.optim.SGD(state.model.get_submodule("dense2").parameters(), lr=0.05)
     state.scheduler = mnist().create_scheduler(state.optimizer, config, 1)

@@ -35,7 +35,15 @@ GPT = str(ROOT / "examples" / "gpt.py")
 NUMBERS = np.arange(50, dtype=np.float32)[:, np.newaxis]
 # 5 steps a pass of 50 examples; epochs of 4 steps, the last one of 1
 CONFIG = TrainConfig(
-    precision="fp32", batch_size=11, learning_rate=0.01, num_steps=13, validate_every=4, num_epochs=4, num_chunks=3
+    precision="fp32",
+    batch_size=11,
+    learning_rate=0.01,
+    lr_schedule="linear",
+    num_steps=13,
+    validate_every=4,
+    num_epochs=4,
+    num_chunks=3,
+    num_streams=3,
 )
 ALONE = Group()
 

@@ -35,7 +35,7 @@ from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
 
 NUM_WORDS, LENGTH = 9, 7
 CONFIG = TrainConfig(
-    precision="fp32", num_epochs=1, batch_size=10, optimizer="sgd", learning_rate=0.1, schedule="constant"
+    precision="fp32", num_epochs=1, batch_size=10, optimizer="sgd", learning_rate=0.1, lr_schedule="constant"
 )
 
 
@@ -161,7 +161,7 @@ def test_gradients_and_losses_are_those_of_the_mean_over_all_tokens(runs: Path, 
 
 
 def test_a_batch_without_weight_only_moves_the_schedule_on() -> None:
-    config = replace(CONFIG, precision="fp16", schedule="linear", ema_decay=0.5, clip_grad_norm=1.0)
+    config = replace(CONFIG, precision="fp16", lr_schedule="linear", ema_decay=0.5, clip_grad_norm=1.0)
     split, seen = Split(words_of("a batch without words")), list[list[Tensor]]()
     state = engine.create_state(Words(), config, len(split), Group())
     state.scaler = GradScaler("cpu", init_scale=8.0)  # of which no gradient is too large
