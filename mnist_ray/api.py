@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_ray import process
+from mnist_ray import layers, process
 from mnist_ray.cluster import environment, kept
-from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, WorkerConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, workload_of
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from mnist_ray.tools.predict import Prediction
 
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
-_STORAGE_PATH = OutputConfig().storage_path
 _REPORT_HEIGHT = 600  # pixels, in a notebook
 
 
@@ -161,7 +160,7 @@ def evaluate(
     run: Run | str | Path | None = None,
     *,
     workload: AnyWorkload = None,
-    storage_path: str | Path = _STORAGE_PATH,
+    storage_path: str | Path | None = None,
     num_tasks: int | None = EvaluationConfig().num_tasks,
     use_gpu: str = EvaluationConfig().use_gpu,
     plain_ray: bool = False,
@@ -189,7 +188,7 @@ def predict(
     run: Run | str | Path | None = None,
     *,
     workload: AnyWorkload = None,
-    storage_path: str | Path = _STORAGE_PATH,
+    storage_path: str | Path | None = None,
 ) -> list[Prediction]:
     """Return a ``Prediction`` for each image; its ``top`` has pairs (prediction, probability), best first.
 
@@ -224,10 +223,10 @@ def predict(
 
 
 def load_run(
-    run: str | Path | None = None, *, workload: AnyWorkload = None, storage_path: str | Path = _STORAGE_PATH
+    run: str | Path | None = None, *, workload: AnyWorkload = None, storage_path: str | Path | None = None
 ) -> Run:
     """Return a trained and tested run by its name or path; default: the newest run. Raises UsageError and JobError."""
-    storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
+    storage_path = layers.storage_path(storage_path)
     folder = find_run(None if run is None else str(run), storage_path)
     loaded = workload_of(folder, None if workload is None else reference_of(workload), storage_path)
     if (result := folder.read_json(RESULT_FILE)) is None:
@@ -256,7 +255,7 @@ def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
 def find(
     run: Run | str | Path | None,
     workload: AnyWorkload = None,
-    storage_path: str | Path = _STORAGE_PATH,
+    storage_path: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Found:
     """Find a run's checkpoint and its workload like ``job.find.find``."""
@@ -266,7 +265,7 @@ def find(
         workload, run = workload or type(run.workload), run.checkpoint
     if not isinstance(run, str | Path | None):
         raise UsageError(f"a run must be given by its name, its path or a Run, not as {run!r}")
-    storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
+    storage_path = layers.storage_path(storage_path)
     reference = None if workload is None else reference_of(workload)
     return find_checkpoint(None if run is None else str(run), storage_path, reference, changes)
 

@@ -13,16 +13,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from mnist_ray import api, config, signals
+from mnist_ray import api, config, layers, signals
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
-from mnist_ray.job.job import read_job, resume_command
+from mnist_ray.job.job import Job, read_job, resume_command
 from mnist_ray.output import prepare_output, say, writing
 from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import workload_of
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
-from mnist_ray.settings import UNSET, Parser, build, peek
+from mnist_ray.settings import UNSET, Parser, build, declared, peek
+from mnist_ray.settings_files import read_settings, toml_lines
 from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
@@ -34,12 +35,20 @@ def train() -> None:
     """Train a workload on Ray, evaluate it on the test set, and write the run's files."""
     if peek(config.WorkerConfig)[0].get("num_workers") == "0":
         spin_briefly_if_busy(usable_cores())  # before this process imports torch, as the workload's file may
-    train_job(read_job())
+    job = read_job()
+    if job.asked.get("print_settings"):
+        _print_settings(job)
+    else:
+        train_job(job)
 
 
 def tune() -> None:
     """Search settings with Ray Tune, train the best configuration and evaluate it once."""
-    tune_sweep(read_sweep())
+    sweep = read_sweep()
+    if sweep.job.asked.get("print_settings"):
+        _print_settings(sweep.job, config.SweepConfig)
+    else:
+        tune_sweep(sweep)
 
 
 def evaluate() -> None:
@@ -54,17 +63,19 @@ def predict() -> None:
     _add_run(parser, "--run", default=None)
     help_text = "images, or folders of images; for a language model, texts to continue"
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help=help_text)
-    flags = parser.read_flags()
+    flags = _over_files(parser.read_flags(), config.PredictionConfig)
     found = api.find(flags["run"], flags.get("workload"), flags["storage_path"])
     _tool("predict")(flags["images"], found, build(config.PredictionConfig, flags))
 
 
 def view() -> None:
     """Show examples of a workload's data."""
-    workload_class = loading.load(peek(config.SourceConfig)[0].get("workload", loading.DEFAULT))
+    early = _over_files(peek(config.SourceConfig)[0], config.SourceConfig)
+    workload_class = loading.load(early.get("workload") or loading.DEFAULT)
     parser = Parser(view.__doc__ or "", config.ViewConfig, workload_class.Settings)
     _add_workload(parser, "MNIST")
-    flags = parser.read_flags()
+    _add_config(parser)
+    flags = _over_files(parser.read_flags(), config.ViewConfig, of_workload=workload_class.Settings)
     _tool("view")(workload_class(build(workload_class.Settings, flags)), build(config.ViewConfig, flags))
 
 
@@ -72,7 +83,7 @@ def report() -> None:
     """Rewrite the report of a run or a sweep."""
     parser = _parser(report)
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run's name, folder or URI; default: the newest run")
-    flags = parser.read_flags()
+    flags = _over_files(parser.read_flags())
     run = find_run(flags["run"], flags["storage_path"])
 
     from mnist_ray.report import page
@@ -157,7 +168,7 @@ def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, 
     workload_class = loading.load(early.get("workload", loading.DEFAULT))
     if "workload" not in early:
         with contextlib.suppress(UsageError, JobError, *STORAGE_ERRORS):  # reported when the checkpoint is read
-            storage_path = early.get("storage_path", config.OutputConfig().storage_path)
+            storage_path = layers.storage_path(early.get("storage_path"))
             folder = find_run(run_among(words), storage_path)
             known = [place for place in (folder, folder.storage) if place.exists(CONFIG_FILE)]  # also of a checkpoint
             # If there is none, the word may be the value of a flag that is not yet known.
@@ -165,7 +176,35 @@ def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, 
             workload_class = type(workload_of(run_folder, None, storage_path))
     parser = _parser(command, config_class, workload_class.Settings)
     _add_run(parser, "run", nargs="?")
-    return parser.read_flags()
+    return _over_files(parser.read_flags(), config_class)
+
+
+def _over_files(flags: dict[str, Any], *classes: type, of_workload: type | None = None) -> dict[str, Any]:
+    """Return the flags over the settings in files and in the environment: those of ``classes``, and the storage.
+
+    A run keeps its workload's settings, so only ``of_workload`` takes them from files.
+    """
+    places, notes = layers.defaults()
+    for note in notes:
+        say(f"note: {note}", file=sys.stderr)
+    if "config" in flags:
+        file = read_settings(flags.pop("config"))
+        places[file.path] = file.values
+    layers.check_files(places, [*classes, config.OutputConfig])
+    if of_workload is not None:
+        places = layers.with_workload(places, [*classes, config.OutputConfig], of_workload)
+        classes = (*classes, of_workload)
+    names = {*declared(*classes), "storage_path"}
+    given = {name: value for name, value in layers.Layers(places).values.items() if name in names}
+    return {"storage_path": config.OutputConfig().storage_path, **given, **flags}
+
+
+def _print_settings(job: Job, *classes: type) -> None:
+    """Print all settings of a job as a TOML file."""
+    say("# All settings, with the values that they have now, to be edited and given with --config.")
+    kinds = (*classes, config.TrainConfig, type(job.workload.settings), config.WorkerConfig, config.OutputConfig)
+    for line in toml_lines({**job.asked, **job.values}, config.SourceConfig, *kinds):
+        say(line)
 
 
 def run_among(words: Sequence[str]) -> str | None:
@@ -181,11 +220,15 @@ def run_among(words: Sequence[str]) -> str | None:
 def _parser(command: Callable[[], None], *classes: type) -> Parser:
     """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
-    default = config.OutputConfig().storage_path
-    where = f"folder or URI to search for the run (default: {default})"
-    parser.add_argument("--storage-path", default=default, help=where)
+    where = f"folder or URI to search for the run (default: {layers.storage_path()})"
+    parser.add_argument("--storage-path", default=UNSET, help=where)
     _add_workload(parser, "the run's workload")
+    _add_config(parser)
     return parser
+
+
+def _add_config(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE", default=UNSET, help=declared(config.SourceConfig)["config"].help)
 
 
 def _add_workload(parser: Parser, default: str) -> None:

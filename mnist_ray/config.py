@@ -36,7 +36,10 @@ class SourceConfig:
         metavar="FILE.py",
     )
     recipe: str | None = setting(None, "a named set of settings; flags override them", is_single=True, **_DROPPED)
-    config: str | None = setting(None, "settings from a run's config.json", metavar="FILE", is_single=True, **_DROPPED)
+    config: str | None = setting(
+        None, "settings in TOML, YAML or JSON, such as a run's config.json", metavar="FILE", is_single=True, **_DROPPED
+    )
+    print_settings: bool = setting(False, "print all settings as a TOML file for --config, and exit", **_DROPPED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,7 +226,12 @@ class OutputConfig:
     storage_path: str = setting(
         "~/ray_results", "folder or URI (s3://…) for all runs, reachable from every node", **_AGAIN
     )
-    resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint", **_DROPPED)
+    resume: Literal["no", "yes", "auto"] = setting(
+        "no",
+        "continue the run named by --run-name from its last checkpoint; auto: or start it, or print its result",
+        bare="yes",
+        **_DROPPED,
+    )
     tracker: str | None = _code("your Tracker, to follow the run", "mnist_ray.trackers:Tracker", **_AGAIN)
     dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it", **_DROPPED)
     quiet: bool = setting(False, "print only the result", **_DROPPED)
@@ -295,3 +303,10 @@ class SweepConfig:
     time_budget_s: float | None = setting(
         None, "seconds after which the search stops", decides_weights=False, **positive()
     )
+
+
+CLASSES: tuple[type, ...] = (
+    *(SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig),
+    *(ViewConfig, PredictionConfig, ExportConfig, EvaluationConfig),
+)
+"""All settings of the commands."""

@@ -95,8 +95,10 @@ class Setting:
 
     def checked(self, value: Any) -> Any:
         """Return a value in the setting's type. Raises UsageError for a wrong value."""
-        if value is None and self.may_be_none:
+        if self.may_be_none and (value is None or (value == self.unset and self.plain in (int, float))):
             return None
+        if isinstance(value, bool) and {"yes", "no"} <= {*self.arguments}:
+            value = "yes" if value else "no"
         name, plain, arguments = flag(self.name), self.plain, self.arguments
         try:
             if plain is tuple and isinstance(value, (list, tuple)):
@@ -247,27 +249,6 @@ def values_of(*configs: Any) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """Read settings from a JSON file. Raises UsageError."""
-    file = path_of(path, "--config")
-    try:
-        if is_no_file(file):
-            raise UsageError(f"the config file {path} is not a file")
-        pairs = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
-    except OSError as error:
-        raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # including text that is not UTF-8
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(pairs, tuple):
-        raise UsageError(f"{path} must contain a JSON object of settings")
-    values, names = dict(pairs), [name for name, _ in pairs]
-    if twice := [name for name in values if names.count(name) > 1]:
-        raise UsageError(f"{path} has {twice[0]} twice; leave one of them out")
-    if not isinstance(workload := values.get("workload"), str | None):
-        raise UsageError(f"{path}: --workload must be of type str, not {workload!r:.40}")
-    return values
-
-
 def check_known(values: Iterable[str], known: Collection[str], source: str) -> None:
     """Raise UsageError if ``source``, a file or a call, has unknown settings."""
     if unknown := sorted({*values}.difference(known)):
@@ -277,6 +258,13 @@ def check_known(values: Iterable[str], known: Collection[str], source: str) -> N
 def json_lines(values: Mapping[str, Any]) -> str:
     """Return a JSON object with one key per line."""
     return "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}\n"
+
+
+def title_of(config_class: type) -> str:
+    """Return the title of a class of settings: its docstring up to a colon."""
+    title = (config_class.__doc__ or "").split(":")[0].strip().rstrip(".")
+    # A dataclass without a docstring gets one from Python, such as "Settings(width: int = 32)".
+    return "The workload's settings" if "(" in title else title
 
 
 class Parser(argparse.ArgumentParser):
@@ -289,9 +277,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
         self._config_classes = classes
         for config_class in classes:
-            title = (config_class.__doc__ or "").split(":")[0].strip().rstrip(".")
-            # A dataclass without a docstring gets one from Python, such as "Settings(width: int = 32)".
-            title = "The workload's settings" if "(" in title else title
+            title = title_of(config_class)
             group: Any = self if title == "Options" else self.add_argument_group(title)  # beside --help
             for name, about in declared(config_class).items():
                 form = about.form | ({"choices": choices[name]} if name in choices else {})

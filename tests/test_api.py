@@ -256,7 +256,7 @@ NO_PART = "must be in [0, 1), not"
         (mnist_ray.train, [MNIST()], {}, f"{NO_WORKLOAD} <mnist_ray.mnist.problem.MNIST object at …"),
         (mnist_ray.train, [], {"storage_path": 5}, "--storage-path must be of type str, not 5"),
         (mnist_ray.train, [], {"run_name": 5}, "--run-name must be of type str, not 5"),
-        (mnist_ray.train, [], {"run_name": "a", "resume": 1}, "--resume must be of type bool, not 1"),
+        (mnist_ray.train, [], {"run_name": "a", "resume": 1}, "--resume must be of type str, not 1"),
         (mnist_ray.train, [], {"config": 5}, "--config 5: …"),
         (mnist_ray.train, [], {"num_epoch": 3}, "the call has unknown settings: num_epoch; did you mean num_epochs?"),
         (mnist_ray.train, [], {"batch_size": "many"}, "--batch-size must be of type int, not 'many'"),

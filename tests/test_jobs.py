@@ -206,7 +206,7 @@ def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(
     ctrl_c: Callable[[psutil.Process], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = quick(num_workers=2, checkpoint_every=10**6, batch_size=2, limit=0.5, num_epochs=1)
+    flags = quick(num_workers=2, checkpoint_every=10**6, batch_size=1, limit=0.5, num_epochs=1)
     command = f"python jobs/train.py --resume --run-name run --storage-path {tmp_path}"
 
     def want_too_and_interrupt(job: psutil.Process) -> None:
@@ -219,7 +219,7 @@ def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(
     (saved,) = (tmp_path / "run").glob("checkpoint_epoch*")
     step = int(saved.name.removeprefix("checkpoint_epoch-000_step-"))
     assert step > 0
-    with pytest.raises(UsageError, match="run run was started with --batch-size 2, not 51"):
+    with pytest.raises(UsageError, match="run run was started with --batch-size 1, not 51"):
         run_main("train", *command.split()[2:], "--batch-size", "51")
     run_main("train", *command.split()[2:])
     assert f"continuing in epoch 1 after step {step:,}" in capsys.readouterr().out
@@ -239,7 +239,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(quick: Flags) -> None:
     [
         (["--batch", "8"], "unrecognized arguments: --batch 8"),
         (["--recipe", "cake"], "argument --recipe: invalid choice: 'cake'"),
-        (["--config", "/nowhere.json"], "cannot read the config file /nowhere.json: No such file or directory"),
+        (["--config", "/nowhere.json"], "cannot read the settings file /nowhere.json: No such file or directory"),
         (["--resume"], "--resume needs --run-name NAME"),
         (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
         (["--reproducible", "--num-workers", "9"], "--reproducible: 9 workers cannot share 8 chunks of a batch"),

@@ -14,12 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mnist_ray import runs, settings, storage
+from mnist_ray import layers, runs, settings, storage
 from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.layers import FLAGS, Layers
 from mnist_ray.ray_versions import check_workers
 from mnist_ray.runs import find_run
 from mnist_ray.settings import Given, Parser, Setting, declared, flag, peek
+from mnist_ray.settings_files import SettingsFile, read_settings
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.text import command, count, masked
 from mnist_ray.workload import loading, user_code
@@ -51,11 +53,22 @@ class Job:
     resume_with: str  # the command that resumes the run; or the Python call, if a call started the run
     callbacks: tuple[SourceCode, ...] = ()  # the user's code in the training loop
     initial: RunFolder | None = None  # the folder of INITIAL_FILE, with --init-from
-    asked: Given = dataclasses.field(default_factory=dict)  # all settings, including a sweep's
-    given: frozenset[str] = frozenset()  # the names of the settings that this command or call gives
+    layers: Layers = Layers({})
+    settings_file: SettingsFile | None = None  # of --config
     is_resumed: bool = False
+    is_finished: bool = False  # with --resume auto
     origin: Given = dataclasses.field(default_factory=dict)  # a resumed run's origin.json
     notes: tuple[str, ...] = ()  # printed before the job starts
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All settings that a place gives, including a sweep's."""
+        return self.layers.values
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of the settings that this command or call gives."""
+        return frozenset(self.layers.places.get(FLAGS, ()))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -77,43 +90,35 @@ class Job:
         return dataclasses.replace(self, workload=changed, train=train)
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Settings by the place that gives them: a file, a recipe, the flags. Later places win."""
-
-    places: dict[str, Given]
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The settings of all places."""
-        return {name: value for given in self.places.values() for name, value in given.items()}
-
-    def place_of(self, name: str) -> str:
-        """Return the place that decides a setting; empty if none gives it."""
-        return next((place for place, given in reversed(self.places.items()) if name in given), "")
-
-
 def read_job(given: Given | None = None, kind: str = "train") -> Job:
     """Read the settings of ``train`` or ``tune`` from ``given``, or from the command line if it is None.
 
     Choose the run, check that its code is trusted, read flags and files into layers, build the job. Later layers win:
-    default recipe or saved run, recipe, config file, flags. Raises UsageError and JobError.
+    recipes, the project, the environment, a resumed run's own settings, the file of --config, flags. Raises UsageError
+    and JobError.
     """
     early = peek(*_classes(kind))[0] if given is None else given  # as text, and without the workload's own settings
-    file = {early["config"]: settings.read_config_file(early["config"])} if "config" in early else {}
-    run, saved = _choose_run(kind, early)
-    files = Layers({**saved, **file})
-    workload_class = _load_trusted(kind, run, early, files)
-    flags, recipes = _read_flags(kind, workload_class, given), workload_class.recipes
-    _check_files(files.places, _classes(kind, workload_class.Settings))
-    default, recipe = {} if saved else recipes.get("default", {}), recipes.get(flags.get("recipe", ""), {})
-    layers = Layers({"the default recipe": default, **saved, "the recipe": recipe, **file, "the flags": flags})
-    job = _build_job(kind, run, workload_class, layers, is_resumed=bool(saved), is_call=given is not None)
+    file = read_settings(early["config"]) if "config" in early else None
+    of_file: dict[str, Given] = {file.path: file.values} if file else {}
+    defaults, notes = layers.defaults()
+    layers.check_files({**defaults, **of_file}, _classes(kind))
+    run, saved = _choose_run(kind, Layers({**defaults, **of_file, FLAGS: early}).values)
+    workload_class = _load_trusted(kind, run, early, Layers({**defaults, **saved, **of_file}), file)
+    flags = _read_flags(kind, workload_class, given)
+    defaults, of_file = (
+        layers.with_workload(places, _classes(kind), workload_class.Settings) for places in (defaults, of_file)
+    )
+    _check_saved(saved, _classes(kind, workload_class.Settings))
+    ordered = layers.in_order(workload_class.recipes, defaults, saved, of_file, flags)
+    job = _build_job(kind, run, workload_class, ordered, is_resumed=bool(saved), is_call=given is not None)
+    job = dataclasses.replace(job, settings_file=file, notes=tuple(notes))
     _check_used(kind, job)
     if not saved:
-        check_free(run, resume=False)  # after all mistakes, and --help
+        check_free(run, resume=job.output.resume)  # after all mistakes, and --help
         return job
-    _check_unchanged(kind, job, saved, layers)
+    if run.read_json(RESULT_FILE) is not None:  # with --resume auto
+        return dataclasses.replace(job, is_finished=True)
+    _check_unchanged(kind, job, saved, ordered)
     return _with_origin(kind, job)
 
 
@@ -125,39 +130,47 @@ def _classes(kind: str, *of_workload: type) -> list[type]:
 def _choose_run(kind: str, early: Given) -> tuple[RunFolder, dict[str, Given]]:
     """Return a job's folder, and a resumed run's settings by their file; empty for a new run. Raises like read_job."""
     output, file = settings.build(OutputConfig, early), _FILES[kind]
-    if output.resume and output.run_name is None:
+    if output.resume != "no" and output.run_name is None:
         raise UsageError("--resume needs --run-name NAME")
     new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # unique even within a second
     run = storage.locate(output.storage_path, output.run_name or new_name)
-    if not output.resume:
+    if output.resume == "no":
         return run, {}
     with storage.in_one_line(f"cannot read {run.uri}"):
-        is_there = run.exists(file)
-    if not is_there:
+        is_there, is_another = run.exists(file), any(map(run.exists, _FILES.values()))
+    if not is_there and (output.resume == "yes" or is_another):
         raise UsageError(f"--resume: there is no run of {kind} in {run.uri}; check --run-name and --storage-path")
-    check_free(run, resume=True)
+    if not is_there:
+        return run, {}
+    check_free(run, resume=output.resume, is_resumed=True)
     return run, {run.inside(file).uri: run.require_json(file)}
 
 
-def check_free(run: RunFolder, *, resume: bool) -> None:
-    """Raise UsageError if a new run already exists, or a resumed run is finished."""
-    if resume and run.read_json(RESULT_FILE) is not None:
-        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
-    if not resume and run.exists():
+def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None:
+    """Raise UsageError if a new run already exists, or a resumed run is finished; with ``auto``, it may be."""
+    if is_resumed:
+        if resume != "auto" and run.read_json(RESULT_FILE) is not None:
+            raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    elif (
+        any(map(run.exists, _FILES.values())) if resume == "auto" else run.exists()
+    ):  # auto: it may have no settings yet
         raise UsageError(f"run {run.uri} already exists; add --resume to continue it, or give another --run-name")
 
 
-def _load_trusted(kind: str, run: RunFolder, early: Given, files: Layers) -> type[Workload]:
+def _load_trusted(kind: str, run: RunFolder, flags: Given, files: Layers, file: SettingsFile | None) -> type[Workload]:
     """Return the workload. Raises UsageError if only a file names code that may have come with a run."""
     folders = runs.untrusted_folders(run, run.storage_path)
-    if "config" in early:
-        home = settings.path_of(early["config"], "--config").absolute().parent
-        folders += runs.untrusted_folders(storage.locate(str(home.parent), home.name), run.storage_path)
+    if file is not None:
+        # The file may name another storage, but that does not make the code in the usual one trusted.
+        usual, home = layers.storage_path(flags.get("storage_path")), Path(file.path).expanduser().absolute().parent
+        folder = storage.locate(str(home.parent), home.name)
+        is_of_run = file.is_of_run or folder.exists(CONFIG_FILE) or folder.exists(ORIGIN_FILE)
+        folders += runs.untrusted_folders(folder if is_of_run else run, usual)
     for name, about in declared(*_classes(kind)).items():
-        if about.code and name not in early and isinstance(reference := files.values.get(name), str):
+        if about.code and name not in flags and isinstance(reference := files.values.get(name), str):
             user_code.check_trusted(reference, flag(name), files.place_of(name), folders)
     reference = files.values.get("workload") or loading.DEFAULT
-    return loading.load_again(reference, early.get("workload"), files.place_of("workload"), folders)
+    return loading.load_again(reference, flags.get("workload"), files.place_of("workload"), folders)
 
 
 def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) -> Given:
@@ -167,27 +180,22 @@ def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) 
         defaults, choices = recipes.get("default", {}), {"recipe": recipes or ["default"]}
         return Parser(_DESCRIPTIONS[kind], *classes, defaults=defaults, choices=choices).read_flags()
     settings.check_known(given, declared(*classes), "the call")
-    if given.get("recipe", "default") not in (*recipes, "default"):
-        raise UsageError(f"there is no recipe {given['recipe']}; known: {', '.join(recipes) or 'none'}")
     return given
 
 
-def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
-    """Raise UsageError, with the file's name, if a setting is unknown or wrong."""
-    for file, values in files.items():
+def _check_saved(saved: Mapping[str, Given], classes: Sequence[type]) -> None:
+    """Raise UsageError, with the file's name, if a run's setting is unknown or wrong."""
+    for file, values in saved.items():
         known = {name for name, about in declared(*classes).items() if about.on_resume == "saved"}
         settings.check_known(values, known, file)
-        try:
-            settings.checked(values, *classes)
-        except UsageError as error:
-            raise UsageError(f"{file}: {error}") from error
+    layers.check_files(saved, classes)
 
 
 def _build_job(
-    kind: str, run: RunFolder, workload_class: type[Workload], layers: Layers, *, is_resumed: bool, is_call: bool
+    kind: str, run: RunFolder, workload_class: type[Workload], ordered: Layers, *, is_resumed: bool, is_call: bool
 ) -> Job:
     """Return the job that the settings describe. Raises UsageError."""
-    asked, given = layers.values, frozenset(layers.places["the flags"])
+    asked, given = ordered.values, frozenset(ordered.places[FLAGS])
     train, workers = _in_steps(settings.build(TrainConfig, asked), given), settings.build(WorkerConfig, asked)
     output = dataclasses.replace(settings.build(OutputConfig, asked), run_name=run.name, storage_path=run.storage_path)
     _check_together(train, workers)
@@ -207,8 +215,7 @@ def _build_job(
         resume_with=resume_command(kind, output, untrusted, is_call=is_call),
         callbacks=tuple(code.values()),
         initial=None if train.init_from is None else run,
-        asked=asked,
-        given=given,
+        layers=ordered,
         is_resumed=is_resumed,
     )
 
@@ -292,10 +299,10 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
             raise UsageError(conflict)
 
 
-def _check_unchanged(kind: str, job: Job, saved: Mapping[str, Given], layers: Layers) -> None:
+def _check_unchanged(kind: str, job: Job, saved: Mapping[str, Given], ordered: Layers) -> None:
     """Raise UsageError if a resumed run's settings have changed, except those that do not affect the weights."""
     ((file, then),) = saved.items()
-    named = {name for place, values in layers.places.items() if place != file for name in values}
+    named = {name for place, values in ordered.places.items() if place != file for name in values}
     for config_class in (*_DECIDING[kind], type(job.workload.settings)):
         before: Any = settings.build(config_class, then)
         after: Any = settings.build(config_class, {**job.asked, **job.values})
@@ -320,7 +327,7 @@ def _has_moved(about: Setting, old: Any, new: Any) -> bool:
 
 def _with_origin(kind: str, job: Job) -> Job:
     """Return a resumed job with its origin, and with notes for the user."""
-    run, source, notes = job.run, job.workload.source, list[str]()
+    run, source, notes = job.run, job.workload.source, [*job.notes]
     origin = run.read_json(ORIGIN_FILE) or {}
     if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
         missing = "finished trial" if kind == "tune" else "checkpoint"

@@ -98,7 +98,9 @@ def opened(
     with console:
         say_header()
         with owned(job.run, console.waiting):
-            check_free(job.run, resume=job.is_resumed)  # again: another job may have created the run meanwhile
+            check_free(
+                job.run, resume=job.output.resume, is_resumed=job.is_resumed
+            )  # again: another job may have created the run meanwhile
             if job.is_resumed:
                 if_ended(f"; to resume: {job.resume_with}")
             with connected(start, job, data, console, batch_sizes) as session:

@@ -10,6 +10,8 @@ from mnist_ray.job.job import Job
 from mnist_ray.job.session import Session
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
+from mnist_ray.report.run_files import number_of
+from mnist_ray.storage import RESULT_FILE
 from mnist_ray.text import count, format_settings, size_of
 
 if TYPE_CHECKING:
@@ -38,6 +40,14 @@ def say_run(console: RunConsole, job: Job, data: Splits) -> None:
         console.say("settings", format_settings(changed))
     console.say("results", job.run.uri)
     console.waiting("starting Ray …")
+
+
+def say_result(console: RunConsole, job: Job) -> None:
+    """Print the result of a run that is finished."""
+    result, metrics = job.run.require_json(RESULT_FILE), job.workload.all_metrics
+    console.say("run", f"{job.run.name} is finished")
+    console.result("test", job.workload.format({m.name: number_of(result.get(f"test_{m.name}")) for m in metrics}))
+    console.result("result", job.run.inside(RESULT_FILE).uri)
 
 
 def say_data(console: RunConsole, job: Job, data: Splits) -> None:

@@ -28,7 +28,7 @@ from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
-from mnist_ray.text import count
+from mnist_ray.text import count, masked
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
 from mnist_ray.training.metrics import Evaluation
@@ -98,6 +98,8 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
         run.write_text(_WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
+        if (file := job.settings_file) is not None:
+            run.write_text(file.copy_name, masked(file.text))  # the same, with its comments
     if_ended(f"; to resume: {job.resume_with}")
 
 

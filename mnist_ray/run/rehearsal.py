@@ -12,7 +12,7 @@ from mnist_ray.job.session import Session
 from mnist_ray.provenance import versions
 from mnist_ray.record.header import say_plan
 from mnist_ray.storage import INITIAL_FILE
-from mnist_ray.text import count
+from mnist_ray.text import count, format_settings
 
 
 def check(session: Session, plan: WorkerPlan) -> None:
@@ -39,4 +39,6 @@ def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
         console.say("extras", "; ".join(groups))
     if plan.must_scale_up:
         console.say("note", "this check cannot tell whether the cluster can start nodes for these workers")
+    for place, values in job.layers.decided():
+        console.say("settings", f"{format_settings(values)} (from {place})")
     console.say("check", "this job would run")

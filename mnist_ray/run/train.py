@@ -5,11 +5,14 @@ import functools
 from mnist_ray.job.job import Job
 from mnist_ray.job.job_data import check_against_data, load_splits
 from mnist_ray.job.session import console_of, opened, started
-from mnist_ray.record.header import say_run
+from mnist_ray.record.header import say_result, say_run
 
 
 def train(job: Job) -> None:
     """Load data, start Ray, train, test, report. Raises UsageError, JobError, KeyboardInterrupt with one-line texts."""
+    if job.is_finished:
+        say_result(console_of(job), job)
+        return
     with started(job, preload="mnist_ray.run.fit") as start:
         data = load_splits(job)
         job = check_against_data(job, data)

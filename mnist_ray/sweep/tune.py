@@ -18,7 +18,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import read_job
 from mnist_ray.job.job_data import check_against_data, load_splits
 from mnist_ray.job.session import opened, started
-from mnist_ray.record.header import say_data
+from mnist_ray.record.header import say_data, say_result
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import Given
 from mnist_ray.storage import TRIALS_FILE
@@ -65,6 +65,9 @@ def check_sweep(sweep: Sweep, data: Splits) -> Sweep:
 
 def tune(sweep: Sweep) -> Sweep:
     """Search, then train, evaluate and report the best; return the sweep as it was run. Raises like ``train``."""
+    if sweep.job.is_finished:
+        say_result(SweepConsole(sweep), sweep.job)
+        return sweep
     with started(sweep.job, "mnist_ray.sweep.trial", sweep.workers) as start:
         data = load_splits(sweep.job)
         sweep = check_sweep(sweep, data)

@@ -94,8 +94,7 @@ def _checking(workload_class: type[Workload], attribute: str) -> Iterator[None]:
 
 def _check_settings(settings: type) -> None:
     """Raise an error if settings cannot become flags, or cannot be saved as JSON."""
-    of_jobs = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
-    taken = {*declared(*of_jobs), "run", "help"}
+    taken = {*declared(*config.CLASSES), "run", "help"}
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING:
             raise UsageError(f"{field.name} needs a default: use setting(DEFAULT, HELP)")

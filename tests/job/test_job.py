@@ -182,10 +182,10 @@ def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "must contain a JSON object"),
+        ("[1]", "must contain settings by their names"),
         ('{"batchsize": 1, "lr": 2}', "unknown settings: batchsize, lr"),
-        ('{"run_name": "x"}', "unknown settings: run_name"),
-        ('{"batch_size": 32, "batch_size": 64}', r"bad\.json has batch_size twice; leave one of them out$"),
+        ('{"config": "x.json"}', "unknown settings: config"),
+        ('{"batch_size": 32, "batch_size": 64}', "it has batch_size twice; leave one of them out$"),
         ('{"batch_size": "64"}', "--batch-size must be of type int, not '64'"),
         ('{"workload": 5}', r"bad\.json: --workload must be of type str, not 5"),
         (f'{{"workload": {"[" * 900}{"]" * 900}}}', r"--workload must be of type str, not \[+$"),

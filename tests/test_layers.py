@@ -1,0 +1,226 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from mnist_ray import layers
+from mnist_ray.errors import UsageError
+from mnist_ray.job.job import Job, read_job
+from mnist_ray.settings_files import read_settings
+from tests.conftest import ROOT, run_main
+
+WORKLOAD = "from mnist_ray.mnist.problem import MNIST\nclass Mine(MNIST): pass\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for a project; the current folder is inside."""
+    folder = tmp_path / "project"
+    (folder / "inside").mkdir(parents=True)
+    monkeypatch.chdir(folder / "inside")
+    return folder
+
+
+def written(file: Path, text: str) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return str(file)
+
+
+def job(*flags: str, monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setattr("sys.argv", ["jobs/train.py", *flags])
+    return read_job()
+
+
+def test_later_places_win_and_each_setting_has_its_place(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = '[tool.mnist_ray]\nrecipe = "notebook"\nseed = 1\nbatch_size = 11\nlimit = 0.5\nstorage_path = "runs"\n'
+    pyproject = written(project / "pyproject.toml", table + "num_trials = 3\n")
+    file = written(project / "settings.yaml", "seed: 2\nbatch_size: 12\nearly_stopping_patience: 4\n")
+    asked = job("--config", file, "--seed", "3", monkeypatch=monkeypatch)
+    found = {
+        name: (asked.values[name], asked.layers.place_of(name)) for name in ("seed", "batch_size", "limit", "beta1")
+    }
+    assert found == {
+        "seed": (3, "the flags"),
+        "batch_size": (12, file),
+        "limit": (0.5, pyproject),
+        "beta1": (0.9, "the recipe notebook"),
+    }
+    assert asked.run.storage_path == str(project / "runs")
+    assert "num_trials" not in asked.asked, "another command's"
+    monkeypatch.setenv(layers.STORAGE_VARIABLE, str(project / "elsewhere"))
+    assert job(monkeypatch=monkeypatch).run.storage_path == layers.storage_path() == str(project / "elsewhere")
+    assert layers.storage_path("given") == "given"
+
+
+def test_the_nearest_project_with_a_table_counts(project: Path) -> None:
+    written(project.parent / "pyproject.toml", "[tool.mnist_ray]\nseed = 1\n")
+    written(project / "pyproject.toml", "[tool.other]\nseed = 2\n")
+    places, notes = layers.defaults()
+    assert (places, notes) == ({str(project.parent / "pyproject.toml"): {"seed": 1}}, [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_project_file_of_another_user_is_ignored_with_a_note(project: Path) -> None:
+    file = written(project / "pyproject.toml", '[tool.mnist_ray]\nworkload = "steals.py"\n')
+    os.chown(file, 12345, 12345)
+    assert layers.defaults() == ({}, [f"{file} belongs to another user: its settings are ignored"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", 'learning_rate = 1e-3\nclip_grad_norm = "none"\nrun_name = "no"\nuse_gpu = false\n'),
+        ("a.yaml", "learning_rate: 1e-3\nclip_grad_norm: none\nrun_name: no\nuse_gpu: no\n"),
+        ("a.yml", "learning_rate: 0.001\nclip_grad_norm:\nrun_name: 'no'\nuse_gpu: false\n"),
+        ("a.json", '{"learning_rate": 0.001, "clip_grad_norm": null, "run_name": "no", "use_gpu": "no"}'),
+    ],
+)
+def test_each_format_has_numbers_texts_and_no_value(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    asked = job("--config", written(project / name, text), monkeypatch=monkeypatch)
+    assert (asked.train.learning_rate, asked.train.clip_grad_norm) == (1e-3, None)
+    assert (asked.run.name, asked.workers.use_gpu) == ("no", "no")
+
+
+@pytest.mark.parametrize("name", ["settings.toml", "pyproject.toml"])
+def test_paths_in_a_persons_file_start_at_the_file(project: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    code = f"of_{Path(name).stem}.py"
+    written(project / code, WORKLOAD)
+    text = f'workload = "{code}:Mine"\ndata_dir = "digits"\nstorage_path = "runs"\n'
+    file = written(project / name, ("[tool.mnist_ray]\n" if name == "pyproject.toml" else "") + text)
+    asked = job(*([] if name == "pyproject.toml" else ["--config", file]), monkeypatch=monkeypatch)
+    assert (type(asked.workload).__name__, asked.values["data_dir"]) == ("Mine", str(project / "digits"))
+    assert asked.run.storage_path == str(project / "runs")
+
+
+@pytest.mark.parametrize("name", ["settings.toml", "settings.json"])
+def test_a_file_that_names_another_storage_does_not_make_the_code_in_the_real_one_trusted(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    sent = project / "runs" / "sent"
+    code = written(
+        sent / "steals.py", WORKLOAD + "from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\n"
+    )
+    values = {"workload": code, "storage_path": str(project / "elsewhere")}
+    text = (
+        json.dumps(values)
+        if name.endswith("json")
+        else "\n".join(f'{key} = "{value}"' for key, value in values.items())
+    )
+    monkeypatch.setenv(layers.STORAGE_VARIABLE, str(project / "runs"))
+    for folder in (sent, project / "downloads"):
+        with pytest.raises(UsageError, match="the code may have come with the run; if you trust it, name it with"):
+            job("--config", written(folder / name, text), monkeypatch=monkeypatch)
+    assert not (sent / "it_ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "batch_size = 1\nbatch_size = 2\n", "is not TOML: Cannot overwrite a value"),
+        ("a.toml", "[training]\nbatch_size = 1\n", "has unknown settings: training"),
+        ("a.toml", "[learning_rate]\npeak = 1\n", "--learning-rate must be of type float, not {'peak': 1}"),
+        ("a.toml", "batch-size = 2\n", "has unknown settings: batch-size; did you mean batch_size?"),
+        ("a.toml", 'batch_size = "2"\n', "--batch-size must be of type int, not '2'"),
+        ("a.toml", "seed = 2026-01-01\n", "--seed must be of type int, not datetime.date"),
+        ("a.toml", "learning_rate = nan\n", "--learning-rate must be of type float, not nan"),
+        ("a.toml", "batch_size = 0\n", "--batch-size must be at least 1, not 0"),
+        ("a.toml", "= 1\n", "is not TOML: Invalid statement"),
+        ("a.yaml", "batch_size: 1\nbatch_size: 2\n", 'is not YAML: found duplicate key "batch_size"'),
+        ("a.yaml", "- batch_size\n", "must contain settings by their names"),
+        ("a.yaml", "1: 2\n", "must contain settings by their names"),
+        ("a.yaml", "", "must contain settings by their names"),
+        ("a.yaml", "a: !!python/object/apply:os.system ['id']\n", "is not YAML: could not determine a constructor"),
+        ("a.yaml", "seed: 1\n---\nseed: 2\n", "is not YAML: but found another document (line 2)"),
+        ("a.yaml", "seed:\t1\n", "is not YAML: found character"),
+        ("a.yaml", "compile: yes\n", "--compile must be of type bool, not 'yes'"),
+        ("a.yaml", "recipe: cake\n", "there is no recipe cake; known: default, notebook"),
+        ("a.yaml", "config: b.yaml\n", "has unknown settings: config"),
+        ("a.yaml", "\x00", "is not YAML: unacceptable character"),
+        ("a.json", '{"seed": 1, "seed": 2}', "is not JSON: it has seed twice"),
+        ("a.toml", b"\xff\xfe", "is not UTF-8"),
+        ("a.toml", b"#" * 2**21, "is larger than 1 MiB"),
+        ("a.toml", None, "is not a file"),
+    ],
+)
+def test_a_wrong_file_is_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str | bytes | None, message: str
+) -> None:
+    file = project / name
+    if text is None:
+        file.mkdir()
+    else:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError) as raised:
+        job("--config", str(file), monkeypatch=monkeypatch)
+    assert message in str(raised.value)
+    assert name in str(raised.value) or "recipe" in message
+    assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_project_file_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for table, message in {
+        "[tool.mnist_ray]\nsede = 1\n": "has unknown settings: sede; did you mean seed?",
+        "[tool]\nmnist_ray = 1\n": "[tool.mnist_ray] of",
+        "[tool.mnist_ray]\nstorage_path = 5\n": "--storage-path must be of type str, not 5",
+    }.items():
+        file = written(project / "pyproject.toml", table)
+        with pytest.raises(UsageError) as raised:
+            job(monkeypatch=monkeypatch)
+        assert message in str(raised.value)
+        assert file in str(raised.value)
+
+
+def test_printed_settings_are_accepted_back_and_comments_survive_in_the_runs_copy(
+    tmp_path: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--storage-path", str(tmp_path), "--num-epochs", "1", "--num-workers", "0", "--data-dir", str(small_data)]
+    run_main("train", *flags, "--print-settings")
+    text = capsys.readouterr().out
+    assert "# passes over the training set\nnum_epochs = 1\n" in text
+    assert '# ema_decay = "none"\n' in text
+    file = tmp_path / "all.toml"
+    file.write_text(f"# why one epoch\n{text}")
+    run_main("train", "--config", str(file), "--print-settings")
+    assert capsys.readouterr().out == text
+    run_main("train", "--config", str(file), "--run-name", "run")
+    assert (tmp_path / "run" / "settings.toml").read_text() == file.read_text()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["num_epochs"] == 1
+    assert read_settings(str(tmp_path / "run" / "settings.toml")).values["num_workers"] == 0
+
+
+def test_a_command_on_a_run_takes_its_own_settings_from_files_but_not_the_workloads(
+    finished_run: Path, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = f'[tool.mnist_ray]\nstorage_path = "{finished_run.parent}"\ndata_dir = "nowhere"\nthreshold = 1.0\n'
+    written(project / "pyproject.toml", table)
+    run_main("report", finished_run.name)
+    assert capsys.readouterr().out == f"report {finished_run}/report.html\n"
+    run_main("predict", str(ROOT / "docs" / "report.png"), "--run", finished_run.name)
+    assert " unsure\n" in capsys.readouterr().out
+
+
+def test_with_resume_auto_a_run_starts_goes_on_and_at_the_end_prints_its_result(
+    tmp_path: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--storage-path", str(tmp_path), "--num-workers", "0", "--data-dir", str(small_data), "--quiet"]
+    flags += ["--resume", "auto", "--run-name", "run"]
+    (tmp_path / "run").mkdir()  # killed before it had settings
+    run_main("train", *flags, "--num-epochs", "1")
+    first = (tmp_path / "run" / "result.json").read_text()
+    (tmp_path / "run" / "result.json").unlink()
+    run_main("train", *flags)
+    capsys.readouterr()
+    again = (tmp_path / "run" / "result.json").read_text()
+    assert json.loads(again)["weights_sha256"] == json.loads(first)["weights_sha256"]
+    run_main("train", *flags)
+    said = capsys.readouterr().out
+    assert said.startswith(f"test       loss {json.loads(first)['test_loss']:.4f}, accuracy ")
+    assert (tmp_path / "run" / "result.json").read_text() == again
+    with pytest.raises(UsageError, match="there is no run of tune in"):
+        run_main("tune", "--storage-path", str(tmp_path), "--resume", "auto", "--run-name", "run")
+    with pytest.raises(UsageError, match="--resume needs --run-name NAME"):
+        run_main("train", "--storage-path", str(tmp_path), "--resume", "auto")
