@@ -137,17 +137,17 @@ def one_round(folder: Path, images: Path, flags: Sequence[object], epochs: int) 
 
     note("notebook", *run(peers / "notebook.py", images, epochs))
     one = train(folder, "one", *flags)
-    figures |= {"one": one["images_per_s"], "one_first": one["rows"][0]["images_per_s"]}
+    figures |= {"one": one["examples_per_s"], "one_first": one["rows"][0]["examples_per_s"]}
     figures |= {"one_s": one["wall_s"], "one_accuracy": one["test_accuracy"]}
     note("bare_one", *run(peers / "bare.py", 1, 1, *bare_data))
     two = train(folder, "two", "--num-workers", 2, *flags)
-    figures |= {"two_first": two["rows"][0]["images_per_s"], "two_outside_s": outside_s(two)}
+    figures |= {"two_first": two["rows"][0]["examples_per_s"], "two_outside_s": outside_s(two)}
     note("bare_two", *run(peers / "bare.py", 2, 1, *bare_data))
     note("plain_two", *run(peers / "bare.py", 2, 1, "--plain", *bare_data))
     printed, seconds = run(peers / "minimal_ray.py", images, epochs, 2)
     figures["minimal_outside_s"] = seconds - json.loads(printed)["working_s"]
     recipe = train(folder, "recipe", "--recipe", "notebook", "--num-epochs", 1, *bare_data)
-    figures["recipe"] = recipe["rows"][0]["images_per_s"]
+    figures["recipe"] = recipe["rows"][0]["examples_per_s"]
     return figures
 
 

@@ -99,7 +99,7 @@ class MnistRay(Framework):
 
     def outcome(self, printed: str, folder: Path) -> Figures:
         """Read the run's files."""
-        rates = [float(row["images_per_s"]) for row in epochs(folder / "run")]
+        rates = [float(row["examples_per_s"]) for row in epochs(folder / "run")]
         accuracy = json.loads((folder / "run" / "result.json").read_text())["test_accuracy"]
         return {"images_per_s": statistics.harmonic_mean(rates), "accuracy": accuracy}
 
@@ -111,10 +111,10 @@ class StepsInMnistRay(MnistRay):
     def outcome(self, printed: str, folder: Path) -> Figures:
         """Read the run's files."""
         _, *warm = epochs(folder / "run")
-        (rate,) = (name for name in warm[0] if name.endswith("s_per_s"))
         batch_size = json.loads((folder / "run" / "config.json").read_text())["batch_size"]
         loss = json.loads((folder / "run" / "result.json").read_text())["test_loss"]
-        return {"steps_per_s": statistics.harmonic_mean(float(row[rate]) for row in warm) / batch_size, "loss": loss}
+        rate = statistics.harmonic_mean(float(row["examples_per_s"]) for row in warm)
+        return {"steps_per_s": rate / batch_size, "loss": loss}
 
 
 class GptInMnistRay(MnistRay):
@@ -129,7 +129,7 @@ class GptInMnistRay(MnistRay):
         """Read the run's files. The first epoch, a tenth of the steps, is not timed."""
         _, *warm = epochs(folder / "run")
         length = json.loads((folder / "run" / "config.json").read_text())["length"]
-        rate = statistics.harmonic_mean(float(row["windows_per_s"]) for row in warm)
+        rate = statistics.harmonic_mean(float(row["examples_per_s"]) for row in warm)
         tested = json.loads((folder / "run" / "result.json").read_text())["test_loss"]
         return {"tokens_per_s": rate * length, "loss": float(warm[-1]["val_loss"]), "test_loss": tested}
 

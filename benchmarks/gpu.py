@@ -174,7 +174,7 @@ def mnist(device: torch.device, steps: int, use_gpu: str) -> Iterator[Row]:
         seconds, _, _ = job("train", Path(folder) / "short", flags)
         _, said, run = job("train", Path(folder) / "long", [*flags, "--num-epochs", num_epochs])
         with (run / "metrics.csv").open() as file:
-            _, *warm = (float(row["images_per_s"]) for row in csv.DictReader(file))
+            _, *warm = (float(row["examples_per_s"]) for row in csv.DictReader(file))
     bare = MNIST.recipes["default"]["batch_size"] / here.step_s
     ours = statistics.harmonic_mean(warm)
     yield "MNIST, images/s: the job; the same loop without Ray", f"{ours:,.0f}; {bare:,.0f} (ratio {ours / bare:.2f})"

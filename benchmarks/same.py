@@ -49,7 +49,7 @@ SETUPS: dict[str, list[str]] = {
     ],
 }
 SWEEP = ["--num-trials", "4", "--max-concurrent-trials", "1", "--num-confirmed", "1", "--limit", "0.2", *ONE_EPOCH]
-TIMES = ("images_per_s", "train_s")
+TIMES = ("images_per_s", "examples_per_s", "train_s")
 """Columns of sweep.csv that differ from sweep to sweep."""
 MASKS = {
     r"^seconds .*": "seconds",

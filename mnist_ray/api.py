@@ -19,7 +19,7 @@ from mnist_ray.cluster import environment, kept
 from mnist_ray.config import EvaluationConfig, ExportConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
-from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, workload_of
+from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, result_of, workload_of
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
 from mnist_ray.settings import build, check_known, declared
@@ -63,7 +63,7 @@ class Run:
     @property
     def history(self) -> list[dict[str, float]]:
         """The rows of metrics.csv, one per epoch; NaN for missing values."""
-        return read_numbers(self.folder, METRICS_FILE, "epoch")
+        return read_numbers(self.folder, METRICS_FILE, "epoch", nouns=self.workload.nouns)
 
     @property
     def steps(self) -> list[dict[str, float]]:
@@ -229,7 +229,7 @@ def load_run(
     storage_path = layers.storage_path(storage_path)
     folder = find_run(None if run is None else str(run), storage_path)
     loaded = workload_of(folder, None if workload is None else reference_of(workload), storage_path)
-    if (result := folder.read_json(RESULT_FILE)) is None:
+    if (result := result_of(folder, loaded)) is None:
         raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
     return Run(folder, loaded, result)
 

@@ -17,14 +17,14 @@ from mnist_ray import api, config, layers, signals
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
 from mnist_ray.job.job import Job, read_job, resume_command
-from mnist_ray.output import prepare_output, say, writing
+from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import workload_of
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
 from mnist_ray.settings import UNSET, Parser, build, declared, peek
 from mnist_ray.settings_files import read_settings, toml_lines
-from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, TRIALS_FILE
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.text import PROGRAM
@@ -35,26 +35,31 @@ def train() -> None:
     """Train a workload on Ray, evaluate it on the test set, and write the run's files."""
     if peek(config.WorkerConfig)[0].get("num_workers") == "0":
         spin_briefly_if_busy(usable_cores())  # before this process imports torch, as the workload's file may
-    job = read_job()
-    if job.asked.get("print_settings"):
-        _print_settings(job)
-    else:
-        train_job(job)
+    with _one_object(config.OutputConfig) as shown:
+        job = read_job()
+        if job.asked.get("print_settings"):
+            _print_settings(job)
+        else:
+            train_job(job)
+            shown |= _result_of(job)
 
 
 def tune() -> None:
     """Search settings with Ray Tune, train the best configuration and evaluate it once."""
-    sweep = read_sweep()
-    if sweep.job.asked.get("print_settings"):
-        _print_settings(sweep.job, config.SweepConfig)
-    else:
-        tune_sweep(sweep)
+    with _one_object(config.OutputConfig) as shown:
+        sweep = read_sweep()
+        if sweep.job.asked.get("print_settings"):
+            _print_settings(sweep.job, config.SweepConfig)
+        else:
+            shown |= {"trials": tune_sweep(sweep).table().rows, **_result_of(sweep.job)}
 
 
 def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
-    flags = _flags_of_run(evaluate, config.EvaluationConfig)
-    api.evaluate(flags.pop("run"), **flags)
+    with _one_object(config.EvaluationConfig) as shown:
+        flags = _flags_of_run(evaluate, config.EvaluationConfig)
+        flags.pop("json", None)
+        shown |= {f"test_{name}": value for name, value in api.evaluate(flags.pop("run"), **flags).items()}
 
 
 def predict() -> None:
@@ -197,6 +202,16 @@ def _over_files(flags: dict[str, Any], *classes: type, of_workload: type | None 
     names = {*declared(*classes), "storage_path"}
     given = {name: value for name, value in layers.Layers(places).values.items() if name in names}
     return {"storage_path": config.OutputConfig().storage_path, **given, **flags}
+
+
+def _one_object(config_class: type) -> contextlib.AbstractContextManager[dict[str, Any]]:
+    return one_object(is_wanted=peek(config_class)[0].get("json", False))
+
+
+def _result_of(job: Job) -> dict[str, Any]:
+    """Return what ``--json`` prints of a run; nothing after ``--dry-run``."""
+    result = job.run.read_json(RESULT_FILE)
+    return {} if result is None else {"run": job.run.uri, **result}
 
 
 def _print_settings(job: Job, *classes: type) -> None:

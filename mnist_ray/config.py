@@ -11,6 +11,7 @@ from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _PLAIN = "use only Ray's public API; starts more slowly; try it if Ray misbehaves"
+_JSON = "print the result as one JSON object on stdout, and all else on stderr"
 READ_AHEAD_MIB = 512  # of each worker
 _AGAIN: Any = {"on_resume": "given"}
 _DROPPED: Any = {"on_resume": "dropped"}
@@ -234,6 +235,7 @@ class OutputConfig:
     )
     tracker: str | None = _code("your Tracker, to follow the run", "mnist_ray.trackers:Tracker", **_AGAIN)
     dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it", **_DROPPED)
+    json: bool = setting(False, _JSON, **_DROPPED)
     quiet: bool = setting(False, "print only the result", **_DROPPED)
     verbose: bool = setting(False, "also print Ray's own log", **_DROPPED)
 
@@ -275,6 +277,7 @@ class EvaluationConfig:
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
     plain_ray: bool = setting(False, _PLAIN)
+    json: bool = setting(False, _JSON)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from mnist_ray.errors import JobError
@@ -28,6 +29,35 @@ def writing() -> Iterator[None]:
         raise
     except OSError as error:
         raise JobError(f"the output cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def one_object(*, is_wanted: bool) -> Iterator[dict[str, Any]]:
+    """If it is wanted, print the yielded dict as a JSON object at the end; until then, stdout is stderr.
+
+    After an error, print nothing. Infinity and NaN become null.
+    """
+    values: dict[str, Any] = {}
+    if not is_wanted:
+        yield values
+        return
+    with writing():
+        sys.stdout.flush()
+        kept = os.dup(1)
+    try:
+        os.dup2(2, 1)  # also for processes that this one starts
+        with contextlib.redirect_stdout(sys.stderr):
+            yield values
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    with writing():
+        sys.stdout.write(json.dumps(finite(values)) + "\n")
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values that JSON can hold: with null for NaN and infinity."""
+    return dict(json.loads(json.dumps(values), parse_constant=lambda name: None))
 
 
 class Output:

@@ -27,13 +27,13 @@ from tests.conftest import ROOT, Flags, callback_at, folder_at, processes_in, ru
 def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text())
     assert result["test_accuracy"] > 0.8
-    assert result["num_test_images"] == sum(map(sum, result["confusion_matrix"])) == 1100
+    assert result["num_test_examples"] == sum(map(sum, result["confusion_matrix"])) == 1100
     assert len(result["test_accuracy_per_class"]) == 10
     assert result["num_workers"] == 2
     seconds = result["seconds"]
     assert seconds.keys() == {"start", "data", "training", "validation", "saving", "evaluation", "total"}
     assert seconds["total"] == pytest.approx(sum(seconds.values()) / 2, abs=0.01)
-    assert result["images_per_s"] > 0
+    assert result["examples_per_s"] > 0
     assert result["versions"]["ray"] == ray.__version__
     rows = read_csv(folder_at(finished_run), "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -305,3 +305,24 @@ def test_workers_that_die_at_once_end_a_job_with_one_line(tmp_path: Path) -> Non
     assert done.returncode == 1
     said = r"error: Ray's worker processes do not start; a worker's last line: no room \(log: \S+/raylet\.err\)\n"
     assert re.fullmatch(said, done.stderr)
+
+
+def test_json_is_the_only_thing_on_stdout(
+    tmp_path: Path, small_data: Path, ray_address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = tmp_path / "chatty.py"
+    code.write_text(
+        "import os\nfrom mnist_ray.mnist.problem import MNIST\nos.system('echo loaded')\nclass Chatty(MNIST): pass\n"
+    )
+    where = ["--storage-path", str(tmp_path), "--workload", str(code), "--json"]
+    run_main("train", *where, "--data-dir", str(small_data), "--run-name", "run", "--num-workers", "0")
+    said = capfd.readouterr()
+    result = json.loads(said.out)
+    assert result == {"run": str(tmp_path / "run"), **json.loads((tmp_path / "run" / "result.json").read_text())}
+    assert result["format_version"] == 2
+    assert ("loaded\n" in said.err, "\ntest       accuracy " in said.err) == (True, True)
+    run_main("evaluate", "run", *where)
+    assert json.loads(capfd.readouterr().out)["test_loss"] == result["test_loss"]
+    with pytest.raises(UsageError, match="--json prints a result, but --dry-run and --print-settings have none"):
+        run_main("train", *where, "--dry-run")
+    assert capfd.readouterr().out == ""

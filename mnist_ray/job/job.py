@@ -143,7 +143,7 @@ def _choose_run(kind: str, early: Given) -> tuple[RunFolder, dict[str, Given]]:
     if not is_there:
         return run, {}
     check_free(run, resume=output.resume, is_resumed=True)
-    return run, {run.inside(file).uri: run.require_json(file)}
+    return run, {run.inside(file).uri: settings.of_any_version(run.require_json(file))}
 
 
 def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None:
@@ -267,6 +267,8 @@ def _check_used(kind: str, job: Job) -> None:
     """Raise UsageError if a given setting has no effect, or this version of Ray lacks it."""
     for name in sorted(job.given & _OF_RAY) if job.workers.num_workers == 0 else ():
         raise UsageError(f"{flag(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
+    if job.output.json and (job.output.dry_run or job.asked.get("print_settings")):
+        raise UsageError("--json prints a result, but --dry-run and --print-settings have none; leave it out")
     check_workers(job.workers)
     if kind == "train" and type(job.workload).create_optimizer is Workload.create_optimizer:
         for name in sorted(job.given & job.train.unused):

@@ -32,7 +32,7 @@ from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated, figures_of
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.figures import Figure
+from mnist_ray.workload.figures import RATE, Figure
 
 MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 
@@ -41,10 +41,12 @@ class History:
     """The rows of a run's metrics.csv and steps.csv. A resumed run continues the files that it finds."""
 
     def __init__(self, run: RunFolder, workload: Workload, config: TrainConfig) -> None:
-        self._run, self._rate = run, workload.rate
+        self._run = run
         self.figures = [figure for figure in workload.all_figures if not figure.needs or getattr(config, figure.needs)]
         self._columns = ("epoch", *(figure.name for figure in self.figures if {"epoch", "validation"} & {*figure.at}))
-        epochs = zip(read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE), strict=True)
+        epochs = zip(
+            read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE, nouns=workload.nouns), strict=True
+        )
         self.rows: dict[int, dict[str, Any]] = {int(numbers["epoch"]): dict(row) for numbers, row in epochs}
         self._step_columns = ("step", "epoch", *(figure.name for figure in self.figures if "step" in figure.at))
         steps = read_numbers(run, STEPS_FILE, "step", "epoch")
@@ -64,9 +66,9 @@ class History:
                 self._add_step(event)
             case EpochFinished(last):
                 rows = [row for row in self._steps if last.epoch - 1 < row["epoch"] <= last.epoch]
-                self._update(last.epoch, {**joined(rows, self.figures), **figures_of(event, self._rate)})
+                self._update(last.epoch, {**joined(rows, self.figures), **figures_of(event)})
             case Validated():
-                self._update(event.epoch, figures_of(event, self._rate))
+                self._update(event.epoch, figures_of(event))
                 if event.sample:
                     self._add_sample(event.epoch, event.sample)
 
@@ -92,7 +94,7 @@ class History:
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.epoch_steps, 5)
-        self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event, self._rate)})
+        self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event)})
         if len(self._steps) > MAX_STEP_ROWS:
             self._steps = merged(self._steps, MAX_STEP_ROWS // 2, self.figures)
 
@@ -103,9 +105,9 @@ class History:
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate (a kill may lose one); None without any."""
-        rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._rate)]
+        rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(RATE)]
         seconds = sum(float(row["epoch_s"]) for row in rated)
-        examples = sum(float(row[self._rate]) * float(row["epoch_s"]) for row in rated)
+        examples = sum(float(row[RATE]) * float(row["epoch_s"]) for row in rated)
         return round(examples / seconds, 1) if rated else None
 
 

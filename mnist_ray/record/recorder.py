@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import math
 import threading
 import time
@@ -21,10 +20,12 @@ from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.job.find import Fitted, read_initial
 from mnist_ray.job.session import Session
+from mnist_ray.output import finite
 from mnist_ray.provenance import origin
 from mnist_ray.record.header import say_plan
 from mnist_ray.record.history import History, write_predictions
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
+from mnist_ray.report.run_files import FORMAT_VERSION
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
@@ -32,6 +33,7 @@ from mnist_ray.text import count, masked
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
 from mnist_ray.training.metrics import Evaluation
+from mnist_ray.workload.figures import RATE
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this fraction of the first loss
 _MAX_TRACKING = 0.05  # of the run's time, spent waiting for trackers; more is noted
@@ -176,19 +178,19 @@ class Recorder:
     def _result_of(self, fitted: Fitted, tested: Evaluation) -> dict[str, Any]:
         """Return the content of result.json."""
         workload = self._job.workload
-        rate = self._history.mean_rate() or fitted.metrics.values.get(workload.rate, math.nan)
-        values = tested.to_dict(workload) | {
+        rate = self._history.mean_rate() or fitted.metrics.values.get(RATE, math.nan)
+        values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload)} | {
             "formats": {figure.name: figure.form for figure in self._history.figures},
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": weights_digest(read_state(fitted.checkpoint)),
             "checkpoint_metrics": fitted.metrics.to_dict(),
-            workload.rate: rate,
+            RATE: rate,
             "seconds": self._clock.seconds(),
             "num_workers": self._history.num_workers,
             "workers": self._origin.get("workers"),
             **origin(),
         }
-        return dict(json.loads(json.dumps(values), parse_constant=lambda name: None))  # JSON has no NaN, no Infinity
+        return finite(values)
 
     def close(self) -> None:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""

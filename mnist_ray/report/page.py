@@ -27,7 +27,7 @@ from mnist_ray.text import in_words, redact
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import data_of
-from mnist_ray.workload.figures import LOSS, Figure, Metric, formatted
+from mnist_ray.workload.figures import LOSS, RATE, Figure, Metric, formatted
 
 PICTURES_FOLDER = "pictures"
 _REFRESH_S = 10
@@ -134,7 +134,7 @@ def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
         return f"running: {epochs}\n{about}"
     if record.result is None:
         return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}\n{about}"
-    tested = formatted(number_of(record.result.get(f"num_test_{nouns}")), ",.0f")
+    tested = formatted(number_of(record.result.get("num_test_examples")), ",.0f")
     return f"finished: {epochs}, tested on {tested} {nouns}\n{about}"
 
 
@@ -147,7 +147,7 @@ def _headlines(record: RunRecord) -> dict[str, str]:
     if not math.isnan(record.best_validation):
         lines[f"best validation {workload.monitor.name}"] = workload.monitor.format(record.best_validation)
     if result:
-        lines[f"{workload.nouns}/s in training"] = formatted(number_of(result.get(workload.rate)), ",.0f")
+        lines[f"{workload.nouns}/s in training"] = formatted(number_of(result.get(RATE)), ",.0f")
         lines["seconds until tested"] = formatted(number_of(result["seconds"].get("total")), ".1f")
         lines["workers"] = str(result.get("num_workers", "-"))
     return lines

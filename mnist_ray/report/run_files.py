@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mnist_ray import settings
 from mnist_ray.errors import UsageError
@@ -16,23 +16,36 @@ from mnist_ray.runs import untrusted_folders
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import RATE
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
 SAMPLES_FILE, TIMES_FILE = "samples.csv", "times.csv"
+FORMAT_VERSION = 2  # of the files
+
+T = TypeVar("T")
 
 
-def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a file; none if there is no file. Raises JobError, e.g. for a missing column."""
+def with_new_names(values: Mapping[str, T], nouns: str) -> dict[str, T]:
+    """Return a result or a row with the names that version 1 of the files derived from the plural of the noun."""
+    new = {f"num_test_{nouns}": "num_test_examples", f"{nouns}_per_s": RATE}
+    return {new.get(name, name): value for name, value in values.items()}
+
+
+def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = (), *, nouns: str = "") -> list[dict[str, str]]:
+    """Return the rows of a file; none if there is no file. Raises JobError, e.g. for a missing column.
+
+    ``nouns``: as for ``with_new_names``, if the file may be of version 1.
+    """
     text = run.read_text(file_name)
     if text is None:
         return []
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
-        rows = list(reader)
+        rows = [with_new_names(row, nouns) for row in reader]
     except csv.Error as error:
         raise run.damaged(file_name, error) from error
-    names = reader.fieldnames or ()
+    names = with_new_names(dict.fromkeys(reader.fieldnames or ()), nouns)
     for column in columns:
         if column not in names:
             raise run.damaged(file_name, f"it has no column {column}")
@@ -41,9 +54,9 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
     return rows
 
 
-def read_numbers(run: RunFolder, file_name: str, *columns: str) -> list[dict[str, float]]:
+def read_numbers(run: RunFolder, file_name: str, *columns: str, nouns: str = "") -> list[dict[str, float]]:
     """Return the rows of a file of numbers; NaN for a missing value, except in ``columns``. Raises JobError."""
-    rows = read_csv(run, file_name, columns)
+    rows = read_csv(run, file_name, columns, nouns=nouns)
     try:
         numbers = [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
     except ValueError as error:
@@ -91,12 +104,12 @@ class RunRecord:
             workload=workload,
             config=settings_of(run),
             origin=run.read_json(ORIGIN_FILE) or {},
-            epochs=read_numbers(run, METRICS_FILE, "epoch"),
+            epochs=read_numbers(run, METRICS_FILE, "epoch", nouns=workload.nouns),
             steps=read_numbers(run, STEPS_FILE, "step", "epoch"),
             times=read_numbers(run, TIMES_FILE, "epoch", "worker"),
-            result=run.read_json(RESULT_FILE),
+            result=result_of(run, workload),
             predictions=read_csv(run, PREDICTIONS_FILE),
-            trials=read_csv(run, TRIALS_FILE),
+            trials=read_csv(run, TRIALS_FILE, nouns=workload.nouns),
         )
 
     def column(self, name: str) -> list[float]:
@@ -119,11 +132,17 @@ class RunRecord:
         return (max if monitor.mode == "max" else min)(known, default=math.nan)
 
 
+def result_of(run: RunFolder, workload: Workload) -> dict[str, Any] | None:
+    """Return the content of result.json; None if the run is not tested yet. Raises JobError."""
+    result = run.read_json(RESULT_FILE)
+    return result and with_new_names(result, workload.nouns)
+
+
 def settings_of(run: RunFolder) -> dict[str, Any]:
     """Return the settings of a run. Raises UsageError if it has none, JobError if they are damaged."""
     if not run.exists(CONFIG_FILE):
         raise UsageError(f"{run.uri} is not a run, or is an unfinished sweep: it has no {CONFIG_FILE}")
-    return run.require_json(CONFIG_FILE)
+    return settings.of_any_version(run.require_json(CONFIG_FILE))
 
 
 def workload_of(run: RunFolder, reference: loading.Reference | None, storage_path: str) -> Workload:

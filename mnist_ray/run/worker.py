@@ -40,6 +40,7 @@ from mnist_ray.training.metrics import score
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.workload import user_code
+from mnist_ray.workload.figures import RATE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +285,7 @@ class Reporter(Callback):
         epochs = state.epoch + state.step / state.steps_per_epoch
         is_due = self._validation is not None and (is_epoch_end or epochs >= self._spec.until_epoch)
         values = {f"train_{name}": value for name, value in progress.so_far.items()}
-        values |= {self._job.workload.rate: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
+        values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
         values |= self._validated(state) if is_due else {}
         metrics = CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
         if is_epoch_end and metrics.is_validated:

@@ -16,6 +16,7 @@ from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweep.space import Point, Space
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import RATE
 
 BEST_FILE, DEFAULT_FOLDER = "best.json", "default"
 DONE, STOPPED, FAILED, LOST, RUNNING, WAITING = "done", "stopped early", "failed", "lost", "running", "waiting"
@@ -64,7 +65,7 @@ class TrialTable:
         self.space = space
         self.by_point = {record.point: record for record in records}
         monitor, *self._others = [f"val_{metric.name}" for metric in self.workload.metrics or (self.workload.monitor,)]
-        names = {"val_monitor": monitor, "rate": self.workload.rate}
+        names = {"val_monitor": monitor, "rate": RATE}
         fields = [field.name for field in dataclasses.fields(TrialRecord)[2:-1]]  # without trial, point and others
         self._columns = {name: names.get(name, name) for name in fields}  # of sweep.csv, by field
         if clash := {"trial", *self._columns.values(), *self._others} & space.spaces.keys():
@@ -113,7 +114,7 @@ class TrialTable:
         """Return the table in a sweep's folder; an empty one if there is none. Raises JobError."""
         try:
             required = {*self._all_columns} - {*self._others}  # the workload may have more metrics since then
-            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, required)]
+            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, required, nouns=self.workload.nouns)]
         except (ValueError, TypeError) as error:
             raise run.damaged(TRIALS_FILE, error) from error
         return TrialTable(type(self.workload), self.space, records)

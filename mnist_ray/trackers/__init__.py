@@ -51,15 +51,13 @@ class Tracker(UserClass):
             case Progress():
                 first = event.total_step - len(event.losses) + 1
                 losses = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
-                figures = figures_of(event, self.workload.rate).items()
+                figures = figures_of(event).items()
                 values = [(f"step/{name}", value) for name, value in figures if name != "train_loss"]
                 values += [(f"time/{part}", share) for part, share in event.shares.items()]
                 return [*losses, *((name, value, event.total_step) for name, value in values)]
             case EpochFinished() | Validated():
                 epoch = event.last.epoch if isinstance(event, EpochFinished) else event.epoch
-                return [
-                    (f"epoch/{name}", value, epoch) for name, value in figures_of(event, self.workload.rate).items()
-                ]
+                return [(f"epoch/{name}", value, epoch) for name, value in figures_of(event).items()]
         return []
 
     def final(self, ending: Ending) -> dict[str, float]:

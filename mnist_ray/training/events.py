@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mnist_ray.training.stopwatch import PARTS
+from mnist_ray.workload.figures import RATE
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,13 @@ class TrialEnded(Event):
     values: Mapping[str, float]  # the trial's columns of sweep.csv, except NaN
 
 
-def figures_of(event: Progress | EpochFinished | Validated, rate: str) -> dict[str, float]:
-    """Return the figures that an event reports, by name; ``rate`` is the name of the training speed."""
+def figures_of(event: Progress | EpochFinished | Validated) -> dict[str, float]:
+    """Return the figures that an event reports, by name."""
     match event:
         case Progress():
             split, values, others = "train", event.window, {"learning_rate": event.learning_rate, **event.others}
         case EpochFinished(last):
-            split, values, others = "train", last.so_far, {rate: last.examples_per_s, "epoch_s": last.epoch_s}
+            split, values, others = "train", last.so_far, {RATE: last.examples_per_s, "epoch_s": last.epoch_s}
         case Validated():
             split, values, others = "val", event.values, {"val_s": event.seconds}
     return {**{f"{split}_{name}": value for name, value in values.items()}, **others}

@@ -88,7 +88,7 @@ class Evaluation:
     def to_dict(self, workload: Workload) -> dict[str, Any]:
         """Return the test results for result.json."""
         tested = {f"test_{name}": value for name, value in self.values(workload).items()}
-        return {**tested, f"num_test_{workload.nouns}": self.num_examples, **workload.details(self.columns)}
+        return {**tested, "num_test_examples": self.num_examples, **workload.details(self.columns)}
 
 
 def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:

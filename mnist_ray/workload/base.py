@@ -20,6 +20,7 @@ from mnist_ray.workload.figures import (
     GRADIENT_NORM,
     LEARNING_RATE,
     LOSS,
+    RATE,
     TRAIN_S,
     VALIDATION_S,
     Figure,
@@ -263,7 +264,7 @@ class Workload(UserClass):
         train = [Figure(f"train_{m.name}", ("step", "epoch"), "mean", m.form, f"training {m.name}") for m in every]
         val = [Figure(f"val_{m.name}", ("validation",), "mean", m.form, f"validation {m.name}") for m in every]
         test = [Figure(f"test_{m.name}", ("test",), "mean", m.form, f"test {m.name}") for m in every]
-        rate = Figure(self.rate, ("epoch",), "last", ",.0f", f"{self.nouns}/s", places=1)
+        rate = Figure(RATE, ("epoch",), "last", ",.0f", f"{self.nouns}/s", places=1)
         return (*train, *val, *test, LEARNING_RATE, GRADIENT_NORM, EPOCH_S, rate, VALIDATION_S, TRAIN_S)
 
     @property
@@ -283,11 +284,6 @@ class Workload(UserClass):
         if self.noun.endswith("ies"):  # series, species
             return self.noun
         return f"{self.noun}es" if self.noun.endswith(("s", "x", "ch", "sh")) else f"{self.noun}s"
-
-    @property
-    def rate(self) -> str:
-        """The name of the training speed, like ``images_per_s``."""
-        return f"{self.nouns}_per_s"
 
     def format(self, values: Mapping[str, float]) -> str:
         """Return metrics as text: ``loss 0.0371, accuracy 98.80%``."""

@@ -40,7 +40,7 @@ def test_an_epoch_gets_one_row_in_any_order_of_its_events(run: RunFolder) -> Non
     history = History(run, mnist(), TrainConfig())
     for event in (started(0), finished(1), finished(2), validated(1, 0.25, 0.5), validated(2, 0.125, 0.75)):
         history.add(event)
-    found = columns(run, "epoch", "train_loss", "val_accuracy", "images_per_s")
+    found = columns(run, "epoch", "train_loss", "val_accuracy", "examples_per_s")
     assert found == [("1", "0.5", "0.5", "50.0"), ("2", "0.5", "0.75", "50.0")]
 
 
@@ -69,7 +69,7 @@ def test_epochs_that_a_killed_job_did_not_hear_of_are_filled_from_checkpoints(ru
     first = History(run, mnist(), TrainConfig())
     for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
         first.add(event)
-    values = {"train_loss": 8.0, "train_accuracy": 0.0, "images_per_s": 5.0, "train_s": 2.0}
+    values = {"train_loss": 8.0, "train_accuracy": 0.0, "examples_per_s": 5.0, "train_s": 2.0}
     values |= {"val_loss": 0.75, "val_accuracy": 0.25, "val_score": 0.25, "val_s": 1.5}
     for epoch, step in ((2, 0), (3, 0), (3, 4), (4, 0)):
         metrics = CheckpointMetrics(epoch, step, values=values)
@@ -77,7 +77,7 @@ def test_epochs_that_a_killed_job_did_not_hear_of_are_filled_from_checkpoints(ru
         Snapshot({}, {}, document).write(run.inside(checkpoint_name(epoch, step)))
     again = History(run, mnist(), TrainConfig())
     again.add(started(3))
-    names = ("epoch", "train_loss", "val_loss", "epoch_s", "images_per_s")
+    names = ("epoch", "train_loss", "val_loss", "epoch_s", "examples_per_s")
     assert columns(run, *names) == [
         ("1", "0.5", "0.25", "2.0", "50.0"),
         ("2", "0.5", "0.75", "2.0", "50.0"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mnist_ray import load_run
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError, UsageError
@@ -21,7 +22,7 @@ from mnist_ray.mnist import idx
 from mnist_ray.record.history import History, write_predictions
 from mnist_ray.report import page
 from mnist_ray.report.plots import Curve, scale_axis, smoothed
-from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
+from mnist_ray.report.run_files import RunRecord, read_csv, settings_of, workload_of
 from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.picture import draw
@@ -101,7 +102,7 @@ def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
 
 def test_the_result_has_the_forms_of_all_figures(finished_run: Path) -> None:
     formats = json.loads((finished_run / "result.json").read_text())["formats"]
-    assert (formats["test_accuracy"], formats["val_loss"], formats["images_per_s"]) == ("fraction", "number", ",.0f")
+    assert (formats["test_accuracy"], formats["val_loss"], formats["examples_per_s"]) == ("fraction", "number", ",.0f")
     of_files = {name for file in ("metrics.csv", "steps.csv") for name in read_csv(folder_at(finished_run), file)[0]}
     assert of_files - {"epoch", "step"} <= formats.keys()
     assert "gradient_norm" not in formats
@@ -314,7 +315,7 @@ def tested_run(run: RunFolder) -> RunFolder:
     tested = Evaluation(({"loss": 1.0, "accuracy": 2.0},), 2, columns)
     write_predictions(run, workload, tested)
     result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 3.0}, "num_workers": 1}
-    run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, workload.rate: 50.0}))
+    run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, "examples_per_s": 50.0}))
     run.write_text("config.json", json_lines(values_of(TrainConfig(num_epochs=2), WorkerConfig())))
     run.write_text("origin.json", json_lines({"versions": {}, "metadata": workload.metadata}))
     run.write_text("sweep.csv", trials(TrialRecord(1, point(32, 0.01), DONE, 2.0, 0.9, 0.1)))
@@ -391,7 +392,7 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
 
 def test_values_of_another_type_are_shown_as_missing(tested_run: RunFolder) -> None:
     result = tested_run.require_json("result.json")
-    wrong = {"test_loss": "a", "seconds": {"total": "x"}, "num_test_images": [], mnist().rate: {}}
+    wrong = {"test_loss": "a", "seconds": {"total": "x"}, "num_test_examples": [], "examples_per_s": {}}
     tested_run.write_text("result.json", json_lines({**result, **wrong}))
     page.write(tested_run, mnist(), "", None)
     text = tested_run.read_text("report.html") or ""
@@ -462,3 +463,27 @@ def test_a_page_shows_no_secrets_and_escapes_markup_and_control_characters() -> 
     assert "To resume: s3://***@bucket?token=***&amp;region=us<" in text
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_files_of_version_1_are_read(finished_run: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(finished_run, old)
+    for name, words in {
+        "config.json": {"lr_schedule": "schedule", "activation_checkpointing": "recompute_activations"},
+        "result.json": {"num_test_examples": "num_test_images", "examples_per_s": "images_per_s"},
+        "metrics.csv": {"examples_per_s": "images_per_s"},
+    }.items():
+        text = (old / name).read_text()
+        for now, before in words.items():
+            text = text.replace(now, before)
+        (old / name).write_text("\n".join(line for line in text.splitlines() if "format_version" not in line))
+    old_run, new_run = (load_run(run) for run in (old, finished_run))
+    assert old_run.result["num_test_examples"] == new_run.result["num_test_examples"]
+    assert old_run.history == new_run.history
+    assert settings_of(folder_at(old))["lr_schedule"] == settings_of(folder_at(finished_run))["lr_schedule"]
+    assert Page(write_page(old)).rows == Page(write_page(finished_run)).rows
+
+
+def write_page(run: Path) -> str:
+    run_main("report", str(run))
+    return (run / "report.html").read_text()

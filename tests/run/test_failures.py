@@ -865,7 +865,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     with pytest.raises(TrainingStoppedError if is_codes else torch.OutOfMemoryError) as raised:
         worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
     advice = (
-        "CUDA out of memory. Tried to allocate 2.00 GiB; try --micro-batch-size 64, lower --batch-size, or override"
+        "CUDA out of memory. Tried to allocate 2.00 GiB; try --micro-batch-size 16, lower --batch-size, or override"
     )
     assert str(raised.value).startswith(advice) == is_codes
     assert not torch.backends.cudnn.allow_tf32, "fp32 means fp32"

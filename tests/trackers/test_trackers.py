@@ -37,8 +37,8 @@ from tests.conftest import ROOT, Digits, folder_at
 EXAMPLES = ROOT / "examples"
 INTERRUPTED = Ending(None, {}, None)
 PICTURE = curves_of(LOSS, [], 1)
-FORMATS = {"val_loss": "number", "test_loss": "number", "test_accuracy": "fraction", "images_per_s": ",.0f"}
-RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0, "formats": FORMATS}
+FORMATS = {"val_loss": "number", "test_loss": "number", "test_accuracy": "fraction", "examples_per_s": ",.0f"}
+RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "examples_per_s": 100.0, "formats": FORMATS}
 
 
 def started(step: int = 0) -> Started:
@@ -166,7 +166,7 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), mlflow_tracker) == []
     (found,) = in_mlflow(run)
     assert found.info.status == "FINISHED"
-    assert (found.data.params["batch_size"], found.data.params["lr_schedule"]) == ("128", "one-cycle")
+    assert (found.data.params["batch_size"], found.data.params["lr_schedule"]) == ("32", "constant")
     assert found.data.metrics["epoch/val_accuracy"] == 0.75
     assert found.data.metrics["final/test_accuracy"] == 0.875
     history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "step/train_loss")
@@ -268,7 +268,7 @@ def test_a_tracker_of_the_users_gets_all_figures(run: RunFolder, tmp_path: Path)
     got = ast.literal_eval(run.read_text("lines.txt") or "")
     assert got[:3] == [("step/train_loss", 4.0, 1), ("step/train_loss", 3.0, 2), ("step/train_accuracy", 0.75, 2)]
     assert ("epoch/val_loss", 0.25, 1) in got
-    assert got[-4:] == ["final/test_loss", "final/test_accuracy", "final/images_per_s", 128]
+    assert got[-4:] == ["final/test_loss", "final/test_accuracy", "final/examples_per_s", 32]
 
 
 def test_weights_and_biases_has_the_run_offline(
