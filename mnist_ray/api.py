@@ -9,20 +9,29 @@ from __future__ import annotations
 import html
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mnist_ray import layers, process
 from mnist_ray.cluster import environment, kept
-from mnist_ray.config import EvaluationConfig, ExportConfig, WorkerConfig
+from mnist_ray.config import (
+    EvaluationConfig,
+    ExportConfig,
+    OutputConfig,
+    SourceConfig,
+    SweepConfig,
+    TrainConfig,
+    WorkerConfig,
+)
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
+from mnist_ray.layers import ONLY_FLAGS
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, result_of, workload_of
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
-from mnist_ray.settings import build, check_known, declared
+from mnist_ray.settings import build, check_known, declared, values_of
 from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.sweep.space import options_text
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
@@ -34,12 +43,29 @@ from ray_fork.starting import prepared_forking
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Unpack
 
     from mnist_ray.job.find import Found
+    from mnist_ray.keywords import TrainKeywords, TuneKeywords
     from mnist_ray.tools.predict import Prediction
 
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
 _REPORT_HEIGHT = 600  # pixels, in a notebook
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def _listing(*classes: type) -> Callable[[C], C]:
+    """Return a decorator that lists settings in a function's signature, for completion in notebooks."""
+
+    def listed(function: C) -> C:
+        own = inspect.signature(function)
+        first = [parameter for parameter in own.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
+        names = [name for name in declared(*classes) if name not in {*own.parameters, *ONLY_FLAGS} - {"config"}]
+        others = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+        function.__signature__ = own.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
+        return function
+
+    return listed
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,29 +141,32 @@ class SweptRun(Run):
     default: Run | None  # the run of the default configuration; None if this configuration is the best
 
 
+@_listing(TrainConfig, WorkerConfig, OutputConfig, SourceConfig)
 @kept.for_next_call()
 @process.left_as_found()
-def train(workload: AnyWorkload = None, **settings: Any) -> Run:
+def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TrainKeywords]) -> Run:
     """Train, evaluate and report like ``jobs/train.py``; return the run.
 
-    ``workload``: a class, or a string as for ``--workload``; default: MNIST. Raises UsageError, JobError, and, after
-    Ctrl-C, KeyboardInterrupt.
+    ``workload``: a class, or a string as for ``--workload``; default: MNIST. ``settings``: the workload's own, as an
+    instance of its ``Settings``; they may also be keywords, but type checkers do not know these. Raises UsageError,
+    JobError, and, after Ctrl-C, KeyboardInterrupt.
     """
-    job = read_job(_given(workload, settings))
+    job = read_job(_given(workload, settings, keywords))
     train_job(job)
     return _run(job)
 
 
+@_listing(SweepConfig, TrainConfig, WorkerConfig, OutputConfig, SourceConfig)
 @kept.for_next_call()
 @process.left_as_found()
-def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
+def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TuneKeywords]) -> SweptRun:
     """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.
 
     ``sweep`` may be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``. Raises the errors of ``train``.
     """
-    if isinstance(searched := settings.get("sweep"), Mapping):
-        settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
-    sweep = tune_sweep(read_sweep(_given(workload, settings)))
+    if isinstance(searched := keywords.get("sweep"), Mapping):
+        keywords["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
+    sweep = tune_sweep(read_sweep(_given(workload, settings, keywords)))
     job, run = sweep.job, _run(sweep.job)
     best = job.run.require_json(BEST_FILE)
     default = job.run.inside(DEFAULT_FOLDER)
@@ -244,12 +273,17 @@ def _run(job: Job) -> Run:
     return Run(job.run, workload_class(settings, job.workload.metadata), job.run.require_json(RESULT_FILE))
 
 
-def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings, with the checkpoint for a Run, and a reference to the workload."""
-    settings = {name: value.checkpoint if isinstance(value, Run) else value for name, value in settings.items()}
+def _given(workload: AnyWorkload, settings: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings, with the checkpoint for a Run, and a reference to the workload. Raises UsageError."""
+    if settings is not None and not (is_dataclass(settings) and not isinstance(settings, type)):
+        raise UsageError(f"settings must be an instance of the workload's Settings, not {settings!r:.40}")
+    own = {} if settings is None else values_of(settings)
+    if twice := sorted(own.keys() & keywords.keys()):
+        raise UsageError(f"{twice[0]} is in settings and a keyword; leave one of them out")
+    given = {name: value.checkpoint if isinstance(value, Run) else value for name, value in keywords.items()} | own
     if workload is None:
-        return settings
-    return settings | {"workload": reference_of(workload, is_here=settings.get("num_workers") == 0)}
+        return given
+    return given | {"workload": reference_of(workload, is_here=given.get("num_workers") == 0)}
 
 
 def find(

@@ -16,7 +16,7 @@ from mnist_ray.settings_files import located, read_table
 
 FLAGS = "the flags"
 STORAGE_VARIABLE = "MNIST_RAY_STORAGE_PATH"
-_ONLY_FLAGS = {"config", "print_settings", "json"}
+ONLY_FLAGS = {"config", "print_settings", "json"}  # not in files; calls have only the first
 _PROJECT_FILE, _TABLE = "pyproject.toml", "mnist_ray"
 
 
@@ -79,7 +79,7 @@ def with_workload(places: Mapping[str, Given], classes: Sequence[type], of_workl
     check_files(places, [of_workload])
     found, names = dict[str, Given](), declared(*classes, of_workload)
     for place, values in places.items():
-        check_known(values, {*declared(*CLASSES, of_workload)} - _ONLY_FLAGS, place)
+        check_known(values, {*declared(*CLASSES, of_workload)} - ONLY_FLAGS, place)
         whole = located(values, Path(place), of_workload)
         found[place] = {name: value for name, value in whole.items() if name in names}
     return found

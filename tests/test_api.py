@@ -64,7 +64,7 @@ def test_a_failed_call_leaves_no_fork_server_and_no_variable(
 
     monkeypatch.setattr("mnist_ray.run.train.load_splits", look)
     with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
-        mnist_ray.train(data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
+        mnist_ray.train(settings=MNIST.Settings(data_dir=small_data), storage_path=tmp_path, batch_size=10_000)
     assert [len(servers) for servers in started] == [1]
     assert not children() - before
     assert os.environ[SOCKET_VARIABLE] == ""  # as before
@@ -122,9 +122,10 @@ def test_an_export_returns_the_files_path(run: Run, tmp_path: Path) -> None:
 
 
 def test_weights_to_start_from_may_be_a_run_or_a_path(run: Run, small_data: Path, tmp_path: Path) -> None:
+    own = MNIST.Settings(data_dir=small_data)
     for weights in (run, Path(run.checkpoint) / "model.safetensors"):
         with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
-            mnist_ray.train(init_from=weights, data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
+            mnist_ray.train(settings=own, init_from=weights, storage_path=tmp_path, batch_size=10_000)
 
 
 def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, tmp_path: Path) -> None:
@@ -255,6 +256,19 @@ NO_PART = "must be in [0, 1), not"
         (mnist_ray.train, [int], {}, f"{NO_WORKLOAD} <class 'int'>"),
         (mnist_ray.train, [MNIST()], {}, f"{NO_WORKLOAD} <mnist_ray.mnist.problem.MNIST object at …"),
         (mnist_ray.train, [], {"storage_path": 5}, "--storage-path must be of type str, not 5"),
+        (
+            mnist_ray.train,
+            [],
+            {"settings": MNIST.Settings},
+            "settings must be an instance of the workload's Settings, not …",
+        ),
+        (
+            mnist_ray.train,
+            [],
+            {"settings": MNIST.Settings(), "data_dir": "a"},
+            "data_dir is in settings and a keyword; …",
+        ),
+        (mnist_ray.train, [], {"json": True}, "the call has unknown settings: json"),
         (mnist_ray.train, [], {"run_name": 5}, "--run-name must be of type str, not 5"),
         (mnist_ray.train, [], {"run_name": "a", "resume": 1}, "--resume must be of type str, not 1"),
         (mnist_ray.train, [], {"config": 5}, "--config 5: …"),

@@ -17,7 +17,7 @@ from typing import Any
 from mnist_ray import layers, runs, settings, storage
 from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.layers import FLAGS, Layers
+from mnist_ray.layers import FLAGS, ONLY_FLAGS, Layers
 from mnist_ray.ray_versions import check_workers
 from mnist_ray.runs import find_run
 from mnist_ray.settings import Given, Parser, Setting, declared, flag, peek
@@ -179,7 +179,7 @@ def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) 
     if given is None:
         defaults, choices = recipes.get("default", {}), {"recipe": recipes or ["default"]}
         return Parser(_DESCRIPTIONS[kind], *classes, defaults=defaults, choices=choices).read_flags()
-    settings.check_known(given, declared(*classes), "the call")
+    settings.check_known(given, {*declared(*classes)} - ONLY_FLAGS | {"config"}, "the call")
     return given
 
 

@@ -65,8 +65,14 @@ def test_a_run_starts_from_the_weights_that_fit_and_resumes_without_their_source
 ) -> None:
     (tmp_path / "head.py").write_text(HEAD)
     # The learning rate is too small to change a weight: the result, an average, is what training started from.
-    changes = {"num_workers": 0, "num_epochs": 1, "limit": 0.2, "learning_rate": 1e-30, "ema_decay": 0.5}
-    where = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "tuned"}
+    changes: dict[str, Any] = {
+        "num_workers": 0,
+        "num_epochs": 1,
+        "limit": 0.2,
+        "learning_rate": 1e-30,
+        "ema_decay": 0.5,
+    }
+    where: dict[str, Any] = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "tuned"}
     train(str(tmp_path / "head.py"), **where, **changes, init_from="source")
     missing = "dense1.weight (of another shape), dense1.bias (of another shape), dense2.0.weight, dense2.0.bias"
     assert f"init from  {source}: 6 of the model's 10 tensors; not {missing}\n" in capsys.readouterr().out
@@ -93,7 +99,13 @@ def test_a_run_whose_initial_weights_could_not_be_written_is_resumed(
         write(folder, name, content)
 
     where: dict[str, Any] = {"storage_path": tmp_path, "run_name": "run"}
-    few = {"num_workers": 0, "num_epochs": 1, "limit": 0.05, "data_dir": small_data, "init_from": "source"}
+    few: dict[str, Any] = {
+        "num_workers": 0,
+        "num_epochs": 1,
+        "limit": 0.05,
+        "data_dir": small_data,
+        "init_from": "source",
+    }
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write_bytes", write_but_weights)
         with pytest.raises(JobError, match="no space"):

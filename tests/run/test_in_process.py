@@ -273,7 +273,7 @@ def test_blocks_that_are_lost_in_mid_run_are_one_line_with_the_way_on(
             return nn.Linear(1, 2)
 
     monkeypatch.setattr("mnist_ray.storage._RETRIED_FOR_S", 0)
-    settings = {"num_workers": 0, "num_epochs": 20, "batch_size": 8, "num_streams": 1, "quiet": True}
+    settings: dict[str, Any] = {"num_workers": 0, "num_epochs": 20, "batch_size": 8, "num_streams": 1, "quiet": True}
     with pytest.raises(
         JobError, match=rf"^(train block \d cannot be read: )?{said}; to resume: train\(resume=True, .*\)$"
     ):

@@ -1,0 +1,81 @@
+"""The settings of ``train`` and ``tune`` as keyword arguments, for type checkers. Written by a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from mnist_ray.api import Run
+    from mnist_ray.config import Precision
+
+
+class TrainKeywords(TypedDict, total=False):
+    """The settings, by name. What is not given keeps its default."""
+
+    num_epochs: int
+    num_steps: int | None
+    validate_every: int | None
+    batch_size: int
+    learning_rate: float
+    lr_schedule: Literal["constant", "one-cycle", "cosine", "linear"]
+    warmup_steps: int
+    optimizer: Literal["adam", "adamw", "sgd"]
+    beta1: float
+    beta2: float
+    momentum: float
+    weight_decay: float
+    label_smoothing: float
+    ema_decay: float | None
+    early_stopping_patience: int | None
+    precision: Precision
+    validation_size: int | None
+    init_from: Run | str | Path | None
+    seed: int
+    clip_grad_norm: float | None
+    micro_batch_size: int | None
+    strategy: Literal["ddp", "fsdp"]
+    activation_checkpointing: bool
+    compile: bool
+    callback: str | Path | None
+    limit: float
+    overfit_batches: int | None
+    checkpoint_every: int | None
+    reproducible: bool
+    num_chunks: int
+    num_streams: int
+    num_workers: int | None
+    cpus_per_worker: int | None
+    use_gpu: Literal["auto", "yes", "no"] | bool
+    loader_workers: int
+    read_ahead_mib: int
+    min_workers: int | None
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+    label_selector: Sequence[str] | None
+    autoscaling: bool
+    max_failures: int
+    fork_workers: Literal["auto", "no"]
+    plain_ray: bool
+    hang_timeout_s: float
+    run_name: str | None
+    storage_path: str | Path
+    resume: Literal["no", "yes", "auto"] | bool
+    tracker: str | Path | None
+    dry_run: bool
+    quiet: bool
+    verbose: bool
+    recipe: str | None
+    config: str | Path | None
+
+
+class TuneKeywords(TrainKeywords, total=False):
+    """The settings, by name. What is not given keeps its default."""
+
+    sweep: Sequence[str] | Mapping[str, Any] | None
+    num_trials: int
+    search_algorithm: Literal["random", "optuna", "grid"]
+    scheduler: Literal["halving", "asha", "none"]
+    num_confirmed: int
+    max_concurrent_trials: int | None
+    time_budget_s: float | None

@@ -1,0 +1,97 @@
+"""The types of the settings as keyword arguments. `python -m tests.test_keywords` writes the module again."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mnist_ray
+from mnist_ray import keywords
+from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig
+from mnist_ray.layers import ONLY_FLAGS
+from mnist_ray.settings import declared
+from tests.conftest import ROOT
+
+HEAD = '''"""The settings of ``train`` and ``tune`` as keyword arguments, for type checkers. Written by a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from mnist_ray.api import Run
+    from mnist_ray.config import Precision
+'''
+CLASSES = {
+    "TrainKeywords(TypedDict, total=False)": (TrainConfig, WorkerConfig, OutputConfig, SourceConfig),
+    "TuneKeywords(TrainKeywords, total=False)": (SweepConfig,),
+}
+TYPES = {
+    "init_from": "Run | str | Path | None",
+    "sweep": "Sequence[str] | Mapping[str, Any] | None",
+    "label_selector": "Sequence[str] | None",
+    "storage_path": "str | Path",
+}
+
+
+def type_of(field: dataclasses.Field) -> str:
+    """Return the type that a call accepts, which is wider than the field's."""
+    kind = TYPES.get(field.name, str(field.type).replace("'", '"'))
+    if field.metadata["setting"].code or field.name == "config":
+        return "str | Path | None"
+    return f"{kind} | bool" if '"yes"' in kind else kind
+
+
+def text() -> str:
+    lines = HEAD.splitlines()
+    for head, classes in CLASSES.items():
+        lines += ["", "", f"class {head}:", '    """The settings, by name. What is not given keeps its default."""', ""]
+        fields = [field for config_class in classes for field in dataclasses.fields(config_class)]
+        known = [field for field in fields if field.name not in {*ONLY_FLAGS, "workload"} - {"config"}]
+        lines += [f"    {field.name}: {type_of(field)}" for field in known]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_keywords_are_those_of_the_settings() -> None:
+    assert Path(keywords.__file__).read_text() == text(), "run: python -m tests.test_keywords"
+
+
+@pytest.mark.parametrize("call", [mnist_ray.train, mnist_ray.tune])
+def test_a_call_completes_its_keywords_in_a_notebook(call: object) -> None:
+    known = inspect.signature(call).parameters  # type: ignore[arg-type]
+    assert {*declared(TrainConfig, WorkerConfig)} | {"workload", "settings"} <= known.keys()
+    assert ("num_trials" in known) == (call is mnist_ray.tune)
+
+
+SCRIPT = """
+from mnist_ray import train, tune
+from mnist_ray.workload import Classification
+
+train(num_workers=2, batch_size=64, resume=True, callback=None)
+train(Classification, settings=Classification.Settings(), use_gpu="auto", storage_path="runs")
+tune(num_trials=4, sweep={"batch_size": [16, 32]}, learning_rate=1e-3)
+train(num_epoch=3)
+train(batch_size="64")
+tune(search_algorithm="genetic")
+"""
+
+
+def test_mypy_rejects_a_wrong_keyword_in_a_users_script(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    flags = ["--follow-imports=silent", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "script.py")]
+    command = [sys.executable, "-m", "mypy", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = [line.partition("error: ")[2] for line in done.stdout.splitlines() if "error: " in line]
+    assert len(lines) == 3, done.stdout + done.stderr
+    assert 'Unexpected keyword argument "num_epoch" for "train"' in lines[0]
+    assert 'Argument "batch_size" to "train" has incompatible type "str"' in lines[1]
+    assert 'Argument "search_algorithm" to "tune" has incompatible type' in lines[2]
+
+
+if __name__ == "__main__":
+    Path(ROOT / "mnist_ray" / "keywords.py").write_text(text())
