@@ -22,12 +22,12 @@ from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import workload_of
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
-from mnist_ray.settings import UNSET, Parser, build, declared, peek
+from mnist_ray.settings import UNSET, Parser, build, declared, peek, words_to_complete
 from mnist_ray.settings_files import read_settings, toml_lines
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, TRIALS_FILE
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
-from mnist_ray.text import PROGRAM
+from mnist_ray.text import PROGRAM, VERSION
 from mnist_ray.workload import loading
 
 
@@ -98,6 +98,27 @@ def report() -> None:
     page.write_again(run, flags.get("workload"), flags["storage_path"], resume_with)
 
 
+def runs() -> None:
+    """List the runs in the storage: state, metrics, age, and how to resume."""
+    parser = Parser(runs.__doc__ or "", config.RunsConfig)
+    _add_storage(parser)
+    flags = _over_files(parser.read_flags(), config.RunsConfig)
+    _tool("runs")(flags["storage_path"], build(config.RunsConfig, flags))
+
+
+def completion() -> None:
+    """Print what makes a shell complete mnist-ray: eval "$(mnist-ray completion bash)"."""
+    parser = Parser(completion.__doc__ or "")
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    shell = parser.read_flags()["shell"]
+    try:
+        import argcomplete
+    except ImportError as error:
+        raise UsageError("completion needs argcomplete: pip install argcomplete") from error
+    for line in argcomplete.shellcode([PROGRAM], shell=shell).splitlines():
+        say(line)
+
+
 def export() -> None:
     """Write a trained model as a program of torch.export."""
     flags = _flags_of_run(export, config.ExportConfig)
@@ -106,7 +127,7 @@ def export() -> None:
 
 
 COMMANDS: dict[str, Callable[[], None]] = {
-    command.__name__: command for command in (train, tune, evaluate, predict, view, report, export)
+    command.__name__: command for command in (train, tune, evaluate, predict, view, report, runs, export, completion)
 }
 
 
@@ -114,6 +135,11 @@ def program() -> None:
     """Run the command that the first argument names: ``mnist-ray train`` and so on."""
     parser = Parser("Train, tune and evaluate PyTorch models on Ray. Each command has --help.")
     parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
+    if typed := words_to_complete():
+        sys.argv = typed
+        if len(typed) < 3:
+            parser.complete()
     name = parser.parse_args(sys.argv[1:2] or ["--help"]).command
     sys.argv[:2] = [f"{PROGRAM} {name}"]
     run(COMMANDS[name])
@@ -235,11 +261,15 @@ def run_among(words: Sequence[str]) -> str | None:
 def _parser(command: Callable[[], None], *classes: type) -> Parser:
     """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
-    where = f"folder or URI to search for the run (default: {layers.storage_path()})"
-    parser.add_argument("--storage-path", default=UNSET, help=where)
+    _add_storage(parser)
     _add_workload(parser, "the run's workload")
-    _add_config(parser)
     return parser
+
+
+def _add_storage(parser: Parser) -> None:
+    where = f"folder or URI of the runs (default: {layers.storage_path()})"
+    parser.add_argument("--storage-path", default=UNSET, help=where)
+    _add_config(parser)
 
 
 def _add_config(parser: Parser) -> None:

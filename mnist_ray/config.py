@@ -260,6 +260,14 @@ class PredictionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunsConfig:
+    """List of runs."""
+
+    count: int = setting(20, "number of runs, the newest first", **within(1, 10**6))
+    json: bool = setting(False, "print one JSON object per line, for programs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
     """Exported file."""
 
@@ -310,6 +318,6 @@ class SweepConfig:
 
 CLASSES: tuple[type, ...] = (
     *(SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig),
-    *(ViewConfig, PredictionConfig, ExportConfig, EvaluationConfig),
+    *(ViewConfig, PredictionConfig, RunsConfig, ExportConfig, EvaluationConfig),
 )
 """All settings of the commands."""

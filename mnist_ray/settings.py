@@ -302,6 +302,8 @@ class Parser(argparse.ArgumentParser):
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the given flags, after checking them. Raises UsageError."""
+        if words_to_complete():
+            self.complete()
         given = [word.partition("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)]
         for name, about in declared(*self._config_classes).items():
             if about.is_single and given.count(flag(name)) > 1:
@@ -314,9 +316,25 @@ class Parser(argparse.ArgumentParser):
         checked(vars(found), *self._config_classes)
         return vars(found)
 
+    def complete(self) -> NoReturn:
+        """Print what may follow the words that a shell is to complete, and exit."""
+        import argcomplete
+
+        os.environ["_ARGCOMPLETE"] = str(len(self.prog.split()))  # the number of words that are not arguments
+        argcomplete.autocomplete(self, exit_method=sys.exit)
+        raise SystemExit(1)
+
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
+
+
+def words_to_complete() -> list[str]:
+    """Return the words of a command line that a shell asks argcomplete to complete; none in any other process."""
+    if "_ARGCOMPLETE" not in os.environ:
+        return []
+    typed = os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode(errors="ignore")
+    return [*typed.split(), *([""] if typed.endswith(" ") else [])]
 
 
 def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:

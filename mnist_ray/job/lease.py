@@ -75,6 +75,16 @@ def file_of(run: RunFolder) -> str:
     return f".{run.name}.owner"
 
 
+def owner_of(run: RunFolder) -> str:
+    """Return the host of the job that owns a run; empty if none does, or the owner was silent for too long."""
+    _, owner = _read(run)
+    if owner is None or (owner.is_here and owner.has_died):
+        return ""
+    written_ns = run.storage.info(file_of(run)).mtime_ns or 0
+    is_alive = owner.is_here or time.time() - written_ns / 1e9 < EXPIRES_AFTER_S
+    return owner.host if is_alive else ""
+
+
 @contextlib.contextmanager
 def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Own a run for the duration of a context. Raises UsageError if another job owns the run.

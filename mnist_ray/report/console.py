@@ -20,7 +20,7 @@ from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 
 _PLAIN_INTERVAL_S, _NOTEBOOK_INTERVAL_S = 10.0, 2.0
-_LOG_WIDTH = 240
+LOG_WIDTH = 240
 _SHOWN_AFTER_S, _SHOWN_EVERY_S = 2.0, 0.5
 
 Self = TypeVar("Self", bound="RunConsole")
@@ -41,7 +41,7 @@ class RunConsole:
             file=cast(TextIO, Output(sys.stdout)),  # training must survive the loss of its output
             force_terminal=is_terminal,  # not from FORCE_COLOR, which Jupyter sets
             force_jupyter=False,
-            width=None if is_terminal else _LOG_WIDTH,  # a table in a log may be wide
+            width=None if is_terminal else LOG_WIDTH,  # a table in a log may be wide
             highlight=False,
             markup=False,
             emoji=False,

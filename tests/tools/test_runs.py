@@ -1,0 +1,100 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnist_ray import cli
+from mnist_ray.job.lease import owned
+from mnist_ray.text import VERSION
+from tests.conftest import folder_at, run_main
+
+
+@pytest.fixture
+def storage(finished_run: Path, tmp_path: Path) -> Path:
+    """Runs: one finished, one interrupted in its first epoch, one damaged; a sweep; and a folder that is no run."""
+    for name in ("finished", "interrupted", "damaged"):
+        shutil.copytree(finished_run, tmp_path / name)
+    (tmp_path / "interrupted" / "result.json").unlink()
+    (tmp_path / "damaged" / "result.json").write_text("{")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    (tmp_path / "no_run").mkdir()
+    for age, name in enumerate(
+        ("sweep/sweep.json", *(f"{name}/config.json" for name in ("damaged", "interrupted", "finished")))
+    ):
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    return tmp_path
+
+
+def test_runs_are_listed_with_state_metrics_and_how_to_resume(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main("runs", "--storage-path", str(storage))
+    head, *rows, resume_sweep, resume, last = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "kind", "state", "progress", "metrics", "age"]
+    assert [row.split()[:3] for row in rows[:3:2]] == [
+        ["sweep", "tune", "interrupted"],
+        ["interrupted", "train", "interrupted"],
+    ]
+    assert rows[1].split()[:3] == ["damaged", "train", "damaged"]
+    assert "result.json is damaged: " in rows[1]
+    assert rows[3].split()[:5] == ["finished", "train", "finished", "epoch", "2/2"]
+    assert "test_accuracy " in rows[3]
+    assert "val_accuracy " in rows[2]
+    where = f"--run-name interrupted --storage-path {storage}"
+    assert resume == f"to resume interrupted: python jobs/train.py --resume {where}"
+    assert resume_sweep.startswith("to resume sweep: python jobs/tune.py --resume")
+    assert last == f"4 runs of 4 in {storage}"
+
+
+def test_a_run_that_a_job_owns_is_running_and_json_lists_the_newest(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with owned(folder_at(storage / "interrupted")):
+        run_main("runs", "--storage-path", str(storage), "--json", "--count", "3")
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [run["name"] for run in listed] == ["sweep", "damaged", "interrupted"]
+    assert listed[2]["state"].startswith("running on ")
+    assert listed[2]["resume_with"] == ""
+    assert 0 <= listed[2]["metrics"]["val_accuracy"] <= 1
+
+
+def test_the_program_has_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["mnist-ray", "--version"])
+    with pytest.raises(SystemExit):
+        cli.program()
+    assert capsys.readouterr().out == f"mnist-ray {VERSION}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("mnist-ray tra", {"train"}),
+        ("mnist-ray train --lr-sch", {"--lr-schedule"}),
+        ("mnist-ray train --lr-schedule co", {"constant", "cosine"}),
+        ("mnist-ray train --workload examples/shapes.py --noi", {"--noise"}),
+        ("mnist-ray completion ", {"bash", "zsh", "fish", "-h", "--help"}),
+    ],
+)
+def test_a_shell_completes_commands_flags_and_values_also_of_the_workload(
+    line: str, completed: set[str], tmp_path: Path
+) -> None:
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": " "}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"), "COMP_TYPE": "9"}
+    code = "import sys; sys.argv = ['mnist-ray']; from mnist_ray import cli; cli.run(cli.program)"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, timeout=60, check=False)
+    assert {*(tmp_path / "out").read_text().split()} == completed
+
+
+@pytest.mark.parametrize(
+    ("shell", "part"), [("bash", "complete "), ("zsh", "#compdef mnist-ray"), ("fish", "complete ")]
+)
+def test_the_completion_for_each_shell_is_printed(shell: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_main("completion", shell)
+    said = capsys.readouterr().out
+    assert part in said
+    assert "mnist-ray" in said
