@@ -1,14 +1,20 @@
 """What is shipped for clusters: cluster.yaml against Ray's schema and autoscaler, the manifests against Kubernetes'."""
 
+import contextlib
+import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -18,12 +24,17 @@ import pytest
 import ray
 import yaml
 from packaging.requirements import Requirement
+from ray._private import ray_constants, services
+from ray.autoscaler import tags
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts import scripts
 
 from mnist_ray import cli
 from tests.conftest import ROOT, as_flags, run_job
 
 MANIFEST = "deploy/rayjob.yaml"
+SPOT_SCRIPT = "deploy/drain_spot_node.py"
+DRAIN_TIMEOUT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 HEAD_ID = "f" * 51 + "00000"  # which the fake provider expects of its head
 
 
@@ -60,7 +71,32 @@ def test_cluster_yaml_is_valid_with_its_gpu_worker() -> None:
     assert config["available_node_types"]["gpu_worker"]["resources"]["GPU"] == 1
 
 
-@pytest.mark.parametrize("name", ["cluster.yaml", MANIFEST, "deploy/Dockerfile", "deploy/slurm.sh"])
+SHIPPED = [
+    "cluster.yaml",
+    "deploy/aws/head.json",
+    "deploy/aws/bucket.json",
+    MANIFEST,
+    "deploy/Dockerfile",
+    "deploy/slurm.sh",
+]
+
+
+def test_the_head_may_start_and_end_only_instances_of_its_cluster_and_give_them_only_the_profile_of_workers() -> None:
+    text = (ROOT / "cluster.yaml").read_text()
+    nodes = yaml.safe_load(text.replace("# IamInstanceProfile", "IamInstanceProfile"))["available_node_types"]
+    profiles = [nodes[name]["node_config"]["IamInstanceProfile"]["Name"] for name in ("ray.head.default", "cpu_worker")]
+    assert profiles == ["mnist-ray-head", "mnist-ray-worker"]
+    allowed = {statement["Sid"]: statement for statement in read("deploy/aws/head.json")["Statement"]}
+    assert allowed["PassWorkerRole"]["Resource"] == f"arn:aws:iam::YOUR-ACCOUNT:role/{profiles[1]}"
+    assert allowed["PassWorkerRole"]["Condition"] == {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}
+    of_cluster = {tags.TAG_RAY_CLUSTER_NAME: read("cluster.yaml")["cluster_name"]}
+    for sid, key in {"RunInstances": "aws:RequestTag", "ChangeInstances": "aws:ResourceTag"}.items():
+        condition = {f"{key}/{tag}": value for tag, value in of_cluster.items()}
+        assert allowed[sid]["Condition"] == {"StringEquals": condition}
+    assert [sid for sid, statement in allowed.items() if statement["Resource"] == "*"] == ["Describe"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_files_have_no_credentials_and_do_not_open_the_dashboard(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not re.search(r"(?i)secret|password|access_key|auth_token *[:=]|AKIA", text)
@@ -81,16 +117,26 @@ def test_the_manifest_is_valid() -> None:
     assert head["rayStartParams"]["num-cpus"] == "0"
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["train", "tune"])
-def test_the_manifest_runs_a_job_with_known_flags(
-    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_kubernetes_waits_for_longer_than_a_drain_takes() -> None:
+    for group in read(MANIFEST)["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        values = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
+        assert pod["terminationGracePeriodSeconds"] >= float(values[DRAIN_TIMEOUT]) + 30
+    assert hasattr(ray_constants, DRAIN_TIMEOUT)  # Ray's own name of the variable
+
+
+@pytest.mark.parametrize("job", ["train", "tune"])
+def test_the_manifest_continues_a_run_and_its_flags_are_known(
+    job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands = re.findall(r"entrypoint: (.+)", (ROOT / MANIFEST).read_text())  # the one in a comment is for a sweep
-    python, job, *flags = shlex.split(commands[number])
-    monkeypatch.setattr("sys.argv", [job, *flags, "--resume"])
-    assert cli.status_of(cli.COMMANDS[Path(job).stem]) == 2
+    text = (ROOT / MANIFEST).read_text().replace("\n#", "\n").replace("\n ", "\n")  # one is in a comment, for a sweep
+    (command,) = re.findall(rf"python (jobs/{job}\.py (?:.|\n)+? /results)", text)
+    path, *flags = shlex.split(command)
+    assert flags[:3] == ["--resume", "auto", "--run-name"]
+    monkeypatch.setattr("sys.argv", [path, *flags[4:], "--resume"])
+    assert cli.status_of(cli.COMMANDS[job]) == 2
     # All flags are known: the error is about the added one.
-    assert (python, capsys.readouterr().err) == ("python", "error: --resume needs --run-name NAME\n")
+    assert capsys.readouterr().err == "error: --resume needs --run-name NAME\n"
 
 
 def test_the_manifest_mounts_the_storage_claim() -> None:
@@ -109,48 +155,202 @@ def test_the_image_runs_as_an_ordinary_user_and_copies_existing_files() -> None:
     assert any(words[0] == "ARG" and words[1].startswith("TORCH_INDEX=") for words in instructions)
 
 
+def pins() -> list[str]:
+    return (ROOT / "deploy" / "constraints.txt").read_text().splitlines()[1:]
+
+
 @pytest.mark.parametrize("name", ["cluster.yaml", "deploy/Dockerfile"])
 def test_clusters_get_the_versions_that_were_tested_which_the_package_accepts(name: str) -> None:
     installs = re.findall(r"^[^#\n]*pip install.*", (ROOT / name).read_text(), re.MULTILINE)
     assert len(installs) == 2
     assert all("constraints.txt" in install for install in installs)
-    pins = [Requirement(line) for line in (ROOT / "deploy" / "constraints.txt").read_text().splitlines()[1:]]
     accepted = {needed.name: needed for needed in map(Requirement, requires("mnist_ray") or ()) if not needed.marker}
-    for pin in pins:
+    for pin in map(Requirement, pins()):
         (version,) = pin.specifier
         assert version.version in accepted[pin.name].specifier
-    (ray_pin,) = [str(pin.specifier).removeprefix("==") for pin in pins if pin.name == "ray"]
+    (ray_pin,) = [pin.removeprefix("ray==") for pin in pins() if pin.startswith("ray==")]
     assert f"| {ray_pin} |" in (ROOT / "docs" / "clusters.md").read_text(), "it is none that was tried"
 
 
-def test_on_slurm_ray_spans_the_nodes_and_the_job_gets_the_arguments(tmp_path: Path) -> None:
-    for name, body in {
-        "bin/scontrol": "printf 'node-7\\nnode-8\\n'",
-        "bin/srun": 'case "$*" in *get_node_ip_address*) echo 10.0.0.7;; *) printf "%s|" "$@";; esac',
-        ".venv/bin/activate": "",
-    }.items():
+SLURM_FAKES = {
+    "bin/scontrol": """case $1 in show) printf 'node-7\\nnode-8\\n';; *) echo "scontrol $*";; esac""",
+    "bin/srun": """case "$*" in *get_node_ip_address*) echo 10.0.0.7; exit;; esac
+        printf '%s|' "$@"; echo
+        while [ "$1" != -- ]; do shift; done; shift; exec "$@" """,
+    "bin/python": """trap 'echo "saved a checkpoint"; exit 130' TERM
+        echo "training"
+        while [ "$JOB_STATUS" = none ]; do sleep 0.05; done
+        exit "$JOB_STATUS" """,
+    ".venv/bin/activate": "",
+}
+
+
+@pytest.fixture
+def start_on_slurm(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Start deploy/slurm.sh among stand-ins for Slurm's commands and for the job."""
+    for name, body in SLURM_FAKES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     allotted = {"SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8"}
-    done = subprocess.run(
-        [ROOT / "deploy" / "slurm.sh", "--num-workers", "4", "--run-name", "a b"],
-        cwd=tmp_path,
-        env={**os.environ, **allotted, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split("|")[:-1] == [
+    allotted |= {"SLURM_JOB_ID": "42", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    started = []
+
+    def start(*arguments: str, **variables: str) -> "subprocess.Popen[str]":
+        env = {**os.environ, **allotted, **variables}
+        command = [str(ROOT / "deploy" / "slurm.sh"), *arguments]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus"), [({}, "0"), ({"SLURM_GPUS_PER_NODE": "2"}, "2"), ({"SLURM_GPUS_PER_NODE": "a100:4"}, "4")]
+)
+def test_on_slurm_ray_spans_the_nodes_and_the_job_gets_the_arguments(
+    variables: dict[str, str], gpus: str, start_on_slurm: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    script = start_on_slurm("--num-workers", "4", "--run-name", "a b", JOB_STATUS="0", **variables)
+    printed, _ = script.communicate()
+    arguments = printed.splitlines()[0].split("|")[:-1]
+    separator = arguments.index("--")
+    assert arguments[:separator] == [
         *("--cpus-per-task", "8", "ray", "symmetric-run", "--address", "10.0.0.7:6379", "--min-nodes", "2"),
-        *("--num-cpus", "8", "--", "python", "jobs/train.py", "--num-workers", "4", "--run-name", "a b"),
+        *("--num-cpus", "8", "--num-gpus", gpus),
     ]
+    assert arguments[arguments.index("python") :] == [
+        *("python", "jobs/train.py", "--resume", "auto", "--run-name", "mnist-ray-42"),
+        *("--num-workers", "4", "--run-name", "a b"),
+    ]
+    assert script.returncode == 0
 
 
-def test_the_runtime_environment_has_all_dependencies() -> None:
-    needed = {need for need in requires("mnist_ray") or [] if "extra ==" not in need and not need.startswith("ray[")}
-    assert needed <= set(read("deploy/runtime-env.yaml")["pip"])
-    assert len(needed) >= 8
+def test_before_slurms_time_limit_the_job_saves_a_checkpoint_and_is_queued_again(
+    start_on_slurm: Callable[..., "subprocess.Popen[str]"],
+) -> None:
+    script = start_on_slurm(JOB_STATUS="none")
+    assert script.stdout is not None
+    assert "training\n" in iter(script.stdout.readline, "")
+    script.send_signal(signal.SIGUSR1)
+    printed, _ = script.communicate(timeout=60)
+    assert printed.splitlines() == ["saved a checkpoint", "scontrol requeue 42"]
+
+
+def test_on_slurm_a_job_that_fails_is_not_queued_again(
+    start_on_slurm: Callable[..., "subprocess.Popen[str]"],
+) -> None:
+    script = start_on_slurm(JOB_STATUS="3")
+    printed, _ = script.communicate()
+    assert (script.returncode, printed.splitlines()[1:]) == (3, ["training"])
+
+
+def test_slurm_gives_the_job_the_time_that_the_script_waits_for_it() -> None:
+    text = (ROOT / "deploy" / "slurm.sh").read_text()
+    directives = re.findall(r"^#SBATCH --(.+)", text, re.MULTILINE)
+    assert {"requeue", "open-mode append"} <= set(directives)
+    (notice_s,) = re.findall(r"^signal B:USR1@(\d+)$", "\n".join(directives), re.MULTILINE)
+    (waiting_s,) = re.findall(r"timeout (\d+) tail", text)
+    assert int(notice_s) - int(waiting_s) >= 20
+
+
+def test_the_runtime_environment_has_all_dependencies_in_the_versions_that_were_tested() -> None:
+    needed = {need.name: need for need in map(Requirement, requires("mnist_ray") or ()) if not need.marker}
+    given = {need.name: need.specifier for need in map(Requirement, read("deploy/runtime-env.yaml")["pip"])}
+    pinned = {pin.name: pin.specifier for pin in map(Requirement, pins()) if pin.name != "ray"}  # the nodes have Ray
+    for name, need in needed.items():
+        if name != "ray":
+            expected = pinned.get(name, need.specifier)
+            assert given.get(name) == expected, f"write {name}{expected} into deploy/runtime-env.yaml, too"
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """EC2's metadata service of an instance: it wants a token, and has the given answers to questions for a notice."""
+
+    notices: list[str] = []  # an empty one: there is no notice
+
+    def do_PUT(self) -> None:
+        wanted = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+        self._answer("a token" if wanted else "")
+
+    def do_GET(self) -> None:
+        assert self.path == "/latest/meta-data/spot/instance-action"
+        assert self.headers["X-aws-ec2-metadata-token"] == "a token"
+        self._answer(self.notices.pop(0))
+
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
+
+    def _answer(self, text: str) -> None:
+        self.send_response(200 if text else 404)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The answers that a metadata service on loopback will give."""
+    notices: list[str] = []
+    server = HTTPServer(("127.0.0.1", 0), type("Answers", (Metadata,), {"notices": notices}))
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
+    thread.start()
+    yield notices
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def notice(end_s: float) -> str:
+    return json.dumps({"action": "terminate", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end_s))})
+
+
+def test_a_spot_instance_asks_until_there_is_a_notice(
+    metadata: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(ROOT / SPOT_SCRIPT))
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    metadata += ["", "", notice(time.time() + 3600)]
+    assert 3500 < script["wait_for_notice"]() <= 3600
+    assert (slept, metadata, capsys.readouterr().err) == ([5, 5], [], "")
+
+
+def test_a_notice_drains_the_ray_node_of_the_spot_instance(metadata: list[str], tmp_path: Path) -> None:
+    (tmp_path / "ray").write_text('#!/bin/bash\nprintf "%s|" "$@"; echo\n')
+    (tmp_path / "ray").chmod(0o755)
+    metadata.append(notice(0))  # its time is over: no seconds are left
+    node = {"address": "10.0.0.1:6379", "node_id": "ab" * 28}
+    raylet = [sys.executable, "-c", "input()", f"--gcs-address={node['address']}", f"--node_id={node['node_id']}"]
+    with subprocess.Popen(raylet, stdin=subprocess.PIPE) as process:
+        script = [sys.executable, str(ROOT / SPOT_SCRIPT)]
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(script, env=env, capture_output=True, text=True, check=True)
+        process.communicate(b"\n")
+    # This machine may have other raylets.
+    (called,) = [line.split("|")[:-1] for line in done.stdout.splitlines() if node["node_id"] in line]
+    assert called[0] == scripts.drain_node.name
+    params = scripts.drain_node.make_context("drain-node", called[1:]).params  # Ray's own parser takes all flags
+    expected = {**node, "reason": "DRAIN_NODE_REASON_PREEMPTION", "deadline_remaining_seconds": 0}
+    assert params | expected == params
+
+
+def test_a_raylet_shows_its_node_and_its_cluster_in_its_command_as_the_script_for_spot_instances_needs_it() -> None:
+    source = inspect.getsource(services.start_raylet)
+    assert "--node_id=" in source
+    assert "--gcs-address=" in source
+
+
+def test_only_workers_watch_for_the_end_of_a_spot_instance(cluster_config: dict[str, Any]) -> None:
+    assert any(SPOT_SCRIPT in command for command in cluster_config["worker_start_ray_commands"])
+    assert not any(SPOT_SCRIPT in command for command in cluster_config["head_start_ray_commands"])
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def storage(finished_run: Path, tmp_path: Path) -> Path:
     for name in ("finished", "interrupted", "damaged"):
         shutil.copytree(finished_run, tmp_path / name)
     (tmp_path / "interrupted" / "result.json").unlink()
-    (tmp_path / "damaged" / "result.json").write_text("{")
+    (tmp_path / "damaged" / "result.json").write_text("[]")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
     (tmp_path / "no_run").mkdir()
