@@ -89,9 +89,19 @@ def export() -> None:
     _tool("export")(found, build(config.ExportConfig, flags))
 
 
-COMMANDS: dict[str, Callable[[], None]] = {
-    command.__name__: command for command in (train, tune, evaluate, predict, view, report, export)
-}
+def reproduce() -> int:
+    """Train a run again from its files, and compare the weights to the bit."""
+    parser = _parser(reproduce, config.ReproductionConfig)
+    parser.add_argument("run", metavar="RUN", help="the run's name, folder or URI")
+    flags = parser.read_flags()
+    run, storage_path = find_run(flags["run"], flags["storage_path"]), flags["storage_path"]
+    options = build(config.ReproductionConfig, flags)
+    status: int = _tool("reproduce")(run, storage_path, flags.get("workload"), options, train_job)
+    return status
+
+
+_ALL = (train, tune, evaluate, predict, view, report, export, reproduce)
+COMMANDS: dict[str, Callable[[], int | None]] = {command.__name__: command for command in _ALL}
 
 
 def program() -> None:
@@ -103,7 +113,7 @@ def program() -> None:
     run(COMMANDS[name])
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit with its status: 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     signals.take_signals()
     prepare_output()
@@ -178,7 +188,7 @@ def run_among(words: Sequence[str]) -> str | None:
     return next((word for _, word in pairs), None)
 
 
-def _parser(command: Callable[[], None], *classes: type) -> Parser:
+def _parser(command: Callable[[], int | None], *classes: type) -> Parser:
     """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
     default = config.OutputConfig().storage_path

@@ -93,8 +93,10 @@ class Layers:
         return next((place for place, given in reversed(self.places.items()) if name in given), "")
 
 
-def read_job(given: Given | None = None, kind: str = "train") -> Job:
+def read_job(given: Given | None = None, kind: str = "train", *, is_call: bool = True) -> Job:
     """Read the settings of ``train`` or ``tune`` from ``given``, or from the command line if it is None.
+
+    A job that is given, but not by a Python call, is resumed by a command: ``is_call`` is False.
 
     Choose the run, check that its code is trusted, read flags and files into layers, build the job. Later layers win:
     default recipe or saved run, recipe, config file, flags. Raises UsageError and JobError.
@@ -108,7 +110,7 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     _check_files(files.places, _classes(kind, workload_class.Settings))
     default, recipe = {} if saved else recipes.get("default", {}), recipes.get(flags.get("recipe", ""), {})
     layers = Layers({"the default recipe": default, **saved, "the recipe": recipe, **file, "the flags": flags})
-    job = _build_job(kind, run, workload_class, layers, is_resumed=bool(saved), is_call=given is not None)
+    job = _build_job(kind, run, workload_class, layers, is_resumed=bool(saved), is_call=given is not None and is_call)
     _check_used(kind, job)
     if not saved:
         check_free(run, resume=False)  # after all mistakes, and --help
