@@ -165,10 +165,9 @@ def _code_differs(origin: Mapping[str, Any], job: Job) -> Difference:
         differing.append(f"{count(len(modules), 'module')} ({_first(modules)})")
     if code.get("callbacks", []) != [callback.sha256 for callback in job.callbacks] and "callbacks" in code:
         differing.append("the callback")
-    if code.get("package_sha256", provenance.package_sha256()) != provenance.package_sha256():
-        differing.append(
-            f"mnist_ray itself (commit {_then_and_now(origin.get('git_commit'), provenance.git_commit())})"
-        )
+    if code.get("package_sha256") not in (None, provenance.package_sha256()):
+        commits = _then_and_now(origin.get("git_commit"), provenance.git_commit())
+        differing.append(f"mnist_ray itself (commit {commits})")
     return ", ".join(differing)
 
 
@@ -215,7 +214,8 @@ def _processor_differs(origin: Mapping[str, Any]) -> Difference:
         return None
     now, differing = provenance.arithmetic(), []
     for name in ("processor", "caches"):
-        before, after = list(map(str, then.get(name) or [])), now[name]
+        before, after = then.get(name), now[name]
+        before = [*map(str, before)] if isinstance(before, list) else []
         if before != after:
             lost = [value for value in before if value not in after]
             new = [value for value in after if value not in before]
