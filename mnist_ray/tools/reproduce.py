@@ -160,7 +160,7 @@ def _code_differs(origin: Mapping[str, Any], job: Job) -> Difference:
     source, code = job.workload.source, _dict(origin.get("code"))
     if origin.get("workload_sha256") is None:
         return None
-    differing = [source.reference] if origin["workload_sha256"] != source.sha256 else []
+    differing = [Path(source.reference).name] if origin["workload_sha256"] != source.sha256 else []
     if modules := _changed(source.home, _dict(code.get("modules"))):
         differing.append(f"{count(len(modules), 'module')} ({_first(modules)})")
     if code.get("callbacks", []) != [callback.sha256 for callback in job.callbacks] and "callbacks" in code:
@@ -185,10 +185,19 @@ def _repository_differs(origin: Mapping[str, Any], job: Job) -> Difference:
     if then.get("commit") != now.commit:
         differing.append(f"commit {_then_and_now(then.get('commit'), now.commit)}")
     if then.get("changes_sha256") != now.changes_sha256:
-        differing.append(f"uncommitted changes (those of the run are in {provenance.CHANGES_FILE})")
+        differing.append(f"uncommitted changes ({_about_changes(then)})")
     if untracked := _changed(Path(now.folder), _dict(then.get("untracked"))):
         differing.append(f"{count(len(untracked), 'untracked file')} ({_first(untracked)})")
     return ", ".join(differing)
+
+
+def _about_changes(then: Mapping[str, Any]) -> str:
+    """Return where a run's uncommitted changes are, if it had any."""
+    if then.get("changes_sha256") is None:
+        return "the run had none"
+    num_bytes = then.get("changes_bytes")
+    is_kept = isinstance(num_bytes, int) and num_bytes <= repository.MAX_DIFF_BYTES
+    return f"the run's are in its {provenance.CHANGES_FILE}" if is_kept else "the run's were too many to keep"
 
 
 def _versions_differ(origin: Mapping[str, Any]) -> Difference:

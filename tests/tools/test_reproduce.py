@@ -181,8 +181,8 @@ def remove_repository(project: Project) -> None:
 @pytest.mark.parametrize(
     ("edit", "lines"),
     [
-        (edit_helper, ["code: 1 module (line_helper.py)", "repository: uncommitted changes (those of the run are in "]),
-        (edit_workload, ["code: {code}/line.py:Line", "repository: uncommitted changes ("]),
+        (edit_helper, ["code: 1 module (line_helper.py)", "repository: uncommitted changes (the run had none)"]),
+        (edit_workload, ["code: line.py:Line", "repository: uncommitted changes ("]),
         (edit_data, ["data: training, validation, test of line", "repository: uncommitted changes ("]),
         (edit_packages, ["packages: 6: "]),
         (edit_processor, ["processor: processor avx9000 then, none now"]),
