@@ -1,6 +1,6 @@
 """Check that a run trained again by ``reproduce`` has the same bits, or that what differs is named.
 
-    python benchmarks/reproduced.py     # about 6 minutes on two cores
+    python benchmarks/reproduced.py     # 7 minutes on two cores
 
 Guards a run's record of its origin.
 
