@@ -126,9 +126,19 @@ def export() -> None:
     _tool("export")(found, build(config.ExportConfig, flags))
 
 
-COMMANDS: dict[str, Callable[[], None]] = {
-    command.__name__: command for command in (train, tune, evaluate, predict, view, report, runs, export, completion)
-}
+def reproduce() -> int:
+    """Train a run again from its files, and compare the weights to the bit."""
+    parser = _parser(reproduce, config.ReproductionConfig)
+    parser.add_argument("run", metavar="RUN", help="the run's name, folder or URI")
+    flags = _over_files(parser.read_flags(), config.ReproductionConfig)
+    run, storage_path = find_run(flags["run"], flags["storage_path"]), flags["storage_path"]
+    options = build(config.ReproductionConfig, flags)
+    status: int = _tool("reproduce")(run, storage_path, flags.get("workload"), options, train_job)
+    return status
+
+
+_ALL = (train, tune, evaluate, predict, view, report, runs, export, reproduce, completion)
+COMMANDS: dict[str, Callable[[], int | None]] = {command.__name__: command for command in _ALL}
 
 
 def program() -> None:
@@ -145,7 +155,7 @@ def program() -> None:
     run(COMMANDS[name])
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit with its status: 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     signals.take_signals()
     prepare_output()
@@ -258,7 +268,7 @@ def run_among(words: Sequence[str]) -> str | None:
     return next((word for _, word in pairs), None)
 
 
-def _parser(command: Callable[[], None], *classes: type) -> Parser:
+def _parser(command: Callable[[], int | None], *classes: type) -> Parser:
     """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
     _add_storage(parser)

@@ -275,6 +275,15 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReproductionConfig:
+    """How to train again."""
+
+    num_workers: int | None = setting(None, "training processes; default: as many as the run had", **at_least(0))
+    callback: str | None = _code("the run's Callback, if it has moved", "mnist_ray.training.callback:Callback")
+    dry_run: bool = setting(False, "train nothing; only compare this machine with the run's files")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """Evaluation on Ray."""
 
@@ -318,6 +327,6 @@ class SweepConfig:
 
 CLASSES: tuple[type, ...] = (
     *(SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig),
-    *(ViewConfig, PredictionConfig, RunsConfig, ExportConfig, EvaluationConfig),
+    *(ViewConfig, PredictionConfig, RunsConfig, ExportConfig, ReproductionConfig, EvaluationConfig),
 )
 """All settings of the commands."""

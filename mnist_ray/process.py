@@ -13,12 +13,15 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mnist_ray.errors import JobError
 from mnist_ray.signals import take_signals
+
+T = TypeVar("T")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT|GOMP_")  # Ray keeps the token that it reads
@@ -103,3 +106,17 @@ def usable_cores() -> int:
             quota, period = " ".join((_CGROUP / file).read_text(encoding="ascii") for file in files).split()
             cores = min(cores, max(1, int(quota) // int(period))) if int(quota) > 0 else cores
     return cores
+
+
+def in_thread(function: Callable[[], T]) -> Future[T]:
+    """Call a function in a daemon thread: it may wait forever, and Python must still be able to exit."""
+    result: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result

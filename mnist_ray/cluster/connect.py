@@ -21,9 +21,10 @@ from mnist_ray.cluster.connection import about_access, connected, join, start_lo
 from mnist_ray.cluster.environment import prepare_local
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.cluster.session_files import removed_unless_failed, sessions_folder
-from mnist_ray.cluster.watch import in_thread, watched
+from mnist_ray.cluster.watch import watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.process import in_thread
 from mnist_ray.signals import end_with
 from mnist_ray.storage import in_one_line
 from ray_fork.starting import Forking, own_runtime_env

@@ -18,9 +18,10 @@ from mnist_ray.cluster import kept, nodes
 from mnist_ray.cluster.environment import for_workers, prepare_local
 from mnist_ray.cluster.plan import local_cpus
 from mnist_ray.cluster.session_files import about_folder, sessions_here
-from mnist_ray.cluster.watch import RaySilentError, in_thread
+from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, about_ray, first_line
+from mnist_ray.process import in_thread
 from mnist_ray.ray_versions import has_tokens
 from mnist_ray.signals import take_signals
 from ray_fork.shim import has_been_silent

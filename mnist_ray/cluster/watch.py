@@ -6,16 +6,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from typing import TypeVar
+from concurrent.futures import wait
 
 import ray
 
 from mnist_ray import extras
 from mnist_ray.errors import JobError, about_ray
+from mnist_ray.process import in_thread
 from mnist_ray.signals import end_with
-
-T = TypeVar("T")
 
 MAX_SILENCE_S = 50.0  # a busy machine may need this long; after 60 s without the GCS, Ray ends this process silently
 _LOOK_INTERVAL_S = 1.0
@@ -34,20 +32,6 @@ class RaySilentError(JobError):
         error = cls(f"Ray has failed: {name} {silence}")
         error.has_died = has_died
         return error
-
-
-def in_thread(function: Callable[[], T]) -> Future[T]:
-    """Call a function in a daemon thread: it may wait for a silent Ray, and Python must still be able to exit."""
-    result: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            result.set_result(function())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return result
 
 
 @contextlib.contextmanager

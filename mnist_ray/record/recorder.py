@@ -9,7 +9,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from mnist_ray.checkpoints.checkpoint import read_state
@@ -21,11 +23,12 @@ from mnist_ray.errors import JobError, with_place
 from mnist_ray.job.find import Fitted, read_initial
 from mnist_ray.job.session import Session
 from mnist_ray.output import finite
-from mnist_ray.provenance import origin
+from mnist_ray.provenance import CHANGES_FILE, PACKAGES_FILE, Surroundings, arithmetic, modules_below, origin
 from mnist_ray.record.header import say_plan
 from mnist_ray.record.history import History, write_predictions
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.report.run_files import FORMAT_VERSION
+from mnist_ray.repository import TIME_LIMIT_S
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
@@ -97,12 +100,27 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
             "data_name": session.data.name,
             "data": digests_of(session.data),
             "unused_settings": sorted(session.unused),
+            "arithmetic": arithmetic(),
+            "code": _write_code(session),
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
         run.write_text(_WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
         if (file := job.settings_file) is not None:
             run.write_text(file.copy_name, masked(file.text))  # the same, with its comments
     if_ended(f"; to resume: {job.resume_with}")
+
+
+def _write_code(session: Session) -> dict[str, Any]:
+    """Write the list of packages and the diff of the user's repository; return what else is known about the code."""
+    run, source = session.job.run, session.job.workload.source
+    wait([session.surroundings], 2 * TIME_LIMIT_S)
+    is_known = session.surroundings.done()
+    around = session.surroundings.result() if is_known else Surroundings(note="git does not end")
+    run.write_text(PACKAGES_FILE, around.packages_text)
+    if around.repository and around.repository.changes:
+        run.write_text(CHANGES_FILE, around.repository.changes)
+    callbacks = [code.sha256 for code in session.job.callbacks]
+    return {"modules": modules_below(source.home, Path(source.path)), "callbacks": callbacks, **around.to_dict()}
 
 
 def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event) -> None:

@@ -23,14 +23,13 @@ from mnist_ray.cluster.devices import device_here, without_unusable_gpus
 from mnist_ray.cluster.plan import cpus_for_each
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.cluster.waiting import Waiting
-from mnist_ray.cluster.watch import in_thread
 from mnist_ray.config import EvaluationConfig, TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import split_bounds
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.job.find import Found
-from mnist_ray.process import usable_cores
+from mnist_ray.process import in_thread, usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import build, flag
 from mnist_ray.signals import if_ended

@@ -20,11 +20,12 @@ from mnist_ray.cluster.devices import usable
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.waiting import Waiting
-from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, in_thread
+from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.find import Fitted, best_of
 from mnist_ray.job.retention import drop_worse
 from mnist_ray.job.session import Session
+from mnist_ray.process import in_thread
 from mnist_ray.run import evaluate
 from mnist_ray.run.event_queue import open_event_queue, taken
 from mnist_ray.run.failures import FailureCallback, OldCheckpointError, cause_of, reason_of

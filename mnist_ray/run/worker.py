@@ -20,7 +20,6 @@ from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.plan import threads_per_worker
 from mnist_ray.cluster.remote_data import RemoteSplit
-from mnist_ray.cluster.watch import in_thread
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
@@ -28,7 +27,7 @@ from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
 from mnist_ray.parallel.sharding import resharded
-from mnist_ray.process import keep_freed_memory, usable_cores
+from mnist_ray.process import in_thread, keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, position_of

@@ -37,6 +37,22 @@ class SourceCode:
         return Path(self.path).parent
 
     @property
+    def place(self) -> Path:
+        """The file's folder; of a module or a class without a file, the current folder."""
+        code, _ = _split(self.reference)
+        return self.folder if code.endswith(".py") else Path.cwd()
+
+    @property
+    def home(self) -> Path:
+        """The folder of all modules that belong to the code: the file's or, of a module, its outermost package's."""
+        code, _ = _split(self.reference)
+        package = code.partition(".")[0]
+        if code.endswith(".py") or package == __name__.partition(".")[0]:  # this package is no part of a workload
+            return self.folder
+        file = getattr(sys.modules.get(package), "__file__", None)
+        return Path(file).parent if file else self.folder
+
+    @property
     def sha256(self) -> str:
         """The digest of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()

@@ -65,9 +65,7 @@ def test_an_error_that_a_signal_raises_in_rays_code_is_not_hidden_by_python() ->
 
 
 def test_python_exits_while_a_thread_waits_for_a_silent_ray() -> None:
-    code = (
-        "import time; from mnist_ray.cluster.watch import in_thread; print(in_thread(lambda: time.sleep(100)).done())"
-    )
+    code = "import time; from mnist_ray.process import in_thread; print(in_thread(lambda: time.sleep(100)).done())"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True).stdout == b"False\n"
     )

@@ -19,6 +19,8 @@ from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job, read_job, resume_command
 from mnist_ray.job.job_data import load_splits
 from mnist_ray.job.session import Session, Start, connected, ending_explained
+from mnist_ray.process import in_thread
+from mnist_ray.provenance import Surroundings
 from mnist_ray.record.recorder import write_settings
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder
@@ -42,7 +44,8 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def begin(job: Job, data: Splits) -> None:
     """Write what a run's folder has before the first step."""
     cluster = Cluster(is_local=True, nodes=(), log_folder="")
-    session = Session(job, job.workers, data, Mock(), Clock(), cluster, own_unused=None)
+    around = in_thread(Surroundings)
+    session = Session(job, job.workers, data, Mock(), Clock(), cluster, around, own_unused=None)
     write_settings(session, Mock(), "config.json", job.values)
 
 

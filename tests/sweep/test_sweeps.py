@@ -184,7 +184,7 @@ def test_nodes_that_are_missing_for_the_last_trainings_are_no_mistake_of_the_use
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mnist_ray.run.fit.plan", Mock(side_effect=UsageError("the cluster cannot hold 2 workers")))
-    session = Session(Mock(), Mock(), Mock(), Mock(), Mock(), Cluster(True, (), ""), own_unused=None)
+    session = Session(Mock(), Mock(), Mock(), Mock(), Mock(), Cluster(True, (), ""), Mock(), own_unused=None)
     with pytest.raises(JobError, match=r"^the cluster cannot hold 2 workers$"):
         search.train_and_test(session, Mock(), Mock(), None, is_last=True)
 

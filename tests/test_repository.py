@@ -1,0 +1,210 @@
+"""The state of git repositories, also of those that are large, broken, or somebody else's."""
+
+import hashlib
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mnist_ray import repository
+from mnist_ray.provenance import surroundings
+from mnist_ray.repository import GitError, Repository, state_of
+
+Git = Callable[..., str]
+
+
+@pytest.fixture
+def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Git:
+    """A function that runs git in a new repository, or in another folder."""
+    root = tmp_path / "own"
+    root.mkdir()
+    for name, value in {"CONFIG_GLOBAL": os.devnull, "AUTHOR_NAME": "a", "COMMITTER_NAME": "a", "EMAIL": "a@b"}.items():
+        monkeypatch.setenv(f"GIT_{name}", value)
+    monkeypatch.setenv("EMAIL", "a@b")
+
+    def run(*arguments: str, folder: Path = root) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    run("init", "--quiet")
+    return run
+
+
+@pytest.fixture
+def root(git: Git, tmp_path: Path) -> Path:
+    """A repository with a commit of a text and of a binary file."""
+    root = tmp_path / "own"
+    (root / "code.py").write_text("one\n")
+    (root / "image.bin").write_bytes(bytes(range(256)))
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    return root
+
+
+def known_state(folder: Path) -> Repository:
+    state = state_of(folder)
+    assert state is not None
+    return state
+
+
+def program_at(file: Path, *lines: str) -> Path:
+    file.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_a_clean_repository_has_a_commit_and_no_changes_also_seen_from_a_folder_in_it(git: Git, root: Path) -> None:
+    (root / "inner").mkdir()
+    state = known_state(root / "inner")
+    assert (state.folder, state.commit) == (str(root), git("rev-parse", "HEAD"))
+    assert (state.changes, state.changes_sha256, state.changes_bytes, state.untracked) == ("", None, 0, {})
+
+
+def test_changes_are_a_diff_without_secrets_that_also_identifies_binary_files(git: Git, root: Path) -> None:
+    (root / "code.py").write_text("one\ns3://KEY:SECRET@bucket/runs\n" + "x" * 3000 + "\n")
+    (root / "image.bin").write_bytes(bytes(range(255)))
+    index = (root / ".git" / "index").read_bytes()
+    state = known_state(root)
+    assert "\n one\n+s3://***@bucket/runs\n+[a line of 3,001 characters]\n" in state.changes
+    assert git("hash-object", "image.bin") in state.changes
+    assert "Binary files a/image.bin and b/image.bin differ" in state.changes
+    (root / "code.py").write_text("one\ns3://KEY:OTHER@bucket/runs\n" + "x" * 3000 + "\n")
+    assert known_state(root).changes_sha256 != state.changes_sha256
+    assert (root / ".git" / "index").read_bytes() == index
+
+
+def test_settings_of_the_user_do_not_change_the_diff(git: Git, root: Path) -> None:
+    (root / "code.py").write_text("two\n")
+    before = known_state(root)
+    for name, value in {"noprefix": "true", "relative": "true", "mnemonicPrefix": "true", "context": "0"}.items():
+        git("config", f"diff.{name}", value)
+    git("config", "color.ui", "always")
+    assert known_state(root).changes == before.changes
+
+
+def test_too_many_changes_have_a_digest_and_a_size(root: Path) -> None:
+    (root / "code.py").write_text("a line of text\n" * 100_000)
+    state = known_state(root)
+    assert state.changes == ""
+    assert state.changes_bytes > 1_600_000
+    assert state.changes_sha256 is not None
+
+
+def test_untracked_files_have_digests_and_large_ones_a_size_without_being_read(git: Git, root: Path) -> None:
+    (root / ".gitignore").write_text("*.log\n")
+    (root / "run.log").write_text("ignored")
+    odd = os.fsdecode(b"odd\n\x1b[31m\xff")
+    (root / odd).write_text("odd")
+    (root / "dangling").symlink_to("nowhere")
+    (root / "endless").symlink_to("/dev/zero")
+    with open(root / "huge", "wb") as huge:
+        huge.truncate(2**40)  # sparse; reading it would take minutes
+    state = known_state(root)
+    assert state.untracked == {
+        ".gitignore": hashlib.sha256(b"*.log\n").hexdigest(),
+        "dangling": "missing",
+        "endless": "not a file",
+        "huge": f"{2**40} bytes",
+        odd: hashlib.sha256(b"odd").hexdigest(),
+    }
+    assert state.num_untracked == 5
+
+
+def test_of_many_untracked_files_only_the_first_have_digests(root: Path) -> None:
+    for number in range(250):
+        (root / f"{number:03}").touch()
+    state = known_state(root)
+    assert (len(state.untracked), state.num_untracked) == (200, 250)
+
+
+def test_a_fifo_among_the_untracked_files_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert repository.fingerprint(tmp_path / "pipe") == "not a file"
+    assert repository.fingerprint(tmp_path / "no\0name") == "not readable"
+
+
+def test_before_the_first_commit_staged_files_are_the_changes(git: Git, tmp_path: Path) -> None:
+    root = tmp_path / "own"
+    (root / "code.py").write_text("one\n")
+    assert known_state(root).untracked == {"code.py": hashlib.sha256(b"one\n").hexdigest()}
+    git("add", "code.py")
+    state = known_state(root)
+    assert (state.commit, state.untracked) == (None, {})
+    assert "\n+one\n" in state.changes
+
+
+def test_a_detached_head_has_its_commit(git: Git, root: Path) -> None:
+    first = git("rev-parse", "HEAD")
+    git("commit", "--quiet", "--allow-empty", "--message", "second")
+    git("checkout", "--quiet", "--detach", first)
+    assert known_state(root).commit == first
+
+
+def test_a_changed_submodule_is_named_as_changed(git: Git, root: Path, tmp_path: Path) -> None:
+    git("init", "--quiet", "other", folder=tmp_path)
+    git("commit", "--quiet", "--allow-empty", "--message", "first", folder=tmp_path / "other")
+    git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(tmp_path / "other"), "inner")
+    git("commit", "--quiet", "--message", "second")
+    assert known_state(root).changes == ""
+    (root / "inner" / "new.py").touch()
+    assert "-dirty\n" in known_state(root).changes
+
+
+def test_without_a_repository_or_git_there_is_no_state(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert state_of(tmp_path) is None
+    assert state_of(tmp_path / "nowhere") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert state_of(root) is None
+
+
+def test_no_program_runs_that_a_repositorys_settings_name(git: Git, root: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    program = program_at(tmp_path / "program", f"touch {mark}", "cat")
+    for name in ("core.fsmonitor", "diff.external", "diff.seen.textconv", "diff.seen.command", "core.pager"):
+        git("config", name, str(program))
+    (root / ".git" / "info" / "attributes").write_text("* diff=seen\n")
+    program_at(root / ".git" / "hooks" / "post-index-change", f"touch {mark}")
+    (root / "code.py").write_text("two\n")
+    mark.unlink(missing_ok=True)
+    assert "\n+two\n" in known_state(root).changes
+    assert not mark.exists()
+    git("status")
+    assert mark.exists()  # the programs would run
+
+
+def test_a_git_that_hangs_is_killed_with_its_children(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program_at(tmp_path / "bin" / "git", "sleep 1000 &", "sleep 1000")  # the first one holds git's output, too
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(repository, "TIME_LIMIT_S", 0.5)
+    with pytest.raises(GitError, match=rf"^git rev-parse took longer than 0.5 s in {root}$"):
+        state_of(root)
+    assert surroundings(root).note == f"git rev-parse took longer than 0.5 s in {root}"
+
+
+def test_git_cannot_ask_for_a_password(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    asked = "sh -c ': < /dev/tty' 2>/dev/null && exit 7", "read line && exit 8", "echo $GIT_TERMINAL_PROMPT", "exit 0"
+    program_at(tmp_path / "bin" / "git", *asked)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    printed = repository.run_git(root, ["fetch"], time.monotonic() + 60, 100)
+    assert (printed.status, printed.kept) == (0, b"0\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_somebody_elses_repository_is_not_read(root: Path) -> None:
+    for path in (root, root / ".git"):
+        os.chown(path, 12345, 12345)
+    with pytest.raises(GitError, match=f"^git cannot read {root}: fatal: detected dubious ownership in repository"):
+        state_of(root)
+    around = surroundings(root)
+    assert around.repository is None
+    assert "dubious ownership" in around.note
+    assert "numpy" in around.packages
