@@ -202,11 +202,16 @@ def test_an_error_in_a_workload_ends_the_start_of_ray(own_folder: Path, quick: F
 def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(
     quick: Flags,
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     ray_address: str,
     ctrl_c: Callable[[psutil.Process], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = quick(num_workers=2, checkpoint_every=10**6, batch_size=1, limit=0.5, num_epochs=1)
+    go = tmp_path_factory.mktemp("code") / "slow.py.go"  # until it exists, an epoch takes longer than the test
+    slow = callback_at(
+        go.with_suffix(""), "on_step(self, state)", "time.sleep(0 if os.path.exists(__file__ + '.go') else 0.1)"
+    )
+    flags = quick(num_workers=2, checkpoint_every=10**6, batch_size=2, limit=0.5, num_epochs=1, callback=slow)
     command = f"python jobs/train.py --resume --run-name run --storage-path {tmp_path}"
 
     def want_too_and_interrupt(job: psutil.Process) -> None:
@@ -219,8 +224,9 @@ def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(
     (saved,) = (tmp_path / "run").glob("checkpoint_epoch*")
     step = int(saved.name.removeprefix("checkpoint_epoch-000_step-"))
     assert step > 0
-    with pytest.raises(UsageError, match="run run was started with --batch-size 1, not 51"):
+    with pytest.raises(UsageError, match="run run was started with --batch-size 2, not 51"):
         run_main("train", *command.split()[2:], "--batch-size", "51")
+    go.touch()
     run_main("train", *command.split()[2:])
     assert f"continuing in epoch 1 after step {step:,}" in capsys.readouterr().out
     assert [row["epoch"] for row in read_csv(folder_at(tmp_path / "run"), "metrics.csv")] == ["1"]

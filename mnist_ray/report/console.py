@@ -13,13 +13,14 @@ from rich.live import Live
 from rich.text import Text
 
 from mnist_ray.output import Output
+from mnist_ray.report.notebook import Bar
 from mnist_ray.text import clock_time, count, redact
 from mnist_ray.training import events
 from mnist_ray.training.events import Event, Progress, Started
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 
-_PLAIN_INTERVAL_S, _NOTEBOOK_INTERVAL_S = 10.0, 2.0
+_PLAIN_INTERVAL_S = 10.0
 LOG_WIDTH = 240
 _SHOWN_AFTER_S, _SHOWN_EVERY_S = 2.0, 0.5
 
@@ -29,7 +30,7 @@ Self = TypeVar("Self", bound="RunConsole")
 class RunConsole:
     """Prints a run's events; a context manager, which removes the live line at the end.
 
-    On a terminal, one line is redrawn in place. In a notebook, a plain line is printed every two seconds; elsewhere,
+    On a terminal, one line is redrawn in place, and in a notebook, a progress bar. Elsewhere, a plain line is printed
     every ten seconds.
     """
 
@@ -48,7 +49,7 @@ class RunConsole:
             soft_wrap=True,
         )
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
-        self._plain_interval_s = _NOTEBOOK_INTERVAL_S if "ipykernel" in sys.modules else _PLAIN_INTERVAL_S
+        self._bar = Bar() if "ipykernel" in sys.modules and not quiet else None
         self._last_plain = 0.0
         self._has_started, self._is_lost = False, False
         self._last_progress: Progress | None = None
@@ -65,6 +66,8 @@ class RunConsole:
     def rest(self) -> None:
         """Remove the live line for good."""
         self._live.stop()
+        if self._bar is not None:
+            self._bar.clear()
 
     def say(self, label: str, text: str) -> None:
         """Print a line, with the label in its own column. With ``--quiet``, print nothing."""
@@ -132,7 +135,8 @@ class RunConsole:
                 return
             shown, rate = now, num_done / (now - begun)
             left = clock_time((num_examples - num_done) / rate)
-            self._show_now("test", f"{num_done:,}/{num_examples:,}  {rate:,.0f} {self._workload.nouns}/s  {left} left")
+            line = f"{num_done:,}/{num_examples:,}  {rate:,.0f} {self._workload.nouns}/s  {left} left"
+            self._show_now("test", line, num_done / num_examples)
 
         return show
 
@@ -178,13 +182,16 @@ class RunConsole:
             f"{event.examples_per_s:,.0f} {self._workload.nouns}/s  "
             f"{clock_time(event.epoch_s / event.step * steps_left)} left"
         )
-        self._show_now(f"epoch {event.epoch}/{self._num_epochs}", line)
+        done = (event.epoch - 1 + event.step / event.epoch_steps) / self._num_epochs
+        self._show_now(f"epoch {event.epoch}/{self._num_epochs}", line, done)
 
-    def _show_now(self, label: str, line: str) -> None:
-        """Redraw the live line; without one, print the line if the last one was printed some time ago."""
+    def _show_now(self, label: str, line: str, done: float) -> None:
+        """Redraw the live line or the bar; without one, print the line if the last one was printed some time ago."""
         if self._live.is_started:
             self._live.update(Text(self._column(label) + redact(line)), refresh=True)
-        elif time.monotonic() - self._last_plain >= self._plain_interval_s:
+        elif self._bar is not None:
+            self._bar.show(f"{label}  {redact(line)}", done)
+        elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S:
             self._last_plain = time.monotonic()
             self.say(label, line)
 

@@ -2,6 +2,7 @@ import dataclasses
 import math
 import os
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -138,3 +139,20 @@ def test_a_long_test_shows_how_far_it_is_and_a_short_one_nothing(
         "test       550/1,000  50 images/s  0:09 left",
         "test       1,000/1,000  48 images/s  0:00 left",
     ]
+
+
+def test_a_notebook_has_one_bar_that_is_redrawn_and_removed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handle = Mock()
+    shown = Mock(return_value=handle)
+    monkeypatch.setitem(sys.modules, "ipykernel", Mock())
+    monkeypatch.setattr("IPython.display.display", shown)
+    with RunConsole(mnist(), 2, quiet=False) as printer:
+        printer.show(PROGRESS)
+        printer.show(dataclasses.replace(PROGRESS, epoch=2))
+    first, (second, last) = shown.call_args.args[0].data, (call.args[0].data for call in handle.update.call_args_list)
+    assert first.startswith('<progress value="0.3750"></progress> <code>epoch 1/2  30/40  loss 0.3750')
+    assert second.startswith('<progress value="0.8750"></progress> <code>epoch 2/2')
+    assert last == ""
+    assert capsys.readouterr().out == ""
