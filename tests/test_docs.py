@@ -1,5 +1,6 @@
 """The docs' links work, the tour's table of the core is up to date, and commands and code do what the docs say."""
 
+import importlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "ray_fork" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
 
@@ -121,3 +122,10 @@ def test_a_project_made_from_this_one_under_another_name_trains(
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "own" / "result.json").read_text())["test_accuracy"] > 0.8
     assert json.loads((tmp_path / "own" / "config.json").read_text())["workload"] == "pets.mnist:MNIST"
+
+
+def test_the_reference_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    reference = importlib.import_module("write_reference")
+    for name, page in reference.PAGES.items():
+        assert (reference.FOLDER / name).read_text(encoding="utf-8") == page(), "run: python docs/write_reference.py"

@@ -153,9 +153,8 @@ def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None
     if is_resumed:
         if resume != "auto" and run.read_json(RESULT_FILE) is not None:
             raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
-    elif (
-        any(map(run.exists, _FILES.values())) if resume == "auto" else run.exists()
-    ):  # auto: it may have no settings yet
+    # With auto, the folder may be that of a start that was killed before it had settings.
+    elif any(map(run.exists, _FILES.values() if resume == "auto" else [""])):
         raise UsageError(f"run {run.uri} already exists; add --resume to continue it, or give another --run-name")
 
 

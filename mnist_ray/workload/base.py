@@ -175,9 +175,8 @@ class Workload(UserClass):
         """Return the learning rate's schedule; training steps it ``total_steps`` times."""
         from torch.optim import lr_scheduler
 
-        if (
-            config.lr_schedule == "one-cycle"
-        ):  # https://arxiv.org/abs/1708.07120. Betas and momentum stay as configured.
+        if config.lr_schedule == "one-cycle":  # https://arxiv.org/abs/1708.07120
+            # Betas and momentum stay as configured.
             return lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
         warmup = config.warmup_steps
 
