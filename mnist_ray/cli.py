@@ -105,8 +105,16 @@ def export() -> None:
     _tool("export")(found, build(config.ExportConfig, flags))
 
 
+def new() -> None:
+    """Make a folder with a project of your own that uses this package."""
+    parser = Parser(new.__doc__ or "", config.ProjectConfig)
+    parser.add_argument("name", metavar="NAME", help="the folder's name, and the workload's in CamelCase")
+    flags = parser.read_flags()
+    _tool("new")(flags["name"], build(config.ProjectConfig, flags))
+
+
 COMMANDS: dict[str, Callable[[], None]] = {
-    command.__name__: command for command in (train, tune, evaluate, predict, view, report, export)
+    command.__name__: command for command in (train, tune, evaluate, predict, view, report, export, new)
 }
 
 

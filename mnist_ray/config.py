@@ -267,6 +267,21 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectConfig:
+    """New project."""
+
+    kind: Literal["images", "table", "text", "blank"] = setting(
+        "blank", "what its sample data are; blank: arrays, made in its code"
+    )
+    package: str | None = setting(
+        None,
+        "where the project gets mnist_ray: path of a checkout or a wheel, or a git URL; default: as it is installed here",
+        metavar="PLACE",
+        is_single=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """Evaluation on Ray."""
 
