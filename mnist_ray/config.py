@@ -275,7 +275,7 @@ class ProjectConfig:
     )
     package: str | None = setting(
         None,
-        "where the project gets mnist_ray: path of a checkout or a wheel, or a git URL; default: as it is installed here",
+        "where the project gets mnist_ray: path of a checkout or a wheel, or a git URL; default: as it is installed",
         metavar="PLACE",
         is_single=True,
     )

@@ -35,7 +35,7 @@ _SETTINGS = {
     "images": {"num_epochs": 15, "batch_size": 16, "learning_rate": 3e-3},
     "table": {"num_epochs": 20, "batch_size": 32, "learning_rate": 1e-2},
     "text": {"num_epochs": 8, "batch_size": 16, "learning_rate": 3e-3},
-    "blank": {"num_epochs": 20, "batch_size": 32, "learning_rate": 1e-2},
+    "blank": {"num_epochs": 20, "batch_size": 32, "learning_rate": 3e-2},
 }
 
 
@@ -84,13 +84,19 @@ def _class_name(name: str, workload: str) -> str:
         raise UsageError(f"{name} is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter")
     module = name.replace("-", "_")
     class_name = "".join(word[0].upper() + word[1:] for word in module.split("_"))
-    found = importlib.util.find_spec(module)
-    is_module = found is not None and found.origin is not None  # a folder that is no package has no origin
-    if is_module or module in ("workload", "tests") or _is_installed(name):
+    if module in ("workload", "tests") or _is_known(module) or _is_installed(name):
         raise UsageError(f"{name} is the name of a Python module or package; choose another name")
     if keyword.iskeyword(class_name) or re.search(rf"\b{class_name}\b", workload):
-        raise UsageError(f"{name} cannot be the workload's name: {class_name} means something else; choose another name")
+        raise UsageError(
+            f"{name} cannot be the workload's name: {class_name} means something else; choose another name"
+        )
     return class_name
+
+
+def _is_known(module: str) -> bool:
+    """Return whether Python finds a module. A folder without ``__init__.py`` is none: its spec has no origin."""
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None
 
 
 def _is_installed(name: str) -> bool:
