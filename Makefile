@@ -9,13 +9,16 @@ JOB ?= train
 # If there is a token, clusters require it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune tensorboard submit test test-long test-ray test-browser test-gpu gpu bench bench-quick chaos check format clean
+.PHONY: train tune new tensorboard submit test test-long test-ray test-browser test-gpu gpu bench bench-quick chaos check format clean
 
 train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
 
 tune: $(VENV)/installed  ## search batch size and learning rate, train the best
 	$(BIN)/python jobs/tune.py $(ARGS)
+
+new: $(VENV)/installed  ## make a project of your own: make new NAME=pets KIND=images
+	$(BIN)/python -m mnist_ray new $(NAME) --kind $(or $(KIND),blank) $(ARGS)
 
 tensorboard: $(VENV)/installed  ## follow runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir ~/ray_results $(ARGS)

@@ -143,7 +143,8 @@ def short_signature(function: Any) -> str:
     """Return a function's parameters without types and `self`; all keywords of `train` and `tune` are flags."""
     words = []
     for parameter in inspect.signature(function, follow_wrapped=False).parameters.values():
-        prefix = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "")
+        stars: dict[Any, str] = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}
+        prefix = stars.get(parameter.kind, "")
         has_default = parameter.default is not parameter.empty
         if parameter.name != "self":
             words.append(f"{prefix}{parameter.name}" + (f"={parameter.default!r}" if has_default else ""))

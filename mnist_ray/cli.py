@@ -137,7 +137,15 @@ def reproduce() -> int:
     return status
 
 
-_ALL = (train, tune, evaluate, predict, view, report, runs, export, reproduce, completion)
+def new() -> None:
+    """Make a folder with a project of your own that uses this package."""
+    parser = Parser(new.__doc__ or "", config.ProjectConfig)
+    parser.add_argument("name", metavar="NAME", help="the folder's name, and the workload's in CamelCase")
+    flags = parser.read_flags()
+    _tool("new")(flags["name"], build(config.ProjectConfig, flags))
+
+
+_ALL = (train, tune, evaluate, predict, view, report, runs, export, reproduce, new, completion)
 COMMANDS: dict[str, Callable[[], int | None]] = {command.__name__: command for command in _ALL}
 
 

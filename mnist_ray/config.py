@@ -284,6 +284,21 @@ class ReproductionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectConfig:
+    """New project."""
+
+    kind: Literal["images", "table", "text", "blank"] = setting(
+        "blank", "what its sample data are; blank: arrays, made in its code"
+    )
+    package: str | None = setting(
+        None,
+        "where the project gets mnist_ray: path of a checkout or a wheel, or a git URL; default: as it is installed",
+        metavar="PLACE",
+        is_single=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """Evaluation on Ray."""
 
@@ -327,6 +342,6 @@ class SweepConfig:
 
 CLASSES: tuple[type, ...] = (
     *(SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig),
-    *(ViewConfig, PredictionConfig, RunsConfig, ExportConfig, ReproductionConfig, EvaluationConfig),
+    *(ViewConfig, PredictionConfig, RunsConfig, ExportConfig, ReproductionConfig, ProjectConfig, EvaluationConfig),
 )
 """All settings of the commands."""

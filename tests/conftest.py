@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,16 @@ def write_data_set(folder: Path, train: Arrays, test: Arrays, *, gzipped: bool =
                 (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
             else:
                 (folder / name).write_bytes(content)
+    return folder
+
+
+def copy_tracked_files(folder: Path) -> Path:
+    """Copy the files that git tracks, or would track; return ``folder``."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
     return folder
 
 

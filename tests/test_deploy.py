@@ -168,8 +168,6 @@ def test_clusters_get_the_versions_that_were_tested_which_the_package_accepts(na
     for pin in map(Requirement, pins()):
         (version,) = pin.specifier
         assert version.version in accepted[pin.name].specifier
-    (ray_pin,) = [pin.removeprefix("ray==") for pin in pins() if pin.startswith("ray==")]
-    assert f"| {ray_pin} |" in (ROOT / "docs" / "clusters.md").read_text(), "it is none that was tried"
 
 
 SLURM_FAKES = {

@@ -3,12 +3,13 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mnist_ray import layers
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.settings_files import read_settings
-from tests.conftest import ROOT, run_main
+from tests.conftest import run_main
 
 WORKLOAD = "from mnist_ray.mnist.problem import MNIST\nclass Mine(MNIST): pass\n"
 
@@ -199,7 +200,8 @@ def test_a_command_on_a_run_takes_its_own_settings_from_files_but_not_the_worklo
     written(project / "pyproject.toml", table)
     run_main("report", finished_run.name)
     assert capsys.readouterr().out == f"report {finished_run}/report.html\n"
-    run_main("predict", str(ROOT / "docs" / "report.png"), "--run", finished_run.name)
+    Image.new("L", (28, 28)).save(project / "digit.png")
+    run_main("predict", str(project / "digit.png"), "--run", finished_run.name)
     assert " unsure\n" in capsys.readouterr().out
 
 

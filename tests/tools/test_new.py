@@ -1,0 +1,189 @@
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from mnist_ray import train
+from mnist_ray.errors import UsageError
+from mnist_ray.settings_files import read_settings, read_table
+from mnist_ray.text import VERSION
+from mnist_ray.tools.new import requirement_of
+from tests.conftest import ROOT, copy_tracked_files, run_main
+
+KINDS = ("images", "table", "text", "blank")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which is empty; another test's workload.py is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "workload", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_project_trains_with_its_settings_and_learns(
+    kind: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main("new", "my-pets", "--kind", kind)
+    assert capsys.readouterr().out.startswith(f"project    my-pets/, a workload of kind {kind}: my-pets/workload.py\n")
+    project = place / "my-pets"
+    assert "class MyPets(" in (project / "workload.py").read_text()
+    assert len((project / "workload.py").read_text().splitlines()) <= 80
+    settings: dict[str, Any] = {"config": project / "settings.toml", "storage_path": place, "num_workers": 0}
+    first, last = (
+        train(project / "workload.py", **settings, quiet=True, overfit_batches=1, num_steps=number).metrics["loss"]
+        for number in (1, 20)
+    )
+    assert last < 0.9 * first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_projects_files_are_valid_and_pass_the_linter(kind: str, place: Path) -> None:
+    run_main("new", "pets", "--kind", kind)
+    project = place / "pets"
+    table = read_table(project / "pyproject.toml", "project") or {}
+    (requirement,) = map(Requirement, table["dependencies"])
+    assert (table["name"], requirement.name, requirement.extras) == ("pets", "mnist_ray", {"cluster"})
+    assert requirement.url == ROOT.as_uri()
+    assert (read_table(project / "pyproject.toml", "tool", "mnist_ray") or {}) == {"workload": "workload.py"}
+    assert read_settings(str(project / "settings.toml")).values["seed"] == 0
+    job = yaml.safe_load((project / "deploy" / "rayjob.yaml").read_text())
+    assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "pets")
+    assert yaml.safe_load((project / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    for command in (["check", "--select", "E,F,UP,W"], ["format", "--check"]):
+        arguments = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "120", "pets"]
+        checked = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_images_start_from_the_weights_of_a_file_or_name_the_file_that_does_not_fit(place: Path) -> None:
+    import torch
+    from torchvision.models import resnet18
+
+    from mnist_ray.workload import loading
+
+    run_main("new", "pets", "--kind", "images")
+    workload_class = loading.load(str(place / "pets" / "workload.py"))
+    torch.save(resnet18().state_dict(), "resnet18.pt")
+    torch.save({"conv1.weight": torch.zeros(3)}, "other.pt")
+    metadata = {"class_names": ["circle", "square", "triangle"]}
+
+    def model(file: str) -> torch.nn.Module:
+        settings = workload_class.Settings(weights=Path(file))
+        return workload_class(settings, metadata).create_model()
+
+    loaded = model("resnet18.pt")
+    saved = torch.load("resnet18.pt")
+    assert torch.equal(loaded.state_dict()["layer4.1.conv2.weight"], saved["layer4.1.conv2.weight"])
+    assert loaded.get_submodule("fc").out_features == 3
+    for file in ("other.pt", "gone.pt"):
+        with pytest.raises(ValueError, match=f"^--weights {file} cannot be read as the state_dict of .* resnet18$"):
+            model(file)
+
+
+def test_names_and_places_that_cannot_be_used_are_errors_and_leave_nothing_behind(place: Path) -> None:
+    (place / "full").mkdir()
+    (place / "full" / "file").touch()
+    (place / "file").touch()
+    for arguments, said in {
+        ("full",): "full exists already; choose another name, or empty it",
+        ("file",): "file exists already; choose another name, or empty it",
+        ("2pets",): "2pets is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter",
+        ("a/b",): "a/b is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter",
+        ("torch",): "torch is the name of a Python module or package; choose another name",
+        ("test",): "test is the name of a Python module or package; choose another name",
+        ("workload",): "workload is the name of a Python module or package; choose another name",
+        ("typing-extensions",): "typing-extensions is the name of a Python module or package; choose another name",
+        ("data",): "data cannot be the workload's name: Data means something else; choose another name",
+        ("none",): "none cannot be the workload's name: None means something else; choose another name",
+        ("pets", "--package", "gone.whl"): f"{place}/gone.whl is no checkout and no wheel of mnist-ray; name one, or a "
+        "git URL, with --package",
+    }.items():
+        with pytest.raises(UsageError) as raised:
+            run_main("new", *arguments)
+        assert str(raised.value) == said
+    with pytest.raises(SystemExit) as ended:
+        run_main("new", "pets", "--kind", "pictures")
+    assert ended.value.code == 2
+    assert sorted(path.name for path in place.iterdir()) == ["file", "full"]
+
+
+def test_if_a_file_cannot_be_written_nothing_is_left_behind(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Path, *arguments: Any, **options: Any) -> int:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    with pytest.raises(UsageError, match="cannot make pets: Permission denied"):
+        run_main("new", "pets")
+    assert not [*place.iterdir()]
+
+
+def test_the_package_is_required_from_where_it_came(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = place / "a b.whl"
+    wheel.touch()
+    assert requirement_of(None) == f" @ {ROOT.as_uri()}"
+    assert requirement_of(str(ROOT)) == f" @ {ROOT.as_uri()}"
+    assert requirement_of("a b.whl") == requirement_of(wheel.as_uri()) == f" @ file://{place}/a%20b.whl"
+    assert requirement_of("https://host/pets") == " @ git+https://host/pets"
+    new = importlib.import_module("mnist_ray.tools.new")
+    monkeypatch.setattr(new, "_PACKAGE", place / "site-packages" / "mnist_ray")
+    for recorded, expected in {
+        None: f"=={VERSION}",
+        f'{{"url": "{wheel.as_uri()}", "archive_info": {{}}}}': f" @ file://{place}/a%20b.whl",
+        '{"url": "https://host/pets", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}': (
+            " @ git+https://host/pets@c0ffee"
+        ),
+    }.items():
+        monkeypatch.setattr(new, "distribution", lambda name, text=recorded: Recorded(text))
+        assert requirement_of(None) == expected
+
+
+class Recorded:
+    """An installed distribution."""
+
+    def __init__(self, text: str | None) -> None:
+        self._text = text
+
+    def read_text(self, name: str) -> str | None:
+        return self._text if name == "direct_url.json" else None
+
+
+def test_the_package_runs_as_a_module(place: Path) -> None:
+    arguments = [sys.executable, "-m", "mnist_ray", "new", "pets"]
+    made = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    assert (made.returncode, made.stderr) == (0, b"")
+    assert (place / "pets" / "workload.py").exists()
+
+
+@pytest.mark.long
+def test_with_a_wheel_in_a_fresh_environment_a_new_project_trains_and_passes_its_tests(tmp_path: Path) -> None:
+    copy_tracked_files(tmp_path / "checkout")
+    variables = {**os.environ, "VENV": str(tmp_path / "environment"), "MNIST_RAY_STORAGE_PATH": str(tmp_path / "runs")}
+    variables.pop("PYTHONPATH", None)
+
+    def run(*command: str | Path, folder: Path = tmp_path) -> str:
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(command, cwd=folder, env=variables, check=False, **options)
+        assert done.returncode == 0, done.stdout[-20_000:]
+        return done.stdout
+
+    programs = tmp_path / "environment" / "bin"
+    run(sys.executable, "-m", "venv", tmp_path / "environment")
+    run(programs / "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, tmp_path / "checkout")
+    (wheel,) = tmp_path.glob("*.whl")
+    run(programs / "pip", "install", f"mnist_ray[cluster] @ {wheel.as_uri()}")
+    run(programs / "mnist-ray", "new", "pets", "--kind", "images")
+    assert wheel.as_uri() in (tmp_path / "pets" / "pyproject.toml").read_text()
+    trained = run("make", "train", folder=tmp_path / "pets")
+    assert "data       data, pictures of 3 classes: 65 images to train on, 7 for validation, 18 to test\n" in trained
+    assert re.search(r"^test +accuracy (9\d|100)\.", trained, re.MULTILINE)
+    assert " 2 passed" in run("make", "test", folder=tmp_path / "pets")
