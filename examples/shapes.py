@@ -87,7 +87,7 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(num_outputs)
         self.conv2 = nn.Conv2d(num_outputs, num_outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(num_outputs)
-        # Pooling replaces the stride (https://arxiv.org/abs/1812.01187): see "Model" in docs/workloads.md.
+        # Pooling replaces the stride (https://arxiv.org/abs/1812.01187): see "Model" in docs/guides/workload.md.
         self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(num_inputs, num_outputs, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,18 +41,18 @@ def test_links_of_the_docs_lead_to_existing_files_and_headings(page: Path) -> No
 
 
 def test_the_tours_table_of_the_core_counts_lines() -> None:
-    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    tour = (ROOT / "docs" / "understand" / "tour.md").read_text(encoding="utf-8")
     table = tour.partition("## The core")[2].partition("\n## ")[0]
     counted = {links: int(lines) for links, lines in re.findall(r"^\| (\[.+?) \| (\d+) \|", table, re.MULTILINE)}
     assert len(counted) > 8
     for links, number in counted.items():
-        files = [ROOT / "docs" / link for link in re.findall(r"\]\((.+?)\)", links)]
+        files = [ROOT / "docs" / "understand" / link for link in re.findall(r"\]\((.+?)\)", links)]
         lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
         assert abs(number - lines) <= 15, f"{links} has {lines} lines, not {number}"
 
 
 def test_a_file_imports_only_from_its_room_and_from_rooms_that_the_tour_lists_below_it() -> None:
-    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8").partition("## The rooms")[2]
+    tour = (ROOT / "docs" / "understand" / "tour.md").read_text(encoding="utf-8").partition("## The rooms")[2]
     floors = {room: floor for floor, room in enumerate(re.findall(r"^    (\w+)/? {2,}", tour, re.MULTILINE))}
     top = {
         "api",
@@ -78,14 +78,14 @@ def test_a_file_imports_only_from_its_room_and_from_rooms_that_the_tour_lists_be
 
 
 def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.CaptureFixture[str]) -> None:
-    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    tour = (ROOT / "docs" / "understand" / "tour.md").read_text(encoding="utf-8")
     _, code, after = re.split("```(?:python)?\n", tour)
     exec(code, {})
     assert capsys.readouterr().out == re.search(r"^    (step .+\n)", after, re.MULTILINE)[1]  # type: ignore[index]
 
 
 def test_in_evaluations_the_gan_of_the_docs_has_noise_of_its_own_for_each_example_whatever_the_batches() -> None:
-    page = (ROOT / "docs" / "workloads.md").read_text(encoding="utf-8").partition("**Several optimizers.**")[2]
+    page = (ROOT / "docs" / "guides" / "limits.md").read_text(encoding="utf-8").partition("**Several optimizers.**")[2]
     code: dict[str, Any] = {"np": np, "torch": torch, "Arrays": Arrays}
     exec(page.split("```python\n")[1].partition("```")[0], code)
     batches = batches_of(Split(code["examples"](np.zeros((30, 2), np.float32))), torch.device("cpu"))
@@ -102,7 +102,7 @@ def test_in_evaluations_the_gan_of_the_docs_has_noise_of_its_own_for_each_exampl
 
 def test_the_pages_name_the_ray_that_clusters_get_among_those_that_were_tried() -> None:
     (pin,) = re.findall(r"^ray==(.+)$", (ROOT / "deploy" / "constraints.txt").read_text(), re.MULTILINE)
-    assert f"| {pin} |" in (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    assert f"| {pin} |" in (ROOT / "docs" / "understand" / "ray.md").read_text(encoding="utf-8")
 
 
 def test_the_reference_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def _explained(workload: Workload) -> Iterator[None]:
             logging.disable()
             yield
     except Exception as error:
-        said = f"{with_place(error, fallback=workload.source.folder)}; see docs/training.md#export"
+        said = f"{with_place(error, fallback=workload.source.folder)}; see docs/guides/runs.md#export"
         raise UsageError(f"{type(workload).__name__}: PyTorch cannot export the model: {said}") from error
     finally:
         logging.disable(logging.NOTSET)
