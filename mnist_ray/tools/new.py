@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import keyword
+import os
 import re
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
@@ -41,11 +42,10 @@ _SETTINGS = {
 
 def new(name: str, config: ProjectConfig) -> None:
     """Make the folder ``name`` in the current one. Raises UsageError, and then leaves nothing behind."""
-    project = Path(name)
+    contents, project = _contents(name, config), Path(name)
     try:
-        if project.is_symlink() or (project.exists() and not (project.is_dir() and not any(project.iterdir()))):
+        if os.path.lexists(project) and not (project.is_dir() and not any(project.iterdir())):
             raise UsageError(f"{name} exists already; choose another name, or empty it")
-        contents = _contents(name, config)
         with tempfile.TemporaryDirectory(dir=".", prefix=f".{name}-") as parent:
             made = Path(parent, name)
             for file, text in contents.items():

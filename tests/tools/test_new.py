@@ -96,6 +96,7 @@ def test_names_and_places_that_cannot_be_used_are_errors_and_leave_nothing_behin
     (place / "file").touch()
     for arguments, said in {
         ("full",): "full exists already; choose another name, or empty it",
+        ("",): " is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter",
         ("file",): "file exists already; choose another name, or empty it",
         ("2pets",): "2pets is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter",
         ("a/b",): "a/b is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter",
@@ -184,6 +185,6 @@ def test_with_a_wheel_in_a_fresh_environment_a_new_project_trains_and_passes_its
     run(programs / "mnist-ray", "new", "pets", "--kind", "images")
     assert wheel.as_uri() in (tmp_path / "pets" / "pyproject.toml").read_text()
     trained = run("make", "train", folder=tmp_path / "pets")
-    assert "data       data, pictures of 3 classes: 65 images to train on, 7 for validation, 18 to test\n" in trained
+    assert " data, pictures of 3 classes: 65 images to train on, 7 for validation, 18 to test\n" in trained
     assert re.search(r"^test +accuracy (9\d|100)\.", trained, re.MULTILINE)
     assert " 2 passed" in run("make", "test", folder=tmp_path / "pets")
