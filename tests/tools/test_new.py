@@ -167,7 +167,7 @@ class Recorded:
 
 
 def test_the_package_runs_as_a_module_and_makes_a_project_in_another_folder(place: Path) -> None:
-    arguments = [sys.executable, "-m", "mnist_ray", "new", place / "birds"]
+    arguments = [sys.executable, "-m", "mnist_ray", "new", str(place / "birds")]
     made = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
     assert (made.returncode, made.stderr) == (0, b"")
     assert (place / "birds" / "workload.py").exists()
