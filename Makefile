@@ -17,7 +17,7 @@ train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 tune: $(VENV)/installed  ## search batch size and learning rate, train the best
 	$(BIN)/python jobs/tune.py $(ARGS)
 
-new: $(VENV)/installed  ## make a project of your own: make new NAME=pets KIND=images
+new: $(VENV)/installed  ## make a project of your own: make new NAME=../pets KIND=images
 	$(BIN)/python -m mnist_ray new $(NAME) --kind $(or $(KIND),blank) $(ARGS)
 
 tensorboard: $(VENV)/installed  ## follow runs at http://localhost:6006

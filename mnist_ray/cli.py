@@ -140,7 +140,7 @@ def reproduce() -> int:
 def new() -> None:
     """Make a folder with a project of your own that uses this package."""
     parser = Parser(new.__doc__ or "", config.ProjectConfig)
-    parser.add_argument("name", metavar="NAME", help="the folder's name, and the workload's in CamelCase")
+    parser.add_argument("name", metavar="NAME", help="the folder to make; the workload has its name in CamelCase")
     flags = parser.read_flags()
     _tool("new")(flags["name"], build(config.ProjectConfig, flags))
 

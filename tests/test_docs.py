@@ -54,13 +54,7 @@ def test_the_tours_table_of_the_core_counts_lines() -> None:
 def test_a_file_imports_only_from_its_room_and_from_rooms_that_the_tour_lists_below_it() -> None:
     tour = (ROOT / "docs" / "understand" / "tour.md").read_text(encoding="utf-8").partition("## The rooms")[2]
     floors = {room: floor for floor, room in enumerate(re.findall(r"^    (\w+)/? {2,}", tour, re.MULTILINE))}
-    top = {
-        "api",
-        "cli",
-        "keywords",
-        "__init__",
-        "__main__",
-    }  # of the package; other files beside the rooms are the base
+    top = {"api", "cli", "keywords", "__init__", "__main__"}  # other files beside the rooms are the base
     assert {path.name for path in (ROOT / "mnist_ray").iterdir() if (path / "__init__.py").exists()} < {*floors}
 
     def floor_of(module: str) -> int:

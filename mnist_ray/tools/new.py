@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import keyword
+import os
 import re
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,6 +17,7 @@ import jinja2
 from mnist_ray.config import ProjectConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.output import say
+from mnist_ray.settings import path_of
 from mnist_ray.text import PROGRAM, VERSION
 from mnist_ray.tools.samples import WRITERS
 
@@ -39,15 +41,15 @@ _SETTINGS = {
 }
 
 
-def new(name: str, config: ProjectConfig) -> None:
-    """Make the folder ``name`` in the current one. Raises UsageError, and then leaves nothing behind."""
-    project = Path(name)
+def new(place: str, config: ProjectConfig) -> None:
+    """Make a project in the folder ``place``, named after it. Raises UsageError, and then leaves nothing behind."""
+    project = path_of(place, "the project's folder")
+    contents = _contents(project.name, config)
     try:
-        if project.is_symlink() or (project.exists() and not (project.is_dir() and not any(project.iterdir()))):
-            raise UsageError(f"{name} exists already; choose another name, or empty it")
-        contents = _contents(name, config)
-        with tempfile.TemporaryDirectory(dir=".", prefix=f".{name}-") as parent:
-            made = Path(parent, name)
+        if os.path.lexists(project) and not (project.is_dir() and not any(project.iterdir())):
+            raise UsageError(f"{place} exists already; choose another name, or empty it")
+        with tempfile.TemporaryDirectory(dir=project.parent, prefix=f".{project.name}-") as parent:
+            made = Path(parent, project.name)
             for file, text in contents.items():
                 (made / file).parent.mkdir(parents=True, exist_ok=True)
                 (made / file).write_text(text, encoding="utf-8")
@@ -56,9 +58,9 @@ def new(name: str, config: ProjectConfig) -> None:
                 WRITERS[config.kind](made / "data")
             made.rename(project)
     except OSError as error:
-        raise UsageError(f"cannot make {name}: {error.strerror}") from error
-    say(f"project    {name}/, a workload of kind {config.kind}: {name}/workload.py")
-    say(f"next       cd {name}, then make train, make test, or see README.md")
+        raise UsageError(f"cannot make {place}: {error.strerror}") from error
+    say(f"project    {project}/, a workload of kind {config.kind}: {project}/workload.py")
+    say(f"next       cd {project}, then make train, make test, or see README.md")
 
 
 def _contents(name: str, config: ProjectConfig) -> dict[str, str]:

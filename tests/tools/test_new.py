@@ -33,10 +33,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_new_project_trains_with_its_settings_and_learns(
     kind: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_main("new", "my-pets", "--kind", kind)
-    assert capsys.readouterr().out.startswith(f"project    my-pets/, a workload of kind {kind}: my-pets/workload.py\n")
-    project = place / "my-pets"
-    assert "class MyPets(" in (project / "workload.py").read_text()
+    run_main("new", "my-birds", "--kind", kind)
+    assert capsys.readouterr().out.startswith(
+        f"project    my-birds/, a workload of kind {kind}: my-birds/workload.py\n"
+    )
+    project = place / "my-birds"
+    assert "class MyBirds(" in (project / "workload.py").read_text()
     assert len((project / "workload.py").read_text().splitlines()) <= 80
     settings: dict[str, Any] = {"config": project / "settings.toml", "storage_path": place, "num_workers": 0}
     first, last = (
@@ -48,19 +50,21 @@ def test_a_new_project_trains_with_its_settings_and_learns(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_projects_files_are_valid_and_pass_the_linter(kind: str, place: Path) -> None:
-    run_main("new", "pets", "--kind", kind)
-    project = place / "pets"
+    run_main("new", "birds", "--kind", kind)
+    project = place / "birds"
     table = read_table(project / "pyproject.toml", "project") or {}
     (requirement,) = map(Requirement, table["dependencies"])
-    assert (table["name"], requirement.name, requirement.extras) == ("pets", "mnist_ray", {"cluster"})
+    assert (table["name"], requirement.name, requirement.extras) == ("birds", "mnist_ray", {"cluster"})
     assert requirement.url == ROOT.as_uri()
     assert (read_table(project / "pyproject.toml", "tool", "mnist_ray") or {}) == {"workload": "workload.py"}
     assert read_settings(str(project / "settings.toml")).values["seed"] == 0
     job = yaml.safe_load((project / "deploy" / "rayjob.yaml").read_text())
-    assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "pets")
+    assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "birds")
+    for sources in re.findall(r"^COPY (.+) \S+$", (project / "deploy" / "Dockerfile").read_text(), re.MULTILINE):
+        assert all((project / source).exists() for source in sources.split())
     assert yaml.safe_load((project / ".github" / "workflows" / "test.yml").read_text())["jobs"]
     for command in (["check", "--select", "E,F,UP,W"], ["format", "--check"]):
-        arguments = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "120", "pets"]
+        arguments = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "120", "birds"]
         checked = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
@@ -71,8 +75,8 @@ def test_images_start_from_the_weights_of_a_file_or_name_the_file_that_does_not_
 
     from mnist_ray.workload import loading
 
-    run_main("new", "pets", "--kind", "images")
-    workload_class = loading.load(str(place / "pets" / "workload.py"))
+    run_main("new", "birds", "--kind", "images")
+    workload_class = loading.load(str(place / "birds" / "workload.py"))
     torch.save(resnet18().state_dict(), "resnet18.pt")
     torch.save({"conv1.weight": torch.zeros(3)}, "other.pt")
     metadata = {"class_names": ["circle", "square", "triangle"]}
@@ -96,23 +100,28 @@ def test_names_and_places_that_cannot_be_used_are_errors_and_leave_nothing_behin
     (place / "file").touch()
     for arguments, said in {
         ("full",): "full exists already; choose another name, or empty it",
+        ("",): "the project's folder is empty; name a file or a folder",
         ("file",): "file exists already; choose another name, or empty it",
         ("2pets",): "2pets is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter",
-        ("a/b",): "a/b is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter",
+        ("a b",): "a b is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter",
+        ("gone/birds",): "cannot make gone/birds: No such file or directory",
         ("torch",): "torch is the name of a Python module or package; choose another name",
         ("test",): "test is the name of a Python module or package; choose another name",
         ("workload",): "workload is the name of a Python module or package; choose another name",
         ("typing-extensions",): "typing-extensions is the name of a Python module or package; choose another name",
         ("data",): "data cannot be the workload's name: Data means something else; choose another name",
         ("none",): "none cannot be the workload's name: None means something else; choose another name",
-        ("pets", "--package", "gone.whl"): f"{place}/gone.whl is no checkout and no wheel of mnist-ray; name one, or a "
-        "git URL, with --package",
+        (
+            "birds",
+            "--package",
+            "gone.whl",
+        ): f"{place}/gone.whl is no checkout and no wheel of mnist-ray; name one, or a git URL, with --package",
     }.items():
         with pytest.raises(UsageError) as raised:
             run_main("new", *arguments)
         assert str(raised.value) == said
     with pytest.raises(SystemExit) as ended:
-        run_main("new", "pets", "--kind", "pictures")
+        run_main("new", "birds", "--kind", "pictures")
     assert ended.value.code == 2
     assert sorted(path.name for path in place.iterdir()) == ["file", "full"]
 
@@ -122,8 +131,8 @@ def test_if_a_file_cannot_be_written_nothing_is_left_behind(place: Path, monkeyp
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "write_text", fails)
-    with pytest.raises(UsageError, match="cannot make pets: Permission denied"):
-        run_main("new", "pets")
+    with pytest.raises(UsageError, match="cannot make birds: Permission denied"):
+        run_main("new", "birds")
     assert not [*place.iterdir()]
 
 
@@ -133,14 +142,14 @@ def test_the_package_is_required_from_where_it_came(place: Path, monkeypatch: py
     assert requirement_of(None) == f" @ {ROOT.as_uri()}"
     assert requirement_of(str(ROOT)) == f" @ {ROOT.as_uri()}"
     assert requirement_of("a b.whl") == requirement_of(wheel.as_uri()) == f" @ file://{place}/a%20b.whl"
-    assert requirement_of("https://host/pets") == " @ git+https://host/pets"
+    assert requirement_of("https://host/birds") == " @ git+https://host/birds"
     new = importlib.import_module("mnist_ray.tools.new")
     monkeypatch.setattr(new, "_PACKAGE", place / "site-packages" / "mnist_ray")
     for recorded, expected in {
         None: f"=={VERSION}",
         f'{{"url": "{wheel.as_uri()}", "archive_info": {{}}}}': f" @ file://{place}/a%20b.whl",
-        '{"url": "https://host/pets", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}': (
-            " @ git+https://host/pets@c0ffee"
+        '{"url": "https://host/birds", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}': (
+            " @ git+https://host/birds@c0ffee"
         ),
     }.items():
         monkeypatch.setattr(new, "distribution", lambda name, text=recorded: Recorded(text))
@@ -157,11 +166,11 @@ class Recorded:
         return self._text if name == "direct_url.json" else None
 
 
-def test_the_package_runs_as_a_module(place: Path) -> None:
-    arguments = [sys.executable, "-m", "mnist_ray", "new", "pets"]
+def test_the_package_runs_as_a_module_and_makes_a_project_in_another_folder(place: Path) -> None:
+    arguments = [sys.executable, "-m", "mnist_ray", "new", str(place / "birds")]
     made = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
     assert (made.returncode, made.stderr) == (0, b"")
-    assert (place / "pets" / "workload.py").exists()
+    assert (place / "birds" / "workload.py").exists()
 
 
 @pytest.mark.long
@@ -181,9 +190,9 @@ def test_with_a_wheel_in_a_fresh_environment_a_new_project_trains_and_passes_its
     run(programs / "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, tmp_path / "checkout")
     (wheel,) = tmp_path.glob("*.whl")
     run(programs / "pip", "install", f"mnist_ray[cluster] @ {wheel.as_uri()}")
-    run(programs / "mnist-ray", "new", "pets", "--kind", "images")
-    assert wheel.as_uri() in (tmp_path / "pets" / "pyproject.toml").read_text()
-    trained = run("make", "train", folder=tmp_path / "pets")
-    assert "data       data, pictures of 3 classes: 65 images to train on, 7 for validation, 18 to test\n" in trained
+    run(programs / "mnist-ray", "new", "birds", "--kind", "images")
+    assert wheel.as_uri() in (tmp_path / "birds" / "pyproject.toml").read_text()
+    trained = run("make", "train", folder=tmp_path / "birds")
+    assert " data, pictures of 3 classes: 65 images to train on, 7 for validation, 18 to test\n" in trained
     assert re.search(r"^test +accuracy (9\d|100)\.", trained, re.MULTILINE)
-    assert " 2 passed" in run("make", "test", folder=tmp_path / "pets")
+    assert " 2 passed" in run("make", "test", folder=tmp_path / "birds")
