@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
 from mnist_ray.checkpoints.tensor_files import check_held
@@ -30,6 +31,7 @@ from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
+from mnist_ray.training.closure import takes_closure
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
@@ -254,9 +256,10 @@ def _check_losses(
         raise UsageError(f"{name}.loss does not depend on the model's parameters: nothing would be learned")
     losses.sum().backward()  # type: ignore[no-untyped-call]
     idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
-    if idle:
+    if idle and not workload.has_unused_parameters:
         found = f"parameters {idle[0]} and {len(idle) - 1} more are" if len(idle) > 1 else f"parameter {idle[0]} is"
-        raise UsageError(f"{name}: {found} not part of the loss; remove or freeze unused parameters")
+        remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
+        raise UsageError(f"{name}: {found} not part of the loss; {remedy}")
     return {"label_smoothing"} - used
 
 
@@ -335,9 +338,20 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
         raise UsageError(f"{found}; it may have several groups of parameters")
     with placed(workload, "create_scheduler"):
         scheduler = workload.create_scheduler(optimizer, config, total_steps)
-    with placed(workload, "optimizer.step(), then scheduler.step() without a metric"):
-        optimizer.step()
-        scheduler.step()
+    if takes_closure(optimizer):
+        for name, value in {"--precision": config.precision, "--strategy": config.strategy}.items():
+            if value in ("fp16", "fsdp"):
+                raise UsageError(f"{name} {value} does not work with an optimizer whose step needs a closure")
+        with placed(workload, "optimizer.step(closure)"):
+            optimizer.step(lambda: torch.zeros(()))  # type: ignore[arg-type, return-value]
+    else:
+        with placed(workload, "optimizer.step()"):
+            optimizer.step()
+    with placed(workload, "scheduler.step()"):
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(0.0)
+        else:
+            scheduler.step()
     content = "tensors, numbers and strings, as torch.optim returns them"
     with placed(workload, f"a checkpoint of the state_dict of optimizer and schedule ({content})"):
         check_kept(snapshot(TrainingState(model, optimizer, scheduler), {}).training)

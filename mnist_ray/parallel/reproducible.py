@@ -71,13 +71,16 @@ class Chunks:
     changes them by the mean of the chunks' changes.
     """
 
-    def __init__(self, model: nn.Module, num_chunks: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, num_chunks: int, rank: int, world_size: int, has_unused_parameters: bool = False
+    ) -> None:
         self._own = part_of(num_chunks, rank, world_size)
         self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._owners = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
         self._first = [_as_real(getattr(module, name)) for module, name in self._owners]
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
+        self._has_unused = has_unused_parameters
         self._nodes: list[Subtree] = []
         self._total: Callable[[Tensor], Tensor] | None = None  # set at the first step, when a row's length is known
 
@@ -109,28 +112,34 @@ class Chunks:
         """
         rows = torch.stack([node.vector for node in self._nodes])  # one per subtree
         self._total = self._total or self._connect(rows.shape[1])
-        gradients, changes = self._unflattened(self._total(rows))
+        gradients, changes, used = self._unflattened(self._total(rows))
         self._nodes = []
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in the parameter's layout
+        for parameter, gradient, is_used in zip(self._parameters, gradients, used, strict=True):
+            # In the parameter's layout. The optimizer skips a parameter that no chunk has used.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient) if is_used else None
         for buffer, before, change in zip(self._buffers(), self._before, changes, strict=True):
             mean = change.double() / self._num_chunks
             buffer.copy_(torch.where(mean == 0, before, (before.double() + mean).to(before.dtype)))
         return self._sums
 
     def _flattened(self) -> Tensor:
-        """Return one vector: the model's gradients, then its buffers' changes since the step began."""
+        """Return one vector: the model's gradients, its buffers' changes since the step began, and what was used."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         pairs = zip(self._buffers(), self._before, strict=True)
         changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
-        return torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes)])
+        used = [torch.tensor([float(p.grad is not None) for p in self._parameters])] if self._has_unused else []
+        return torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, *used)])
 
-    def _unflattened(self, vector: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return a vector's gradients, shaped like the parameters, and changes, shaped like the buffers."""
-        tensors = [*self._parameters, *self._before]
+    def _unflattened(self, vector: Tensor) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+        """Return a vector's gradients, shaped like the parameters; changes, like the buffers; and what was used."""
+        tensors, number = [*self._parameters, *self._before], len(self._parameters)
+        used = [True] * number
+        if self._has_unused:
+            vector, numbers = vector[:-number], vector[-number:]
+            used = (numbers > 0).tolist()
         values = torch.split(vector, [tensor.numel() for tensor in tensors])
         shaped = [value.view_as(tensor) for value, tensor in zip(values, tensors, strict=True)]
-        return shaped[: len(self._parameters)], shaped[len(self._parameters) :]
+        return shaped[:number], shaped[number:], used
 
     def _connect(self, size: int) -> Callable[[Tensor], Tensor]:
         """Return a function from this rank's rows, of ``size`` numbers each, to the sum over all ranks' rows.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_ray.checkpoints import checkpoint as checkpoints
 from mnist_ray.checkpoints.saved_model import load_fitting, read_weights
@@ -289,8 +290,18 @@ class Reporter(Callback):
         metrics = CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
         if is_epoch_end and metrics.is_validated:
             state.scores.append(metrics.score)
+            self._after_validation(state, metrics)
             self.send_validation(state.epoch, metrics, self._sample(state))
         return replace(metrics, is_over=is_over(state, self._config))
+
+    def _after_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
+        """Let a schedule that looks at a metric, and the user's callbacks, see an epoch's validation."""
+        workload = self._job.workload
+        values = {metric.name: metrics.values[f"val_{metric.name}"] for metric in workload.all_metrics}
+        if isinstance(state.scheduler, ReduceLROnPlateau):
+            state.scheduler.step(values[workload.monitor.name])
+        for callback in self.callbacks:
+            callback.on_validation(state, values)
 
     def _validated(self, state: TrainingState) -> dict[str, float]:
         """Let all ranks validate; return the validation's values for a checkpoint's metrics."""

@@ -37,6 +37,9 @@ class Callback(UserClass):
         Set ``state.ends = True`` to make this epoch the last.
         """
 
+    def on_validation(self, state: TrainingState, values: dict[str, float]) -> None:
+        """An epoch was validated: loss and metrics, by name, the same on all ranks. Its checkpoint is not saved yet."""
+
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """A checkpoint is about to be saved: at an epoch's end (``state.step`` is 0) or within an epoch."""
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
@@ -31,6 +32,7 @@ from mnist_ray.data.tensors import is_sharded, rows_here, with_fast_layout
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.closure import step_with_closure, takes_closure
 from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
@@ -110,7 +112,8 @@ def train(
     state.model.train()
     for callback in callbacks:
         callback.on_start(state, group)
-    gradients = Gradients(workload, state, config, group)
+    gradients, has_closure = Gradients(workload, state, config, group), takes_closure(state.optimizer)
+    looks_at_metric = isinstance(state.scheduler, ReduceLROnPlateau)  # stepped at each validation
     batches = batches_of(checked(split, workload.find_fault), group.device, workload.collate, read_ahead_mib)
     window, progress, watch = LoggingWindow(workload, group), None, state.watch
     while not is_over(state, config):
@@ -118,11 +121,16 @@ def train(
         watch.turn(DATA)
         for micro_batches in _steps(batches, state, config, group, num_loader_processes):
             watch.turn(COMPUTE)
-            sums, others = gradients.compute(micro_batches), dict[Figure, Tensor]()
-            if gradients.has_weight:
-                others = _update(state, config, callbacks)
+            others: dict[Figure, Tensor] = {}
+            if has_closure:
+                sums = _step_with_closure(gradients, micro_batches, state, config, callbacks, group)
+            else:
+                sums = gradients.compute(micro_batches)
+                if gradients.has_weight:
+                    others = _update(state, config, callbacks)
             gradients.clear()
-            state.scheduler.step()
+            if not looks_at_metric:
+                state.scheduler.step()
             state.step += 1
             watch.turn(CALLBACKS)
             for callback in callbacks:
@@ -219,6 +227,34 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)
     return figures
+
+
+def _step_with_closure(
+    gradients: Gradients,
+    micro_batches: list[MicroBatch],
+    state: TrainingState,
+    config: TrainConfig,
+    callbacks: Sequence[Callback],
+    group: Group,
+) -> dict[str, Tensor]:
+    """Let an optimizer compute the gradients as often as it needs them; return the sums of the first time."""
+
+    def compute() -> tuple[dict[str, Tensor], Tensor | None]:
+        gradients.clear()
+        sums = gradients.compute(micro_batches)
+        if not gradients.has_weight:
+            gradients.clear()  # they are not numbers
+        for callback in callbacks:
+            callback.on_gradients(state)
+        if config.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm)
+        return sums, gradients.minimized
+
+    state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
+    sums = step_with_closure(state.optimizer, compute, micro_batches[0].global_size, group)
+    if config.ema_decay is not None:
+        move_average(state, config.ema_decay)
+    return sums
 
 
 @torch.no_grad()

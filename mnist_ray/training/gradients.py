@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
@@ -23,11 +24,14 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.reproducible import Chunks
+from mnist_ray.parallel.whole_batch import of_all_ranks
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.step import forward, sums_of
+from mnist_ray.training.step import forward, forward_augmented, sums_of
 from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.workload import Workload
+
+MINIMIZED = "minimized"
 
 
 class Gradients:
@@ -41,14 +45,18 @@ class Gradients:
         self._workload, self._state, self._config, self._group = workload, state, config, group
         self._chunks: Chunks | None = None
         if config.reproducible:
-            self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
+            self._chunks = Chunks(
+                state.model, config.num_chunks, group.rank, group.world_size, workload.has_unused_parameters
+            )
         self._is_sharded = state.is_sharded
         adds_up_itself = config.reproducible or self._is_sharded
-        self._model = state.model if adds_up_itself else _distributed(state.model, group)
+        has_unused = workload.has_unused_parameters
+        self._model = state.model if adds_up_itself else _distributed(state.model, group, has_unused)
         self._ranks_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
         self._trained = self._note_trained()
         self._generator = _generator(group.device)
         self._ready_at: Any = None  # for the stopwatch: when this rank had its own gradients
+        self.minimized: Tensor | None = None  # like the sums, of the last step's minimized loss if it is another one
         self.has_weight = True  # False if all example weights of the global batch are 0: there is nothing to learn
         if isinstance(self._model, DistributedDataParallel):
             first = next(parameter for parameter in state.model.parameters() if parameter.requires_grad)
@@ -63,6 +71,7 @@ class Gradients:
         if self._state.step == 0:
             self._check_trained()
         sums = self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
+        self.minimized = sums.pop(MINIMIZED, None)
         if self._ready_at is not None:
             self._state.watch.turn(WORKERS, self._ready_at)
             self._ready_at = None
@@ -138,8 +147,17 @@ class Gradients:
             generator.manual_seed(seed_of(self._config.seed, self._state.epoch, number) + self._state.step)
 
     def _backward(self, micro_batch: MicroBatch, factor: float) -> dict[str, Tensor]:
-        scaler = self._state.scaler
-        return backward(self._workload, self._model, micro_batch, self._config, factor, self._generator, scaler)
+        scaler, group = self._state.scaler, self._group
+        try:
+            return backward(
+                self._workload, self._model, micro_batch, self._config, factor, self._generator, scaler, group
+            )
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" not in str(error):
+                raise
+            name = type(self._workload).__name__
+            found = f"{name}: some parameters had no gradient in the last step"
+            raise TrainingStoppedError(f"{found}; set has_unused_parameters = True if that is intended") from error
 
 
 @functools.lru_cache
@@ -161,28 +179,66 @@ def backward(
     factor: float,
     generator: torch.Generator | None = None,
     scaler: GradScaler | None = None,
+    group: Group | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradients of ``factor`` × the sum of a micro-batch's losses to the model's, scaled by ``scaler``.
 
     With a factor of 1 / global batch size, the gradients of all slices add up to that of the global batch's mean loss,
     even if slices are uneven. DDP averages over the ranks instead, so its factor is world size / global batch size. A
-    filler adds zeros. Returns the sums over the micro-batch, like ``sums_of``.
+    filler adds zeros. Returns the sums over the micro-batch, like ``sums_of``, with that of the minimized loss if it is
+    not the reported one. In a ``group``, losses that compare examples see those of all ranks.
     """
-    outputs, targets = forward(workload, model, micro_batch, config.precision, generator)
-    loss_sum = workload.loss(outputs, targets).sum()
-    minimized = workload.training_loss(outputs, targets, config)
-    loss = (loss_sum if minimized is None else minimized.sum()) * (0.0 if micro_batch.is_filler else factor)
+    if type(workload).augment is Workload.augment:
+        outputs, targets = forward(workload, model, micro_batch, config.precision, generator)
+        learned = targets
+    else:
+        own = generator or torch.default_generator
+        outputs, learned = forward_augmented(workload, model, micro_batch, config.precision, own)
+        targets = micro_batch.targets
+    loss_sum, minimized = _losses(workload, outputs, targets, learned, config, micro_batch, group)
+    loss = (loss_sum if minimized is None else minimized) * (0.0 if micro_batch.is_filler else factor)
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     sums = sums_of(workload, outputs, targets, loss_sum)
+    if minimized is not None:
+        sums[MINIMIZED] = minimized.detach()
     return {name: torch.zeros_like(value) for name, value in sums.items()} if micro_batch.is_filler else sums
 
 
-def _distributed(model: nn.Module, group: Group) -> nn.Module:
-    """Wrap a model so that gradients are averaged over the ranks; with one rank, return it unchanged."""
+def _losses(
+    workload: Workload,
+    outputs: Any,
+    targets: Any,
+    learned: Any,
+    config: TrainConfig,
+    micro_batch: MicroBatch,
+    group: Group | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sum of this rank's losses, and that of its minimized losses; None if they are the same.
+
+    ``learned`` are the targets of the minimized losses: those that the workload's ``augment`` has changed, if it does.
+    """
+    own = None
+    if workload.compares_examples and group is not None and group.world_size > 1:
+        number = len(next(leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)))
+        together = of_all_ranks(outputs, (targets, learned), group, number, is_filler=micro_batch.is_filler)
+        outputs, (targets, learned), own = together
+    losses, minimized = workload.loss(outputs, targets), workload.training_loss(outputs, learned, config)
+    if minimized is None and learned is not targets:
+        minimized = workload.loss(outputs, learned)
+    if own is not None:
+        losses, minimized = losses[own], None if minimized is None else minimized[own]
+    return losses.sum(), None if minimized is None else minimized.sum()
+
+
+def _distributed(model: nn.Module, group: Group, has_unused_parameters: bool) -> nn.Module:
+    """Wrap a model so that gradients are averaged over the ranks; with one rank, return it unchanged.
+
+    A parameter without a gradient on all ranks keeps none, if ``has_unused_parameters``.
+    """
     if group.world_size == 1:
         return model
     if group.device.type == "cuda":
-        return DistributedDataParallel(model, device_ids=[group.device])
-    wrapped = DistributedDataParallel(model)
+        return DistributedDataParallel(model, device_ids=[group.device], find_unused_parameters=has_unused_parameters)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=has_unused_parameters)
     shared_memory.use_if_possible(wrapped)
     return wrapped

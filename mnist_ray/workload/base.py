@@ -72,7 +72,9 @@ class Workload(UserClass):
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
     """Changed search spaces, like ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None excludes a setting."""
     compares_examples: ClassVar[bool] = False
-    """Whether an example's loss depends on the other examples in its batch, and therefore on the number of workers."""
+    """Whether the loss compares the examples of a batch: it then sees those of all workers."""
+    has_unused_parameters: ClassVar[bool] = False
+    """Whether some steps use only a part of the parameters, such as some of the experts."""
     prompt: ClassVar[str] = ""
     """A text that ``complete`` continues after each validation, for the console and the report."""
     noun: ClassVar[str] = "example"
@@ -120,10 +122,18 @@ class Workload(UserClass):
         """
         return inputs
 
+    def augment(self, inputs: Any, targets: Any, generator: Generator) -> tuple[Any, Any]:
+        """Change prepared inputs and their targets together, in training, as mixup does.
+
+        Only the minimized loss sees the changed targets. torch's generator is seeded like ``generator``, so transforms
+        of torchvision may be used.
+        """
+        return inputs, targets
+
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the loss of each example, (N,). Outputs are in fp32, whatever the model's precision.
 
-        A loss that compares examples sees only a micro-batch at a time: see ``compares_examples``.
+        For a loss that compares examples, see ``compares_examples``.
         """
         raise NotImplementedError
 

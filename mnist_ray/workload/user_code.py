@@ -115,7 +115,7 @@ def check_members(user_class: type, base: type) -> None:
         _check_arguments(user_class, name, method)
     known = [name for name in dir(base) if not name.startswith("_")]
     for name, value in vars(user_class).items():
-        if name.startswith("_") or hasattr(user_class.__mro__[1], name):
+        if name.startswith("_") or any(name in vars(parent) for parent in user_class.__mro__[1:]):
             continue
         meant = difflib.get_close_matches(name, known, 1, cutoff=0.6 if name.startswith("on_") else 0.8)
         if meant and callable(value) == callable(getattr(base, meant[0])):

@@ -1,0 +1,58 @@
+"""Losses that compare the examples of the whole global batch: ``compares_examples``.
+
+Each rank's loss sees the outputs of all ranks in the batch's order; a rank takes the losses of its own slice. In the
+backward pass, each rank gets the sum of what all ranks' losses send back to its outputs. So the gradients are those of
+one process, also for a number that the model returns, such as a temperature: the ranks' parts of its gradient add up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mnist_ray.parallel.group import Group
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows of all ranks, from those of this rank; ``sizes`` are their numbers by rank."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, sizes: list[int], rank: int) -> Tensor:
+        ctx.sizes, ctx.rank, ctx.shape = sizes, rank, own.shape
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: sizes[rank]] = own[: sizes[rank]]
+        of_ranks = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(of_ranks, padded)
+        return torch.cat([rows[:size] for rows, size in zip(of_ranks, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        whole = gradients[0].contiguous()
+        dist.all_reduce(whole)
+        start = sum(ctx.sizes[: ctx.rank])
+        own = whole.new_zeros(ctx.shape)  # a filler, which no rank's losses see, keeps zeros
+        own[: ctx.sizes[ctx.rank]] = whole[start : start + ctx.sizes[ctx.rank]]
+        return own, None, None
+
+
+def of_all_ranks(outputs: Any, targets: Any, group: Group, num_own: int, *, is_filler: bool) -> tuple[Any, Any, slice]:
+    """Return outputs and targets of the global batch, and the rows of this rank's slice of ``num_own`` examples.
+
+    Tensors without a row for each example, such as a temperature, stay as they are. All ranks must call this.
+    """
+    counts = torch.zeros(group.world_size, dtype=torch.long, device=group.device)
+    counts[group.rank] = 0 if is_filler else num_own
+    dist.all_reduce(counts)
+    sizes: list[int] = counts.tolist()
+
+    def gathered(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == num_own
+        return _Gathered.apply(leaf, sizes, group.rank) if has_rows else leaf  # type: ignore[no-untyped-call]
+
+    start = sum(sizes[: group.rank])
+    whole = pytree.tree_map(gathered, (outputs, targets))
+    return *whole, slice(start, start + sizes[group.rank])

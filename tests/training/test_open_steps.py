@@ -1,0 +1,221 @@
+"""Steps that a usual loop does not have, on any number of ranks: as in a loop of plain PyTorch in one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.training import engine
+from mnist_ray.workload import Workload
+from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
+
+NUM_EXAMPLES, NUM_STEPS = 70, 50  # 7 steps a pass; with 3 ranks, slices of 3, 3 and 4
+CONFIG = TrainConfig(
+    precision="fp32",
+    num_epochs=1,
+    num_steps=NUM_STEPS,
+    validate_every=NUM_STEPS,
+    batch_size=10,
+    optimizer="sgd",
+    learning_rate=0.05,
+    lr_schedule="constant",
+)
+
+
+def numbers() -> Arrays:
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((NUM_EXAMPLES, 6)).astype(np.float32)
+    return Arrays(inputs, (inputs[:, :3].sum(1) + rng.standard_normal(NUM_EXAMPLES) * 0.1).astype(np.float32))
+
+
+class Numbers(Workload):
+    """Which number belongs to six others?"""
+
+    def create_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs[:, 0] - targets) ** 2
+
+
+class ByLBFGS(Numbers):
+    def create_model(self) -> nn.Module:
+        return nn.Linear(6, 1)  # convex: elsewhere, LBFGS makes a rounding error grow by ten in ten steps
+
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, history_size=3)
+
+
+class SAM(torch.optim.SGD):
+    """Sharpness-aware minimization (https://arxiv.org/abs/2010.01412): the gradient is that of a worse place nearby."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        with torch.enable_grad():
+            loss = closure()
+        norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
+        moves = [0.05 * parameter.grad / (norm + 1e-12) for parameter in parameters]
+        torch._foreach_add_(parameters, moves)
+        with torch.enable_grad():
+            closure()
+        torch._foreach_sub_(parameters, moves)
+        super().step()
+        return loss
+
+
+class BySAM(Numbers):
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return SAM(model.parameters(), config.learning_rate, momentum=0.9)
+
+
+class Experts(nn.Module):
+    """Each row goes to one of three experts; the last one gets rows in few steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 1) for _ in range(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        number = (inputs[:, 0] > 0).long() + (inputs[:, 0] > 1.5).long()
+        outputs = inputs.new_zeros(len(inputs), 1)
+        for index, expert in enumerate(self.experts):
+            rows = number == index
+            if rows.any():
+                outputs = outputs.index_put((rows.nonzero()[:, 0],), expert(inputs[rows]))
+        return outputs
+
+
+class OfExperts(Numbers):
+    has_unused_parameters = True
+
+    def create_model(self) -> nn.Module:
+        return Experts()
+
+
+class Compared(Numbers):
+    """Which of the other examples has a similar number? InfoNCE with a temperature that is learned."""
+
+    compares_examples = True
+
+    def create_model(self) -> nn.Module:
+        return Encoder()
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        features = F.normalize(outputs["features"], dim=1)
+        similar = features @ features.T * outputs["scale"].exp()
+        similar = similar.masked_fill(torch.eye(len(targets), dtype=torch.bool), -torch.inf)
+        apart = (targets[:, None] - targets).abs() + 1e9 * torch.eye(len(targets))
+        return F.cross_entropy(similar, apart.argmin(1), reduction="none")
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(6, 4), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"features": self.layer(inputs), "scale": self.scale}
+
+
+class Mixed(Numbers):
+    """Inputs and targets are moved together, without random numbers, so that slices do not matter."""
+
+    def augment(self, inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return inputs * 0.5, targets * 0.25
+
+
+CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
+    "LBFGS": (ByLBFGS, {"batch_size": NUM_EXAMPLES}),
+    "LBFGS in chunks": (ByLBFGS, {"batch_size": NUM_EXAMPLES, "reproducible": True, "num_chunks": 3}),
+    "SAM": (BySAM, {"clip_grad_norm": 10.0}),
+    "experts": (OfExperts, {"momentum": 0.9}),
+    "experts in micro-batches": (OfExperts, {"micro_batch_size": 2}),
+    "experts in chunks": (OfExperts, {"reproducible": True, "num_chunks": 4}),
+    "whole batch": (Compared, {}),
+    "mixed": (Mixed, {}),
+}
+
+
+def train_cases(rank: int, folder: Path) -> None:
+    for world_size in WORLD_SIZES:
+        if rank >= world_size:
+            continue
+        with joined(rank, world_size, folder / f"store-{world_size}") as group:
+            for case, (workload_class, settings) in CASES.items():
+                workload, config, losses = workload_class(), replace(CONFIG, **settings), list[float]()
+                state = engine.create_state(workload, config, NUM_EXAMPLES, group)
+                note = Hooks(on_progress=lambda state, progress, losses=losses: losses.extend(progress.losses))
+                engine.train(workload, state, Split(numbers()), config, group, [note])
+                if rank == 0:
+                    (folder / f"{case}-{world_size}.json").write_text(json.dumps(losses))
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("open")
+    call_on_ranks(ranks, train_cases, folder)
+    return folder
+
+
+def batches(batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    examples = numbers()
+    for number in range(NUM_STEPS):
+        pass_number, step = divmod(number, NUM_EXAMPLES // batch_size)
+        sampler = ShardedBatchSampler(NUM_EXAMPLES, batch_size, CONFIG.seed, pass_number, first_step=step)
+        indices = next(iter(sampler)).indices
+        yield torch.tensor(examples.inputs[indices]), torch.tensor(examples.targets[indices])
+
+
+def train_plainly(case: str) -> list[float]:
+    """Return the losses of a loop of plain PyTorch, as its user would write it."""
+    workload_class, settings = CASES[case]
+    workload, config = workload_class(), replace(CONFIG, **settings)
+    torch.manual_seed(config.seed)
+    model, losses = workload.create_model(), []
+    optimizer: Any = workload.create_optimizer(model, config)
+    for inputs, targets in batches(config.batch_size):
+        reported = list[Tensor]()
+
+        def closure(inputs: Tensor = inputs, targets: Tensor = targets, reported: list[Tensor] = reported) -> Tensor:
+            optimizer.zero_grad()
+            if case == "mixed":
+                outputs = model(inputs * 0.5)
+                loss = workload.loss(outputs, targets * 0.25).mean()
+            else:
+                outputs = model(inputs)
+                loss = workload.loss(outputs, targets).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            reported.append(workload.loss(outputs, targets).mean())
+            return loss
+
+        if case.startswith(("LBFGS", "SAM")):
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        losses.append(reported[0].item())
+    return losses
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_losses_are_those_of_a_plain_loop(runs: Path, case: str, world_size: int) -> None:
+    losses, expected = json.loads((runs / f"{case}-{world_size}.json").read_text()), train_plainly(case)
+    assert len(losses) == NUM_STEPS
+    assert losses[0] == pytest.approx(expected[0], rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert losses[-1] != losses[0]
