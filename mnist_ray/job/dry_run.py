@@ -31,8 +31,8 @@ from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
-from mnist_ray.training.closure import takes_closure
 from mnist_ray.training.metrics import WEIGHT, check_columns
+from mnist_ray.training.open_step import takes_closure
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
 from mnist_ray.workload import Classification, Regression, Workload

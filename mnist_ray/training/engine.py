@@ -32,10 +32,10 @@ from mnist_ray.data.tensors import is_sharded, rows_here, with_fast_layout
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.closure import step_with_closure, takes_closure
 from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
+from mnist_ray.training.open_step import step_with_closure, takes_closure
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.window import LoggingWindow

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
@@ -24,10 +23,10 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.reproducible import Chunks
-from mnist_ray.parallel.whole_batch import of_all_ranks
+from mnist_ray.training import open_step
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.step import forward, forward_augmented, sums_of
+from mnist_ray.training.step import forward, sums_of
 from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.workload import Workload
 
@@ -188,46 +187,19 @@ def backward(
     filler adds zeros. Returns the sums over the micro-batch, like ``sums_of``, with that of the minimized loss if it is
     not the reported one. In a ``group``, losses that compare examples see those of all ranks.
     """
-    if type(workload).augment is Workload.augment:
-        outputs, targets = forward(workload, model, micro_batch, config.precision, generator)
-        learned = targets
+    if open_step.is_open(workload):
+        own = generator or torch.default_generator, group or Group()
+        outputs, targets, loss_sum, minimized = open_step.forward_open(workload, model, micro_batch, config, *own)
     else:
-        own = generator or torch.default_generator
-        outputs, learned = forward_augmented(workload, model, micro_batch, config.precision, own)
-        targets = micro_batch.targets
-    loss_sum, minimized = _losses(workload, outputs, targets, learned, config, micro_batch, group)
+        outputs, targets = forward(workload, model, micro_batch, config.precision, generator)
+        loss_sum, minimized = workload.loss(outputs, targets).sum(), workload.training_loss(outputs, targets, config)
+        minimized = None if minimized is None else minimized.sum()
     loss = (loss_sum if minimized is None else minimized) * (0.0 if micro_batch.is_filler else factor)
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     sums = sums_of(workload, outputs, targets, loss_sum)
     if minimized is not None:
         sums[MINIMIZED] = minimized.detach()
     return {name: torch.zeros_like(value) for name, value in sums.items()} if micro_batch.is_filler else sums
-
-
-def _losses(
-    workload: Workload,
-    outputs: Any,
-    targets: Any,
-    learned: Any,
-    config: TrainConfig,
-    micro_batch: MicroBatch,
-    group: Group | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the sum of this rank's losses, and that of its minimized losses; None if they are the same.
-
-    ``learned`` are the targets of the minimized losses: those that the workload's ``augment`` has changed, if it does.
-    """
-    own = None
-    if workload.compares_examples and group is not None and group.world_size > 1:
-        number = len(next(leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)))
-        together = of_all_ranks(outputs, (targets, learned), group, number, is_filler=micro_batch.is_filler)
-        outputs, (targets, learned), own = together
-    losses, minimized = workload.loss(outputs, targets), workload.training_loss(outputs, learned, config)
-    if minimized is None and learned is not targets:
-        minimized = workload.loss(outputs, learned)
-    if own is not None:
-        losses, minimized = losses[own], None if minimized is None else minimized[own]
-    return losses.sum(), None if minimized is None else minimized.sum()
 
 
 def _distributed(model: nn.Module, group: Group, has_unused_parameters: bool) -> nn.Module:

@@ -31,16 +31,6 @@ def forward(
         return as_fp32(model(inputs)), batch.targets
 
 
-def forward_augmented(
-    workload: Workload, model: nn.Module, batch: MicroBatch, precision: Precision, generator: torch.Generator
-) -> tuple[Any, Any]:
-    """Return like ``forward`` in training, after the workload's ``augment``; the targets are the changed ones."""
-    inputs = workload.prepare(batch.inputs, generator)
-    inputs, targets = workload.augment(inputs, batch.targets, generator)
-    with autocast(model, precision):
-        return as_fp32(model(inputs)), targets
-
-
 def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor) -> dict[str, Tensor]:
     """Return a batch's sums of the loss, of the workload's measures and of its example weights, on the device.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -14,12 +15,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
-from mnist_ray.workload import Workload
+from mnist_ray.workload import Classification, Workload
+from tests.conftest import ROOT
 from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
 
 NUM_EXAMPLES, NUM_STEPS = 70, 50  # 7 steps a pass; with 3 ranks, slices of 3, 3 and 4
@@ -219,3 +223,52 @@ def test_the_losses_are_those_of_a_plain_loop(runs: Path, case: str, world_size:
     assert losses[0] == pytest.approx(expected[0], rel=1e-5)
     assert losses == pytest.approx(expected, rel=1e-3)
     assert losses[-1] != losses[0]
+
+
+def test_the_code_of_the_docs_trains_and_what_it_reports_is_right() -> None:
+    page = (ROOT / "docs" / "guides" / "steps.md").read_text(encoding="utf-8")
+    code: dict[str, Any] = {"torch": torch, "F": F, "v2": v2, "lr_scheduler": torch.optim.lr_scheduler}
+    code |= {"Classification": Classification, "Workload": Workload}
+    exec("\n".join(re.findall(r"```python\n(.+?)```", page, re.DOTALL)), code)
+    images = Arrays(np.random.default_rng(0).random((20, 3, 8, 8), np.float32), np.arange(20) % 10)
+    for name in ("ByLBFGS", "BySAM", "OfExperts", "Contrastive", "Mixed", "Patient"):
+        model = Views if name == "Contrastive" else lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+        own = {"create_model": lambda self, model=model: model()}
+        workload = type("Own", (code[name],), own)(None, {"class_names": [*range(10)]})
+        config = replace(CONFIG, num_steps=4, validate_every=4)
+        state = engine.create_state(workload, config, len(images), Group())
+        losses = list[float]()
+        note = Hooks(on_progress=lambda state, progress, losses=losses: losses.extend(progress.losses))
+        engine.train(workload, state, Split(images), config, Group(), [note])
+        assert all(np.isfinite(losses)), name
+
+
+class Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(192, 4), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        views = torch.stack([inputs, inputs.flip(3)], 1)
+        return {"features": self.layer(views.flatten(2)), "scale": self.scale}
+
+
+def test_the_reported_loss_has_the_true_targets() -> None:
+    losses = list[float]()
+    state = engine.create_state(Doubled(), CONFIG, NUM_EXAMPLES, Group())
+    note = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses))
+    engine.train(Doubled(), state, Split(numbers()), CONFIG, Group(), [note])
+    assert losses[0] == pytest.approx(first_loss(), rel=1e-5)
+    assert losses[-1] > 0.1, "the targets that are learned are others"
+
+
+def first_loss() -> float:
+    torch.manual_seed(CONFIG.seed)
+    model = Numbers().create_model()
+    inputs, targets = next(batches(CONFIG.batch_size))
+    return float(Numbers().loss(model(inputs), targets).mean())
+
+
+class Doubled(Numbers):
+    def augment(self, inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return inputs, targets * 2
