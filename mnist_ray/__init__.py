@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mnist_ray.text import VERSION as __version__  # noqa: N811
+from mnist_ray.text import VERSION as __version__  # noqa: F401, N811
 
 __all__ = ["Run", "evaluate", "load_run", "predict", "train", "tune"]
 

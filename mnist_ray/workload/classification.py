@@ -172,6 +172,8 @@ class Classification(Workload):
 def _cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     from torch.nn import functional as F
 
+    if targets.shape == outputs.shape:  # probabilities, as mixup returns them
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
     if targets.is_floating_point():  # a Dataset may mix such labels with whole numbers
         raise ExampleError(f"a batch has targets of type {targets.dtype}; class labels must be whole numbers")
     return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=label_smoothing)
