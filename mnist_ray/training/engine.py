@@ -31,6 +31,7 @@ from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.tensors import is_sharded, rows_here, with_fast_layout
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
+from mnist_ray.training import open_step
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
@@ -59,9 +60,8 @@ def create_state(
     """
     watch = Stopwatch(is_on_gpu=group.device.type == "cuda")
     model, average = _create_models(workload, config, group, load_initial)
-    optimizer = workload.create_optimizer(model, config)
     total_steps = config.total_steps(num_examples)
-    scheduler = workload.create_scheduler(optimizer, config, total_steps)
+    optimizer, scheduler = open_step.create_optimizer(workload, model, config, total_steps)
     scaler = GradScaler(group.device.type, enabled=config.precision == "fp16")
     return TrainingState(
         model,

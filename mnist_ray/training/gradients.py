@@ -25,6 +25,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.reproducible import Chunks
 from mnist_ray.training import open_step
 from mnist_ray.training.metrics import WEIGHT
+from mnist_ray.training.parts import Parts, add_over_ranks
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward, sums_of
 from mnist_ray.training.stopwatch import WORKERS
@@ -45,10 +46,15 @@ class Gradients:
         self._chunks: Chunks | None = None
         if config.reproducible:
             self._chunks = Chunks(
-                state.model, config.num_chunks, group.rank, group.world_size, workload.has_unused_parameters
+                state.model,
+                config.num_chunks,
+                group.rank,
+                group.world_size,
+                has_unused_parameters=workload.has_unused_parameters or isinstance(state.optimizer, Parts),
             )
         self._is_sharded = state.is_sharded
-        adds_up_itself = config.reproducible or self._is_sharded
+        self._parts = state.optimizer if isinstance(state.optimizer, Parts) else None
+        adds_up_itself = config.reproducible or self._is_sharded or self._parts is not None
         has_unused = workload.has_unused_parameters
         self._model = state.model if adds_up_itself else _distributed(state.model, group, has_unused)
         self._ranks_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
@@ -67,7 +73,7 @@ class Gradients:
         Each is one number or, with ``--reproducible``, has one per chunk, 0 for chunks of other ranks. Raises
         TrainingStoppedError, at an epoch's start, if the set of trained parameters has changed.
         """
-        if self._state.step == 0:
+        if self._state.step == 0 and self._parts is None:
             self._check_trained()
         sums = self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
         self.minimized = sums.pop(MINIMIZED, None)
@@ -114,7 +120,8 @@ class Gradients:
 
     def _of_slice(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)
-        if self._is_sharded:
+        sums_itself = self._parts is not None and self._group.world_size > 1
+        if self._is_sharded or sums_itself:
             for buffer in self._model.buffers():  # as DDP does: rank 0's are the ones that checkpoints keep
                 dist.broadcast(buffer, 0)
         total: dict[str, Tensor] = {}
@@ -122,6 +129,8 @@ class Gradients:
             with self._accumulating(is_last=micro_batch.ends_step):
                 sums = self._backward(micro_batch, self._ranks_averaged / micro_batch.global_size)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
+        if sums_itself:
+            add_over_ranks(self._state.model)
         return total
 
     def _accumulating(self, *, is_last: bool) -> AbstractContextManager[None]:
@@ -149,7 +158,15 @@ class Gradients:
         scaler, group = self._state.scaler, self._group
         try:
             return backward(
-                self._workload, self._model, micro_batch, self._config, factor, self._generator, scaler, group
+                self._workload,
+                self._model,
+                micro_batch,
+                self._config,
+                factor,
+                self._generator,
+                scaler,
+                group,
+                self._parts.part if self._parts else "",
             )
         except RuntimeError as error:
             if "finished reduction in the prior iteration" not in str(error):
@@ -179,16 +196,18 @@ def backward(
     generator: torch.Generator | None = None,
     scaler: GradScaler | None = None,
     group: Group | None = None,
+    part: str = "",
 ) -> dict[str, Tensor]:
     """Add the gradients of ``factor`` × the sum of a micro-batch's losses to the model's, scaled by ``scaler``.
 
     With a factor of 1 / global batch size, the gradients of all slices add up to that of the global batch's mean loss,
     even if slices are uneven. DDP averages over the ranks instead, so its factor is world size / global batch size. A
     filler adds zeros. Returns the sums over the micro-batch, like ``sums_of``, with that of the minimized loss if it is
-    not the reported one. In a ``group``, losses that compare examples see those of all ranks.
+    not the reported one. In a ``group``, losses that compare examples see those of all ranks; with several optimizers,
+    ``part`` is the name of one.
     """
     if open_step.is_open(workload):
-        own = generator or torch.default_generator, group or Group()
+        own = generator or torch.default_generator, group or Group(), part
         outputs, targets, loss_sum, minimized = open_step.forward_open(workload, model, micro_batch, config, *own)
     else:
         outputs, targets = forward(workload, model, micro_batch, config.precision, generator)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from mnist_ray.config import TrainConfig
@@ -21,14 +22,30 @@ from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.tensors import as_fp32, autocast
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.whole_batch import of_all_ranks
+from mnist_ray.training.evaluation import evaluating
 from mnist_ray.training.metrics import WEIGHT
+from mnist_ray.training.parts import Parts, Schedules
 from mnist_ray.training.step import forward
 from mnist_ray.workload import Workload
 
 
+def create_optimizer(
+    workload: Workload, model: nn.Module, config: TrainConfig, total_steps: int
+) -> tuple[Optimizer, LRScheduler]:
+    """Return the workload's optimizer and schedule; several of them as one."""
+    created = workload.create_optimizer(model, config)
+    if isinstance(created, Optimizer):
+        return created, workload.create_scheduler(created, config, total_steps)
+    schedules = {name: workload.create_scheduler(each, config, total_steps) for name, each in created.items()}
+    return Parts(created), Schedules(schedules)
+
+
 def is_open(workload: Workload) -> bool:
     """Return whether ``forward_open`` computes the workload's losses, not ``forward``."""
-    return workload.compares_examples or type(workload).augment is not Workload.augment
+    of_class = type(workload)
+    return (
+        workload.compares_examples or of_class.augment is not Workload.augment or of_class.losses is not Workload.losses
+    )
 
 
 def forward_open(
@@ -38,12 +55,20 @@ def forward_open(
     config: TrainConfig,
     generator: torch.Generator,
     group: Group,
+    part: str = "",
 ) -> tuple[Any, Any, Tensor, Tensor | None]:
     """Return outputs and targets of a micro-batch, the sum of its losses, and that of those to minimize, if others.
 
     The latter see the targets that ``augment`` returns. Losses that compare examples see those of all ranks, which must
-    all call this; each rank takes those of its slice.
+    all call this; each rank takes those of its slice. With several optimizers, those to minimize are of one ``part``.
     """
+    if part:
+        with evaluating(model):
+            outputs, targets = forward(workload, model, batch, config.precision, generator)
+            loss_sum = workload.loss(outputs, targets).sum()
+        inputs, targets = workload.augment(workload.prepare(batch.inputs, generator), targets, generator)
+        with autocast(model, config.precision):
+            return outputs, batch.targets, loss_sum, workload.losses(model, inputs, targets, part).float().sum()
     outputs, learned = _augmented(workload, model, batch, config, generator)
     seen, targets, own = outputs, batch.targets, slice(None)
     if workload.compares_examples and group.world_size > 1:

@@ -137,6 +137,14 @@ class Workload(UserClass):
         """
         raise NotImplementedError
 
+    def losses(self, model: nn.Module, inputs: Any, targets: Any, part: str) -> Tensor:
+        """Return the losses to minimize, (N,), for the optimizer that ``create_optimizer`` names ``part``.
+
+        ``model`` may be called as often as needed, on prepared inputs; only the part's parameters require gradients.
+        ``loss`` is still what is reported and validated. Only called if there are several optimizers.
+        """
+        raise UsageError(f"{type(self).__name__} has several optimizers, so it needs a method losses()")
+
     def weights(self, targets: Any) -> Tensor | None:
         """Return each example's weight, (N,), such as its number of tokens; None if all examples count equally.
 
@@ -167,8 +175,8 @@ class Workload(UserClass):
         """
         return {}
 
-    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer:
-        """Return the optimizer that ``config`` names."""
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer | Any:
+        """Return the optimizer that ``config`` names; or several by name, which step in this order: see ``losses``."""
         from torch import optim
 
         fused = all(parameter.is_floating_point() for parameter in model.parameters()) or None  # None: PyTorch chooses
@@ -182,7 +190,7 @@ class Workload(UserClass):
         return kinds[config.optimizer](model.parameters(), betas=(config.beta1, config.beta2), **options)
 
     def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
-        """Return the learning rate's schedule; training steps it ``total_steps`` times."""
+        """Return the learning rate's schedule, of each optimizer; training steps it ``total_steps`` times."""
         from torch.optim import lr_scheduler
 
         if config.lr_schedule == "one-cycle":  # https://arxiv.org/abs/1708.07120

@@ -142,6 +142,34 @@ class Mixed(Numbers):
         return inputs * 0.5, targets * 0.25
 
 
+class Rivals(nn.Module):
+    """One network makes a number, the other one judges it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.judge = nn.Linear(6, 1), nn.Linear(7, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.maker(inputs)
+
+
+class OfRivals(Numbers):
+    def create_model(self) -> nn.Module:
+        return Rivals()
+
+    def create_optimizer(self, model: Any, config: TrainConfig) -> Any:
+        judge = torch.optim.SGD(model.judge.parameters(), 0.02, momentum=0.9)
+        return {"judge": judge, "maker": torch.optim.Adam(model.maker.parameters(), 0.01, eps=1e-4)}
+
+    def losses(self, model: Any, inputs: Tensor, targets: Tensor, part: str) -> Tensor:
+        made = model(inputs)
+        judged = model.judge(torch.cat([inputs, made if part == "maker" else made.detach()], 1))[:, 0]
+        if part == "maker":
+            return F.softplus(-judged) + (made[:, 0] - targets) ** 2
+        real = model.judge(torch.cat([inputs, targets[:, None]], 1))[:, 0]
+        return F.softplus(-real) + F.softplus(judged)
+
+
 CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
     "LBFGS": (ByLBFGS, {"batch_size": NUM_EXAMPLES}),
     "LBFGS in chunks": (ByLBFGS, {"batch_size": NUM_EXAMPLES, "reproducible": True, "num_chunks": 3}),
@@ -151,6 +179,9 @@ CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
     "experts in chunks": (OfExperts, {"reproducible": True, "num_chunks": 4}),
     "whole batch": (Compared, {}),
     "mixed": (Mixed, {}),
+    "rivals": (OfRivals, {}),
+    "rivals in micro-batches": (OfRivals, {"micro_batch_size": 2, "ema_decay": 0.5}),
+    "rivals in chunks": (OfRivals, {"reproducible": True, "num_chunks": 4}),
 }
 
 
@@ -206,7 +237,13 @@ def train_plainly(case: str) -> list[float]:
             reported.append(workload.loss(outputs, targets).mean())
             return loss
 
-        if case.startswith(("LBFGS", "SAM")):
+        if case.startswith("rivals"):
+            reported.append(workload.loss(model(inputs), targets).mean())
+            for part, own in optimizer.items():
+                model.zero_grad()
+                workload.losses(model, inputs, targets, part).mean().backward()  # type: ignore[no-untyped-call]
+                own.step()
+        elif case.startswith(("LBFGS", "SAM")):
             optimizer.step(closure)
         else:
             closure()
