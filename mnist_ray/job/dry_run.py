@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
 from mnist_ray.checkpoints.tensor_files import check_held
@@ -27,12 +26,15 @@ from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import detached
 from mnist_ray.errors import UsageError, with_place
+from mnist_ray.job.dry_open_step import check_augment, check_created, check_parts, check_schedule
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
+from mnist_ray.training import open_step
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.open_step import takes_closure
+from mnist_ray.training.parts import Parts
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
 from mnist_ray.workload import Classification, Regression, Workload
@@ -137,6 +139,7 @@ def check_batch(
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, targets)
     idle = _check_losses(workload, model, outputs, targets, number, config)
+    check_augment(workload, model, batch, config)
     model.eval()
     evaluated, own_targets, columns = _evaluated(workload, model, batch, "predictions")
     _check_dict(f"{name}.predictions", columns)
@@ -154,7 +157,7 @@ def check_batch(
             check_columns([columns, _evaluated(workload, model, last, of_last)[-1]])
         for few in () if workload.compares_examples else fewer:
             _check_independence(workload, model, evaluated, own_targets, few, config)
-    unused = _check_optimizer(workload, model, config, config.total_steps(num_examples))
+    unused = _check_optimizer(workload, model, batch, config, config.total_steps(num_examples))
     return idle | (unused or config.unused) if idle else unused
 
 
@@ -256,7 +259,8 @@ def _check_losses(
         raise UsageError(f"{name}.loss does not depend on the model's parameters: nothing would be learned")
     losses.sum().backward()  # type: ignore[no-untyped-call]
     idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
-    if idle and not workload.has_unused_parameters:
+    has_parts = type(workload).losses is not Workload.losses  # each optimizer has losses of its own
+    if idle and not workload.has_unused_parameters and not has_parts:
         found = f"parameters {idle[0]} and {len(idle) - 1} more are" if len(idle) > 1 else f"parameter {idle[0]} is"
         remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
         raise UsageError(f"{name}: {found} not part of the loss; {remedy}")
@@ -322,7 +326,9 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict
         raise UsageError(f"{methods} {', '.join([*summary, *of_all]) or 'nothing'}, but {named}")
 
 
-def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, total_steps: int) -> set[str] | None:
+def _check_optimizer(
+    workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig, total_steps: int
+) -> set[str] | None:
     """Try a step of the workload's own optimizer and schedule; return the settings that they do not use.
 
     Returns None for the default ones, which are not tried, to save most of a second.
@@ -333,11 +339,11 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
     config, used = _recorded(config)
     with placed(workload, "create_optimizer"):
         optimizer = workload.create_optimizer(model, config)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        found = f"{own.__name__}.create_optimizer must return one torch.optim.Optimizer, not {type(optimizer).__name__}"
-        raise UsageError(f"{found}; it may have several groups of parameters")
+    check_created(optimizer, own.__name__)
     with placed(workload, "create_scheduler"):
-        scheduler = workload.create_scheduler(optimizer, config, total_steps)
+        optimizer, scheduler = open_step.create_optimizer(workload, model, config, total_steps)
+    if isinstance(optimizer, Parts):
+        check_parts(workload, model, batch, optimizer, config)
     if takes_closure(optimizer):
         for name, value in {"--precision": config.precision, "--strategy": config.strategy}.items():
             if value in ("fp16", "fsdp"):
@@ -347,11 +353,7 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
     else:
         with placed(workload, "optimizer.step()"):
             optimizer.step()
-    with placed(workload, "scheduler.step()"):
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(0.0)
-        else:
-            scheduler.step()
+    check_schedule(workload, scheduler)
     content = "tensors, numbers and strings, as torch.optim returns them"
     with placed(workload, f"a checkpoint of the state_dict of optimizer and schedule ({content})"):
         check_kept(snapshot(TrainingState(model, optimizer, scheduler), {}).training)

@@ -339,8 +339,7 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         ),
         (
             "def create_optimizer(self, model, config): return [torch.optim.SGD(model.parameters())] * 2",
-            ".create_optimizer must return one torch.optim.Optimizer, not list; it may have several groups of "
-            "parameters",
+            ".create_optimizer must return a torch.optim.Optimizer, or a dict of them by name, not list",
         ),
         ("def summarize(self, means): return {}", ".summarize returns nothing, but Wrong.metrics names accuracy"),
         (
@@ -604,3 +603,47 @@ def test_a_file_that_is_missing_from_the_datas_files_is_named(write: Write) -> N
     body = "\n    def load_data(self): return Data(examples(3), examples(3), files=['/gone.jpg'])\n"
     assert message_of(write, body).startswith("Wrong, load_data: FileNotFoundError: ")
     assert "'/gone.jpg'" in message_of(write, body)
+
+
+# --- open steps
+
+PARTS = """
+    def create_optimizer(self, model, config):
+        return {"first": torch.optim.SGD(model.parameters(), 0.1)}
+    def losses(self, model, inputs, targets, part):
+        return LOSSES
+"""
+AUGMENT = "\n    def augment(self, inputs, targets, generator): return CHANGED\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            PARTS.replace("LOSSES", "model(inputs).sum()"),
+            "Wrong.losses of first must be one number per example, not ()",
+        ),
+        (PARTS.replace("LOSSES", "torch.zeros(len(targets))"), "Wrong.losses of first does not depend on the model's"),
+        (PARTS.replace("LOSSES", "1 / 0"), "Wrong, losses of first: ZeroDivisionError"),
+        (PARTS.split("    def losses")[0], "Wrong has several optimizers, so it needs a method losses()"),
+        (
+            PARTS.replace("LOSSES", "model(inputs)[:, 0]") + "    compares_examples = True\n",
+            "compares_examples does not work with several optimizers",
+        ),
+        (
+            "\n    def augment(self, inputs, targets, generator): return inputs\n",
+            "Wrong.augment must return inputs and targets",
+        ),
+        (
+            "\n    def augment(self, inputs, targets, generator): return inputs, 1 / 0\n",
+            "Wrong, augment: ZeroDivisionError",
+        ),
+        (
+            "\n    def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())\n",
+            "--precision fp16 does not work with an optimizer whose step needs a closure",
+        ),
+    ],
+)
+def test_a_wrong_open_step_is_one_line(write: Write, body: str, message: str) -> None:
+    config = TrainConfig(precision="fp16" if "LBFGS" in body else "fp32")
+    assert message in message_of(write, body, config=config)

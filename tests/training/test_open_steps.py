@@ -268,16 +268,30 @@ def test_the_code_of_the_docs_trains_and_what_it_reports_is_right() -> None:
     code |= {"Classification": Classification, "Workload": Workload}
     exec("\n".join(re.findall(r"```python\n(.+?)```", page, re.DOTALL)), code)
     images = Arrays(np.random.default_rng(0).random((20, 3, 8, 8), np.float32), np.arange(20) % 10)
-    for name in ("ByLBFGS", "BySAM", "OfExperts", "Contrastive", "Mixed", "Patient"):
-        model = Views if name == "Contrastive" else lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    for name in ("ByLBFGS", "BySAM", "OfExperts", "Rivals", "Contrastive", "Mixed", "Patient"):
+        model = {"Contrastive": Views, "Rivals": OfPictures}.get(name, Labels)
         own = {"create_model": lambda self, model=model: model()}
-        workload = type("Own", (code[name],), own)(None, {"class_names": [*range(10)]})
+        workload: Any = type("Own", (code[name],), own)(None, {"class_names": [*range(10)]})
         config = replace(CONFIG, num_steps=4, validate_every=4)
         state = engine.create_state(workload, config, len(images), Group())
         losses = list[float]()
         note = Hooks(on_progress=lambda state, progress, losses=losses: losses.extend(progress.losses))
         engine.train(workload, state, Split(images), config, Group(), [note])
         assert all(np.isfinite(losses)), name
+
+
+class Labels(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(192, 10))
+
+
+class OfPictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.judge = nn.Linear(8, 8), nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.maker(inputs).view_as(inputs)
 
 
 class Views(nn.Module):
