@@ -45,10 +45,10 @@ class Picture:
     """A picture in the report."""
 
     name: str  # of the PNG file, without its suffix
-    title: str
-    alt: str
+    title: str  # above the picture
+    alt: str  # describes it for those who cannot see it
     png: bytes
-    caption: str = ""
+    caption: str = ""  # below the picture
     is_wide: bool = False  # takes the page's whole width
     is_photo: bool = False  # shows images from the data, so dark mode must not invert the picture
 
@@ -75,7 +75,7 @@ class Workload(UserClass):
     """Whether an example's loss depends on the other examples in its batch, and therefore on the number of workers."""
     prompt: ClassVar[str] = ""
     """A text that ``complete`` continues after each validation, for the console and the report."""
-    noun: ClassVar[str] = "example"
+    noun: ClassVar[str] = "example"  # the word for an example in all output, such as ``image``
     prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
 
     def __init__(self, settings: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
