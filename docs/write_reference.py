@@ -56,6 +56,15 @@ that the setting is unset; in a file or on the command line, `none` unsets a num
 URI; without it, a command uses the newest run. All commands except `new` also have `--config` and, where they apply,
 `--storage-path` and `--workload`."""
 
+WHERE_FROM = (
+    "Import `Callback` from `mnist_ray.training.callback`, `Tracker` and `Ending` from `mnist_ray.trackers`, and "
+    "events from `mnist_ray.training.events`."
+)
+ABOUT_WORKLOADS = (
+    "What a workload may define. Import the classes from `mnist_ray.workload`. [Your own "
+    "workload](../guides/workload.md) shows how to write one; [Python](python.md) has `Data`, `Metric` and others."
+)
+
 
 def flags() -> str:
     """Return the page of all flags, by command."""
@@ -130,28 +139,28 @@ def python() -> str:
         lines += about_class(a_class, f"{module}{a_class.__name__}", has_signature=False)
     lines += ["", "## Data", "", "Import these, and those below, from `mnist_ray.workload`."]
     lines += [line for a_class in (Data, Arrays, Blocks) for line in about_class(a_class)]
-    for member in (sources.pictures, sources.Parquet):
-        lines += about_member(member, f"sources.{member.__name__}")
+    lines += about_member(sources.pictures, "sources.pictures")
+    lines += about_member(sources.Parquet, "sources.Parquet")
     lines += ["", "## Settings of a workload"]
-    for member in (settings.setting, Choice, Range, settings.at_least, settings.within, settings.positive):
-        lines += about_member(member, member.__name__)
-    lines += about_member(settings.fraction, "fraction")
+    for name in ("setting", "Choice", "Range", "at_least", "within", "positive", "fraction"):
+        lines += about_member(getattr(settings, name), name)
     lines += ["", "## Metrics and images"]
     lines += [line for a_class in (Metric, Picture) for line in about_class(a_class)]
-    lines += ["", "## Callbacks and trackers", ""]
-    lines += ["Import `Callback` from `mnist_ray.training.callback`, `Tracker` and `Ending` from `mnist_ray.trackers`, and"]
-    lines += ["events from `mnist_ray.training.events`."]
-    for a_class in (Callback, Tracker, Ending, events.Started, events.Progress, events.EpochFinished, events.Validated):
-        lines += about_class(a_class, has_signature=a_class is Tracker)
-    lines += about_class(events.TrialEnded, has_signature=False)
+    lines += ["", "## Callbacks and trackers", "", *textwrap.wrap(WHERE_FROM, 120)]
+    lines += [
+        *about_class(Callback, has_signature=False),
+        *about_class(Tracker),
+        *about_class(Ending, has_signature=False),
+    ]
+    for event in (events.Started, events.Progress, events.EpochFinished, events.Validated, events.TrialEnded):
+        lines += about_class(event, has_signature=False)
     return "\n".join(lines) + "\n"
 
 
 def workload() -> str:
     """Return the page of what a workload may define."""
     lines = ["# Workload", "", NOTE, ""]
-    lines += ["What a workload may define. Import the classes from `mnist_ray.workload`. [Your own"]
-    lines += ["workload](../guides/workload.md) shows how to write one, [Python](python.md) has `Data`, `Metric` and others."]
+    lines += textwrap.wrap(ABOUT_WORKLOADS, 120)
     for a_class in (Workload, Classification, Regression):
         lines += ["", f"## {a_class.__name__}", "", *documented(a_class)]
         for title, rows in grouped(a_class).items():
