@@ -277,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices={**RUNS, **RUNS_ON_HOSTS, **RUNS_DRAINED})
     parser.add_argument("--nodes", nargs="+", choices=["raylets", "hosts", "drained"], default=["raylets", "hosts"])
-    parser.add_argument("--runs", type=int, help="runs of each kind (default: as in benchmarks/measured.md)")
+    parser.add_argument("--runs", type=int, help="runs of each kind (default: those of benchmarks/measured.md)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blocks", action="store_true", help="train on data that are read in blocks")
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="passed to the job")

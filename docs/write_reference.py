@@ -4,125 +4,206 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
-from collections.abc import Iterable, Iterator
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import mnist_ray
-from mnist_ray import config
+from mnist_ray import cli, config, errors, settings
 from mnist_ray.api import Run, SweptRun
 from mnist_ray.settings import Choice, Range, Setting, declared, flag, title_of
+from mnist_ray.tools.predict import Prediction
 from mnist_ray.trackers import Ending, Tracker
+from mnist_ray.training import events
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Arrays, Blocks, Classification, Data, Metric, Picture, Regression, Workload, sources
 
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "Written by `python docs/write_reference.py` from the code."
 TRAINING = (config.TrainConfig, config.WorkerConfig, config.OutputConfig, config.SourceConfig)
-COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "train": ("train, test, and write the run's files", TRAINING),
-    "tune": ("search settings, then train the best; also the flags of `train`", (config.SweepConfig,)),
-    "evaluate": ("test a run's checkpoint", (config.EvaluationConfig,)),
-    "predict": ("predict for your own images or texts", (config.PredictionConfig,)),
-    "view": ("look at the data", (config.ViewConfig,)),
-    "export": ("write a trained model as a program of torch.export", (config.ExportConfig,)),
-    "reproduce": ("train a run again, and compare the weights", (config.ReproductionConfig,)),
-    "runs": ("list the runs in the storage", (config.RunsConfig,)),
+COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the command's name, and its settings
+    "train": ("[FLAGS]", TRAINING),
+    "tune": ("[FLAGS]", (config.SweepConfig,)),
+    "evaluate": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.EvaluationConfig,)),
+    "predict": ("IMAGE_OR_FOLDER … [--run CHECKPOINT_OR_RUN] [FLAGS]", (config.PredictionConfig,)),
+    "view": ("[FLAGS]", (config.ViewConfig,)),
+    "report": ("[RUN] [FLAGS]", ()),
+    "export": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.ExportConfig,)),
+    "reproduce": ("RUN [FLAGS]", (config.ReproductionConfig,)),
+    "runs": ("[FLAGS]", (config.RunsConfig,)),
+    "new": ("NAME [FLAGS]", (config.ProjectConfig,)),
 }
+NOTES = {
+    "tune": "All flags of `train` apply to each trial.",
+    "predict": "For a language model, give texts to continue.",
+}
+KINDS = {int: "integer", float: "number", str: "text", Path: "path", tuple: "list", bool: "on or off"}
+INTRODUCTION = """\
+One setting has three forms: a flag, a name in a [settings file](../guides/settings.md#settings-files), and a keyword of
+the [Python function](python.md).
+
+| where | form |
+|---|---|
+| command line | `--batch-size 64`, `--reproducible`, `--no-reproducible` |
+| TOML | `batch_size = 64`, `reproducible = true` |
+| YAML | `batch_size: 64`, `reproducible: true` |
+| Python | `train(batch_size=64, reproducible=True)` |
+
+A workload's recipe may have other defaults: `COMMAND --help` shows them, and the workload's own settings. A dash means
+that the setting is unset; in a file or on the command line, `none` unsets a number. `RUN` is a run's name, folder or
+URI; without it, a command uses the newest run. All commands except `new` also have `--config` and, where they apply,
+`--storage-path` and `--workload`."""
+
+WHERE_FROM = (
+    "Import `Callback` from `mnist_ray.training.callback`, `Tracker` and `Ending` from `mnist_ray.trackers`, and "
+    "events from `mnist_ray.training.events`."
+)
+ABOUT_WORKLOADS = (
+    "What a workload may define. Import the classes from `mnist_ray.workload`. [Your own "
+    "workload](../guides/workload.md) shows how to write one; [Python](python.md) has `Data`, `Metric` and others."
+)
 
 
 def flags() -> str:
     """Return the page of all flags, by command."""
-    lines = ["# Flags and settings", "", NOTE, ""]
-    lines += wrapped(
-        "A flag is also a keyword of the Python function and, with underscores, a name in settings files. A workload's "
-        "recipe may have other defaults; `--help` shows them, and the workload's own settings. All commands on runs "
-        "also have `--storage-path`, `--workload` and `--config`."
-    )
-    for name, (purpose, classes) in COMMANDS.items():
-        lines += ["", f"## {name}", "", f"`mnist-ray {name}`, `python jobs/{name}.py`: {purpose}."]
+    lines = ["# Flags and settings", "", NOTE, "", *INTRODUCTION.splitlines()]
+    for name, (words, classes) in COMMANDS.items():
+        purpose = (inspect.getdoc(cli.COMMANDS[name]) or "").splitlines()[0]
+        lines += ["", f"## {name}", "", f"    mnist-ray {name} {words}", ""]
+        lines += textwrap.wrap(f"{purpose} {NOTES.get(name, '')}", 120)
         for config_class in classes:
             title = title_of(config_class)
             lines += ["", f"### {title if title != 'Options' else 'Where the settings come from'}"] * (len(classes) > 1)
-            lines += ["", "| flag | default | values | |", "|---|---|---|---|"]
+            lines += ["", "| flag | default | values | meaning |", "|---|---|---|---|"]
             lines += [row_of(about) for about in declared(config_class).values()]
     return "\n".join(lines) + "\n"
 
 
 def row_of(about: Setting) -> str:
     """Return a setting's row."""
+    parts = about.help.split("; ")
+    chosen = [part for part in parts if part.startswith("default: ")]  # what the job does if the setting is unset
     default = about.unset if about.default is None else about.default
-    name = f"`{flag(about.name)}`" + (f" or `--no-{flag(about.name)[2:]}`" if about.plain is bool else "")
-    return f"| {name} | {'off' if default is False else default} | {values_of(about)} | {about.help} |".replace(
-        "|  |", "| |"
-    )
+    if about.default is None and about.unset == "none":
+        default = chosen[0].removeprefix("default: ") if chosen else "–"
+    elif isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, float):
+        default = f"{default:g}"
+    name = f"`{flag(about.name)}`" + (f", `--no-{flag(about.name)[2:]}`" if about.plain is bool else "")
+    meaning = "; ".join(part for part in parts if part not in chosen).partition(": FILE.py[")[0]
+    meaning = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", meaning)
+    return f"| {name} | {default} | {values_of(about)} | {meaning}{searched(about)} |"
 
 
 def values_of(about: Setting) -> str:
-    """Return which values a setting may have, and its search space."""
-    kind = {int: "whole number", float: "number", str: "text", Path: "path", tuple: "list", bool: ""}[about.plain]
+    """Return which values a setting may have."""
     if about.arguments and about.plain is not tuple:
-        kind = ", ".join(f"`{choice}`" for choice in about.arguments)
-    if about.must:
-        kind += f", {about.must.removeprefix('must be ')}"
+        return ", ".join(f"`{choice}`" for choice in about.arguments)
+    kind = f"`{about.metavar}`" if about.metavar else KINDS[about.plain]
+    allowed = about.must.removeprefix("must ").removeprefix("be ")
+    if not allowed:
+        return "`FILE.py[:NAME]` or module" if about.code else kind
+    if allowed == "a positive number":
+        return f"{kind} above 0"
+    if allowed.startswith("in "):
+        return f"{kind} {allowed}"
+    if allowed.startswith("at least"):
+        return f"{kind}, {allowed}"
+    if re.match(r"[\d,]+ to ", allowed):
+        return f"{kind} from {allowed}"
+    return allowed.replace("end in ", "path, with suffix ")
+
+
+def searched(about: Setting) -> str:
+    """Return which values a sweep tries by default."""
     if isinstance(about.search, Choice):
-        kind += f"; searched: {', '.join(map(str, about.search.options))}"
+        return f"; a sweep tries {', '.join(map(str, about.search.options))}"
     if isinstance(about.search, Range):
-        kind += f"; searched: {about.search.low:g} to {about.search.high:g}{', log' * about.search.log}"
-    return kind
+        scale = " on a logarithmic scale" * about.search.log
+        return f"; a sweep tries {about.search.low:g} to {about.search.high:g}{scale}"
+    return ""
 
 
 def python() -> str:
     """Return the page of the Python interface."""
-    lines = ["# Python", "", NOTE, "", "## Functions of mnist_ray"]
+    lines = ["# Python", "", NOTE, "", "## Functions of mnist_ray", ""]
+    lines += ["Keywords are the [flags](flags.md) of the command with the same name, and a workload's own settings."]
     for name in ("train", "tune", "evaluate", "predict", "load_run"):
-        function = inspect.unwrap(getattr(mnist_ray, name))
-        lines += ["", f"### {name}", "", f"    {name}{short_signature(function)}", "", *documented(function)]
-    for title, classes in {
-        "What they return": (Run, SweptRun),
-        "Data": (Data, Arrays, Blocks),
-        "Sources": (),
-        "Figures": (Metric, Picture),
-        "Callbacks and trackers": (Callback, Tracker, Ending),
-    }.items():
-        lines += ["", f"## {title}"]
-        if title == "Sources":
-            for member in (sources.pictures, sources.Parquet):
-                lines += ["", f"### sources.{member.__name__}", "", *documented(member)]
-        for a_class in classes:
-            lines += ["", f"### {a_class.__name__}", "", *documented(a_class), *members(a_class)]
+        lines += about_member(inspect.unwrap(getattr(mnist_ray, name)), name)
+    lines += ["", "## What they return and raise"]
+    for a_class in (Run, SweptRun, Prediction, errors.UsageError, errors.JobError):
+        module = "mnist_ray.errors." if a_class.__module__ == errors.__name__ else ""
+        lines += about_class(a_class, f"{module}{a_class.__name__}", has_signature=False)
+    lines += ["", "## Data", "", "Import these, and those below, from `mnist_ray.workload`."]
+    lines += [line for a_class in (Data, Arrays, Blocks) for line in about_class(a_class)]
+    lines += about_member(sources.pictures, "sources.pictures")
+    lines += about_member(sources.Parquet, "sources.Parquet")
+    lines += ["", "## Settings of a workload"]
+    for name in ("setting", "Choice", "Range", "at_least", "within", "positive", "fraction"):
+        lines += about_member(getattr(settings, name), name)
+    lines += ["", "## Metrics and images"]
+    lines += [line for a_class in (Metric, Picture) for line in about_class(a_class)]
+    lines += ["", "## Callbacks and trackers", "", *textwrap.wrap(WHERE_FROM, 120)]
+    lines += [
+        *about_class(Callback, has_signature=False),
+        *about_class(Tracker),
+        *about_class(Ending, has_signature=False),
+    ]
+    for event in (events.Started, events.Progress, events.EpochFinished, events.Validated, events.TrialEnded):
+        lines += about_class(event, has_signature=False)
     return "\n".join(lines) + "\n"
 
 
 def workload() -> str:
     """Return the page of what a workload may define."""
-    lines = ["# Workload", "", NOTE, "", "Import from `mnist_ray.workload`."]
+    lines = ["# Workload", "", NOTE, ""]
+    lines += textwrap.wrap(ABOUT_WORKLOADS, 120)
     for a_class in (Workload, Classification, Regression):
-        lines += ["", f"## {a_class.__name__}", "", *documented(a_class), *members(a_class)]
+        lines += ["", f"## {a_class.__name__}", "", *documented(a_class)]
+        for title, rows in grouped(a_class).items():
+            lines += ["", f"### {title} of {a_class.__name__}", "", "| name | meaning |", "|---|---|", *rows]
     return "\n".join(lines) + "\n"
 
 
-def members(a_class: type) -> Iterator[str]:
-    """Yield a table of the public members that a class itself defines."""
-    rows = []
+def grouped(a_class: type) -> dict[str, list[str]]:
+    """Return rows of the public members that a class itself defines, by what they are; no empty groups."""
+    groups: dict[str, list[str]] = {"Attributes": [], "Methods": [], "Properties": []}
     comments = comments_of(a_class)
-    for name, value in vars(a_class).items():
-        if name.startswith("_") or inspect.isclass(value):
-            continue
-        member = value.fget if isinstance(value, property) else inspect.unwrap(value) if callable(value) else None
-        if member is None or not inspect.getdoc(member):
-            said = comments.get(name, "")
+    types = {field.name: f"``{field.type}``" for field in fields_of(a_class)}
+    for name in dict.fromkeys([*getattr(a_class, "__annotations__", ()), *vars(a_class)]):
+        value = vars(a_class).get(name)
+        if isinstance(value, property):
+            kind, call, meaning = "Properties", "", inspect.getdoc(value) or ""
+        elif inspect.isfunction(value):
+            kind, call, meaning = "Methods", signature_of(inspect.unwrap(value)), inspect.getdoc(value) or ""
         else:
-            said = " ".join((inspect.getdoc(member) or "").split())
-        if said:
-            call = short_signature(member) if inspect.isfunction(member) and not isinstance(value, property) else ""
-            rows.append(f"| `{name}{call}` | {said.replace('``', '`').replace('|', chr(92) + '|')} |")
-    for field in dataclasses.fields(a_class) if dataclasses.is_dataclass(a_class) else ():
-        if field.name in comments and not any(row.startswith(f"| `{field.name}`") for row in rows):
-            rows.append(f"| `{field.name}` | {comments[field.name]} |")
-    if rows:
-        yield from ("", "| | |", "|---|---|", *rows)
+            kind, call, meaning = "Attributes", "", comments.get(name, types.get(name, ""))
+        if meaning and not name.startswith("_"):
+            text = " ".join(meaning.split()).replace("``", "`").replace("|", "\\|")
+            groups[kind].append(f"| `{name}{call}` | {text} |")
+    return {kind: rows for kind, rows in groups.items() if rows}
+
+
+def fields_of(a_class: type) -> tuple[dataclasses.Field[Any], ...]:
+    """Return a dataclass's fields; none of another class."""
+    return dataclasses.fields(a_class) if dataclasses.is_dataclass(a_class) else ()
+
+
+def about_class(a_class: type, name: str = "", *, has_signature: bool = True) -> list[str]:
+    """Return the section of a class, with a table of its members."""
+    rows = [row for of_kind in grouped(a_class).values() for row in of_kind]
+    table = ["", "| name | meaning |", "|---|---|", *rows] if rows else []
+    has_signature = has_signature and "__init__" in vars(a_class)
+    return [*about_member(a_class, name or a_class.__name__, has_signature=has_signature), *table]
+
+
+def about_member(member: Any, name: str, *, has_signature: bool = True) -> list[str]:
+    """Return the section of a function or a class."""
+    signature = ["", f"    {name}{signature_of(member)}"] if has_signature else []
+    return ["", f"### {name.removeprefix('mnist_ray.errors.')}", *signature, "", *documented(member)]
 
 
 def comments_of(a_class: type) -> dict[str, str]:
@@ -135,32 +216,22 @@ def comments_of(a_class: type) -> dict[str, str]:
         if "  # " in rest:
             found[name] = rest.partition("  # ")[2]
         elif below.strip().startswith('"""'):
-            found[name] = below.strip().strip('"').replace("``", "`")
+            found[name] = below.strip().strip('"')
     return found
 
 
-def short_signature(function: Any) -> str:
-    """Return a function's parameters without types and `self`; all keywords of `train` and `tune` are flags."""
-    words = []
-    for parameter in inspect.signature(function, follow_wrapped=False).parameters.values():
-        stars: dict[Any, str] = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}
-        prefix = stars.get(parameter.kind, "")
-        has_default = parameter.default is not parameter.empty
-        if parameter.name != "self":
-            words.append(f"{prefix}{parameter.name}" + (f"={parameter.default!r}" if has_default else ""))
-    return f"({', '.join(words)})"
+def signature_of(function: Any) -> str:
+    """Return the parameters without types and `self`; all keywords of `train` and `tune` are flags."""
+    signature = inspect.signature(function, follow_wrapped=False)
+    given = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in given]
+    text = str(signature.replace(parameters=plain, return_annotation=signature.empty))
+    return text.replace("=<factory>", "={}")  # of a dataclass's field
 
 
 def documented(member: Any) -> list[str]:
     """Return the docstring as Markdown."""
     return (inspect.getdoc(member) or "").replace("``", "`").splitlines()
-
-
-def wrapped(text: str) -> Iterable[str]:
-    """Return a paragraph in lines of at most 120 characters."""
-    from textwrap import wrap
-
-    return wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 PAGES = {"flags.md": flags, "python.md": python, "workload.md": workload}

@@ -72,8 +72,8 @@ def _listing(*classes: type) -> Callable[[C], C]:
 class Run:
     """A trained and tested run. In a notebook, it shows its report."""
 
-    folder: RunFolder
-    workload: Workload
+    folder: RunFolder  # reads the files of the run
+    workload: Workload  # with the settings and the metadata of the run
     result: dict[str, Any]  # the content of result.json
 
     @property

@@ -73,7 +73,7 @@ class TrainConfig:
     momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
     weight_decay: float = setting(0.0, "weight decay: an L2 penalty; with adamw, decoupled", **within(0, 1000))
     label_smoothing: float = setting(
-        0.0, "in classification: fraction of each training target to spread over all classes", **fraction()
+        0.0, "for classification: fraction of each training target to spread over all classes", **fraction()
     )
     ema_decay: float | None = setting(
         None,
@@ -119,7 +119,7 @@ class TrainConfig:
     )
     limit: float = setting(
         1.0,
-        "fraction of all data to use, drawn at random",
+        "fraction of all data to use, chosen at random",
         is_searchable=False,
         **rule(lambda part: 0 < part <= 1, "must be in (0, 1]"),
     )
@@ -143,7 +143,7 @@ class TrainConfig:
         8, "with --reproducible: chunks per batch, and the maximum number of workers", **within(1, 1024)
     )
     num_streams: int = setting(
-        8, "only used for Blocks: streams that make up an epoch, and the maximum number of workers", **within(1, 1024)
+        8, "with data in blocks: streams that make up an epoch, and the maximum number of workers", **within(1, 1024)
     )
 
     @property
@@ -189,7 +189,7 @@ class WorkerConfig:
         0, "processes per worker to read a Dataset; 0: the worker reads it; not used for arrays", **at_least(0)
     )
     read_ahead_mib: int = setting(
-        READ_AHEAD_MIB, "memory per worker, in MiB, for reading blocks ahead; only used for Blocks", **at_least(1)
+        READ_AHEAD_MIB, "with data in blocks: memory per worker, in MiB, for reading ahead", **at_least(1)
     )
     min_workers: int | None = setting(
         None, "minimum number of workers to continue with if the cluster has no room for all", **at_least(1)
@@ -202,7 +202,7 @@ class WorkerConfig:
         "required labels of a worker's node, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
         **rule(lambda labels: all(map(_LABEL.fullmatch, labels)), "must be KEY=VALUE, KEY=!VALUE or KEY=in(A,B)"),
     )
-    autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")
+    autoscaling: bool = setting(False, "wait for nodes that the cluster starts on demand")
     max_failures: int = setting(3, "how many times to replace lost workers before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")
     plain_ray: bool = setting(False, _PLAIN)
@@ -229,7 +229,7 @@ class OutputConfig:
     )
     resume: Literal["no", "yes", "auto"] = setting(
         "no",
-        "continue the run named by --run-name from its last checkpoint; auto: or start it, or print its result",
+        "continue the run of --run-name from its last checkpoint; auto: or start it, or print its result",
         bare="yes",
         **_DROPPED,
     )
@@ -288,7 +288,7 @@ class ProjectConfig:
     """New project."""
 
     kind: Literal["images", "table", "text", "blank"] = setting(
-        "blank", "what its sample data are; blank: arrays, made in its code"
+        "blank", "kind of the sample data; blank: arrays made in the code"
     )
     package: str | None = setting(
         None,
@@ -331,7 +331,8 @@ class SweepConfig:
     )
     max_concurrent_trials: int | None = setting(
         None,
-        "maximum number of trials at a time; default, and limit without --autoscaling: as many as fit on the cluster",
+        "maximum number of trials at a time, at most as many as fit on the cluster unless --autoscaling is given; "
+        "default: as many as fit on the cluster",
         decides_weights=False,
         **at_least(1),
     )

@@ -116,7 +116,12 @@ class Setting:
 
 
 def setting(default: T, description: str, **more: Any) -> T:
-    """Declare a field of a settings class. ``description`` is the flag's help; ``more``: attributes of ``Setting``."""
+    """Declare a field of a settings class.
+
+    ``description``: the flag's help. ``more``: attributes of ``Setting``, such as ``search``, a ``Choice`` or a
+    ``Range``; ``check``, a function of a value, and ``must``, which the error prints if it returns false, like
+    ``must be odd``; and ``decides_data``, whether ``load_data`` reads the setting.
+    """
     return dataclasses.field(default=default, metadata={"setting": Setting(help=description, **more)})
 
 

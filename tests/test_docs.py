@@ -79,7 +79,7 @@ def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.Captu
 
 
 def test_in_evaluations_the_gan_of_the_docs_has_noise_of_its_own_for_each_example_whatever_the_batches() -> None:
-    page = (ROOT / "docs" / "guides" / "limits.md").read_text(encoding="utf-8").partition("**Several optimizers.**")[2]
+    page = (ROOT / "docs" / "guides" / "limits.md").read_text(encoding="utf-8").partition("## Several optimizers")[2]
     code: dict[str, Any] = {"np": np, "torch": torch, "Arrays": Arrays}
     exec(page.split("```python\n")[1].partition("```")[0], code)
     batches = batches_of(Split(code["examples"](np.zeros((30, 2), np.float32))), torch.device("cpu"))

@@ -87,8 +87,8 @@ class Data:
     sliding windows. A ``Dataset``'s items are pairs (input, target).
     """
 
-    train: Arrays | Dataset | Blocks
-    test: Arrays | Dataset | Blocks
+    train: Arrays | Dataset | Blocks  # to train on
+    test: Arrays | Dataset | Blocks  # to evaluate the trained model, once
     validation: Arrays | Dataset | Blocks | None = None  # None: held out from ``train``
     name: str = ""  # shown to users; default: the workload's name
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -46,7 +46,7 @@ _MAX_NAME = 14
 class Prediction:
     """A model's prediction for one file, image or input."""
 
-    file: str
+    file: str  # the image's path; empty for an image or an input that has none
     inputs: Any = None  # in the format of the workload's data
     top: tuple[tuple[Any, float], ...] = ()  # the best few predictions with their probabilities (or NaN), best first
     error: str | None = None  # why there is no prediction

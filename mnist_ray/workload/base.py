@@ -42,15 +42,15 @@ CsvRows = Sequence[Mapping[str, str]]  # a CSV file's rows, each a mapping from 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in the report."""
+    """A plot or an image in the report."""
 
     name: str  # of the PNG file, without its suffix
-    title: str
-    alt: str
+    title: str  # above it
+    alt: str  # describes it for those who cannot see it
     png: bytes
-    caption: str = ""
+    caption: str = ""  # below it
     is_wide: bool = False  # takes the page's whole width
-    is_photo: bool = False  # shows images from the data, so dark mode must not invert the picture
+    is_photo: bool = False  # shows images from the data, so dark mode must not invert it
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Workload(UserClass):
     """Whether some steps use only a part of the parameters, such as some of the experts."""
     prompt: ClassVar[str] = ""
     """A text that ``complete`` continues after each validation, for the console and the report."""
-    noun: ClassVar[str] = "example"
+    noun: ClassVar[str] = "example"  # the word for an example in all output, such as ``image``
     prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
 
     def __init__(self, settings: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
@@ -243,15 +243,15 @@ class Workload(UserClass):
         return []
 
     def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
-        """Draw the report's pictures from result.json, the rows of predictions.csv ([] if missing) and the test set."""
+        """Draw the report's plots from result.json, the rows of predictions.csv ([] if missing) and the test set."""
         return []
 
     def as_picture(self, inputs: Any) -> np.ndarray | None:
-        """Return one input as a picture, (H, W) or (H, W, 3) uint8; None if inputs cannot be shown."""
+        """Return one input as an image, (H, W) or (H, W, 3) uint8; None if inputs cannot be shown."""
         return None
 
     def read_picture(self, picture: Image) -> np.ndarray:
-        """Turn a user's picture into one input for ``jobs/predict.py``. Raises UsageError if that is not possible."""
+        """Turn a user's image into one input for ``jobs/predict.py``. Raises UsageError if that is not possible."""
         raise UsageError(f"{type(self).__name__} does not take images: it defines no read_picture()")
 
     def top_predictions(self, outputs: Any) -> list[list[tuple[Any, float]]]:

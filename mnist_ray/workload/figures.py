@@ -30,8 +30,8 @@ class Figure:
 class Metric:
     """A measure of a model. On each part of the data, it is a figure."""
 
-    name: str
-    mode: Literal["max", "min"]  # the better direction
+    name: str  # in output, files and `summarize`
+    mode: Literal["max", "min"]  # whether higher or lower values are better
     is_fraction: bool = False  # from 0 to 1, shown as a percentage
 
     def format(self, value: float, places: int = 2) -> str:

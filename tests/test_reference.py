@@ -1,0 +1,93 @@
+"""The reference and the table of errors name what the code has: keys, columns, variables and messages."""
+
+import ast
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mnist_ray.checkpoints.checkpoint import STATE_FILE
+from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig, WorkerConfig
+from mnist_ray.settings import declared
+from mnist_ray.sweep.space import Space
+from mnist_ray.sweep.trials import TrialTable
+from tests.conftest import ROOT, Digits
+
+SOURCES = [*(ROOT / "mnist_ray").rglob("*.py"), *(ROOT / "ray_fork").rglob("*.py")]
+GIT_FILE = ROOT / "mnist_ray" / "repository.py"  # whose variables are those of git's process
+OTHER_CONSTANTS = {"ENABLE_RAY_CLUSTER"}  # with a variable's spelling
+CODE = re.compile(r"`([^`]+)`")
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def first_cells(text: str) -> str:
+    """Return the first cells of a page's tables."""
+    return "\n".join(re.findall(r"^\| (`.*?) \| ", text, re.MULTILINE))
+
+
+def messages() -> str:
+    """Return all texts in the code, with a NUL for each value that is put in."""
+    texts = []
+    for file in SOURCES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_quoted_errors_are_those_of_the_code() -> None:
+    known = messages()
+    quoted = CODE.findall(first_cells(page("guides/errors.md")))
+    assert len(quoted) > 30
+    for error in quoted:
+        parts = [part.strip() for part in error.split("…") if len(part.strip()) > 3]
+        assert parts, error
+        for part in parts:
+            assert part in known, f"{part!r} of {error!r}"
+
+
+def test_keys_and_columns_of_a_run_are_in_the_reference(finished_run: Path) -> None:
+    named = {*CODE.findall(page("reference/files.md"))}
+    for file in finished_run.glob("*.csv"):
+        with file.open(encoding="utf-8") as lines:
+            assert {*next(csv.reader(lines))} <= named, file.name
+    for name in ("result.json", "origin.json"):
+        assert json.loads((finished_run / name).read_text()).keys() <= named, name
+    for folder in finished_run.glob("checkpoint_epoch*"):
+        assert json.loads((folder / STATE_FILE).read_text()).keys() <= named
+        assert {file.name for file in folder.iterdir()} <= named
+
+
+def test_columns_of_a_sweep_are_in_the_reference() -> None:
+    named = {*CODE.findall(page("reference/files.md"))}
+    table = TrialTable(Digits, Space({}, {}, {}))
+    assert {*table.to_csv().strip().split(",")} <= named
+
+
+def test_settings_of_a_run_are_in_the_reference(finished_run: Path) -> None:
+    settings = json.loads((finished_run / "config.json").read_text()).keys()
+    of_jobs = {*declared(TrainConfig, WorkerConfig, OutputConfig, SweepConfig)} & settings
+    assert len(of_jobs) > 20
+    for name in of_jobs:
+        assert f"`--{name.replace('_', '-')}`" in page("reference/flags.md")
+
+
+@pytest.mark.parametrize("place", ["the code", "the page"])
+def test_environment_variables_are_in_the_code_and_in_the_reference(place: str) -> None:
+    pattern = re.compile(r"(RAY|[A-Z]{2,})_\w*[A-Za-z]|TMPDIR|RANK")
+    in_code = set()
+    for text in (file.read_text(encoding="utf-8") for file in SOURCES if file != GIT_FILE):
+        if "os.environ" in text:
+            values = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+            in_code |= {value for value in values if isinstance(value, str) and pattern.fullmatch(value)}
+    on_page = {name for name in CODE.findall(page("reference/environment.md")) if pattern.fullmatch(name)}
+    in_code -= OTHER_CONSTANTS
+    assert not (in_code - on_page if place == "the code" else on_page - in_code)
