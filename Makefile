@@ -9,7 +9,7 @@ JOB ?= train
 # If there is a token, clusters require it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune new tensorboard submit test test-long test-ray test-browser test-gpu gpu bench bench-quick chaos check format clean
+.PHONY: train tune new tensorboard submit test test-long test-ray test-browser test-gpu gpu bench bench-quick chaos check format docs docs-serve clean
 
 train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
@@ -63,6 +63,12 @@ format: $(VENV)/installed-dev  ## fix lint and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/installed-docs  ## build the documentation as a site in build/site
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/installed-docs  ## show that site at http://localhost:8000, and every change to a page
+	$(BIN)/mkdocs serve $(ARGS)
+
 # Rebuilt if it is missing or incomplete, or if pyproject.toml has changed.
 $(VENV)/installed: pyproject.toml
 	@echo "installing into $(VENV), which takes a minute or two …"
@@ -73,6 +79,11 @@ $(VENV)/installed: pyproject.toml
 # Adds the packages that checks and tests need.
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(PIN)
+	touch $@
+
+# Adds the packages that the site needs.
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]' $(PIN)
 	touch $@
 
 clean:  ## remove the virtual environment and caches
