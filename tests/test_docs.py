@@ -3,16 +3,9 @@
 import importlib
 import re
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from mnist_ray.data.batches import batches_of
-from mnist_ray.data.data import Split
-from mnist_ray.data.sampler import Request
-from mnist_ray.workload import Arrays
 from tests.conftest import ROOT
 
 PAGES = [
@@ -76,22 +69,6 @@ def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.Captu
     _, code, after = re.split("```(?:python)?\n", tour)
     exec(code, {})
     assert capsys.readouterr().out == re.search(r"^    (step .+\n)", after, re.MULTILINE)[1]  # type: ignore[index]
-
-
-def test_in_evaluations_the_gan_of_the_docs_has_noise_of_its_own_for_each_example_whatever_the_batches() -> None:
-    page = (ROOT / "docs" / "guides" / "limits.md").read_text(encoding="utf-8").partition("## Several optimizers")[2]
-    code: dict[str, Any] = {"np": np, "torch": torch, "Arrays": Arrays}
-    exec(page.split("```python\n")[1].partition("```")[0], code)
-    batches = batches_of(Split(code["examples"](np.zeros((30, 2), np.float32))), torch.device("cpu"))
-
-    def noise(generator: torch.Generator | None, *sizes: int) -> torch.Tensor:
-        parts = np.split(np.arange(30), np.cumsum(sizes)[:-1])
-        return torch.cat([code["prepare"](None, batches[Request(part)].inputs, generator)[1] for part in parts])
-
-    assert len(noise(None, 10, 10, 10).unique(dim=0)) == 30
-    assert noise(None, 10, 10, 10).equal(noise(None, 17, 13))
-    generator = torch.Generator()
-    assert not noise(generator, 30).equal(noise(generator, 30))
 
 
 def test_the_pages_name_the_ray_that_clusters_get_among_those_that_were_tried() -> None:
