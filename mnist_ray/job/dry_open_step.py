@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -17,7 +17,7 @@ from mnist_ray.errors import UsageError
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.training.parts import Parts, Schedules
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.calls import placed
+from mnist_ray.workload.calls import check_numbers, placed
 
 
 def check_augment(workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig) -> None:
@@ -35,8 +35,7 @@ def check_augment(workload: Workload, model: nn.Module, batch: MicroBatch, confi
             outputs = detached(as_fp32(model(inputs)))
         minimized = workload.training_loss(outputs, targets, config)
         losses = workload.loss(outputs, targets) if minimized is None else minimized
-    if losses.shape != (batch.global_size,):
-        raise UsageError(f"{name}: the loss of what augment returns must be one number per example")
+    check_numbers(f"{name}: the loss of what augment returns", losses, batch.global_size)
 
 
 def check_created(created: object, name: str) -> None:
@@ -62,13 +61,11 @@ def check_parts(workload: Workload, model: nn.Module, batch: MicroBatch, optimiz
             inputs, targets = workload.augment(inputs, batch.targets, generator)
             with autocast(model, resolve_precision(config.precision, Group())):
                 losses = workload.losses(model, inputs, targets, part)
-        if not isinstance(losses, Tensor) or losses.shape != (batch.global_size,):
-            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise UsageError(f"{name}.losses of {part} must be one number per example, not {shape}")
+        check_numbers(f"{name}.losses of {part}", losses, batch.global_size)
         if not losses.requires_grad:
             raise UsageError(f"{name}.losses of {part} does not depend on the model's parameters")
         losses.float().sum().backward()  # type: ignore[no-untyped-call]
-        trained = {id(parameter): parameter for group in own.param_groups for parameter in group["params"]}
+        trained = {id(parameter) for group in own.param_groups for parameter in group["params"]}
         idle = [key for key, value in model.named_parameters() if id(value) in trained and value.grad is None]
         if idle and not workload.has_unused_parameters:
             raise UsageError(f"{name}: parameter {idle[0]} is not part of the losses of {part}")
@@ -77,9 +74,8 @@ def check_parts(workload: Workload, model: nn.Module, batch: MicroBatch, optimiz
 
 def check_schedule(workload: Workload, scheduler: Any) -> None:
     """Step a schedule. Raises UsageError."""
-    looking = isinstance(scheduler, ReduceLROnPlateau)
     of_parts = scheduler.schedules.values() if isinstance(scheduler, Schedules) else ()
     if any(isinstance(schedule, ReduceLROnPlateau) for schedule in of_parts):
         raise UsageError(f"{type(workload).__name__}: ReduceLROnPlateau does not work with several optimizers")
     with placed(workload, "scheduler.step()"):
-        scheduler.step(*([0.0] if looking else []))
+        scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))

@@ -33,12 +33,11 @@ from mnist_ray.settings import values_of
 from mnist_ray.text import count
 from mnist_ray.training import open_step
 from mnist_ray.training.metrics import WEIGHT, check_columns
-from mnist_ray.training.open_step import takes_closure
 from mnist_ray.training.parts import Parts
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
 from mnist_ray.workload import Classification, Regression, Workload
-from mnist_ray.workload.calls import picture_of, placed
+from mnist_ray.workload.calls import check_numbers, picture_of, placed
 
 NUM_EXAMPLES = 16  # in that batch, or fewer if they are slow
 _MAX_S = 1.0  # for all passes together
@@ -237,11 +236,11 @@ def _check_losses(
     name = type(workload).__name__
     with placed(workload, "loss"):
         losses = workload.loss(outputs, targets)
-    _check_numbers(f"{name}.loss", losses, number, '; use reduction="none", average other dimensions')
+    check_numbers(f"{name}.loss", losses, number, '; use reduction="none", average other dimensions')
     with placed(workload, "weights"):
         weights = workload.weights(targets)
     if weights is not None:
-        _check_numbers(f"{name}.weights", weights, number)
+        check_numbers(f"{name}.weights", weights, number)
         if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
             raise UsageError(f"{name}.weights must be finite numbers from 0, not all of them 0")
         if type(workload).loss in (Classification.loss, Regression.loss):
@@ -251,7 +250,7 @@ def _check_losses(
     with placed(workload, "training_loss"):
         minimized = workload.training_loss(outputs, targets, recorded)
     if minimized is not None:
-        _check_numbers(f"{name}.training_loss", minimized, number)
+        check_numbers(f"{name}.training_loss", minimized, number)
     if not losses.isfinite().all():
         raise UsageError(f"{name}.loss is not finite on the first {number} examples with the initial weights")
     losses = losses if minimized is None else minimized
@@ -300,7 +299,7 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict
     if taken := {"loss", WEIGHT} & measured.keys():
         raise UsageError(f"{name}.measure: the {min(taken)} is already measured; choose another name")
     for key, values in measured.items():
-        _check_numbers(f"{name}.measure: {key}", values, number)
+        check_numbers(f"{name}.measure: {key}", values, number)
     with placed(workload, "summarize"):
         summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
     _check_dict(f"{name}.summarize", summary)
@@ -341,10 +340,10 @@ def _check_optimizer(
         optimizer = workload.create_optimizer(model, config)
     check_created(optimizer, own.__name__)
     with placed(workload, "create_scheduler"):
-        optimizer, scheduler = open_step.create_optimizer(workload, model, config, total_steps)
+        optimizer, scheduler = open_step.with_schedule(workload, optimizer, config, total_steps)
     if isinstance(optimizer, Parts):
         check_parts(workload, model, batch, optimizer, config)
-    if takes_closure(optimizer):
+    if open_step.takes_closure(optimizer):
         for name, value in {"--precision": config.precision, "--strategy": config.strategy}.items():
             if value in ("fp16", "fsdp"):
                 raise UsageError(f"{name} {value} does not work with an optimizer whose step needs a closure")
@@ -375,9 +374,3 @@ def _recorded(config: TrainConfig) -> tuple[TrainConfig, set[str]]:
 def _check_dict(place: str, value: object) -> None:
     if not isinstance(value, dict):
         raise UsageError(f"{place} returned {type(value).__name__}, not a dict")
-
-
-def _check_numbers(place: str, values: object, number: int, remedy: str = "") -> None:
-    if not isinstance(values, Tensor) or tuple(values.shape) != (number,):
-        got = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise UsageError(f"{place} must be one number per example, ({number},) here, not {got}{remedy}")

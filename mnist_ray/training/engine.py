@@ -61,7 +61,8 @@ def create_state(
     watch = Stopwatch(is_on_gpu=group.device.type == "cuda")
     model, average = _create_models(workload, config, group, load_initial)
     total_steps = config.total_steps(num_examples)
-    optimizer, scheduler = open_step.create_optimizer(workload, model, config, total_steps)
+    created = workload.create_optimizer(model, config)
+    optimizer, scheduler = open_step.with_schedule(workload, created, config, total_steps)
     scaler = GradScaler(group.device.type, enabled=config.precision == "fp16")
     return TrainingState(
         model,

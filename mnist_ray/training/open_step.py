@@ -29,11 +29,10 @@ from mnist_ray.training.step import forward
 from mnist_ray.workload import Workload
 
 
-def create_optimizer(
-    workload: Workload, model: nn.Module, config: TrainConfig, total_steps: int
+def with_schedule(
+    workload: Workload, created: Any, config: TrainConfig, total_steps: int
 ) -> tuple[Optimizer, LRScheduler]:
-    """Return the workload's optimizer and schedule; several of them as one."""
-    created = workload.create_optimizer(model, config)
+    """Return what ``create_optimizer`` returned and its schedule; several optimizers as one."""
     if isinstance(created, Optimizer):
         return created, workload.create_scheduler(created, config, total_steps)
     schedules = {name: workload.create_scheduler(each, config, total_steps) for name, each in created.items()}

@@ -64,6 +64,15 @@ def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
     raise UsageError(f"{type(workload).__name__}.as_picture must return uint8 (H, W) or (H, W, 3), not {got}")
 
 
+def check_numbers(place: str, values: object, number: int, remedy: str = "") -> None:
+    """Raise UsageError unless ``values`` are a tensor with a number for each of ``number`` examples."""
+    from torch import Tensor
+
+    if not isinstance(values, Tensor) or tuple(values.shape) != (number,):
+        got = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise UsageError(f"{place} must be one number per example, ({number},) here, not {got}{remedy}")
+
+
 def _checked_data(workload: Workload, data: object) -> Data:
     name = type(workload).__name__
     if not isinstance(data, Data):

@@ -621,7 +621,7 @@ AUGMENT = "\n    def augment(self, inputs, targets, generator): return CHANGED\n
     [
         (
             PARTS.replace("LOSSES", "model(inputs).sum()"),
-            "Wrong.losses of first must be one number per example, not ()",
+            "Wrong.losses of first must be one number per example, (16,) here, not ()",
         ),
         (PARTS.replace("LOSSES", "torch.zeros(len(targets))"), "Wrong.losses of first does not depend on the model's"),
         (PARTS.replace("LOSSES", "1 / 0"), "Wrong, losses of first: ZeroDivisionError"),
