@@ -36,7 +36,6 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.open_step import step_with_closure, takes_closure
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.window import LoggingWindow
@@ -113,7 +112,8 @@ def train(
     state.model.train()
     for callback in callbacks:
         callback.on_start(state, group)
-    gradients, has_closure = Gradients(workload, state, config, group), takes_closure(state.optimizer)
+    gradients = Gradients(workload, state, config, group)
+    takes_closure = open_step.takes_closure(state.optimizer)
     looks_at_metric = isinstance(state.scheduler, ReduceLROnPlateau)  # stepped at each validation
     batches = batches_of(checked(split, workload.find_fault), group.device, workload.collate, read_ahead_mib)
     window, progress, watch = LoggingWindow(workload, group), None, state.watch
@@ -122,13 +122,11 @@ def train(
         watch.turn(DATA)
         for micro_batches in _steps(batches, state, config, group, num_loader_processes):
             watch.turn(COMPUTE)
-            others: dict[Figure, Tensor] = {}
-            if has_closure:
-                sums = _step_with_closure(gradients, micro_batches, state, config, callbacks, group)
+            if takes_closure:
+                sums, others = _step_with_closure(gradients, micro_batches, state, config, callbacks, group)
             else:
                 sums = gradients.compute(micro_batches)
-                if gradients.has_weight:
-                    others = _update(state, config, callbacks)
+                others = _update(state, config, callbacks) if gradients.has_weight else {}
             gradients.clear()
             if not looks_at_metric:
                 state.scheduler.step()
@@ -212,22 +210,27 @@ def _steps_of_pass(
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> dict[Figure, Tensor]:
     """Step the optimizer and the EMA with the model's gradients; return the step's figures."""
-    figures: dict[Figure, Tensor] = {}
     state.watch.turn(CALLBACKS)
     state.scaler.unscale_(state.optimizer)
     for callback in callbacks:
         callback.on_gradients(state)
     state.watch.turn(OPTIMIZER)
-    if config.clip_grad_norm is not None:
-        trained = itertools.chain(*(group["params"] for group in state.optimizer.param_groups))
-        norm: Any = nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
-        figures[GRADIENT_NORM] = norm.full_tensor() if is_sharded(norm) else norm
+    figures = _clip(state, config)
     state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)
     return figures
+
+
+def _clip(state: TrainingState, config: TrainConfig) -> dict[Figure, Tensor]:
+    """Clip the gradients of what the optimizer trains, if configured; return their norm before that."""
+    if config.clip_grad_norm is None:
+        return {}
+    trained = itertools.chain(*(group["params"] for group in state.optimizer.param_groups))
+    norm: Any = nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
+    return {GRADIENT_NORM: norm.full_tensor() if is_sharded(norm) else norm}
 
 
 def _step_with_closure(
@@ -237,8 +240,9 @@ def _step_with_closure(
     config: TrainConfig,
     callbacks: Sequence[Callback],
     group: Group,
-) -> dict[str, Tensor]:
-    """Let an optimizer compute the gradients as often as it needs them; return the sums of the first time."""
+) -> tuple[dict[str, Tensor], dict[Figure, Tensor]]:
+    """Let an optimizer compute the gradients as often as it needs them; return sums and figures of the first time."""
+    figures: dict[Figure, Tensor] = {}
 
     def compute() -> tuple[dict[str, Tensor], Tensor | None]:
         gradients.clear()
@@ -247,15 +251,15 @@ def _step_with_closure(
             gradients.clear()  # they are not numbers
         for callback in callbacks:
             callback.on_gradients(state)
-        if config.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm)
+        clipped = _clip(state, config) if gradients.has_weight else {}
+        figures.update({} if figures else clipped)
         return sums, gradients.minimized
 
     state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
-    sums = step_with_closure(state.optimizer, compute, micro_batches[0].global_size, group)
+    sums = open_step.step_with_closure(state.optimizer, compute, micro_batches[0].global_size, group)
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)
-    return sums
+    return sums, figures
 
 
 @torch.no_grad()
