@@ -51,13 +51,13 @@ class Classification(Workload):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy of each example."""
-        return _cross_entropy(outputs, targets)
+        return self._cross_entropy(outputs, targets)
 
     def training_loss(self, outputs: Tensor, targets: Tensor, config: TrainConfig) -> Tensor | None:
         """Return the cross entropy with smoothed targets (https://arxiv.org/abs/1512.00567) or None, as configured."""
         if not config.label_smoothing or type(self).loss is not Classification.loss:
             return super().training_loss(outputs, targets, config)
-        return _cross_entropy(outputs, targets, config.label_smoothing)
+        return self._cross_entropy(outputs, targets, config.label_smoothing)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return whether each example's prediction is right."""
@@ -168,15 +168,16 @@ class Classification(Workload):
             for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
+    def _cross_entropy(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        from torch.nn import functional as F
 
-def _cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    from torch.nn import functional as F
-
-    if targets.shape == outputs.shape:  # probabilities, as mixup returns them
+        if targets.is_floating_point():
+            # A Dataset may mix such labels with whole numbers; augment may return probabilities, as mixup does.
+            if targets.shape != outputs.shape or type(self).augment is Workload.augment:
+                raise ExampleError(f"a batch has targets of type {targets.dtype}; class labels must be whole numbers")
+        else:
+            targets = targets.long()
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
-    if targets.is_floating_point():  # a Dataset may mix such labels with whole numbers
-        raise ExampleError(f"a batch has targets of type {targets.dtype}; class labels must be whole numbers")
-    return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=label_smoothing)
 
 
 def _class_names(data: Data) -> list[Any]:

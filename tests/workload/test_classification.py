@@ -72,6 +72,18 @@ def test_a_label_that_is_no_whole_number_is_refused_in_any_batch() -> None:
         workload().loss(outputs, targets + 0.5)
 
 
+def test_only_augment_may_return_probabilities_of_classes() -> None:
+    class Mixed(Classification):
+        def augment(self, inputs: Any, targets: Any, generator: torch.Generator) -> tuple[Any, Any]:
+            return inputs, F.one_hot(targets).float()
+
+    outputs, targets = map(torch.from_numpy, outputs_and_targets())
+    probabilities = F.one_hot(targets, outputs.shape[1]).float()
+    torch.testing.assert_close(Mixed().loss(outputs, probabilities), Mixed().loss(outputs, targets))
+    with pytest.raises(ExampleError, match="class labels must be whole numbers"):
+        workload().loss(outputs, probabilities)
+
+
 class OwnLoss(Classification):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.multi_margin_loss(outputs, targets, reduction="none")
