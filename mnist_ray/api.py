@@ -60,7 +60,7 @@ def _listing(*classes: type) -> Callable[[C], C]:
     def listed(function: C) -> C:
         own = inspect.signature(function)
         first = [parameter for parameter in own.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
-        names = [name for name in declared(*classes) if name not in {*own.parameters, *ONLY_FLAGS} - {"config"}]
+        names = [name for name in declared(*classes) if name not in {*own.parameters, *ONLY_FLAGS}]
         others = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         function.__signature__ = own.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
         return function

@@ -16,7 +16,7 @@ from mnist_ray.settings_files import located, read_table
 
 FLAGS = "the flags"
 STORAGE_VARIABLE = "MNIST_RAY_STORAGE_PATH"
-ONLY_FLAGS = {"config", "print_settings", "json"}  # not in files; calls have only the first
+ONLY_FLAGS = {"print_settings", "json"}  # neither in files nor in calls
 _PROJECT_FILE, _TABLE = "pyproject.toml", "mnist_ray"
 
 
@@ -79,7 +79,7 @@ def with_workload(places: Mapping[str, Given], classes: Sequence[type], of_workl
     check_files(places, [of_workload])
     found, names = dict[str, Given](), declared(*classes, of_workload)
     for place, values in places.items():
-        check_known(values, {*declared(*CLASSES, of_workload)} - ONLY_FLAGS, place)
+        check_known(values, {*declared(*CLASSES, of_workload)} - {*ONLY_FLAGS, "config"}, place)
         whole = located(values, Path(place), of_workload)
         found[place] = {name: value for name, value in whole.items() if name in names}
     return found
@@ -87,8 +87,8 @@ def with_workload(places: Mapping[str, Given], classes: Sequence[type], of_workl
 
 def storage_path(given: str | Path | None = None) -> str:
     """Return the storage of runs: as ``given``, else from the environment, the project or the default."""
-    found = Layers({**defaults()[0], FLAGS: {} if given is None else {"storage_path": given}})
-    return build(OutputConfig, found.values).storage_path
+    values = Layers(defaults()[0]).values if given is None else {"storage_path": given}
+    return build(OutputConfig, values).storage_path
 
 
 def in_order(

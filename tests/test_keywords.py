@@ -51,7 +51,7 @@ def text() -> str:
     for head, classes in CLASSES.items():
         lines += ["", "", f"class {head}:", '    """The settings, by name. What is not given keeps its default."""', ""]
         fields = [field for config_class in classes for field in dataclasses.fields(config_class)]
-        known = [field for field in fields if field.name not in {*ONLY_FLAGS, "workload"} - {"config"}]
+        known = [field for field in fields if field.name not in {*ONLY_FLAGS, "workload"}]
         lines += [f"    {field.name}: {type_of(field)}" for field in known]
     return "\n".join(lines) + "\n"
 

@@ -180,7 +180,7 @@ def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) 
     if given is None:
         defaults, choices = recipes.get("default", {}), {"recipe": recipes or ["default"]}
         return Parser(_DESCRIPTIONS[kind], *classes, defaults=defaults, choices=choices).read_flags()
-    settings.check_known(given, {*declared(*classes)} - ONLY_FLAGS | {"config"}, "the call")
+    settings.check_known(given, {*declared(*classes)} - ONLY_FLAGS, "the call")
     return given
 
 
