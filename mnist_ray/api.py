@@ -28,11 +28,19 @@ from mnist_ray.config import (
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.layers import ONLY_FLAGS
-from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, result_of, workload_of
+from mnist_ray.report.run_files import (
+    METRICS_FILE,
+    STEPS_FILE,
+    number_of,
+    read_numbers,
+    result_of,
+    settings_of,
+    workload_of,
+)
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
 from mnist_ray.settings import build, check_known, declared, values_of
-from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder
+from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.sweep.space import options_text
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
 from mnist_ray.sweep.tune import read_sweep
@@ -170,7 +178,7 @@ def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpa
     job, run = sweep.job, _run(sweep.job)
     best = job.run.require_json(BEST_FILE)
     default = job.run.inside(DEFAULT_FOLDER)
-    default_result = default.read_json(RESULT_FILE)
+    default_result = result_of(default, job.workload)
     return SweptRun(
         **vars(run),
         best={name: best[name] for name in sweep.space.spaces},
@@ -258,9 +266,7 @@ def load_run(
     storage_path = layers.storage_path(storage_path)
     folder = find_run(None if run is None else str(run), storage_path)
     loaded = workload_of(folder, None if workload is None else reference_of(workload), storage_path)
-    if (result := result_of(folder, loaded)) is None:
-        raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
-    return Run(folder, loaded, result)
+    return _finished(folder, loaded)
 
 
 def _run(job: Job) -> Run:
@@ -269,8 +275,14 @@ def _run(job: Job) -> Run:
             f"the dry run of {job.run.name} is done; dry_run=True trains nothing, so there is no run to return"
         )
     workload_class = type(job.workload)
-    settings: Any = build(workload_class.Settings, job.run.require_json(CONFIG_FILE))  # of a sweep, the best ones
-    return Run(job.run, workload_class(settings, job.workload.metadata), job.run.require_json(RESULT_FILE))
+    settings: Any = build(workload_class.Settings, settings_of(job.run))  # of a sweep, the best ones
+    return _finished(job.run, workload_class(settings, job.workload.metadata))
+
+
+def _finished(folder: RunFolder, workload: Workload) -> Run:
+    if (result := result_of(folder, workload)) is None:
+        raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
+    return Run(folder, workload, result)
 
 
 def _given(workload: AnyWorkload, settings: object, keywords: Mapping[str, Any]) -> dict[str, Any]:

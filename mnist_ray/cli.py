@@ -19,12 +19,12 @@ from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
 from mnist_ray.job.job import Job, read_job, resume_command
 from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
-from mnist_ray.report.run_files import workload_of
+from mnist_ray.report.run_files import result_of, workload_of
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
 from mnist_ray.settings import UNSET, Parser, build, declared, peek, words_to_complete
 from mnist_ray.settings_files import read_settings, toml_lines
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, TRIALS_FILE
+from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.text import PROGRAM, VERSION
@@ -254,7 +254,7 @@ def _one_object(config_class: type) -> contextlib.AbstractContextManager[dict[st
 
 def _result_of(job: Job) -> dict[str, Any]:
     """Return what ``--json`` prints of a run; nothing after ``--dry-run``."""
-    result = job.run.read_json(RESULT_FILE)
+    result = result_of(job.run, job.workload)
     return {} if result is None else {"run": job.run.uri, **result}
 
 

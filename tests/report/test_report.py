@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist_ray import load_run
+from mnist_ray import load_run, train
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError, UsageError
@@ -480,6 +480,7 @@ def test_files_of_version_1_are_read(finished_run: Path, tmp_path: Path) -> None
     old_run, new_run = (load_run(run) for run in (old, finished_run))
     assert old_run.result["num_test_examples"] == new_run.result["num_test_examples"]
     assert old_run.history == new_run.history
+    assert train(run_name="old", storage_path=tmp_path, resume="auto").result == old_run.result
     assert settings_of(folder_at(old))["lr_schedule"] == settings_of(folder_at(finished_run))["lr_schedule"]
     assert Page(write_page(old)).rows == Page(write_page(finished_run)).rows
 
