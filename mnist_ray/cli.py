@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mnist_ray import api, config, layers, signals
@@ -22,7 +22,7 @@ from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import result_of, workload_of
 from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
-from mnist_ray.settings import UNSET, Parser, build, declared, peek, words_to_complete
+from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek, words_to_complete
 from mnist_ray.settings_files import read_settings, toml_lines
 from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE
 from mnist_ray.sweep.tune import read_sweep
@@ -75,12 +75,14 @@ def predict() -> None:
 
 def view() -> None:
     """Show examples of a workload's data."""
-    early = _over_files(peek(config.SourceConfig)[0], config.SourceConfig)
+    early = peek(config.SourceConfig)[0]
+    places = _places(early)
+    early = _over(places, early, config.SourceConfig)
     workload_class = loading.load(early.get("workload") or loading.DEFAULT)
     parser = Parser(view.__doc__ or "", config.ViewConfig, workload_class.Settings)
     _add_workload(parser, "MNIST")
     _add_config(parser)
-    flags = _over_files(parser.read_flags(), config.ViewConfig, of_workload=workload_class.Settings)
+    flags = _over(places, parser.read_flags(), config.ViewConfig, of_workload=workload_class.Settings)
     _tool("view")(workload_class(build(workload_class.Settings, flags)), build(config.ViewConfig, flags))
 
 
@@ -228,17 +230,29 @@ def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, 
     return _over_files(parser.read_flags(), config_class)
 
 
-def _over_files(flags: dict[str, Any], *classes: type, of_workload: type | None = None) -> dict[str, Any]:
-    """Return the flags over the settings in files and in the environment: those of ``classes``, and the storage.
+def _over_files(flags: dict[str, Any], *classes: type) -> dict[str, Any]:
+    """Return the flags over the settings in files and in the environment: those of ``classes``, and the storage."""
+    return _over(_places(flags), flags, *classes)
 
-    A run keeps its workload's settings, so only ``of_workload`` takes them from files.
-    """
+
+def _places(flags: dict[str, Any]) -> dict[str, Given]:
+    """Return the settings in files and in the environment by their place; print what is ignored of them."""
     places, notes = layers.defaults()
     for note in notes:
         say(f"note: {note}", file=sys.stderr)
     if "config" in flags:
         file = read_settings(flags.pop("config"))
         places[file.path] = file.values
+    return places
+
+
+def _over(
+    places: Mapping[str, Given], flags: dict[str, Any], *classes: type, of_workload: type | None = None
+) -> dict[str, Any]:
+    """Return the flags over the settings of ``places``: those of ``classes``, and the storage.
+
+    A run keeps its workload's settings, so only ``of_workload`` takes them from files.
+    """
     layers.check_files(places, [*classes, config.OutputConfig])
     if of_workload is not None:
         places = layers.with_workload(places, [*classes, config.OutputConfig], of_workload)

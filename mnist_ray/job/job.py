@@ -118,7 +118,7 @@ def read_job(given: Given | None = None, kind: str = "train", *, is_call: bool =
     if not saved:
         check_free(run, resume=job.output.resume)  # after all mistakes, and --help
         return job
-    if run.read_json(RESULT_FILE) is not None:  # with --resume auto
+    if job.output.resume == "auto" and run.read_json(RESULT_FILE) is not None:
         return dataclasses.replace(job, is_finished=True)
     _check_unchanged(kind, job, saved, ordered)
     return _with_origin(kind, job)

@@ -42,10 +42,11 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = (), *, nou
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
-        rows = [with_new_names(row, nouns) for row in reader]
+        names = [*with_new_names(dict.fromkeys(reader.fieldnames or ()), nouns)]
+        reader.fieldnames = names
+        rows = [*reader]
     except csv.Error as error:
         raise run.damaged(file_name, error) from error
-    names = with_new_names(dict.fromkeys(reader.fieldnames or ()), nouns)
     for column in columns:
         if column not in names:
             raise run.damaged(file_name, f"it has no column {column}")
