@@ -101,9 +101,8 @@ def opened(
     with console:
         say_header()
         with owned(job.run, console.waiting):
-            check_free(
-                job.run, resume=job.output.resume, is_resumed=job.is_resumed
-            )  # again: another job may have created the run meanwhile
+            # Again: another job may have created the run meanwhile.
+            check_free(job.run, resume=job.output.resume, is_resumed=job.is_resumed)
             if job.is_resumed:
                 if_ended(f"; to resume: {job.resume_with}")
             with connected(start, job, data, console, batch_sizes) as session:
