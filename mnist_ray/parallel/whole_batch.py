@@ -44,15 +44,17 @@ def of_all_ranks(outputs: Any, targets: Any, group: Group, num_own: int, *, is_f
 
     Tensors without a row for each example, such as a temperature, stay as they are. All ranks must call this.
     """
-    counts = torch.zeros(group.world_size, dtype=torch.long, device=group.device)
-    counts[group.rank] = 0 if is_filler else num_own
-    dist.all_reduce(counts)
-    sizes: list[int] = counts.tolist()
-
-    def gathered(leaf: Any) -> Any:
-        has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == num_own
-        return _Gathered.apply(leaf, sizes, group.rank) if has_rows else leaf  # type: ignore[no-untyped-call]
-
+    leaves, form = pytree.tree_flatten((outputs, targets))
+    fits = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == num_own for leaf in leaves]
+    sizes = [0] * group.world_size
+    sizes[group.rank] = 0 if is_filler else num_own
+    # A temperature of shape (1,) fits a slice of one example, so a tensor has rows only if it fits on every rank.
+    found = torch.tensor([*sizes, *fits], device=group.device)
+    dist.all_reduce(found)
+    sizes, fitting = found[: group.world_size].tolist(), found[group.world_size :].tolist()
+    whole = [
+        _Gathered.apply(leaf, sizes, group.rank) if number == group.world_size else leaf  # type: ignore[no-untyped-call]
+        for leaf, number in zip(leaves, fitting, strict=True)
+    ]
     start = sum(sizes[: group.rank])
-    whole = pytree.tree_map(gathered, (outputs, targets))
-    return *whole, slice(start, start + sizes[group.rank])
+    return *pytree.tree_unflatten(whole, form), slice(start, start + sizes[group.rank])

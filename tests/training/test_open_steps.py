@@ -135,6 +135,15 @@ class Encoder(nn.Module):
         return {"features": self.layer(inputs), "scale": self.scale}
 
 
+class ComparedInRow(Compared):
+    """The temperature has one row, like the outputs of a slice of one example."""
+
+    def create_model(self) -> nn.Module:
+        model = Encoder()
+        model.scale = nn.Parameter(torch.full((1,), 0.5))
+        return model
+
+
 class Mixed(Numbers):
     """Inputs and targets are moved together, without random numbers, so that slices do not matter."""
 
@@ -178,6 +187,7 @@ CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
     "experts in micro-batches": (OfExperts, {"micro_batch_size": 2}),
     "experts in chunks": (OfExperts, {"reproducible": True, "num_chunks": 4}),
     "whole batch": (Compared, {}),
+    "whole batch, slices of one and two": (ComparedInRow, {"batch_size": 5}),
     "mixed": (Mixed, {}),
     "rivals": (OfRivals, {}),
     "rivals in micro-batches": (OfRivals, {"micro_batch_size": 2, "ema_decay": 0.5}),
