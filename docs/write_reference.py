@@ -86,7 +86,7 @@ def row_of(about: Setting) -> str:
     parts = about.help.split("; ")
     chosen = [part for part in parts if part.startswith("default: ")]  # what the job does if the setting is unset
     default = about.unset if about.default is None else about.default
-    if about.default is None and about.unset == "none":
+    if about.default in (None, ()) and about.unset == "none":
         default = chosen[0].removeprefix("default: ") if chosen else "–"
     elif isinstance(default, bool):
         default = "on" if default else "off"
@@ -105,7 +105,7 @@ def values_of(about: Setting) -> str:
     kind = f"`{about.metavar}`" if about.metavar else KINDS[about.plain]
     allowed = about.must.removeprefix("must ").removeprefix("be ")
     if not allowed:
-        return "`FILE.py[:NAME]` or module" if about.code else kind
+        return "`FILE.py[:NAME][(KEY=VALUE, …)]` or module; repeat it for several" if about.code else kind
     if allowed == "a positive number":
         return f"{kind} above 0"
     if allowed.startswith("in "):

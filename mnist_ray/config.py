@@ -23,8 +23,8 @@ def _ending(suffix: str) -> dict[str, Any]:
 
 
 def _code(description: str, base: str, **more: Any) -> Any:
-    description += ": FILE.py[:NAME] or package.module[:NAME]"
-    return setting(None, description, code=base, is_single=True, **more)
+    description += ": FILE.py[:NAME][(KEY=VALUE, …)] or package.module…; may be repeated"
+    return setting((), description, code=base, metavar="FILE.py", **more)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +114,7 @@ class TrainConfig:
         False, "recompute activations in the backward pass, to save memory", decides_weights=False
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
-    callback: str | None = _code(
+    callback: tuple[str, ...] = _code(
         "your Callback in the training loop", "mnist_ray.training.callback:Callback", is_searchable=False
     )
     limit: float = setting(
@@ -233,7 +233,7 @@ class OutputConfig:
         bare="yes",
         **_DROPPED,
     )
-    tracker: str | None = _code("your Tracker, to follow the run", "mnist_ray.trackers:Tracker", **_AGAIN)
+    tracker: tuple[str, ...] = _code("your Tracker, to follow the run", "mnist_ray.trackers:Tracker", **_AGAIN)
     dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it", **_DROPPED)
     json: bool = setting(False, _JSON, **_DROPPED)
     quiet: bool = setting(False, "print only the result", **_DROPPED)
@@ -279,7 +279,7 @@ class ReproductionConfig:
     """How to train again."""
 
     num_workers: int | None = setting(None, "training processes; default: as many as the run had", **at_least(0))
-    callback: str | None = _code("the run's Callback, if it has moved", "mnist_ray.training.callback:Callback")
+    callback: tuple[str, ...] = _code("the run's Callback, if it has moved", "mnist_ray.training.callback:Callback")
     dry_run: bool = setting(False, "train nothing; only compare this machine with the run's files")
 
 

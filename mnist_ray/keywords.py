@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
     from mnist_ray.api import Run
     from mnist_ray.config import Precision
+
+UserCode: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, Mapping[str, Any]] | None"
+"""Files or modules with classes; as a mapping, with the keyword arguments that an object is created with."""
 
 
 class TrainKeywords(TypedDict, total=False):
@@ -38,7 +41,7 @@ class TrainKeywords(TypedDict, total=False):
     strategy: Literal["ddp", "fsdp"]
     activation_checkpointing: bool
     compile: bool
-    callback: str | Path | None
+    callback: UserCode
     limit: float
     overfit_batches: int | None
     checkpoint_every: int | None
@@ -61,7 +64,7 @@ class TrainKeywords(TypedDict, total=False):
     run_name: str | None
     storage_path: str | Path
     resume: Literal["no", "yes", "auto"] | bool
-    tracker: str | Path | None
+    tracker: UserCode
     dry_run: bool
     quiet: bool
     verbose: bool

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mnist_ray.errors import UsageError, first_line
+from mnist_ray.references import references_of
 from mnist_ray.text import did_you_mean, redact
 
 T = TypeVar("T")
@@ -77,6 +78,8 @@ class Setting:
         """The flag's arguments for ``add_argument``."""
         if self.plain is bool:
             return {"action": argparse.BooleanOptionalAction}
+        if self.code:
+            return {"action": "append", "metavar": self.metavar}
         if self.plain is tuple:
             return {"type": self.arguments[0], "nargs": "+", "action": "extend"}
         if self.plain in (int, float) and not self.arguments and self.may_be_none:
@@ -89,7 +92,7 @@ class Setting:
         """Return the flag's help with a default, if there is one."""
         if default is None and self.unset != "none":
             default = self.unset
-        if self.plain is bool or default is None:
+        if self.plain is bool or default in (None, ()):
             return self.help
         return f"{self.help} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
@@ -100,6 +103,14 @@ class Setting:
         if isinstance(value, bool) and {"yes", "no"} <= {*self.arguments}:
             value = "yes" if value else "no"
         name, plain, arguments = flag(self.name), self.plain, self.arguments
+        if self.code:
+            try:
+                value = references_of(value)
+            except ValueError as error:
+                raise UsageError(f"{name} {value!r:.60}: {error}") from None
+            except (TypeError, RecursionError, MemoryError):
+                forms = "FILE.py:NAME, a list of these, or a mapping from these to keyword arguments"
+                raise UsageError(f"{name} must be {forms}, not {value!r:.40}") from None
         try:
             if plain is tuple and isinstance(value, (list, tuple)):
                 value = tuple(_of_type(arguments[0], item, name) for item in value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,11 +141,15 @@ def located(values: Given, file: Path, *classes: type) -> dict[str, Any]:
     places = {name for name, about in known.items() if about.plain is Path or name == "storage_path"}
     code = {name for name, about in known.items() if about.code or name == "workload"}
 
-    def is_path(name: str, value: Any) -> bool:
-        is_file = name in places or (name in code and str(value).partition(":")[0].endswith(".py"))
-        return is_file and isinstance(value, str) and value[:1] not in ("", "~") and "://" not in value
+    def whole(name: str, value: Any) -> Any:
+        if name in code and isinstance(value, (list, dict)):  # several, or some with arguments
+            moved = [whole(name, one) for one in value]
+            return moved if isinstance(value, list) else dict(zip(moved, value.values(), strict=True))
+        is_file = name in places or (name in code and re.search(r"\.py($|[:(])", str(value)))
+        is_relative = is_file and isinstance(value, str) and value[:1] not in ("", "~") and "://" not in value
+        return str(folder / value) if is_relative else value
 
-    return {name: str(folder / value) if is_path(name, value) else value for name, value in values.items()}
+    return {name: whole(name, value) for name, value in values.items()}
 
 
 _WRITTEN = {".toml": _from_toml, ".yaml": _from_yaml, ".yml": _from_yaml}  # by people; JSON, also by runs

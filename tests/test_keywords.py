@@ -20,11 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
     from mnist_ray.api import Run
     from mnist_ray.config import Precision
+
+UserCode: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, Mapping[str, Any]] | None"
+"""Files or modules with classes; as a mapping, with the keyword arguments that an object is created with."""
 '''
 CLASSES = {
     "TrainKeywords(TypedDict, total=False)": (TrainConfig, WorkerConfig, OutputConfig, SourceConfig),
@@ -41,7 +44,9 @@ TYPES = {
 def type_of(field: dataclasses.Field) -> str:
     """Return the type that a call accepts, which is wider than the field's."""
     kind = TYPES.get(field.name, str(field.type).replace("'", '"'))
-    if field.metadata["setting"].code or field.name == "config":
+    if field.metadata["setting"].code:
+        return "UserCode"
+    if field.name == "config":
         return "str | Path | None"
     return f"{kind} | bool" if '"yes"' in kind else kind
 

@@ -1,7 +1,8 @@
-"""Tries what only some workloads have before a run: ``augment``, and the losses of several optimizers."""
+"""Tries what only some workloads have before a run: callbacks, ``augment``, the losses of several optimizers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,21 @@ from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.tensors import as_fp32, autocast, detached
 from mnist_ray.errors import UsageError
 from mnist_ray.parallel.group import Group, resolve_precision
+from mnist_ray.training.callback import Callback
 from mnist_ray.training.parts import Parts, Schedules
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import check_numbers, placed
+from mnist_ray.workload.user_code import check_members
+
+
+def check_callbacks(workload: Workload) -> None:
+    """Raise UsageError unless the workload's own callbacks are objects whose methods can be called."""
+    with placed(workload, "callbacks"):
+        found = copy.deepcopy([*workload.callbacks])
+    for callback in found:
+        if not isinstance(callback, Callback):
+            raise UsageError(f"{type(workload).__name__}.callbacks must hold Callback objects, not {callback!r:.40}")
+        check_members(type(callback), Callback)
 
 
 def check_augment(workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig) -> None:

@@ -26,7 +26,7 @@ from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import detached
 from mnist_ray.errors import UsageError, with_place
-from mnist_ray.job.dry_open_step import check_augment, check_created, check_parts, check_schedule
+from mnist_ray.job.dry_open_step import check_augment, check_callbacks, check_created, check_parts, check_schedule
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
@@ -72,6 +72,7 @@ def try_batch(
         with placed(workload, "an example"):
             return batches[Request(np.arange(number), number)]
 
+    check_callbacks(workload)
     with placed(workload, "an example"):
         batches = batches_of(train, torch.device("cpu"), workload.collate)
         inputs, _ = train[0]

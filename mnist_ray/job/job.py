@@ -19,6 +19,7 @@ from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfi
 from mnist_ray.errors import UsageError
 from mnist_ray.layers import FLAGS, ONLY_FLAGS, Layers
 from mnist_ray.ray_versions import check_workers
+from mnist_ray.references import split_call
 from mnist_ray.runs import find_run
 from mnist_ray.settings import Given, Parser, Setting, declared, flag, peek
 from mnist_ray.settings_files import SettingsFile, read_settings
@@ -168,8 +169,9 @@ def _load_trusted(kind: str, run: RunFolder, flags: Given, files: Layers, file: 
         is_of_run = file.is_of_run or folder.exists(CONFIG_FILE) or folder.exists(ORIGIN_FILE)
         folders += runs.untrusted_folders(folder if is_of_run else run, usual)
     for name, about in declared(*_classes(kind)).items():
-        if about.code and name not in flags and isinstance(reference := files.values.get(name), str):
-            user_code.check_trusted(reference, flag(name), files.place_of(name), folders)
+        if about.code and name not in flags:
+            for reference in about.checked(files.values.get(name)):
+                user_code.check_trusted(split_call(reference)[0], flag(name), files.place_of(name), folders)
     reference = files.values.get("workload") or loading.DEFAULT
     return loading.load_again(reference, flags.get("workload"), files.place_of("workload"), folders)
 
@@ -202,11 +204,14 @@ def _build_job(
     _check_together(train, workers)
     _find_code(output)
     code = _find_code(train)
-    references: dict[str, Any] = {name: source.reference for name, source in code.items()}
-    train = dataclasses.replace(train, **references, init_from=_initial(train, run, given, is_resumed=is_resumed))
+    calls: dict[str, Any] = {name: tuple(source.call for source in found) for name, found in code.items()}
+    train = dataclasses.replace(train, **calls, init_from=_initial(train, run, given, is_resumed=is_resumed))
     folders = runs.untrusted_folders(run, run.storage_path)
-    saved = {"workload": workload_class.source.reference, **references}
-    untrusted = {name: reference for name, reference in saved.items() if user_code.why_untrusted(reference, folders)}
+    untrusted = {
+        name: tuple(source.call for source in found)
+        for name, found in {"workload": (workload_class.source,), **code}.items()
+        if any(user_code.why_untrusted(source.reference, folders) for source in found)
+    }
     return Job(
         workload=workload_class(settings.build(workload_class.Settings, asked)),
         train=train,
@@ -214,19 +219,20 @@ def _build_job(
         output=output,
         run=run,
         resume_with=resume_command(kind, output, untrusted, is_call=is_call),
-        callbacks=tuple(code.values()),
+        callbacks=code.get("callback", ()),
         initial=None if train.init_from is None else run,
         layers=ordered,
         is_resumed=is_resumed,
     )
 
 
-def _find_code(config: Any) -> dict[str, SourceCode]:
+def _find_code(config: Any) -> dict[str, tuple[SourceCode, ...]]:
     """Load the user's classes that a config names; return their sources by setting. Raises UsageError."""
     found = {}
     for name, about in declared(type(config)).items():
-        if about.code and (reference := getattr(config, name)) is not None:
-            found[name] = user_code.find(reference, pkgutil.resolve_name(about.code)).source
+        if about.code and (calls := getattr(config, name)):
+            base = pkgutil.resolve_name(about.code)
+            found[name] = tuple(user_code.find_with_arguments(call, base) for call in calls)
     return found
 
 
@@ -257,10 +263,12 @@ def resume_command(kind: str, output: OutputConfig, more: Given | None = None, *
     """Return the command or Python call that resumes a run of ``kind``, with ``more`` settings and without secrets."""
     about = declared(OutputConfig)
     again = {name: getattr(output, name) for name in about if about[name].on_resume == "given"}
-    values = {name: masked(value) for name, value in {**again, **(more or {})}.items() if value is not None}
+    several = {name: [value] if isinstance(value, str) else value for name, value in {**again, **(more or {})}.items()}
+    values = [(name, [*map(masked, given)]) for name, given in several.items() if given]
     if is_call:
-        return f"{kind}(resume=True, {', '.join(f'{name}={value!r}' for name, value in values.items())})"
-    words = [word for name, value in values.items() for word in (flag(name), value)]
+        words = [f"{name}={given[0] if len(given) == 1 else given!r}" for name, given in values]
+        return f"{kind}(resume=True, {', '.join(words)})"
+    words = [word for name, given in values for value in given for word in (flag(name), value)]
     return f"{command(kind)} {shlex.join(['--resume', *words])}"
 
 
@@ -315,20 +323,28 @@ def _check_unchanged(kind: str, job: Job, saved: Mapping[str, Given], ordered: L
         for name, about in declared(config_class).items():
             old, new = getattr(before, name), getattr(after, name)
             if name in named and about.decides_weights and old != new and not _has_moved(about, old, new):
+                then_and_now = [" ".join(value) or "none" if about.code else value for value in (old, new)]
                 raise UsageError(
-                    f"--resume: run {job.run.name} was started with {flag(name)} {old}, not {new}; "
+                    f"--resume: run {job.run.name} was started with {flag(name)} {then_and_now[0]}, "
+                    f"not {then_and_now[1]}; "
                     "leave the flag out, or start another run"
                 )
 
 
 def _has_moved(about: Setting, old: Any, new: Any) -> bool:
     """Return whether two values name one file or folder that has moved; for data, digests are compared, too."""
+    if about.code:
+        return len(old) == len(new) and all(map(_is_same_code, old, new))
     are_places = isinstance(old, (str, Path)) and isinstance(new, (str, Path))
-    if are_places and about.code:  # older runs saved it without its class
-        return Path(old).name in (Path(new).name, Path(new).name.rpartition(":")[0])
     if not are_places or Path(old).name != Path(new).name:
         return False
     return os.path.exists(new) and (about.decides_data or not os.path.exists(old))
+
+
+def _is_same_code(old: str, new: str) -> bool:
+    """Return whether two references differ only in the folder; older runs saved them without the class."""
+    (then, arguments), (now, new_arguments) = split_call(old), split_call(new)
+    return arguments == new_arguments and Path(then).name in (Path(now).name, Path(now).name.rpartition(":")[0])
 
 
 def _with_origin(kind: str, job: Job) -> Job:

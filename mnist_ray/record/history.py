@@ -101,7 +101,9 @@ class History:
     def write_steps(self) -> None:
         """Write steps.csv. Raises JobError."""
         with self._writing_steps:
-            self._run.write_text(STEPS_FILE, csv_text(self._step_columns, [*self._steps], has_header=True))
+            rows = [*self._steps]
+            of_groups = [name for name in rows[-1] if name not in self._step_columns] if rows else []
+            self._run.write_text(STEPS_FILE, csv_text([*self._step_columns, *of_groups], rows, has_header=True))
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate (a kill may lose one); None without any."""

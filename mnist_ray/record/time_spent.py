@@ -97,8 +97,8 @@ def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, trai
     if is_large(saving_s, _MAX_SAVING):
         cause = "the storage is slow" if seconds[stopwatch.STORAGE] > saving_s / 2 else "the state is large"
         notes.append(f"checkpoints {took(saving_s)}: {cause}, or epochs are short; save and validate less often")
-    if is_large(callbacks_s, _MAX_CALLBACKS) and job.callbacks:
-        notes.append(f"the callback {took(callbacks_s)}; do its work less often")
+    if is_large(callbacks_s, _MAX_CALLBACKS) and (job.callbacks or job.workload.callbacks):
+        notes.append(f"callbacks {took(callbacks_s)}; do their work less often")
     return notes
 
 

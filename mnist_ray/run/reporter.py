@@ -174,6 +174,9 @@ class TrainReporter(Reporter):
                 upload = functools.partial(self._upload, write)
             else:
                 threading.Thread(target=write, daemon=True).start()
+        else:
+            for callback in self.callbacks:  # on every rank alike: it may communicate
+                callback.state_dict()
         self._report(metrics, name, CheckpointUploadMode.ASYNC, upload)
 
     def _report(self, metrics: CheckpointMetrics, name: str, mode: CheckpointUploadMode, upload: Any = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import socket
@@ -152,8 +153,10 @@ class Reporter(Callback):
         self._validation = None if spec.validation is None else _opened(spec.validation)
         self._batch_size: int | None = None  # of a validation; the first validation finds it
         self._saving: Future[None] | None = None  # of the last checkpoint, in its own thread
-        # The user's callback comes first: checkpoints match callbacks by position.
-        self.callbacks: list[Callback] = [user_code.load(code, Callback)() for code in job.callbacks]
+        # Checkpoints match callbacks by position. Each worker and each run in a process has its own.
+        of_flags = [user_code.create(code, Callback) for code in job.callbacks]
+        own: list[Any] = copy.deepcopy([*job.workload.callbacks])
+        self.callbacks: list[Callback] = [*own, *of_flags]
 
     def start(self, state: TrainingState, restored: checkpoints.Restored, life: Life) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one; from now on, show ``life``.

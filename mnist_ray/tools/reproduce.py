@@ -137,7 +137,7 @@ def _settings(
         given["num_workers"] = result["num_workers"]
     if threads and not saved.get("reproducible") and int(threads[1]) <= usable_cores():
         given["cpus_per_worker"] = int(threads[1])  # else a worker may choose another number, by a timing
-    if config.callback is not None:
+    if config.callback:
         given["callback"] = config.callback
     if saved.get("init_from") is not None and run.exists(INITIAL_FILE):
         given["init_from"] = run.inside(INITIAL_FILE).uri  # the original may have changed
@@ -164,7 +164,7 @@ def _code_differs(origin: Mapping[str, Any], job: Job) -> Difference:
     if modules := _changed(source.home, _dict(code.get("modules"))):
         differing.append(f"{count(len(modules), 'module')} ({_first(modules)})")
     if code.get("callbacks", []) != [callback.sha256 for callback in job.callbacks] and "callbacks" in code:
-        differing.append("the callback")
+        differing.append("the callbacks")
     if code.get("package_sha256") not in (None, provenance.package_sha256()):
         commits = _then_and_now(origin.get("git_commit"), provenance.git_commit())
         differing.append(f"mnist_ray itself (commit {commits})")

@@ -85,19 +85,23 @@ def start(
     *,
     for_trials: bool = False,
 ) -> Trackers:
-    """Track a run in TensorBoard, and with the user's tracker, if any.
+    """Track a run in TensorBoard, and with the user's trackers.
 
-    ``for_trials``: track a sweep's trials, only with the user's tracker, if it follows trials.
+    ``for_trials``: track a sweep's trials, only with those of the user's trackers that follow trials.
     """
     plain = {
         name: value if isinstance(value, (bool, int, float)) else redact(value) for name, value in settings.items()
     }
-    kinds: dict[str, type[Tracker]] = {} if for_trials else {"TensorBoard": TensorBoard}
-    if output.tracker is not None:
-        own = user_code.find(output.tracker, Tracker)
+    create: dict[str, Create] = (
+        {} if for_trials else {"TensorBoard": functools.partial(TensorBoard, run, workload, plain)}
+    )
+    for call in output.tracker:
+        source = user_code.find_with_arguments(call, Tracker)
+        own = user_code.load(source, Tracker)
         if own.follows_trials or not for_trials:
-            kinds[own.__name__ if own.__name__ not in kinds else f"your {own.__name__}"] = own
-    create = {name: functools.partial(kind, run, workload, plain) for name, kind in kinds.items()}
+            number = sum(name.split()[0] == own.__name__ for name in create) + 1
+            name = own.__name__ if number == 1 else f"{own.__name__} ({number})"
+            create[name] = functools.partial(user_code.create, source, Tracker, run, workload, plain)
     return Trackers(create, warn)
 
 

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 class Callback(UserClass):
     """The base class of your code. Its methods are called on every rank at the same steps; override what you need.
 
-    Each worker creates an instance, without arguments, when it starts. State that a resumed run needs belongs in
-    ``state_dict``. You may change ``state.model``, ``state.optimizer`` and ``state.scheduler``, alike on all ranks.
+    Each worker creates an instance when it starts. State that a resumed run needs belongs in ``state_dict``. You may
+    change ``state.model``, ``state.optimizer`` and ``state.scheduler``, alike on all ranks, and freeze or unfreeze
+    parameters in any method.
     """
 
     def on_start(self, state: TrainingState, group: Group) -> None:
-        """Training starts. If there is a checkpoint, it is already restored into ``state``. Freeze layers here."""
+        """Training starts. If there is a checkpoint, it is already restored into ``state``."""
 
     def on_gradients(self, state: TrainingState) -> None:
         """The model holds the gradients of the global batch's mean loss, before clipping."""

@@ -36,7 +36,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.state import StopWantedError, TrainingState, is_over
+from mnist_ray.training.state import StopWantedError, TrainingState, is_over, learning_rates
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload.base import Workload
@@ -216,7 +216,7 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
         callback.on_gradients(state)
     state.watch.turn(OPTIMIZER)
     figures = _clip(state, config)
-    state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
+    state.learning_rates = learning_rates(state.optimizer)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if config.ema_decay is not None:
@@ -255,7 +255,7 @@ def _step_with_closure(
         figures.update({} if figures else clipped)
         return sums, gradients.minimized
 
-    state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
+    state.learning_rates = learning_rates(state.optimizer)
     sums = open_step.step_with_closure(state.optimizer, compute, micro_batches[0].global_size, group)
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
@@ -43,6 +44,21 @@ class Gradients:
 
     def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
         self._workload, self._state, self._config, self._group = workload, state, config, group
+        self._is_sharded = state.is_sharded
+        self._parts = state.optimizer if isinstance(state.optimizer, Parts) else None
+        self._generator = _generator(group.device)
+        self._ready_at: Any = None  # for the stopwatch: when this rank had its own gradients
+        self._noting: RemovableHandle | None = None
+        self.minimized: Tensor | None = None  # like the sums, of the last step's minimized loss if it is another one
+        self.has_weight = True  # False if all example weights of the global batch are 0: there is nothing to learn
+        self._of_model, groups = [*state.model.parameters()], state.optimizer.param_groups
+        self._parameters = [*{*self._of_model, *itertools.chain(*(group["params"] for group in groups))}]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Prepare to add up the gradients of the parameters that are trained now."""
+        self._trained = self._are_trained()
+        state, config, group, has_unused = self._state, self._config, self._group, self._workload.has_unused_parameters
         self._chunks: Chunks | None = None
         if config.reproducible:
             self._chunks = Chunks(
@@ -50,31 +66,25 @@ class Gradients:
                 config.num_chunks,
                 group.rank,
                 group.world_size,
-                has_unused_parameters=workload.has_unused_parameters or isinstance(state.optimizer, Parts),
+                has_unused_parameters=has_unused or self._parts is not None,
             )
-        self._is_sharded = state.is_sharded
-        self._parts = state.optimizer if isinstance(state.optimizer, Parts) else None
         adds_up_itself = config.reproducible or self._is_sharded or self._parts is not None
-        has_unused = workload.has_unused_parameters
         self._model = state.model if adds_up_itself else _distributed(state.model, group, has_unused)
         self._ranks_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
-        self._trained = self._note_trained()
-        self._generator = _generator(group.device)
-        self._ready_at: Any = None  # for the stopwatch: when this rank had its own gradients
-        self.minimized: Tensor | None = None  # like the sums, of the last step's minimized loss if it is another one
-        self.has_weight = True  # False if all example weights of the global batch are 0: there is nothing to learn
+        if self._noting is not None:
+            self._noting.remove()
         if isinstance(self._model, DistributedDataParallel):
-            first = next(parameter for parameter in state.model.parameters() if parameter.requires_grad)
-            first.register_post_accumulate_grad_hook(self._note_ready)  # a backward pass ends with the first layers
+            first = next(parameter for parameter in self._of_model if parameter.requires_grad)
+            self._noting = first.register_post_accumulate_grad_hook(self._note_ready)  # it is the last to be ready
 
     def compute(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         """Put the gradients into the model; return sums over this rank's slice: of the losses, measures and weights.
 
         Each is one number or, with ``--reproducible``, has one per chunk, 0 for chunks of other ranks. Raises
-        TrainingStoppedError, at an epoch's start, if the set of trained parameters has changed.
+        TrainingStoppedError, with ``--strategy fsdp``, if the set of trained parameters has changed.
         """
-        if self._state.step == 0 and self._parts is None:
-            self._check_trained()
+        if self._parts is None:
+            self._follow_changes()
         sums = self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
         self.minimized = sums.pop(MINIMIZED, None)
         if self._ready_at is not None:
@@ -106,17 +116,17 @@ class Gradients:
         torch._foreach_mul_(gradients, global_size / weight_sum)  # they are already divided by the size
         return bool(weight_sum != 0)
 
-    def _check_trained(self) -> None:
-        """Raise TrainingStoppedError if the set of trained parameters has changed: gradients would be wrong."""
-        must_be_same = self._model is not self._state.model or self._chunks is not None
-        if self._trained != self._note_trained() and must_be_same:
-            raise TrainingStoppedError("a callback has changed requires_grad during training; change it in on_start")
+    def _follow_changes(self) -> None:
+        """If a callback has frozen or unfrozen parameters, prepare for those that are trained now."""
+        if self._trained == self._are_trained():
+            return
+        if self._is_sharded:
+            found = "--strategy fsdp: a callback has changed requires_grad during training"
+            raise TrainingStoppedError(f"{found}; change it in on_start")
+        self._prepare()
 
-    def _note_trained(self) -> list[bool]:
-        """Note the parameters to clear; return whether each of the model's is trained."""
-        of_model, groups = [*self._state.model.parameters()], self._state.optimizer.param_groups
-        self._parameters = [*{*of_model, *itertools.chain(*(group["params"] for group in groups))}]
-        return [parameter.requires_grad for parameter in of_model]
+    def _are_trained(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._of_model]
 
     def _of_slice(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)

@@ -74,6 +74,19 @@ class Parts(Optimizer):
         self.param_groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
 
+def names_of_rates(optimizer: Optimizer) -> list[str]:
+    """Return the names of the columns with the learning rates of the parameter groups.
+
+    A group may have an entry ``name``; otherwise its number is its name.
+    """
+    parts = optimizer.optimizers if isinstance(optimizer, Parts) else {"": optimizer}
+    return [
+        ".".join(["learning_rate", *filter(None, [part, str(group.get("name", number))])])
+        for part, each in parts.items()
+        for number, group in enumerate(each.param_groups)
+    ]
+
+
 class Schedules(LRScheduler):
     """The schedules of several optimizers as one."""
 

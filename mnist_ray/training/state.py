@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +43,7 @@ class TrainingState:
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step that ends the trial's segment, or the training; the worker sets it
-    learning_rate: float = math.nan  # of the last step, in the optimizer's first parameter group
+    learning_rates: list[float] = field(default_factory=list)  # of the last step, of each parameter group
     watch: Stopwatch = field(default_factory=Stopwatch)
     pace: Pace = field(default_factory=Pace)
 
@@ -73,6 +72,11 @@ class TrainingState:
     def result(self) -> nn.Module:
         """The model that is evaluated and kept: the trained model, or its EMA."""
         return self.model if self.average is None else self.average
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the learning rate of each parameter group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def is_over(state: TrainingState, config: TrainConfig) -> bool:

@@ -17,6 +17,7 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import WEIGHT, MetricSums, TrainingDivergedError
+from mnist_ray.training.parts import names_of_rates
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS
 from mnist_ray.workload.base import Workload
@@ -121,6 +122,9 @@ class LoggingWindow:
         num_examples = sum(self._sizes)
         state.sums = state.sums.plus(sums, num_examples)
         columns = [*zip(*ranks, strict=True)][len(PARTS) :]
+        rates = state.learning_rates
+        others = {figure.name: figure.join(column) for figure, column in zip(self._others, columns, strict=True)}
+        others |= dict(zip(names_of_rates(state.optimizer), rates, strict=False)) if len(rates) > 1 else {}
         return Progress(
             epoch=state.epoch + 1,
             step=state.step,
@@ -130,10 +134,10 @@ class LoggingWindow:
             so_far=state.sums.values(self._workload),
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,
-            learning_rate=state.learning_rate,
+            learning_rate=rates[0] if rates else math.nan,
             total_step=state.total_step,
             saves=bool(stop_wanted or save_wanted),
             stops=bool(stop_wanted),
             parts=[row[: len(PARTS)] for row in ranks],
-            others={figure.name: figure.join(column) for figure, column in zip(self._others, columns, strict=True)},
+            others=others,
         )

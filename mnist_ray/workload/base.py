@@ -75,6 +75,8 @@ class Workload(UserClass):
     """Whether the loss compares the examples of a batch: it then sees those of all workers."""
     has_unused_parameters: ClassVar[bool] = False
     """Whether some steps use only a part of the parameters, such as some of the experts."""
+    callbacks: Sequence[UserClass] = ()
+    """Its own ``Callback``s, called before those of ``--callback``. Each worker copies them."""
     prompt: ClassVar[str] = ""
     """A text that ``complete`` continues after each validation, for the console and the report."""
     noun: ClassVar[str] = "example"  # the word for an example in all output, such as ``image``
@@ -182,9 +184,11 @@ class Workload(UserClass):
         fused = all(parameter.is_floating_point() for parameter in model.parameters()) or None  # None: PyTorch chooses
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": fused}
         if config.optimizer == "sgd":
-            # If fp16's loss scale skips the first step, fused SGD would never initialize its momentum. PyTorch has no
-            # fused SGD for sharded parameters.
-            options["fused"] = None if config.precision == "fp16" or config.strategy == "fsdp" else fused
+            # Fused SGD fails if only some parameters have a momentum yet, and never initializes it if fp16's loss scale
+            # skips the first step. PyTorch has none for sharded parameters.
+            may_lack_gradients = self.has_unused_parameters or self.callbacks or config.callback
+            is_plain = not may_lack_gradients and config.precision != "fp16" and config.strategy == "ddp"
+            options["fused"] = fused if is_plain else None
             return optim.SGD(model.parameters(), momentum=config.momentum, **options)
         kinds = {"adam": optim.Adam, "adamw": optim.AdamW}
         return kinds[config.optimizer](model.parameters(), betas=(config.beta1, config.beta2), **options)

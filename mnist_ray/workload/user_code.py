@@ -17,9 +17,10 @@ import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mnist_ray.errors import UsageError, with_place
+from mnist_ray.references import split_call
 from mnist_ray.settings import is_no_file, path_of
 
 
@@ -30,6 +31,12 @@ class SourceCode:
     reference: str  # an absolute path or a module's name, with `:NAME` once the class is loaded
     path: str
     text: str
+    arguments: str = ""  # to create an object with, as in a call: `(num_epochs=2)`
+
+    @property
+    def call(self) -> str:
+        """The reference with its arguments, as settings have it."""
+        return self.reference + self.arguments
 
     @property
     def folder(self) -> Path:
@@ -99,11 +106,32 @@ def load(source: SourceCode, base: type[T]) -> type[T]:
     """Return the class from its source, in any process. Raises UsageError like ``find``."""
     code, _ = _split(source.reference)
     with alone:
-        module = _module_of(dataclasses.replace(source, reference=code), _flag(base))
+        module = _module_of(dataclasses.replace(source, reference=code, arguments=""), _flag(base))
     loaded = _pick(module, source.reference, base)
     name = next(name for name, value in vars(module).items() if value is loaded)
-    loaded.source = dataclasses.replace(source, reference=f"{code}:{name}")  # another class may be added to the file
+    # With its name, since another class may be added to the file.
+    loaded.source = dataclasses.replace(source, reference=f"{code}:{name}", arguments="")
     return loaded
+
+
+def create(source: SourceCode, base: type[T], *given: Any) -> T:
+    """Return an object of the class, created with the source's arguments after those ``given``."""
+    _, arguments = split_call(f"f{source.arguments}")
+    return load(source, base)(*given, **arguments)
+
+
+def find_with_arguments(reference: str, base: type[UserClass]) -> SourceCode:
+    """Return the source of the class and the arguments that ``reference`` names.
+
+    Raises UsageError like ``find``, and if the class does not take these arguments after those of ``base``.
+    """
+    plain, arguments = split_call(reference)
+    found = find(plain, base)
+    try:
+        inspect.signature(found).bind(*inspect.signature(base).parameters, **arguments)
+    except TypeError as error:
+        raise UsageError(f"{_flag(base)} {found.source.reference}: {error}") from error
+    return dataclasses.replace(found.source, arguments=reference.removeprefix(plain))
 
 
 def check_members(user_class: type, base: type) -> None:

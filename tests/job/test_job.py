@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +25,7 @@ from mnist_ray.provenance import Surroundings
 from mnist_ray.record.recorder import write_settings
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder
+from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Data, Regression, user_code
 from tests.conftest import ROOT, Numbers, callback_at, with_data, write_data_set
 
@@ -113,7 +115,8 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
 ) -> None:
     (sent.parent / "elsewhere.py").write_text(STEALS)
     monkeypatch.chdir(sent.parent)
-    (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: place.format(sent=sent)}))
+    code: Any = place.format(sent=sent)
+    (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: code if name == "workload" else {code: {}}}))
     message = rf"config\.json names --{name} .*: the code may have come with the run; if you trust it"
     with pytest.raises(UsageError, match=message):
         read(*(flag.format(sent=sent) for flag in flags))
@@ -145,7 +148,7 @@ def test_code_in_a_run_is_loaded_if_a_flag_names_it_also_to_resume(read: Any, se
 
 
 def test_the_command_to_resume_is_quoted_and_has_no_secrets(tmp_path: Path) -> None:
-    output = OutputConfig(run_name="one", storage_path=f"{tmp_path}/my runs", tracker="lines.py")
+    output = OutputConfig(run_name="one", storage_path=f"{tmp_path}/my runs", tracker=("lines.py",))
     said = f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --tracker lines.py"
     assert resume_command("tune", output) == said
     output = OutputConfig(run_name="run", storage_path="s3://KEY:SEC%2FRET@bucket/runs?region=us", quiet=True)
@@ -233,7 +236,7 @@ def test_a_run_without_ray_may_have_a_files_settings_of_workers_and_flags_that_i
     )
 
 
-@pytest.mark.parametrize("name", ["--callback", "--tracker", "--recipe", "--config"])
+@pytest.mark.parametrize("name", ["--recipe", "--config"])
 def test_a_second_value_of_which_only_one_would_count_is_refused(
     read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -404,12 +407,63 @@ def test_a_run_is_resumed_with_its_callback_from_another_place(read: Any, begun:
     file, now = begun / "config.json", callback_at(tmp_path / "now.py", "on_step(self, state)", "pass")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": "/gone/now.py"}))  # an older run
     given = ("--resume", "--run-name", "run", "--callback", str(now))
-    assert read(*given).train.callback == f"{now}:Written"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": "/gone/now.py:Written"}))
-    assert read(*given).train.callback == f"{now}:Written"
+    assert read(*given).train.callback == (f"{now}:Written",)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": ["/gone/now.py:Written"]}))
+    assert read(*given).train.callback == (f"{now}:Written",)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": f"{now}:Other"}))
     with pytest.raises(UsageError, match=r"was started with --callback .*now\.py:Other, not .*now\.py:Written"):
         read(*given)
+
+
+FREEZE = """
+from mnist_ray.training.callback import Callback
+
+class Freeze(Callback):
+    def __init__(self, num_epochs, parts=("body",)):
+        self.num_epochs, self.parts = num_epochs, parts
+
+class Watch(Callback):
+    pass
+"""
+
+
+def test_callbacks_have_arguments_in_a_file_in_a_call_and_in_flags(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "freeze.py").write_text(FREEZE)
+    file, arguments = tmp_path / "settings.toml", {"num_epochs": 2, "parts": ["body", "neck"]}
+    file.write_text(
+        '[callback]\n"freeze.py:Freeze" = {num_epochs = 2, parts = ["body", "neck"]}\n"freeze.py:Watch" = {}\n'
+    )
+    of_file = read("--config", str(file))
+    freeze, watch = f"{tmp_path}/freeze.py:Freeze(num_epochs=2, parts=['body', 'neck'])", f"{tmp_path}/freeze.py:Watch"
+    assert of_file.train.callback == (freeze, watch)
+    assert [user_code.create(code, Callback).__dict__ for code in of_file.callbacks] == [arguments, {}]
+    of_flags = read("--callback", freeze, "--callback", watch)
+    of_call = read_job({"callback": {tmp_path / "freeze.py:Freeze": arguments, f"{tmp_path}/freeze.py:Watch": {}}})
+    assert of_flags.callbacks == of_call.callbacks == of_file.callbacks
+
+
+def test_the_command_to_resume_names_all_trackers_and_untrusted_callbacks(read: Any, sent: Path) -> None:
+    (sent / "frozen.py").write_text(FREEZE)
+    names = f"{sent}/frozen.py:Freeze(num_epochs=2)", f"{sent}/frozen.py:Watch"
+    given = [word for name in names for word in ("--callback", name)]
+    said = read("--run-name", "one", *given).resume_with
+    assert shlex.split(said)[-4:] == given
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (":Freeze", r"--callback .*\.py:Freeze: missing a required argument: 'num_epochs'"),
+        (":Watch(last=3)", r"--callback .*\.py:Watch: got an unexpected keyword argument 'last'"),
+        (":Watch(3)", r"--callback .*: arguments must be NAME=VALUE, and values numbers"),
+        ("", r"--callback .*\.py holds several callbacks; add a name: :Freeze, :Watch"),
+    ],
+)
+def test_wrong_arguments_of_a_callback_are_one_line(read: Any, tmp_path: Path, value: str, message: str) -> None:
+    file = tmp_path / f"{tmp_path.name}.py"
+    file.write_text(FREEZE)
+    with pytest.raises(UsageError, match=message):
+        read("--callback", f"{file}{value}")
 
 
 def test_a_run_is_resumed_with_its_workload_and_callback_although_their_files_have_got_others(

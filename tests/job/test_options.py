@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from mnist_ray.record.recorder import overfit_verdict
 from mnist_ray.report.run_files import read_csv
@@ -37,15 +38,37 @@ def test_a_run_stops_early(quick: Flags, tmp_path: Path, capsys: pytest.CaptureF
     assert "<td>early_stopping_patience</td><td>1 (default: None)</td>" in page
 
 
+COUNTS = """
+import torch
+from mnist_ray.training.callback import Callback
+
+class Counts(Callback):
+    def __init__(self, num_ranks):
+        self.found = torch.zeros(num_ranks)
+
+    def on_start(self, state, group):
+        self.rank = group.rank
+
+    def state_dict(self):
+        self.found[self.rank] = 1
+        torch.distributed.all_reduce(self.found)  # never ends unless every rank calls it
+        return {"num_ranks": int(self.found.count_nonzero())}
+"""
+
+
 @pytest.mark.usefixtures("ray_address")
 def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers_with_its_best_two_and_last_checkpoints(
     quick: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     callback = callback_at(tmp_path / "ends.py", "on_epoch(self, state, progress)", "state.ends = state.epoch == 5")
-    run_main("train", *quick(num_epochs=9, num_workers=2, callback=callback))
+    (tmp_path / "counts.py").write_text(COUNTS)
+    flags = quick(num_epochs=9, num_workers=2, callback=callback)
+    run_main("train", *flags, "--callback", f"{tmp_path}/counts.py:Counts(num_ranks=2)")
     assert "stopped    after epoch 5: validation was best after epoch " in capsys.readouterr().out
     run = tmp_path / "run"
-    assert json.loads((run / "config.json").read_text())["callback"] == f"{callback}:Written"
+    callbacks = [f"{callback}:Written", f"{tmp_path}/counts.py:Counts(num_ranks=2)"]
+    assert json.loads((run / "config.json").read_text())["callback"] == callbacks
+    assert torch.load(max(run.glob("checkpoint_epoch*")) / "training.pt")["callbacks"] == [{}, {"num_ranks": 2}]
     accuracy = {int(row["epoch"]): float(row["val_accuracy"]) for row in read_csv(folder_at(run), "metrics.csv")}
     assert list(accuracy) == [1, 2, 3, 4, 5]
     kept = {int(path.name[17:20]) for path in run.glob("checkpoint_epoch*")}

@@ -207,6 +207,7 @@ def train_cases(rank: int, folder: Path) -> None:
             check_failure(locate(storage, "failed").inside(MIDDLE), group)
             check_scale(group)
             check_plain_state(group)
+            check_later_freeze(group)
         dist.destroy_process_group()
 
 
@@ -264,6 +265,14 @@ def check_scale(group: Group) -> None:
     assert torch.equal(weights[3], weights[2])
     assert not torch.equal(weights[4], weights[3])
     assert state.scaler.get_scale() == 4.0
+
+
+def check_later_freeze(group: Group) -> None:
+    """A layer that is frozen after the start is one line: FSDP has noted which gradients to add up."""
+    state = engine.create_state(Words(), CONFIG, 141, group)
+    hooks = Hooks(on_step=lambda state: next(state.model.parameters()).requires_grad_(False))
+    with pytest.raises(TrainingStoppedError, match=r"^--strategy fsdp: a callback has changed .* in on_start$"):
+        engine.train(Words(), state, Split(few_words()), CONFIG, group, [hooks])
 
 
 def check_plain_state(group: Group) -> None:

@@ -112,7 +112,7 @@ def test_a_slow_callback_is_named_only_if_there_is_one() -> None:
     slow = [HEALTHY | {"callbacks": 40.0}]
     with_callback = dataclasses.replace(job(), callbacks=(SourceCode("slow.py", "", ""),))
     (note,) = notes_on(slow, ["host"], with_callback, EXAMPLES)
-    assert note.startswith("the callback took 29% of the time (40.0 s)")
+    assert note.startswith("callbacks took 29% of the time (40.0 s)")
     assert notes_on(slow, ["host"], job(), EXAMPLES) == []
 
 

@@ -63,7 +63,7 @@ EPOCH: list[Event] = [
 def follow(run: RunFolder, events: list[Event], ending: Ending, tracker: Path | None = None) -> list[str]:
     """Track a run to its end; return the warnings."""
     warnings: list[str] = []
-    config = OutputConfig(tracker=None if tracker is None else str(tracker))
+    config = OutputConfig(tracker=() if tracker is None else (str(tracker),))
     trackers = start.start(run, Digits(), values_of(TrainConfig()), config, warnings.append)
     for event in events:
         trackers.log(event)
@@ -138,7 +138,7 @@ def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, writ
                 self.run.write_text("mine.txt", "closed")
                 raise OSError("full")
     """
-    said = ["your TensorBoard failed and is no longer used: full"]
+    said = ["TensorBoard (2) failed and is no longer used: full"]
     assert follow(run, EPOCH, INTERRUPTED, write(own, "own.py")) == said
     assert (tmp_path / "run" / "mine.txt").read_text() == "closed"
     assert points(read_events(tmp_path / "run"), "epoch/train_loss") == [(1, 0.5)]
@@ -192,7 +192,7 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(run: RunFolder, mlf
 
 
 def test_mlflow_has_a_trial_once_that_a_resumed_sweep_reports_again(tmp_path: Path, mlflow_tracker: Path) -> None:
-    config, run = OutputConfig(tracker=str(mlflow_tracker)), locate(str(tmp_path), "sweep")
+    config, run = OutputConfig(tracker=(str(mlflow_tracker),)), locate(str(tmp_path), "sweep")
     for _ in range(2):
         trackers = start.start(run, Digits(), {"num_trials": 1}, config, pytest.fail, for_trials=True)
         trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, values={"val_loss": 0.5}))
@@ -231,7 +231,7 @@ def test_mlflow_gets_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, 
     settings = {"database": "postgresql://user:password@host/examples"}
     for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
         run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
-        trackers = start.start(run, Digits(), settings, OutputConfig(tracker=str(mlflow_tracker)), pytest.fail)
+        trackers = start.start(run, Digits(), settings, OutputConfig(tracker=(str(mlflow_tracker),)), pytest.fail)
         trackers.close(INTERRUPTED)
     (found,) = in_mlflow(run)
     assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
@@ -243,21 +243,21 @@ from mnist_ray.trackers import Tracker
 
 
 class Lines(Tracker):
-    def __init__(self, run, workload, settings):
+    def __init__(self, run, workload, settings, *, file="lines.txt"):
         super().__init__(run, workload, settings)
-        self.lines = []
+        self.lines, self.file = [], file
 
     def log(self, event):
         self.lines += self.scalars(event)
 
     def close(self, ending):
-        self.run.write_text("lines.txt", repr([*self.lines, *self.final(ending), self.settings["batch_size"]]))
+        self.run.write_text(self.file, repr([*self.lines, *self.final(ending), self.settings["batch_size"]]))
 """
 
 
 def test_a_tracker_that_does_not_follow_trials_is_left_alone_during_a_search(tmp_path: Path) -> None:
     (tmp_path / "not_of_trials.py").write_text(OWN)
-    run, config = locate(str(tmp_path), "sweep"), OutputConfig(tracker=str(tmp_path / "not_of_trials.py"))
+    run, config = locate(str(tmp_path), "sweep"), OutputConfig(tracker=(str(tmp_path / "not_of_trials.py"),))
     start.start(run, Digits(), {}, config, pytest.fail, for_trials=True).close(INTERRUPTED)
     assert not run.exists()
 
@@ -269,6 +269,16 @@ def test_a_tracker_of_the_users_gets_all_figures(run: RunFolder, tmp_path: Path)
     assert got[:3] == [("step/train_loss", 4.0, 1), ("step/train_loss", 3.0, 2), ("step/train_accuracy", 0.75, 2)]
     assert ("epoch/val_loss", 0.25, 1) in got
     assert got[-4:] == ["final/test_loss", "final/test_accuracy", "final/examples_per_s", 32]
+
+
+def test_several_trackers_follow_a_run_each_with_its_arguments(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "of_lines.py").write_text(OWN)
+    config = OutputConfig(tracker=(f"{tmp_path}/of_lines.py", f"{tmp_path}/of_lines.py(file='more.txt')"))
+    warnings = list[str]()
+    trackers = start.start(run, Digits(), {"batch_size": 32}, config, warnings.append)
+    trackers.close(Ending(RESULT, {}, None))
+    assert warnings == []
+    assert run.read_text("more.txt") == run.read_text("lines.txt") != ""
 
 
 def test_weights_and_biases_has_the_run_offline(

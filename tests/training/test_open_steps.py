@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -15,15 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
-from mnist_ray.workload import Classification, Workload
-from tests.conftest import ROOT
+from mnist_ray.training.callback import Callback
+from mnist_ray.training.events import figures_of
+from mnist_ray.training.state import TrainingState
+from mnist_ray.workload import Workload
 from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
 
 NUM_EXAMPLES, NUM_STEPS = 70, 50  # 7 steps a pass; with 3 ranks, slices of 3, 3 and 4
@@ -144,6 +144,34 @@ class ComparedInRow(Compared):
         return model
 
 
+class Thaw(Callback):
+    """Trains the first layer from a step on."""
+
+    def __init__(self, first_step: int) -> None:
+        self.first_step = first_step
+
+    def on_start(self, state: TrainingState, group: Group) -> None:
+        state.model.get_submodule("0").requires_grad_(state.total_step >= self.first_step)
+
+    def on_step(self, state: TrainingState) -> None:
+        self.on_start(state, Group())
+
+
+class Thawing(Numbers):
+    callbacks = (Thaw(first_step=17),)
+
+    def create_optimizer(self, model: Any, config: TrainConfig) -> Any:
+        first, last = (layer.parameters() for layer in (model[0], model[2]))
+        groups: list[dict[str, Any]] = [{"params": first, "lr": 0.02, "name": "first"}, {"params": last}]
+        return torch.optim.SGD(groups, 0.05, momentum=0.9)
+
+
+class ThawingByDefault(Numbers):
+    """The default SGD: PyTorch's fused one fails if only some parameters have a momentum."""
+
+    callbacks = (Thaw(first_step=17),)
+
+
 class Mixed(Numbers):
     """Inputs and targets are moved together, without random numbers, so that slices do not matter."""
 
@@ -189,6 +217,9 @@ CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
     "whole batch": (Compared, {}),
     "whole batch, slices of one and two": (ComparedInRow, {"batch_size": 5}),
     "mixed": (Mixed, {}),
+    "thawing": (Thawing, {"clip_grad_norm": 1.0}),
+    "thawing by default": (ThawingByDefault, {"momentum": 0.9}),
+    "thawing in chunks": (Thawing, {"reproducible": True, "num_chunks": 4}),
     "rivals": (OfRivals, {}),
     "rivals in micro-batches": (OfRivals, {"micro_batch_size": 2, "ema_decay": 0.5}),
     "rivals in chunks": (OfRivals, {"reproducible": True, "num_chunks": 4}),
@@ -204,7 +235,8 @@ def train_cases(rank: int, folder: Path) -> None:
                 workload, config, losses = workload_class(), replace(CONFIG, **settings), list[float]()
                 state = engine.create_state(workload, config, NUM_EXAMPLES, group)
                 note = Hooks(on_progress=lambda state, progress, losses=losses: losses.extend(progress.losses))
-                engine.train(workload, state, Split(numbers()), config, group, [note])
+                own: list[Any] = [*workload.callbacks, note]
+                engine.train(workload, state, Split(numbers()), config, group, own)
                 if rank == 0:
                     (folder / f"{case}-{world_size}.json").write_text(json.dumps(losses))
 
@@ -232,8 +264,10 @@ def train_plainly(case: str) -> list[float]:
     torch.manual_seed(config.seed)
     model, losses = workload.create_model(), []
     optimizer: Any = workload.create_optimizer(model, config)
-    for inputs, targets in batches(config.batch_size):
+    for number, (inputs, targets) in enumerate(batches(config.batch_size)):
         reported = list[Tensor]()
+        if case.startswith("thawing"):
+            model.get_submodule("0").requires_grad_(number >= 17)
 
         def closure(inputs: Tensor = inputs, targets: Tensor = targets, reported: list[Tensor] = reported) -> Tensor:
             optimizer.zero_grad()
@@ -257,6 +291,8 @@ def train_plainly(case: str) -> list[float]:
             optimizer.step(closure)
         else:
             closure()
+            if config.clip_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
             optimizer.step()
         losses.append(reported[0].item())
     return losses
@@ -272,48 +308,6 @@ def test_the_losses_are_those_of_a_plain_loop(runs: Path, case: str, world_size:
     assert losses[-1] != losses[0]
 
 
-def test_the_code_of_the_docs_trains_and_what_it_reports_is_right() -> None:
-    page = (ROOT / "docs" / "guides" / "steps.md").read_text(encoding="utf-8")
-    code: dict[str, Any] = {"torch": torch, "F": F, "v2": v2, "lr_scheduler": torch.optim.lr_scheduler}
-    code |= {"Classification": Classification, "Workload": Workload}
-    exec("\n".join(re.findall(r"```python\n(.+?)```", page, re.DOTALL)), code)
-    images = Arrays(np.random.default_rng(0).random((20, 3, 8, 8), np.float32), np.arange(20) % 10)
-    for name in ("ByLBFGS", "BySAM", "OfExperts", "Rivals", "Contrastive", "Mixed", "Patient"):
-        model = {"Contrastive": Views, "Rivals": OfPictures}.get(name, Labels)
-        own = {"create_model": lambda self, model=model: model()}
-        workload: Any = type("Own", (code[name],), own)(None, {"class_names": [*range(10)]})
-        config = replace(CONFIG, num_steps=4, validate_every=4)
-        state = engine.create_state(workload, config, len(images), Group())
-        losses = list[float]()
-        note = Hooks(on_progress=lambda state, progress, losses=losses: losses.extend(progress.losses))
-        engine.train(workload, state, Split(images), config, Group(), [note])
-        assert all(np.isfinite(losses)), name
-
-
-class Labels(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(192, 10))
-
-
-class OfPictures(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maker, self.judge = nn.Linear(8, 8), nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.maker(inputs).view_as(inputs)
-
-
-class Views(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.scale = nn.Linear(192, 4), nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
-        views = torch.stack([inputs, inputs.flip(3)], 1)
-        return {"features": self.layer(views.flatten(2)), "scale": self.scale}
-
-
 def test_the_reported_loss_has_the_true_targets() -> None:
     losses = list[float]()
     state = engine.create_state(Doubled(), CONFIG, NUM_EXAMPLES, Group())
@@ -321,6 +315,18 @@ def test_the_reported_loss_has_the_true_targets() -> None:
     engine.train(Doubled(), state, Split(numbers()), CONFIG, Group(), [note])
     assert losses[0] == pytest.approx(first_loss(), rel=1e-5)
     assert losses[-1] > 0.1, "the targets that are learned are others"
+
+
+def test_each_parameter_group_has_a_column_with_its_learning_rate() -> None:
+    reported = list[dict[str, float]]()
+    for kind in (Thawing, OfRivals, Numbers):
+        state = engine.create_state(kind(), CONFIG, NUM_EXAMPLES, Group())
+        note = Hooks(on_progress=lambda state, progress: reported.append(figures_of(progress)))
+        engine.train(kind(), state, Split(numbers()), replace(CONFIG, num_epochs=1), Group(), [note])
+    rates = [{name: value for name, value in figures.items() if "rate" in name} for figures in reported]
+    assert {"learning_rate": 0.02, "learning_rate.first": 0.02, "learning_rate.1": 0.05} in rates
+    assert {"learning_rate": 0.02, "learning_rate.judge.0": 0.02, "learning_rate.maker.0": 0.01} in rates
+    assert {"learning_rate": 0.05} in rates
 
 
 def first_loss() -> float:
