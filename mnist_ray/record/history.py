@@ -3,7 +3,8 @@
 metrics.csv      a row per epoch, written at once
 steps.csv        a row about every half second of training, with the mean over the steps since the previous row; in a
                  long run, rows are merged, since all are written at each checkpoint
-predictions.csv  a row per test example, in the data set's order; written when the run is tested
+predictions.csv  a row per test example, in the data set's order; written when the run is tested, beside
+                 predictions.parquet, which has the columns as arrays
 samples.csv      a row per validation of a language model: its continuation of the workload's prompt
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Split
 from mnist_ray.job.find import checkpoints_of
 from mnist_ray.report.run_files import (
     METRICS_FILE,
@@ -134,9 +136,16 @@ def joined(rows: Sequence[Mapping[str, float]], figures: Sequence[Figure]) -> di
     return {figure.name: figure.join(row.get(figure.name, math.nan) for row in rows) for figure in others}
 
 
-def write_predictions(run: RunFolder, workload: Workload, evaluation: Evaluation) -> None:
-    """Write predictions.csv, if the workload has predictions. Raises JobError."""
-    columns = workload.readable(evaluation.columns)
-    if columns:
+def write_predictions(run: RunFolder, workload: Workload, test: Split, evaluation: Evaluation) -> str:
+    """Write predictions.csv and predictions.parquet, if the workload has predictions; return a note about the latter.
+
+    Raises JobError.
+    """
+    from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
+
+    if not evaluation.columns:
+        return ""
+    if columns := workload.readable(evaluation.columns):
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         run.write_text(PREDICTIONS_FILE, csv_text(list(columns), rows, has_header=True))
+    return write_columns(run, {"index": test.indices_of(np.arange(len(test))), **evaluation.columns})

@@ -186,7 +186,8 @@ class Recorder:
         self._clock.mark("evaluation")
         job, workload = self._job, self._job.workload
         self._fitted, self._result = fitted, self._result_of(fitted, tested)
-        write_predictions(job.run, workload, tested)
+        if note := write_predictions(job.run, workload, self._session.data.test, tested):
+            self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
         self._console.show_evaluation(tested)
         if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run

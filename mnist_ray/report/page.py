@@ -19,6 +19,7 @@ from mnist_ray.data.data import Split
 from mnist_ray.data.splits import splits_of, subset
 from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.output import say
+from mnist_ray.report.columns import read_columns
 from mnist_ray.report.plots import Curve, curves_of, smoothed, stacked_bars
 from mnist_ray.report.run_files import SAMPLES_FILE, RunRecord, number_of, read_csv, settings_of, workload_of
 from mnist_ray.settings import build, values_of
@@ -76,7 +77,7 @@ def write(
     ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
     """
     record = RunRecord.read(run, workload)
-    notes, result, rows = list[str](), record.result, record.predictions
+    notes, result, rows, columns = list[str](), record.result, record.predictions, read_columns(run)
     drawn = functools.partial(_drawn, workload, notes)
     if test is not None and rows and len(test) != len(rows):
         notes.append(f"no {workload.nouns} are shown: the test set had {len(rows):,} and now has {len(test):,}")
@@ -85,8 +86,9 @@ def write(
     for metric in workload.all_metrics:
         pictures += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
     if result:
-        with_examples = rows and drawn("images of the predictions", lambda: workload.pictures(result, rows, test))
-        pictures += with_examples or drawn("images of the test", lambda: workload.pictures(result, [], None))
+        of_test = functools.partial(workload.pictures, result)
+        with_examples = rows and drawn("images of the predictions", lambda: of_test(rows, test, columns))
+        pictures += with_examples or drawn("images of the test", lambda: of_test([], None, columns))
     for figure in workload.all_figures:
         if "step" in figure.at and figure.over != "mean":  # curves of metrics have their validation, too
             pictures += drawn(f"curve of the {figure.label}", functools.partial(_over_steps, record, figure))

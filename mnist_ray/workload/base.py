@@ -246,8 +246,13 @@ class Workload(UserClass):
         """Return lines about the test set for the console, as pairs (label, text)."""
         return []
 
-    def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
-        """Draw the report's plots from result.json, the rows of predictions.csv ([] if missing) and the test set."""
+    def pictures(
+        self, result: Mapping[str, Any], rows: CsvRows, test: Split | None, columns: Mapping[str, np.ndarray]
+    ) -> list[Picture]:
+        """Draw the report's plots from result.json, the rows of predictions.csv ([] if missing) and the test set.
+
+        ``columns`` are those of ``predictions``, (N, ...) each; none if they are missing or too large to be kept.
+        """
         return []
 
     def as_picture(self, inputs: Any) -> np.ndarray | None:

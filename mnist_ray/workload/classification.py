@@ -154,7 +154,9 @@ class Classification(Workload):
             lines.append(("", f"{name:>{width}}{cells}{percent:>10}"))
         return lines
 
-    def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
+    def pictures(
+        self, result: Mapping[str, Any], rows: CsvRows, test: Split | None, columns: Mapping[str, np.ndarray]
+    ) -> list[Picture]:
         """Return the confusion matrix, and examples with their predictions."""
         from mnist_ray.workload import drawing  # imports matplotlib
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from mnist_ray.data.data import Split
 from mnist_ray.errors import UsageError
 from mnist_ray.workload.base import CsvRows, Picture, Workload
@@ -66,7 +68,9 @@ class Regression(Workload):
         """Return the number predicted for each example; it has no probability."""
         return [[(value, math.nan)] for value in _flat(outputs).tolist()]
 
-    def pictures(self, result: Mapping[str, Any], rows: CsvRows, test: Split | None) -> list[Picture]:
+    def pictures(
+        self, result: Mapping[str, Any], rows: CsvRows, test: Split | None, columns: Mapping[str, np.ndarray]
+    ) -> list[Picture]:
         """Plot predictions against targets, and the distribution of the errors."""
         from mnist_ray.workload import drawing  # imports matplotlib
 

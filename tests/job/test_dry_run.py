@@ -196,7 +196,7 @@ def test_columns_that_differ_between_batches_are_named(write: Write) -> None:
         ("training_loss(self, outputs, targets)", "training_loss must take (self, outputs, targets, config)"),
         ("prepare(self, inputs)", "prepare must take (self, inputs, generator)"),
         ("evaluation_batch_size(self)", "evaluation_batch_size must take (self, on_gpu)"),
-        ("pictures(self, result, rows, test, more)", "pictures must take (self, result, rows, test)"),
+        ("pictures(self, result, rows, test)", "pictures must take (self, result, rows, test, columns)"),
     ],
 )
 def test_a_method_with_other_arguments_is_named_with_its_line(write: Write, method: str, taken: str) -> None:

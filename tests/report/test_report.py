@@ -21,6 +21,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.record.history import History, write_predictions
 from mnist_ray.report import page
+from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.plots import Curve, scale_axis, smoothed
 from mnist_ray.report.run_files import RunRecord, read_csv, settings_of, workload_of
 from mnist_ray.settings import json_lines, setting, values_of
@@ -313,7 +314,8 @@ def tested_run(run: RunFolder) -> RunFolder:
     history.write_steps()
     columns = {name: np.array([1, 2]) for name in ("label", "prediction")} | {"probability": np.array([0.5, 1.0])}
     tested = Evaluation(({"loss": 1.0, "accuracy": 2.0},), 2, columns)
-    write_predictions(run, workload, tested)
+    test = Split(Arrays(np.zeros((5, 1)), np.zeros(5)), np.array([4, 2]))
+    assert write_predictions(run, workload, test, tested) == ""
     result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 3.0}, "num_workers": 1}
     run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, "examples_per_s": 50.0}))
     run.write_text("config.json", json_lines(values_of(TrainConfig(num_epochs=2), WorkerConfig())))
@@ -322,8 +324,37 @@ def tested_run(run: RunFolder) -> RunFolder:
     return run
 
 
+def test_the_columns_of_the_predictions_are_kept_whole(tested_run: RunFolder) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, 4), np.uint8)
+    columns = {"image": images, "is_odd": images % 2 == 1, "score": np.array([0.5, np.nan], np.float16)}
+    assert write_columns(tested_run, columns) == ""
+    read = read_columns(tested_run)
+    assert {name: values.dtype for name, values in read.items()} == {"image": "u1", "is_odd": "u1", "score": "f2"}
+    assert all(
+        np.array_equal(read[name], values, equal_nan=True) for name, values in columns.items() if name != "is_odd"
+    )
+    assert np.array_equal(read["is_odd"], columns["is_odd"])
+
+
+def test_the_columns_of_a_tested_run_have_the_examples_places(tested_run: RunFolder) -> None:
+    read = read_columns(tested_run)
+    assert {name: values.tolist() for name, values in read.items()} == {
+        "index": [4, 2],
+        "label": [1, 2],
+        "prediction": [1, 2],
+        "probability": [0.5, 1.0],
+    }
+
+
+def test_columns_that_are_too_large_are_not_kept_and_a_note_says_so(run: RunFolder) -> None:
+    note = write_columns(run, {"image": np.broadcast_to(np.float64(0), (2**10, 2**16))})
+    assert note == "no predictions.parquet: it would have 512 MiB, more than 256 MiB"
+    assert read_columns(run) == {}
+
+
 RAGGED = (b"\xff\xfe", b"a,b\nx\n")
 DAMAGED = [(name, content) for name in ("predictions.csv", "sweep.csv") for content in RAGGED]
+DAMAGED += [("predictions.parquet", content) for content in (b"", b"PAR1", b"PAR1\0\0\0\0PAR1", *RAGGED)]
 for name in ("metrics.csv", "steps.csv", "origin.json", "result.json"):
     DAMAGED += [(name, content) for content in (b"", b"[1, 2]", *RAGGED)]
 DAMAGED += [("metrics.csv", b"epoch,train_loss\n%s\n" % row) for row in (b"1,x", b",1", b"inf,1")]

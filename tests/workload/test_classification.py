@@ -168,7 +168,7 @@ def test_very_many_classes_have_no_confusion_matrix_but_their_accuracies() -> No
     many = workload([*range(100_000)])
     details = many.details({"label": np.array([7, 7]), "prediction": np.array([7, 99_999])})
     assert (details["test_accuracy_per_class"][7], len(details["test_accuracy_per_class"])) == (0.5, 100_000)
-    assert many.pictures(details, [], None) == []
+    assert many.pictures(details, [], None, {}) == []
 
 
 def test_details_are_json() -> None:
@@ -209,12 +209,12 @@ def test_labels_and_predictions_are_written_by_name_and_further_columns_as_they_
 def test_names_with_characters_that_the_font_lacks_are_drawn_as_escapes() -> None:
     assert drawable("naïve 猫\x1b\n×") == "naïve \\u732b\\x1b\n×"
     odd = workload(["ant", "bee", "猫", "\u202edog", "elephant"])
-    assert "Names are escaped" in odd.pictures(odd.details(COLUMNS), [], None)[0].caption
-    assert "Names are escaped" not in workload().pictures(odd.details(COLUMNS), [], None)[0].caption
+    assert "Names are escaped" in odd.pictures(odd.details(COLUMNS), [], None, {})[0].caption
+    assert "Names are escaped" not in workload().pictures(odd.details(COLUMNS), [], None, {})[0].caption
 
 
 def test_the_report_has_pictures_without_examples_to_show() -> None:
-    pictures = workload().pictures(workload().details(COLUMNS), [], None)
+    pictures = workload().pictures(workload().details(COLUMNS), [], None, {})
     assert [picture.name for picture in pictures] == ["confusion"]
     assert pictures[0].alt == "Confusion matrix: 3 mistakes among 10; most often ant was taken for bee (1)"
 

@@ -1,0 +1,55 @@
+"""predictions.parquet: the columns of the test's predictions as arrays, whole, for pictures and for other programs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from mnist_ray.storage import RunFolder, in_one_line
+
+COLUMNS_FILE = "predictions.parquet"
+_MAX_BYTES = 2**28  # of all columns; larger ones are not written
+
+
+def write_columns(run: RunFolder, columns: Mapping[str, np.ndarray]) -> str:
+    """Write columns, (N, ...) each; return a note if they are too large. Raises JobError.
+
+    An array of more than one axis becomes a column of tensors, which pandas and Polars read as lists.
+    """
+    size = sum(values.nbytes for values in columns.values())
+    if size > _MAX_BYTES:
+        return f"no {COLUMNS_FILE}: it would have {size / 2**20:,.0f} MiB, more than {_MAX_BYTES // 2**20} MiB"
+    content = io.BytesIO()
+    parquet.write_table(pa.table({name: _as_arrow(values) for name, values in columns.items()}), content)
+    run.write_bytes(COLUMNS_FILE, content.getvalue())
+    return ""
+
+
+def _as_arrow(values: np.ndarray) -> Any:
+    if values.ndim == 1:
+        return pa.array(values)
+    numbers = values.astype(np.uint8) if values.dtype == bool else values
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(numbers))
+
+
+def read_columns(run: RunFolder) -> dict[str, np.ndarray]:
+    """Return the columns, (N, ...) each; none if there is no file. Raises JobError."""
+    with in_one_line(f"cannot read {run.inside(COLUMNS_FILE).uri}"):
+        content = run.read_bytes(COLUMNS_FILE)
+    if content is None:
+        return {}
+    try:
+        table = parquet.read_table(pa.BufferReader(content)).combine_chunks()
+        columns = {name: table.column(name).chunk(0) for name in table.column_names}
+        is_tensor = {name: isinstance(column.type, pa.FixedShapeTensorType) for name, column in columns.items()}
+        return {
+            name: column.to_numpy_ndarray() if is_tensor[name] else column.to_numpy(zero_copy_only=False)
+            for name, column in columns.items()
+        }
+    except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+        raise run.damaged(COLUMNS_FILE, error) from error
