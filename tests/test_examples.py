@@ -1,6 +1,7 @@
 """The workloads under examples/, each trained and used."""
 
 import json
+import math
 import runpy
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import mnist_ray
 from mnist_ray.data.data import Arrays
 from mnist_ray.data.memory import owner_of
 from mnist_ray.errors import JobError
+from mnist_ray.report.columns import read_columns
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.workload.loading import load
 from tests.conftest import ROOT, as_flags, callback_at, folder_at, run_main, write_pictures
@@ -72,6 +74,19 @@ def test_a_regression_is_evaluated_and_shapes_take_pictures(
     else:
         run_main("predict", str(run / "pictures" / "loss.png"), "--storage-path", str(run.parent))
         assert capsys.readouterr().out.splitlines()[0].endswith("(Shapes)")
+
+
+def test_a_gan_shows_what_it_draws_and_a_contrastive_loss_tells_digits_apart(tmp_path: Path) -> None:
+    found = {}
+    for name in ("gan", "contrastive"):
+        small: dict[str, Any] = {"limit": 0.02, "num_epochs": 2, "precision": "fp32", "num_workers": 0}
+        where = {"workload": ROOT / "examples" / f"{name}.py", "storage_path": tmp_path, "run_name": name}
+        run_main("train", *as_flags({**where, **small}))
+        found[name] = result_of(tmp_path / name)
+    assert (tmp_path / "gan" / "pictures" / "made.png").exists()
+    assert read_columns(folder_at(tmp_path / "gan"))["made"].shape == (200, 28, 28)
+    assert math.isfinite(found["gan"]["test_distance"])
+    assert found["contrastive"]["test_probe"] > 0.3
 
 
 def test_pictures_in_parquet_are_trained_on_and_evaluated_in_shares(ray_address: str, tmp_path: Path) -> None:
