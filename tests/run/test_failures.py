@@ -619,7 +619,7 @@ def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest
         seen[1] = ("node-2", others)
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    job, state = Mock(callbacks=()), create_state(mnist(), TrainConfig(), 600, Group())
+    job, state = Mock(callbacks=(), workload=mnist()), create_state(mnist(), TrainConfig(), 600, Group())
     job.run.uri = "/runs/one"
     first, sent = worker.Reporter(LoopSpec(job=job, train=Mock()), Group(0, 2), TrainConfig()), Mock()
     monkeypatch.setattr(first, "send", sent)

@@ -225,7 +225,7 @@ def test_damaged_records_are_one_line_or_a_difference(project: Project, capsys: 
     code: dict[str, Any] = {"modules": ["a"], "callbacks": 3, "repository": "none", "package_sha256": {}}
     project.edit("origin.json", code=code, arithmetic={"processor": 5}, data={"training": 7})
     project.reproduce("--dry-run")
-    assert "differs    code: the callback, mnist_ray itself" in capsys.readouterr().out
+    assert "differs    code: the callbacks, mnist_ray itself" in capsys.readouterr().out
 
 
 def test_an_unfinished_run_is_only_compared(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
