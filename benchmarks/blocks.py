@@ -268,7 +268,7 @@ def read(place: str, rank: int, world_size: int, first_step: int = 0) -> dict[st
     """Read a rank's part of an epoch; return a digest of each step's labels, in the order of the ranks."""
     dataset = batches_of(Split(Parquet(place)), torch.device("cpu"), None, _FEW_MIB)
     begun, config = time.perf_counter(), TrainConfig(num_epochs=1, batch_size=128)
-    order = dataset.announce(config, 0, first_step, rank, world_size)  # type: ignore[union-attr]
+    order = dataset.order(config, 0, first_step, rank, world_size)  # type: ignore[union-attr]
     options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step, "order": order}
     sampler = ShardedBatchSampler(len(dataset), config.batch_size, config.seed, 0, **options)
     sums, first_s = [], 0.0

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from mnist_ray.data.data import Blocks, Origin, Split
+from mnist_ray.data.data import Blocks, Origin, Sources, Split
+from mnist_ray.data.mix import plain
 from mnist_ray.data.order import AllBut
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.workload.base import Workload
@@ -23,6 +24,8 @@ class RemoteSplit:
     whole_size: int  # of the field
     stored: ray.ObjectRef | None  # arrays or Blocks in Ray's object store; the processes on a node share one copy
     indices: np.ndarray | AllBut | None  # its examples in the stored or loaded data; None: all
+    draws: np.ndarray | Sources | None = None  # like those of a Split
+    places: np.ndarray | AllBut | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -32,15 +35,18 @@ class RemoteSplit:
 
         Raises TrainingStoppedError if the number of loaded examples differs from the job's.
         """
-        examples = getattr(self.workload.load_data(), self.origin) if self.stored is None else ray.get(self.stored)
+        is_stored = self.stored is not None
+        examples = ray.get(self.stored) if is_stored else plain(getattr(self.workload.load_data(), self.origin))
         if len(examples) != self.whole_size:
             differ = f"load_data has {len(examples):,} {self.origin} examples here, {self.whole_size:,} in the job"
             raise TrainingStoppedError(f"{differ}; it must return the same in every process")
-        return Split(examples, self.indices, self.origin)
+        return Split(examples, self.indices, self.origin, self.draws, self.places)
 
 
 def share(workload: Workload, split: Split) -> RemoteSplit:
     """Share a split: put arrays in memory, and Blocks (without their examples), into the object store."""
     is_stored = split.whole_arrays is not None or isinstance(split.examples, Blocks)
     stored = ray.put(split.examples) if is_stored else None
-    return RemoteSplit(workload, split.origin, len(split), len(split.examples), stored, split.indices)
+    places = None if split.draws is None else split.places
+    of_field = workload, split.origin, len(split), len(split.examples)
+    return RemoteSplit(*of_field, stored, split.indices, split.draws, places)

@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.data.block_reader import BlockReader, OnDemand, ReadAhead
-from mnist_ray.data.data import Arrays, Blocks, Split
+from mnist_ray.data.data import Arrays, Blocks, Sources, Split
 from mnist_ray.data.memory import map_arrays
-from mnist_ray.data.order import StreamOrder, part_of
+from mnist_ray.data.order import Drawn, StreamOrder, part_of
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.splits import sizes_in
 from mnist_ray.data.tensors import map_tensors
@@ -57,13 +57,13 @@ class ArrayBatches(Dataset):
     On the CPU, the tensors are views of the given arrays. The arrays are copied once to a GPU with enough memory.
     """
 
-    def __init__(self, arrays: Arrays, device: torch.device) -> None:
+    def __init__(self, arrays: Arrays, device: torch.device, weights: np.ndarray | None = None) -> None:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in PyTorch's cache
             if arrays.nbytes > _MAX_PART_OF_GPU * free:
                 device = torch.device("cpu")
-        self.device, self._size = device, len(arrays)
+        self.device, self._size, self._weights = device, len(arrays), weights
         self._whole = tuple(map_arrays(self._tensor, values) for values in (arrays.inputs, arrays.targets))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -79,6 +79,10 @@ class ArrayBatches(Dataset):
         inputs, targets = (map_tensors(lambda tensor: tensor[indices], part) for part in self._whole)
         return _loaded(request, inputs, targets)
 
+    def order(self, config: TrainConfig, pass_number: int, *position: int) -> Drawn | None:
+        """Return the order of a pass over the data; None: a permutation."""
+        return None if self._weights is None else Drawn(self._weights, (config.seed, pass_number))
+
 
 class ExampleBatches(Dataset):
     """A ``Dataset`` that is read example by example, or memory-mapped arrays. Loader processes can read both.
@@ -93,6 +97,16 @@ class ExampleBatches(Dataset):
 
     def __len__(self) -> int:
         return len(self.split)
+
+    def order(
+        self, config: TrainConfig, pass_number: int, first_step: int, rank: int, world_size: int
+    ) -> StreamOrder | Drawn | None:
+        """Return the order of a pass over the data; None: a permutation.
+
+        ``first_step``: this process's first step, counted over all epochs.
+        """
+        weights = self.split.weights
+        return None if weights is None else Drawn(weights, (config.seed, pass_number))
 
     def __getitem__(self, request: Request) -> MicroBatch:
         indices = self.split.indices_of(request.indices)
@@ -149,16 +163,18 @@ class BlockBatches(ExampleBatches):
         super().__init__(split, 0, collate)
         self._edges = np.append(0, np.cumsum(split.examples.sizes))
         self._sizes = sizes_in(split)  # None if the indices are not sorted, with --overfit-batches
+        self._mixed: tuple[np.ndarray, Sequence[float]] | None = None
+        if isinstance(sources := split.draws, Sources):
+            self._mixed = sources.numbers_of(self._edges[:-1]), sources.shares
         self._read_ahead_mib = read_ahead_mib
         self._reader: BlockReader = OnDemand(split, read_ahead_mib, self._sizes)
 
-    def announce(
+    def order(
         self, config: TrainConfig, pass_number: int, first_step: int, rank: int, world_size: int
     ) -> StreamOrder | None:
         """Return the order of a pass over the data, and read ahead from now on; None if there is no such order.
 
-        ``first_step``: this process's first step, counted over all epochs. Raises ExampleError if there are fewer
-        streams than workers.
+        Raises ExampleError if there are fewer streams than workers.
         """
         if (sizes := self._sizes) is None:
             return None
@@ -167,7 +183,8 @@ class BlockBatches(ExampleBatches):
                 f"the {config.num_streams} streams of blocks; start a run with more --num-streams, or fewer workers"
             )
             raise ExampleError(f"{world_size} workers are more than {streams}")
-        order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_streams, config.seed)
+        mixed = self._mixed
+        order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_streams, config.seed, mixed=mixed)
         if not isinstance(self._reader, ReadAhead):  # the first pass; the others follow without a wait
             own = part_of(config.num_streams, rank, world_size)
             passes = range(pass_number, math.ceil(config.total_steps(len(self)) / config.steps_per_pass(len(self))))
@@ -216,7 +233,9 @@ class _Checked(Blocks):
 def checked(split: Split, find_fault: FindFault) -> Split:
     """Return a split whose blocks, if it has any, are checked as they are read. ``find_fault`` is the workload's."""
     blocks = split.examples
-    return Split(_Checked(blocks, find_fault), split.indices, split.origin) if isinstance(blocks, Blocks) else split
+    if not isinstance(blocks, Blocks):
+        return split
+    return Split(_Checked(blocks, find_fault), split.indices, split.origin, split.draws)
 
 
 def batches_of(
@@ -227,7 +246,7 @@ def batches_of(
     if isinstance(split.examples, Blocks):
         return BlockBatches(split, collate, read_ahead_mib)
     arrays = split.whole_arrays
-    return ExampleBatches(split, 0, collate) if arrays is None else ArrayBatches(arrays, device)
+    return ExampleBatches(split, 0, collate) if arrays is None else ArrayBatches(arrays, device, split.weights)
 
 
 def allow_read_only() -> None:

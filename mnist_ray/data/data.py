@@ -17,6 +17,8 @@ from mnist_ray.text import count
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    from mnist_ray.data.mix import Mix
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -79,6 +81,19 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Sources:
+    """The sources of a ``Mix``, whose examples follow each other."""
+
+    names: tuple[str, ...]
+    shares: tuple[float, ...]  # of the examples that training sees; they add up to 1
+    ends: tuple[int, ...]  # the place after each one's last example
+
+    def numbers_of(self, places: Any) -> np.ndarray:
+        """Return the number of the source at each of some places in the user's data."""
+        return np.searchsorted(self.ends, places, side="right")
+
+
+@dataclass(frozen=True)
 class Data:
     """The result of a workload's ``load_data``.
 
@@ -87,14 +102,16 @@ class Data:
     sliding windows. A ``Dataset``'s items are pairs (input, target).
     """
 
-    train: Arrays | Dataset | Blocks  # to train on
-    test: Arrays | Dataset | Blocks  # to evaluate the trained model, once
-    validation: Arrays | Dataset | Blocks | None = None  # None: held out from ``train``
+    train: Arrays | Dataset | Blocks | Mix  # to train on
+    test: Arrays | Dataset | Blocks | Mix  # to evaluate the trained model, once; the shares of a Mix do not count
+    validation: Arrays | Dataset | Blocks | Mix | None = None  # None: held out from ``train``
     name: str = ""  # shown to users; default: the workload's name
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the model needs to know, as JSON. Every checkpoint keeps it; every process has it as ``self.metadata``."""
     files: Sequence[str | Path] = ()
     """The files of a ``Dataset`` or of ``Blocks``: a run is not resumed if they have changed."""
+    weights: np.ndarray | None = None  # (N,): examples of ``train`` are drawn with replacement, in these proportions
+    sources: Mapping[str, Sources] = field(default_factory=dict)  # of each Mix, by its field; not for workloads to set
 
 
 Origin = Literal["train", "validation", "test"]
@@ -103,10 +120,19 @@ Origin = Literal["train", "validation", "test"]
 class Split:
     """Some examples of a field of ``Data``, in the order of ``indices``."""
 
-    def __init__(self, examples: Any, indices: np.ndarray | AllBut | None = None, origin: Origin = "train") -> None:
+    def __init__(
+        self,
+        examples: Any,
+        indices: np.ndarray | AllBut | None = None,
+        origin: Origin = "train",
+        draws: np.ndarray | Sources | None = None,
+        places: np.ndarray | AllBut | None = None,
+    ) -> None:
         self.examples = examples
         self.indices = indices  # of the chosen ``examples``; None: all of them
         self.origin = origin  # the field of ``Data`` that has these examples
+        self.draws = draws  # weights of the field's examples or their sources, if training draws from them
+        self.places = indices if places is None else places  # of these examples in the field; None: all of them
 
     def __len__(self) -> int:
         return len(self.examples) if self.indices is None else len(self.indices)
@@ -137,9 +163,24 @@ class Split:
     def take(self, positions: np.ndarray | AllBut | slice) -> Split:
         """Return the examples at ``positions``. Arrays in memory are copied, but a slice of whole arrays is a view."""
         indices = self.indices_of(positions)
+        if isinstance(positions, slice):
+            positions = np.arange(*positions.indices(len(self)))
+        places = positions if self.places is None else self.places[positions]
         if self.is_in_memory:
-            return Split(Arrays(*self.examples[indices]), None, self.origin)
-        return Split(self.examples, indices, self.origin)
+            return Split(Arrays(*self.examples[indices]), None, self.origin, self.draws, places)
+        return Split(self.examples, indices, self.origin, self.draws)
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """The weights by which training draws these examples, (N,); None if each comes once a pass."""
+        if self.draws is None:
+            return None
+        places = np.arange(len(self)) if self.places is None else np.asarray(self.places)
+        if isinstance(self.draws, np.ndarray):
+            return self.draws[places]
+        numbers = self.draws.numbers_of(places)
+        each = np.array(self.draws.shares) / np.maximum(np.bincount(numbers, minlength=len(self.draws.shares)), 1)
+        return each[numbers]
 
     def between(self, start: int, stop: int) -> Split:
         """Return the examples from ``start`` to ``stop - 1``; for whole arrays in memory, a view."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,6 +55,26 @@ class Shuffled:
         return high << np.uint64(low_bits) | low
 
 
+class Drawn:
+    """Numbers drawn with replacement, in proportion to ``weights`` (N,), decided by ``key``. Its slices are arrays.
+
+    Each is computed from its position alone, like those of ``Shuffled``.
+    """
+
+    def __init__(self, weights: np.ndarray, key: Sequence[int]) -> None:
+        self._edges = np.cumsum(weights, dtype=np.float64)
+        self._key = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+
+    def __len__(self) -> int:
+        return len(self._edges)
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """Return the numbers at the positions of a slice, (stop - start,)."""
+        drawn = _hashed(np.arange(*positions.indices(len(self)), dtype=np.uint64), self._key, 53) / 2.0**53
+        last = np.searchsorted(self._edges, self._edges[-1])  # rounding could lead beyond it
+        return np.minimum(np.searchsorted(self._edges, drawn * self._edges[-1], side="right"), last)
+
+
 def _hashed(values: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
     """Hash each value to ``bits`` bits, by the steps of SplitMix64 (Steele, Lea and Flood, 2014)."""
     mixed = values + key
@@ -88,6 +109,32 @@ class AllBut:
         return np.asarray(self[np.arange(len(self))], dtype)
 
 
+def _mixed_row(sizes: np.ndarray, numbers: np.ndarray, shares: Sequence[float], key: Sequence[int]) -> np.ndarray:
+    """Return blocks in the order of a pass: at any place of the row, each source has its share of the examples so far.
+
+    The next block is of the source that lacks the most examples; where a source begins, random numbers decide.
+    """
+    of_sources = [np.flatnonzero((numbers == number) & (sizes > 0)) for number in range(len(shares))]
+    used = np.array([len(blocks) > 0 for blocks in of_sources])  # with --limit, a source may have no block
+    wanted = np.where(used, shares, 0) / np.sum(shares, where=used)
+    mean_sizes = np.array([sizes[blocks].mean() if len(blocks) else 0.0 for blocks in of_sources])
+    owed = np.random.default_rng(key).random(len(shares)) * mean_sizes
+    rows = [_endless(blocks, [*key, number]) for number, blocks in enumerate(of_sources)]
+    row, num_left = list[int](), int(sizes.sum())
+    while num_left > 0:
+        number = int(np.where(used, owed, -np.inf).argmax())
+        row.append(block := next(rows[number]))
+        owed += wanted * sizes[block]
+        owed[number] -= sizes[block]
+        num_left -= int(sizes[block])
+    return np.array(row)
+
+
+def _endless(blocks: np.ndarray, key: Sequence[int]) -> Iterator[int]:
+    for round_number in itertools.count():
+        yield from blocks[Shuffled(len(blocks), [*key, round_number])[:]].tolist()
+
+
 class Read(NamedTuple):
     """A block that holds examples of some steps. Steps are counted over all epochs."""
 
@@ -113,13 +160,23 @@ class StreamOrder:
     workers, and a worker that always takes the same parts reads only its own streams.
     """
 
-    def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, pass_number: int) -> None:
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        batch_size: int,
+        num_streams: int,
+        seed: int,
+        pass_number: int,
+        mixed: tuple[np.ndarray, Sequence[float]] | None = None,
+    ) -> None:
+        """``mixed``: the number of each block's source, (blocks,), and the shares of the sources."""
         self.num_streams = num_streams
         self._batch_size, self._key = batch_size, (seed, pass_number)
-        blocks = Shuffled(len(sizes), self._key)[:]
+        blocks = Shuffled(len(sizes), self._key)[:] if mixed is None else _mixed_row(sizes, *mixed, self._key)
         self._blocks = blocks[sizes[blocks] > 0]
         self._firsts = (np.cumsum(sizes) - sizes)[self._blocks]  # the index of each block's first example
-        self._edges = np.append(0, np.cumsum(sizes[self._blocks]))  # of the blocks in the row
+        ends = np.cumsum(sizes[self._blocks]).clip(max=sizes.sum())  # of a mix, the last block is cut
+        self._edges = np.append(0, ends)  # of the blocks in the row
         self._num_full, num_last = divmod(len(self), batch_size)  # batches, examples
         self._first_step = pass_number * (self._num_full + (num_last > 0))
         self._streams = list(self._streams_for(num_last))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_ray.data.order import Shuffled, StreamOrder, part_of
+from mnist_ray.data.order import Drawn, Shuffled, StreamOrder, part_of
 
 _DRAWN_AT_ONCE = 2**13  # examples of a pass's order; drawing one at a time takes 100 times as long
 
@@ -59,11 +59,12 @@ class ShardedBatchSampler:
     first_step: int = 0
     num_chunks: int | None = None  # of a batch, with --reproducible; None: slices
     micro_batch_size: int | None = None  # the upper limit; None: no limit
-    order: StreamOrder | None = None  # of examples in blocks; a rank's slice comes from its own streams
+    order: StreamOrder | Drawn | None = None  # None: a permutation. In blocks, a rank's slice is of its own streams
 
     def __iter__(self) -> Iterator[Request]:
         # A rank's slice is one of world_size parts or, for data in blocks, its streams' parts. Chunks stay separate.
-        num_parts = self.num_chunks or (self.order.num_streams if self.order else self.world_size)
+        num_streams = self.order.num_streams if isinstance(self.order, StreamOrder) else None
+        num_parts = self.num_chunks or num_streams or self.world_size
         own = part_of(num_parts, self.rank, self.world_size)
         edges = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
         for batch in self._batches():

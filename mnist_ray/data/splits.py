@@ -18,11 +18,13 @@ _MAX_HELD_OUT = 5000  # by default; more examples would only make validation slo
 
 def splits_of(data: Data, validation_size: int | None) -> Splits:
     """Return the splits of a workload's data for a run. Raises UsageError if ``validation_size`` does not fit."""
-    train, test = Split(data.train), Split(data.test, origin="test")
+    name, train = _described(data), Split(data.train, draws=data.sources.get("train", data.weights))
+    test = Split(data.test, origin="test", draws=data.sources.get("test"))
     if validation_size == 0:
-        return Splits(data.name, train, train.between(0, 0), test, data.files)
+        return Splits(name, train, train.between(0, 0), test, data.files)
     if data.validation is not None and validation_size is None:
-        return Splits(data.name, train, Split(data.validation, origin="validation"), test, data.files)
+        own = Split(data.validation, origin="validation", draws=data.sources.get("validation"))
+        return Splits(name, train, own, test, data.files)
     size = min(_MAX_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
     if size >= len(train):
         raise UsageError(
@@ -32,7 +34,16 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
     validation = _drawn(train, size, _HOLD_OUT_SEED)
     if len(validation) == len(train):
         raise UsageError("all training examples are in one block: set --validation-size 0, or give Data.validation")
-    return Splits(data.name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
+    return Splits(name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
+
+
+def _described(data: Data) -> str:
+    """Return the data's name, and from what training draws its examples."""
+    if "train" in data.sources:
+        sources = data.sources["train"]
+        shares = ", ".join(f"{name} {share:.3g}" for name, share in zip(sources.names, sources.shares, strict=True))
+        return f"{data.name} (shares: {shares})"
+    return data.name if data.weights is None else f"{data.name} (drawn by weight)"
 
 
 def subset(splits: Splits, config: TrainConfig) -> Splits:

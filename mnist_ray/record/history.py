@@ -86,8 +86,9 @@ class History:
         places = {figure.name: figure.places for figure in self.figures if figure.places is not None}
         rounded = {name: round(values[name], number) for name, number in places.items() if name in values}
         self.rows.setdefault(epoch, {"epoch": epoch}).update({**values, **rounded})
-        rows = (self.rows[epoch] for epoch in sorted(self.rows))
-        self._run.write_text(METRICS_FILE, csv_text(self._columns, rows, has_header=True))
+        rows = [self.rows[epoch] for epoch in sorted(self.rows)]
+        of_sources = dict.fromkeys(name for row in rows for name in row if name.startswith("val_loss."))
+        self._run.write_text(METRICS_FILE, csv_text([*self._columns, *of_sources], rows, has_header=True))
 
     def _add_sample(self, epoch: int, sample: str) -> None:
         before = [row for row in read_csv(self._run, SAMPLES_FILE, ["epoch"]) if int(row["epoch"]) < epoch]
@@ -148,4 +149,5 @@ def write_predictions(run: RunFolder, workload: Workload, test: Split, evaluatio
     if columns := workload.readable(evaluation.columns):
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         run.write_text(PREDICTIONS_FILE, csv_text(list(columns), rows, has_header=True))
-    return write_columns(run, {"index": test.indices_of(np.arange(len(test))), **evaluation.columns})
+    places = np.arange(len(test)) if test.places is None else np.asarray(test.places)
+    return write_columns(run, {"index": places, **evaluation.losses, **evaluation.columns})

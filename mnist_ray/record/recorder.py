@@ -34,6 +34,7 @@ from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.text import count, masked
 from mnist_ray.trackers import Ending, start
+from mnist_ray.training.by_source import loss_by_source
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.figures import RATE
@@ -198,7 +199,8 @@ class Recorder:
         """Return the content of result.json."""
         workload = self._job.workload
         rate = self._history.mean_rate() or fitted.metrics.values.get(RATE, math.nan)
-        values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload)} | {
+        of_sources = {f"test_{name}": value for name, value in loss_by_source(tested, self._session.data.test).items()}
+        values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload), **of_sources} | {
             "formats": {figure.name: figure.form for figure in self._history.figures},
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": weights_digest(read_state(fitted.checkpoint)),

@@ -18,7 +18,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.data.batches import (
     ArrayBatches,
-    BlockBatches,
     ExampleBatches,
     MicroBatch,
     batch_loader,
@@ -191,9 +190,7 @@ def _steps_of_pass(
         first_step=first_step,
         num_chunks=config.reproducible_chunks,
         micro_batch_size=config.micro_batch_size,
-        order=batches.announce(config, pass_number, state.total_step, group.rank, group.world_size)
-        if isinstance(batches, BlockBatches)
-        else None,
+        order=batches.order(config, pass_number, state.total_step, group.rank, group.world_size),
     )
     if isinstance(batches, ExampleBatches):
         batches.seed = seed_of(config.seed, pass_number, 0)  # for an example's own random numbers, with its index

@@ -20,7 +20,7 @@ from mnist_ray.data.sampler import Request, split_bounds
 from mnist_ray.errors import UsageError
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
-from mnist_ray.training.metrics import Evaluation, check_columns
+from mnist_ray.training.metrics import WEIGHT, Evaluation, check_columns
 from mnist_ray.training.step import forward, sums_of
 from mnist_ray.workload.base import Workload
 
@@ -121,6 +121,7 @@ def evaluate(
     requests = [Request(np.arange(*bounds)) for bounds in split_bounds(len(split), len(split), batch_size)]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
+    losses: list[dict[str, Tensor]] = []
     num_bytes = 0
     batches = batches_of(checked(split, workload.find_fault), device, workload.collate)
     loader = batch_loader(batches, requests, device, num_loader_processes)
@@ -129,8 +130,11 @@ def evaluate(
             on_batch(int(request.indices[0]))
             batch = to_device(loaded, device)
             outputs, targets = forward(workload, model, batch)
-            sums.append(sums_of(workload, outputs, targets, workload.loss(outputs, targets).sum()))
+            loss = workload.loss(outputs, targets)
+            sums.append(sums_of(workload, outputs, targets, loss.sum()))
             columns.append(workload.predictions(outputs, targets))
+            weights = workload.weights(targets)
+            losses.append({"loss": loss} if weights is None else {"loss": loss, WEIGHT: weights})
             num_bytes += sum(values.nbytes for values in columns[-1].values())
             if num_bytes > MAX_COLUMN_BYTES:
                 name, size = f"{type(workload).__name__}.predictions", f"{MAX_COLUMN_BYTES / 2**20:,.0f} MiB"
@@ -138,5 +142,8 @@ def evaluate(
     by_name = {name: torch.stack([one[name].double() for one in sums]).tolist() for name in (sums or [{}])[0]}
     batch_sums = tuple(dict(zip(by_name, values, strict=True)) for values in zip(*by_name.values(), strict=True))
     check_columns(columns)
-    joined = {name: torch.cat([part[name] for part in columns]).cpu().numpy() for name in (columns or [{}])[0]}
-    return Evaluation(batch_sums, len(split), joined)
+    return Evaluation(batch_sums, len(split), _joined(columns), _joined(losses))
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in (parts or [{}])[0]}

@@ -65,6 +65,7 @@ class Evaluation:
     batch_sums: tuple[dict[str, float], ...]  # of each batch, in the examples' order
     num_examples: int
     columns: dict[str, np.ndarray]  # the workload's predictions, (N, ...) each, in the examples' order
+    losses: dict[str, np.ndarray] = field(default_factory=dict)  # each example's loss and, if it has one, weight, (N,)
 
     @classmethod
     def merge(cls, parts: Iterable[Evaluation]) -> Evaluation:
@@ -75,6 +76,7 @@ class Evaluation:
             tuple(sums for part in parts for sums in part.batch_sums),
             sum(part.num_examples for part in parts),
             {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
+            {name: np.concatenate([part.losses[name] for part in parts]) for name in parts[0].losses},
         )
 
     def values(self, workload: Workload) -> dict[str, float]:

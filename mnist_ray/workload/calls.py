@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from mnist_ray import config
-from mnist_ray.data.data import Arrays, Data
+from mnist_ray.data.data import Arrays, Blocks, Data
 from mnist_ray.data.digests import digest_of_files
+from mnist_ray.data.mix import Mix, plain
 from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
 
@@ -78,7 +79,7 @@ def _checked_data(workload: Workload, data: object) -> Data:
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
     for split in ("train", "validation", "test"):
-        examples, where = getattr(data, split), f"{name}.load_data: {split}"
+        examples, where = plain(getattr(data, split)), f"{name}.load_data: {split}"
         if examples is None and split == "validation":
             continue
         if isinstance(examples, Arrays):
@@ -92,7 +93,25 @@ def _checked_data(workload: Workload, data: object) -> Data:
             raise UsageError(f"{where} holds no examples")
     files = tuple(data.files)
     digest_of_files(files)  # raises OSError if one is missing
-    return dataclasses.replace(data, name=data.name or name, files=files)
+    given = {split: getattr(data, split) for split in ("train", "validation", "test")}
+    sources = {split: examples.sources for split, examples in given.items() if isinstance(examples, Mix)}
+    found: dict[str, Any] = {split: plain(examples) for split, examples in given.items()}
+    data = dataclasses.replace(data, **found, sources=sources, name=data.name or name, files=files)
+    if data.weights is not None:
+        _check_weights(f"{name}.load_data: weights", data)
+    return data
+
+
+def _check_weights(where: str, data: Data) -> None:
+    weights, number, is_mix = data.weights, len(data.train), "train" in data.sources  # type: ignore[arg-type]
+    if is_mix or isinstance(data.train, Blocks):
+        kind = "a Mix, which has shares" if is_mix else "Blocks; a Mix of them has shares"
+        raise UsageError(f"{where} are not for {kind}")
+    if not isinstance(weights, np.ndarray) or weights.shape != (number,) or weights.dtype.kind not in "biuf":
+        found = f"{weights.dtype} {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__
+        raise UsageError(f"{where} must be a NumPy array with a number per example, ({number},), not {found}")
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise UsageError(f"{where} must be finite numbers from 0, not all of them 0")
 
 
 def _check_arrays(where: str, arrays: Arrays) -> None:

@@ -34,7 +34,7 @@ def epochs(
 ) -> Iterator[MicroBatch]:
     """Yield a rank's batches of all epochs, as the engine reads them."""
     for epoch in range(config.num_epochs):
-        order = dataset.announce(config, epoch, first_step, rank, world_size)
+        order = dataset.order(config, epoch, first_step, rank, world_size)
         step = 0 if epoch else first_step
         sampler = ShardedBatchSampler(
             len(dataset), config.batch_size, config.seed, epoch, rank, world_size, step, order=order
@@ -255,7 +255,7 @@ def test_examples_that_no_order_announces_are_read_when_needed() -> None:
     assert sorted(blocks.read_blocks) == [0, 1]
     few = Split(blocks, np.tile(np.arange(35, 45), 3))  # as with --overfit-batches
     dataset = BlockBatches(few, None, 64)
-    assert dataset.announce(CONFIG, 0, 0, rank=0, world_size=1) is None
+    assert dataset.order(CONFIG, 0, 0, rank=0, world_size=1) is None
 
 
 def test_an_evaluation_reads_each_block_once_and_holds_few_whatever_the_memory() -> None:

@@ -343,7 +343,7 @@ def test_a_picture_in_another_format_is_not_opened(tmp_path: Path) -> None:
         (tmp_path / name / "1.png").write_bytes(encoded(GREY[0], "EPS"))  # Pillow would start Ghostscript
     data = sources.pictures(tmp_path)
     with pytest.raises(UnidentifiedImageError):
-        data.train[0]
+        data.train[0]  # type: ignore[index]
 
 
 def test_photos_are_upright(tmp_path: Path) -> None:
