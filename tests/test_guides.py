@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from torchvision.transforms import v2
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.splits import splits_of
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
-from mnist_ray.workload import Classification, Workload
+from mnist_ray.workload import Classification, Data, Mix, Regression, Streamed, Workload
+from mnist_ray.workload.calls import data_of
 from tests.conftest import ROOT
 from tests.ranks import Hooks
 
@@ -60,6 +64,23 @@ def test_the_docs_callback_trains_the_backbone_after_two_epochs(capsys: pytest.C
     engine.train(pets, engine.create_state(pets, config, 20, Group()), Split(images), config, Group(), callbacks)
     assert [torch.equal(weights[0], later) for later in weights] == [True, True, False]
     assert capsys.readouterr().out.count("norm of the last gradients") == 3
+
+
+def test_the_data_of_the_docs_are_drawn_mixed_and_streamed() -> None:
+    blocks = "".join(re.findall(r"```python\n(.+?)```", (ROOT / "docs" / "guides" / "draws.md").read_text(), re.DOTALL))
+    whole = Arrays(np.zeros((20, 2), np.float32), np.arange(20) // 15)
+    parquet = SimpleNamespace(Parquet=lambda place: whole)
+    names = {"np": np, "itertools": itertools, "Data": Data, "Mix": Mix, "Arrays": Arrays, "sources": parquet}
+    found = []
+    for code in blocks.split("def load_data(self):")[1:]:
+        scope: dict[str, Any] = {**names, "load_arrays": lambda: (whole, whole)}
+        exec(f"{blocks.partition('def counted')[1]}{blocks.partition('def counted')[2]}", scope)
+        exec("def load_data(self):" + code.partition("\n\n\n")[0], scope)
+        workload = type("Own", (Regression,), {"load_data": scope["load_data"]})()
+        found.append(splits_of(data_of(workload), None))
+    assert [splits.name for splits in found[:2]] == ["Own (drawn by weight)", "Own (shares: web 0.7, books 0.3)"]
+    assert isinstance(found[2].train.examples, Streamed)
+    assert [target for _, target in found[2].train.examples.first(8)] == [0, 0, 0, 0, 1, 1, 1, 0]
 
 
 class Labels(nn.Sequential):

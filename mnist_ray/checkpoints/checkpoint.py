@@ -155,9 +155,21 @@ def snapshot(
         "scaler": state.scaler.state_dict(),
         "callbacks": [state_of(callback) for callback in callbacks],
     }
+    if state.read_to is not None:
+        training["read_to"] = _checked_position(state.read_to)
     position = {"format": FORMAT, "epoch": state.epoch, "step": state.step}
     document = copy.deepcopy({**position, "tensors": {kind: len(found) for kind, found in of_kinds.items()}, **about})
     return Snapshot(own, map_tensors(_copied, training) if rank == 0 else None, document)
+
+
+def _checked_position(read_to: dict[str, Any]) -> dict[str, Any]:
+    """Return where a stream may go on. Raises TrainingStoppedError if a checkpoint cannot hold the stream's state."""
+    try:
+        check_kept(read_to)
+    except Exception as error:  # torch's own message would advise running code
+        found = "the training stream's state_dict returns more than numbers, strings, lists, dicts and tensors"
+        raise TrainingStoppedError(f"{found}; return only these, or leave state_dict out") from error
+    return read_to
 
 
 def _apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -237,6 +249,7 @@ class _Saved:
             raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}; restore the code") from error
         for name in ("sums", *_COUNTERS):
             setattr(state, name, training[name])
+        state.read_to = training.get("read_to")
 
 
 def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:

@@ -27,6 +27,7 @@ from mnist_ray.data.memory import map_arrays
 from mnist_ray.data.order import Drawn, StreamOrder, part_of
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.splits import sizes_in
+from mnist_ray.data.streamed import Streamed
 from mnist_ray.data.tensors import map_tensors
 from mnist_ray.errors import ExampleError, UsageError, first_line
 
@@ -45,6 +46,7 @@ class MicroBatch(NamedTuple):
     global_size: int  # number of examples in the whole batch, over all ranks
     ends_step: bool = True  # whether this is the rank's last micro-batch of the step
     is_filler: bool = False  # the rank has no examples of this batch; this one's loss does not count
+    read_to: Any = None  # of a stream: where a run that resumes after this step may go on reading
 
 
 def _loaded(request: Request, inputs: Any, targets: Any) -> MicroBatch:
@@ -92,6 +94,8 @@ class ExampleBatches(Dataset):
     ranks, tasks and loader processes.
     """
 
+    max_processes: int | None = None  # that may read ahead; None: as many as there are
+
     def __init__(self, split: Split, seed: int = 0, collate: Collate | None = None) -> None:
         self.split, self.seed, self.collate = split, seed, collate
 
@@ -131,14 +135,20 @@ class ExampleBatches(Dataset):
             raise ExampleError(f"{self.split.origin} examples do not fit together: {reason}; {remedy}") from error
         return _loaded(request, inputs, targets)
 
+    def _read(self, index: int) -> Any:
+        return self.split.examples[index]
+
+    def continued(self, loader: Iterable[MicroBatch]) -> Iterable[MicroBatch]:
+        """Return the loader from which to read an epoch: a new one, or an earlier one that goes on."""
+        return loader
+
     def _example(self, index: int) -> tuple[Any, Any]:
         seed = (self.seed * 2_147_483_647 + index) % 2**63
         torch.default_generator.manual_seed(seed)  # 100 times as fast as torch.manual_seed, which seeds all devices
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
-            example: tuple[Any, Any] = self.split.examples[index]
-            return example
+            return self._read(index)
         except (Exception, SystemExit) as error:  # even StopIteration: a DataLoader would take it for the data's end
             if isinstance(error, _PASSING) or getattr(error, "errno", None) is not None:  # a retry may succeed
                 raise
@@ -158,6 +168,8 @@ def _misfit(indices: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
 
 class BlockBatches(ExampleBatches):
     """A split of ``Blocks``. Blocks are read when they are needed or, once an order is announced, ahead of time."""
+
+    max_processes = 0  # threads read blocks
 
     def __init__(self, split: Split, collate: Collate | None, read_ahead_mib: int) -> None:
         super().__init__(split, 0, collate)
@@ -245,6 +257,10 @@ def batches_of(
     allow_read_only()
     if isinstance(split.examples, Blocks):
         return BlockBatches(split, collate, read_ahead_mib)
+    if isinstance(split.examples, Streamed):
+        from mnist_ray.data.stream_batches import StreamBatches
+
+        return StreamBatches(split, collate)
     arrays = split.whole_arrays
     return ExampleBatches(split, 0, collate) if arrays is None else ArrayBatches(arrays, device, split.weights)
 
@@ -284,14 +300,16 @@ def batch_loader(
     """
     if isinstance(dataset, ArrayBatches) and dataset.device.type == device.type:
         return map(dataset.__getitem__, requests)
-    return DataLoader(
+    most = 0 if isinstance(dataset, ArrayBatches) else dataset.max_processes
+    loader = DataLoader(
         dataset,
         sampler=requests,
         batch_size=None,
-        num_workers=num_processes if type(dataset) is ExampleBatches else 0,  # threads read blocks
+        num_workers=num_processes if most is None else min(num_processes, most),
         pin_memory=device.type == "cuda",  # otherwise, it would only take up memory of the first GPU
         worker_init_fn=_begin_process,
     )
+    return loader if isinstance(dataset, ArrayBatches) else dataset.continued(loader)
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,7 +102,7 @@ class Data:
     sliding windows. A ``Dataset``'s items are pairs (input, target).
     """
 
-    train: Arrays | Dataset | Blocks | Mix  # to train on
+    train: Arrays | Dataset | Blocks | Mix | Iterable[Any] | Callable[[], Iterable[Any]]  # or a stream to train on
     test: Arrays | Dataset | Blocks | Mix  # to evaluate the trained model, once; the shares of a Mix do not count
     validation: Arrays | Dataset | Blocks | Mix | None = None  # None: held out from ``train``
     name: str = ""  # shown to users; default: the workload's name

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mnist_ray.data.data import Arrays, Blocks, Sources
+from mnist_ray.data.streamed import Streamed, is_stream
 from mnist_ray.errors import UsageError
 
 
@@ -25,6 +26,8 @@ class Mix:
                 raise UsageError(f"Mix: {name} must be a pair (source, share), with a positive share")
         if not sources:
             raise UsageError("Mix: there are no sources")
+        if streams := [name for name, (source, _) in sources.items() if is_stream(source)]:
+            raise UsageError(f"Mix: {streams[0]} is a stream without a length; mix streams in a generator of your own")
         parts, shares = (
             [part for part, _ in sources.values()],
             np.array([share for _, share in sources.values()], float),
@@ -39,8 +42,10 @@ class Mix:
 
 
 def plain(examples: Any) -> Any:
-    """Return a field of ``Data`` as the rest of the package knows it: of a Mix, the examples of all sources."""
-    return examples.examples if isinstance(examples, Mix) else examples
+    """Return a field of ``Data`` as the rest of the package knows it: of a Mix, all examples; a stream as Streamed."""
+    if isinstance(examples, Mix):
+        return examples.examples
+    return Streamed(examples) if is_stream(examples) and not isinstance(examples, Streamed) else examples
 
 
 class _Concatenated:

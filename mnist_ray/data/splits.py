@@ -9,6 +9,7 @@ import numpy as np
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Blocks, Data, Split, Splits
 from mnist_ray.data.order import AllBut, Shuffled
+from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import UsageError
 from mnist_ray.text import count
 
@@ -20,11 +21,15 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
     """Return the splits of a workload's data for a run. Raises UsageError if ``validation_size`` does not fit."""
     name, train = _described(data), Split(data.train, draws=data.sources.get("train", data.weights))
     test = Split(data.test, origin="test", draws=data.sources.get("test"))
+    if isinstance(data.train, Streamed) and data.validation is None and validation_size is None:
+        validation_size = 0
     if validation_size == 0:
         return Splits(name, train, train.between(0, 0), test, data.files)
     if data.validation is not None and validation_size is None:
         own = Split(data.validation, origin="validation", draws=data.sources.get("validation"))
         return Splits(name, train, own, test, data.files)
+    if isinstance(data.train, Streamed):
+        raise UsageError("--validation-size: nothing can be held out from a stream; give Data.validation instead")
     size = min(_MAX_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
     if size >= len(train):
         raise UsageError(
@@ -47,7 +52,9 @@ def _described(data: Data) -> str:
 
 
 def subset(splits: Splits, config: TrainConfig) -> Splits:
-    """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed."""
+    """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed. Raises UsageError."""
+    if isinstance(splits.train.examples, Streamed) and (config.limit < 1 or config.overfit_batches):
+        raise UsageError("--limit and --overfit-batches do not work with a stream; yield fewer examples instead")
     if config.limit < 1:
         whole = splits.train, splits.validation, splits.test
         train, validation, test = (_part(split, config.limit) for split in whole)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mnist_ray.data.data import Blocks, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.data.splits import splits_of, subset
+from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.text import count
@@ -27,6 +28,8 @@ def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) 
     """
     num_train, largest = len(data.train), max(batch_sizes or [job.train.batch_size])
     notes = _check_same_data(job, data)
+    if isinstance(data.train.examples, Streamed) and job.train.num_steps is None:
+        raise UsageError(f"{type(job.workload).__name__} trains on a stream without a length: set --num-steps")
     if largest > num_train:
         notes += _check_batch_size(job, num_train, largest, is_of_sweep=len(batch_sizes) > 0)
         if job.train.batch_size > num_train:

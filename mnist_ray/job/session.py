@@ -15,6 +15,7 @@ from mnist_ray.cluster import environment, kept
 from mnist_ray.cluster.plan import Cluster, threads_per_worker
 from mnist_ray.config import WorkerConfig
 from mnist_ray.data.data import Blocks, Split, Splits
+from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
 from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job, check_free
@@ -189,13 +190,17 @@ def _too_large(job: Job) -> str:
 
 def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] | None:
     """Send a batch through the job's workload; return like ``try_batch``. Raises UsageError."""
-    from mnist_ray.job.dry_run import try_batch  # imports torch
+    from mnist_ray.job.dry_run import NUM_EXAMPLES, try_batch  # imports torch
 
     num_workers, num_streams = job.workers.num_workers or 1, job.train.num_streams
     smallest = Fraction(1, job.train.reproducible_chunks or num_workers)
     if isinstance(train.examples, Blocks) and not job.train.reproducible:  # each worker has some of the streams
         smallest = Fraction(num_streams // num_workers, num_streams)
     sizes = batch_sizes or [job.train.batch_size]
+    if isinstance(train.examples, Streamed):
+        train, sizes = Split(train.examples.first(2 * NUM_EXAMPLES)), ()
+        if len(train) == 0:
+            raise UsageError(f"{type(job.workload).__name__}: the stream of training examples is empty")
     unused = try_batch(job.workload, train, job.train, sizes, smallest, num_workers)
     if given := sorted(job.given & (unused or set())):
         own = f"{type(job.workload).__name__}'s loss, optimizer and schedule"

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from mnist_ray.data.data import Blocks, Split
+from mnist_ray.data.streamed import Streamed
 from mnist_ray.job.job import Job
 from mnist_ray.report.run_files import TIMES_FILE, csv_text, read_numbers
 from mnist_ray.storage import RunFolder
@@ -105,6 +106,9 @@ def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, trai
 def _data_remedy(data_s: float, total: float, job: Job, train: Split) -> str:
     if isinstance(train.examples, Blocks):
         return "its storage, or Blocks.read, is slower than the training"
+    if isinstance(train.examples, Streamed):
+        ahead = "" if job.workers.loader_workers else "--loader-workers 1 reads ahead, and "
+        return f"every worker reads the whole stream; {ahead}Blocks are read in parts"
     if job.workers.loader_workers:
         return "use more --loader-workers, or make the Dataset faster"
     needed = math.ceil(data_s / max(total - data_s, data_s / 16))  # this many read as fast as the training computes

@@ -37,7 +37,7 @@ from mnist_ray.training import engine, threads
 from mnist_ray.training.by_source import loss_by_source
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together, evaluating
-from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
+from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import score
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
@@ -154,6 +154,7 @@ class Reporter(Callback):
         self._validation = None if spec.validation is None else _opened(spec.validation)
         self._batch_size: int | None = None  # of a validation; the first validation finds it
         self._saving: Future[None] | None = None  # of the last checkpoint, in its own thread
+        self._rounds = 0  # how often a stream of training data has begun again
         # Checkpoints match callbacks by position. Each worker and each run in a process has its own.
         of_flags = [user_code.create(code, Callback) for code in job.callbacks]
         own: list[Any] = copy.deepcopy([*job.workload.callbacks])
@@ -167,6 +168,7 @@ class Reporter(Callback):
         checkpoints.
         """
         self._life, life.state = life, state
+        self._rounds = 0 if state.read_to is None else state.read_to["rounds"]
         life.show()
         hosts = self._hosts_with(restored.name)
         is_segment_over = state.total_step >= state.last_step and not is_over(state, self._config)
@@ -190,8 +192,11 @@ class Reporter(Callback):
         """Report an event. This method does nothing unless a subclass overrides it."""
 
     def on_step(self, state: TrainingState) -> None:
-        """Show that this worker does not hang."""
+        """Show that this worker does not hang. Tell if a stream of training data begins again."""
         self._life.show()
+        if state.read_to is not None and state.read_to["rounds"] > self._rounds:
+            self._rounds = state.read_to["rounds"]
+            self.send(Note(f"the stream of training data has ended before step {state.total_step}; it begins again"))
 
     def _hosts_with(self, checkpoint: str) -> list[str]:
         """Return the ranks' hosts; all ranks must call this. Raises JobError if they restored different checkpoints."""

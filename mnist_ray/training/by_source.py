@@ -9,7 +9,7 @@ from mnist_ray.training.metrics import WEIGHT, Evaluation
 
 
 def loss_by_source(evaluation: Evaluation, split: Split) -> dict[str, float]:
-    """Return the mean loss on the evaluated ``split``'s examples of each source, as ``loss.NAME``; {} for other data."""
+    """Return the mean loss on the examples of each source of the ``split``, as ``loss.NAME``; {} without sources."""
     if not isinstance(sources := split.draws, Sources):
         return {}
     numbers = sources.numbers_of(np.arange(len(split)) if split.places is None else np.asarray(split.places))

@@ -27,6 +27,7 @@ from mnist_ray.data.batches import (
 )
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.data.stream_batches import StreamBatches
 from mnist_ray.data.tensors import is_sharded, rows_here, with_fast_layout
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
@@ -115,6 +116,8 @@ def train(
     takes_closure = open_step.takes_closure(state.optimizer)
     looks_at_metric = isinstance(state.scheduler, ReduceLROnPlateau)  # stepped at each validation
     batches = batches_of(checked(split, workload.find_fault), group.device, workload.collate, read_ahead_mib)
+    if isinstance(batches, StreamBatches):
+        batches.read_to = state.read_to
     window, progress, watch = LoggingWindow(workload, group), None, state.watch
     while not is_over(state, config):
         window.restart_clock()
@@ -201,6 +204,7 @@ def _steps_of_pass(
                 micro_batch = to_device(micro_batch, group.device)
         micro_batches.append(micro_batch)
         if micro_batch.ends_step:
+            state.read_to = micro_batch.read_to
             yield micro_batches
             micro_batches = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,7 @@ class TrainingState:
     scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
     one_thread: bool = False  # each worker computes with one thread, because steps are small
     ends: bool = False  # set by a callback: no further epoch
+    read_to: dict[str, Any] | None = None  # of a stream: where a resumed run may go on reading
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step that ends the trial's segment, or the training; the worker sets it

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_ray.data.data import Arrays, Blocks, Data
 from mnist_ray.data.mix import Mix
+from mnist_ray.data.streamed import Streamed
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.classification import Classification
@@ -26,6 +27,7 @@ __all__ = [
     "Picture",
     "Range",
     "Regression",
+    "Streamed",
     "Workload",
     "at_least",
     "fraction",

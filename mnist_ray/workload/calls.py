@@ -17,6 +17,7 @@ from mnist_ray import config
 from mnist_ray.data.data import Arrays, Blocks, Data
 from mnist_ray.data.digests import digest_of_files
 from mnist_ray.data.mix import Mix, plain
+from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
 
@@ -84,6 +85,12 @@ def _checked_data(workload: Workload, data: object) -> Data:
             continue
         if isinstance(examples, Arrays):
             _check_arrays(where, examples)
+        elif isinstance(examples, Streamed):
+            if split != "train":
+                raise UsageError(f"{where} is a stream without a length; only the training data may be one")
+            if isinstance(examples.source, Iterator):
+                raise UsageError(f"{where} is an iterator, which can be read once; give the function that makes it")
+            continue
         elif isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
             kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
             raise UsageError(f"{where} is of type {type(examples).__name__}, {kinds}")
@@ -104,8 +111,9 @@ def _checked_data(workload: Workload, data: object) -> Data:
 
 def _check_weights(where: str, data: Data) -> None:
     weights, number, is_mix = data.weights, len(data.train), "train" in data.sources  # type: ignore[arg-type]
-    if is_mix or isinstance(data.train, Blocks):
-        kind = "a Mix, which has shares" if is_mix else "Blocks; a Mix of them has shares"
+    if is_mix or isinstance(data.train, (Blocks, Streamed)):
+        of_blocks = "Blocks; a Mix of them has shares" if isinstance(data.train, Blocks) else "a stream"
+        kind = "a Mix, which has shares" if is_mix else of_blocks
         raise UsageError(f"{where} are not for {kind}")
     if not isinstance(weights, np.ndarray) or weights.shape != (number,) or weights.dtype.kind not in "biuf":
         found = f"{weights.dtype} {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__

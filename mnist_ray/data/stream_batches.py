@@ -1,0 +1,98 @@
+"""Batches of a stream: read from the beginning, or from where a checkpoint says that reading may go on."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.data.batches import Collate, ExampleBatches, MicroBatch
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import Request
+from mnist_ray.errors import ExampleError
+
+_NOTED_EVERY_S = 1.0  # a stream's state; a resumed run reads again what came after it
+_END = object()
+
+
+class InOrder:
+    """The numbers from 0 on, as the order of a stream."""
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        return np.arange(positions.start, positions.stop)
+
+
+class StreamBatches(ExampleBatches):
+    """A stream, whose examples have indices from 0 on. Requests must not go back.
+
+    A micro-batch that ends a step has in ``read_to`` where a run that resumes after this step may go on reading.
+    """
+
+    max_processes = 1  # the others would read the same
+
+    def __init__(self, split: Split, collate: Collate | None) -> None:
+        super().__init__(split, 0, collate)
+        self.read_to: dict[str, Any] | None = None  # where to begin; None: at the first example
+        self._source = split.examples.source
+        self._items: Iterator[Any] | None = None
+        self._next = self._rounds = self._num_of_round = 0
+        self._last: Any = None  # example that was read
+        self._noted_s = 0.0
+        self._loader: Iterator[MicroBatch] | None = None
+
+    def order(self, config: TrainConfig, *position: int) -> InOrder:  # type: ignore[override]
+        """Return the order of the stream."""
+        return InOrder()
+
+    def continued(self, loader: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """Return the loader of the first epoch, in all of them: it continues to read."""
+        if self._loader is None:
+            self._loader = iter(loader)
+        return self._loader
+
+    def __getitem__(self, request: Request) -> MicroBatch:
+        examples = [self._read_up_to(index) for index in request.indices.tolist()]
+        batch = self._joined(examples, request.indices, request)
+        return batch._replace(read_to=self._noted()) if request.ends_step else batch
+
+    def _read_up_to(self, index: int) -> Any:
+        """Return the example at ``index``; for a filler, whose example may have been read, any example."""
+        if self._items is None:
+            self._begin()
+        while self._next <= index:
+            self._last = self._example(self._next)  # seeded, so that dropped examples draw the same random numbers
+            self._next += 1
+        return self._last
+
+    def _begin(self) -> None:
+        if self.read_to is not None and self.read_to["state"] is not None:
+            self._source.load_state_dict(self.read_to["state"])
+            self._next, self._rounds = self.read_to["next"], self.read_to["rounds"]
+        self._items = iter(self.split.examples)
+
+    def _read(self, index: int) -> Any:
+        """Return the next example; at the end of the stream, begin again."""
+        assert self._items is not None
+        example = next(self._items, _END)
+        if example is _END:
+            self._items = iter(self.split.examples)
+            self._rounds += 1
+            example = next(self._items, _END)
+        if example is _END:
+            raise ExampleError("the stream of training examples is empty")
+        return example
+
+    def _noted(self) -> dict[str, Any]:
+        if (
+            self.read_to is None
+            or time.monotonic() - self._noted_s > _NOTED_EVERY_S
+            or self._rounds != self.read_to["rounds"]
+        ):
+            state = copy.deepcopy(self._source.state_dict()) if self.split.examples.has_state else None
+            self.read_to = {"next": self._next, "rounds": self._rounds, "state": state}
+            self._noted_s = time.monotonic()
+        return self.read_to
