@@ -143,10 +143,16 @@ class ExampleBatches(Dataset):
         return loader
 
     def _example(self, index: int) -> tuple[Any, Any]:
+        self._seed(index)
+        return self._checked(index)
+
+    def _seed(self, index: int) -> None:
         seed = (self.seed * 2_147_483_647 + index) % 2**63
         torch.default_generator.manual_seed(seed)  # 100 times as fast as torch.manual_seed, which seeds all devices
         random.seed(seed)
         np.random.seed(seed % 2**32)
+
+    def _checked(self, index: int) -> Any:
         try:
             return self._read(index)
         except (Exception, SystemExit) as error:  # even StopIteration: a DataLoader would take it for the data's end

@@ -39,8 +39,8 @@ class StreamBatches(ExampleBatches):
         self.read_to: dict[str, Any] | None = None  # where to begin; None: at the first example
         self._source = split.examples.source
         self._items: Iterator[Any] | None = None
-        self._next = self._rounds = self._num_of_round = 0
-        self._last: Any = None  # example that was read
+        self._batch: list[Any] = []  # the last one
+        self._next = self._rounds = 0  # the index of the next example; how often the stream has begun again
         self._noted_s = 0.0
         self._loader: Iterator[MicroBatch] | None = None
 
@@ -55,18 +55,21 @@ class StreamBatches(ExampleBatches):
         return self._loader
 
     def __getitem__(self, request: Request) -> MicroBatch:
-        examples = [self._read_up_to(index) for index in request.indices.tolist()]
+        size = request.global_size
+        first = int(request.indices[0]) // size * size  # of the whole batch
+        if self._items is None:
+            self._begin()
+        while self._next <= first:
+            self._read_batch(size)
+        examples = [self._batch[index - first] for index in request.indices.tolist()]
         batch = self._joined(examples, request.indices, request)
         return batch._replace(read_to=self._noted()) if request.ends_step else batch
 
-    def _read_up_to(self, index: int) -> Any:
-        """Return the example at ``index``; for a filler, whose example may have been read, any example."""
-        if self._items is None:
-            self._begin()
-        while self._next <= index:
-            self._last = self._example(self._next)  # seeded, so that dropped examples draw the same random numbers
-            self._next += 1
-        return self._last
+    def _read_batch(self, size: int) -> None:
+        """Read the next batch, also what other ranks compute of it: a stream may draw random numbers on its way."""
+        self._seed(self._next)
+        self._batch = [self._checked(self._next + number) for number in range(size)]
+        self._next += size
 
     def _begin(self) -> None:
         if self.read_to is not None and self.read_to["state"] is not None:
