@@ -134,7 +134,7 @@ def check_batch(
         flag = "--reproducible" if config.reproducible else "--micro-batch-size"
         raise UsageError(f"{flag} cuts batches into parts, but {name}'s loss compares the examples of a batch")
     generator = torch.default_generator.manual_seed(config.seed)
-    with sharding.units_checked(workload, model, config, num_workers), _forward_placed(workload, batch):
+    with sharding.units_checked(workload, model, config, num_workers), _forward_placed(workload, model, batch):
         outputs, targets = forward(workload, model.train(), batch, precision, generator)
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, targets)
@@ -162,7 +162,7 @@ def check_batch(
 
 
 @contextlib.contextmanager
-def _forward_placed(workload: Workload, batch: MicroBatch) -> Iterator[None]:
+def _forward_placed(workload: Workload, model: nn.Module, batch: MicroBatch) -> Iterator[None]:
     """Turn an error of a forward pass into one line: its place and, if dtypes do not match, what to do."""
     try:
         yield
@@ -173,10 +173,18 @@ def _forward_placed(workload: Workload, batch: MicroBatch) -> Iterator[None]:
             with placed(workload, method):
                 raise
         try:
-            with placed(workload, "the model"):
+            with placed(workload, "the model" + _layer_in(model, error)):
                 raise
         except UsageError as in_one_line:
             raise UsageError(f"{in_one_line}{_remedy(workload, batch, str(in_one_line))}") from error
+
+
+def _layer_in(model: nn.Module, error: BaseException) -> str:
+    """Return the innermost layer of a model that has raised an error: ``, in layers.3 (Linear)``; empty if unknown."""
+    names = {id(layer): name for name, layer in model.named_modules() if name}
+    seen = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    layers = [layer for layer in seen if id(layer) in names]
+    return f", in {names[id(layers[-1])]} ({type(layers[-1]).__name__})" if layers else ""
 
 
 def _remedy(workload: Workload, batch: MicroBatch, message: str) -> str:
@@ -198,7 +206,7 @@ def _evaluated(
 ) -> tuple[Any, Any, dict[str, Tensor]]:
     """Evaluate a batch; return outputs, targets and columns of predictions, which an error calls ``what``."""
     with torch.no_grad():
-        with _forward_placed(workload, batch):
+        with _forward_placed(workload, model, batch):
             outputs, targets = forward(workload, model, batch)
         with placed(workload, what):
             return outputs, targets, workload.predictions(outputs, targets)

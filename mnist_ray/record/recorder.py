@@ -35,10 +35,11 @@ from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FIL
 from mnist_ray.text import count, masked
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.by_source import loss_by_source
-from mnist_ray.training.events import EpochFinished, Event, Progress, Started
+from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.figures import RATE
+from mnist_ray.workload.figures import RATE, formatted
 
+_GROWN = 10.0  # times the first step's loss: a training that diverges without numbers that are not finite
 _LEARNED = 0.1  # examples count as learned if the loss falls to this fraction of the first loss
 _MAX_TRACKING = 0.05  # of the run's time, spent waiting for trackers; more is noted
 _REPORT_EVERY_S = 30.0  # at most; during the run, with steps.csv
@@ -147,7 +148,7 @@ class Recorder:
         self._result: dict[str, Any] | None = None
         self._fitted: Fitted | None = None
         self._has_report = False
-        self._first_loss = math.nan
+        self._first_loss, self._has_grown = math.nan, False
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
         self._history, self._times = History(run, workload, self._job.train), TimeSpent(run)
@@ -171,10 +172,26 @@ class Recorder:
         self._clock.note(event)
         self._history.add(event)
         self._times.add(event)
+        if isinstance(event, Saved) and event.epoch == 1 < self._job.train.num_epochs:
+            self._note_slowness()
+        if isinstance(event, EpochFinished) and not self._has_grown:
+            self._note_growth(event.last.so_far["loss"])
         if isinstance(event, Progress) and (event.saves or event.step == event.epoch_steps):
             self._history.write_steps()  # a checkpoint follows, from which a killed run continues
         self._console.show(event)
         self._trackers.log(event)
+
+    def _note_growth(self, loss: float) -> None:
+        """Print a note, once, if the loss has grown far above the first step's: it may stay finite for long."""
+        self._has_grown = loss > _GROWN * abs(self._first_loss)
+        if self._has_grown:
+            first, now = (formatted(value, "number") for value in (self._first_loss, loss))
+            self._warn(f"the training loss has grown from {first} to {now}; lower --learning-rate, or fix the data")
+
+    def _note_slowness(self) -> None:
+        """Print a line for each cause of slow training."""
+        for note in notes_on(self._times.of_workers, self._times.hosts, self._job, self._session.data.train):
+            self._warn(note)
 
     def begin_test(self, fitted: Fitted) -> None:
         """Print which checkpoint is tested, unless it is that of the last epoch."""
@@ -248,8 +265,7 @@ class Recorder:
         total, tested = parts.pop("total"), self._result["seconds"]["total"]
         if of_workers := self._times.of_workers:
             console.say("time", shares_of(of_workers))
-            for note in notes_on(of_workers, self._times.hosts, self._job, self._session.data.train):
-                console.say("note", note)
+            self._note_slowness()
         of_parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
         console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {of_parts}")
         if self._job.train.reproducible:

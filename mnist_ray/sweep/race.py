@@ -57,7 +57,12 @@ def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[
     min_mean = means.max() - _T_90[min(freedom, len(_T_90)) - 1] * standard_error
     racing = [point for point, mean in zip(complete, means, strict=True) if mean >= min_mean]
     if sweep.job.workload.monitor.is_fraction and sweep.num_validation:
-        best = abs(float(means.max()))
-        if means.max() - means[means >= min_mean].min() < math.sqrt(max(0.0, best * (1 - best)) / sweep.num_validation):
+        differ = means.max() - means[means >= min_mean].min()
+        if differ < error_of_fraction(abs(float(means.max())), sweep.num_validation):
             return []
     return racing
+
+
+def error_of_fraction(fraction: float, number: int) -> float:
+    """Return the standard error of a fraction of ``number`` examples."""
+    return math.sqrt(max(0.0, fraction * (1 - fraction)) / number)

@@ -22,6 +22,7 @@ from mnist_ray.run import fit
 from mnist_ray.run.evaluate import evaluate_fitted
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder, in_one_line
+from mnist_ray.sweep.race import error_of_fraction
 from mnist_ray.sweep.ranking import find_best, result_of
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
@@ -29,6 +30,8 @@ from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_
 from mnist_ray.text import count, format_settings
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import TrialEnded
+
+_LARGE_ERROR = 0.01  # of the validation, as a fraction: smaller ones need no words
 
 
 def search(session: Session, sweep: Sweep, plan: WorkerPlan, concurrent: int, show: OnChange) -> TrialTable:
@@ -105,6 +108,11 @@ def _write_best(session: Session, sweep: Sweep, table: TrialTable) -> Job:
     run.write_bytes(SWEEP_PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
     console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {SWEEP_PICTURE_FILE}")
     console.say("best", f"{monitor.format(chosen.val_monitor)} validation {monitor.name}, {chosen.seeds_text}")
+    if monitor.is_fraction and (error := error_of_fraction(chosen.val_monitor, sweep.num_validation)) > _LARGE_ERROR:
+        few = count(sweep.num_validation, sweep.job.workload.noun)
+        console.say(
+            "note", f"on {few} of validation, configurations that differ by less than {error:.0%} may be as good"
+        )
     return best
 
 

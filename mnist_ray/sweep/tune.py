@@ -141,6 +141,8 @@ class SweepConsole(RunConsole):
         return view
 
     def _row(self, table: TrialTable, record: TrialRecord) -> tuple[str, ...]:
+        best = find_best(table)
+        is_best = best is not None and record.point.values == best.point.values
         return (
             str(record.trial),
             *map(format_value, record.point.values.values()),
@@ -148,7 +150,7 @@ class SweepConsole(RunConsole):
             f"{record.epochs:.3g}/{self._num_epochs}",
             table.workload.monitor.format(record.val_monitor),
             "-" if math.isnan(record.rate) else f"{record.rate:,.0f}",
-            record.state + (f": {record.reason}" if record.reason else ""),
+            record.state + (f": {record.reason}" if record.reason else "") + (" · best" if is_best else ""),
         )
 
     def _summary(self, table: TrialTable) -> str:

@@ -60,7 +60,7 @@ def new(place: str, config: ProjectConfig) -> None:
     except OSError as error:
         raise UsageError(f"cannot make {place}: {error.strerror}") from error
     say(f"project    {project}/, a workload of kind {config.kind}: {project}/workload.py")
-    say(f"next       cd {project}, then make train, make test, or see README.md")
+    say(f"next       cd {project}, then make train, which first makes an environment of its own; or see README.md")
 
 
 def _contents(name: str, config: ProjectConfig) -> dict[str, str]:

@@ -86,8 +86,9 @@ def find(reference: str, base: type[T]) -> type[T]:
         raise UsageError(f"{flag} is empty; name a FILE.py or a module")
     if code.endswith(".py"):
         path = str(path_of(code, flag).resolve())
-        if _is_another_module(path):
-            raise UsageError(f"{flag} {code}: Python has another module named {Path(code).stem}; rename the file")
+        if other := _other_module(path):
+            clash = f"Python has another module named {Path(code).stem}, {other}"
+            raise UsageError(f"{flag} {code}: {clash}; name that one, or rename one of the files")
         reference = path + (f":{name}" if name else "")
     else:
         path = inspect.getsourcefile(_pick(_import_module(code, flag), reference, base)) or ""
@@ -240,15 +241,15 @@ def _module_name(path: str) -> str:
     return re.sub(r"\W", "_", Path(path).stem)
 
 
-def _is_another_module(path: str) -> bool:
-    """Return whether Python finds a module with this file's name in another file."""
+def _other_module(path: str) -> str:
+    """Return the file in which Python finds another module with this file's name; empty if there is none."""
     name = _module_name(path)
     if name in sys.modules:
-        origin = getattr(sys.modules[name], "__file__", None) or "built in"
+        origin = getattr(sys.modules[name], "__file__", None) or "which is built in"
     else:
         found = importlib.util.find_spec(name)
         origin = (found.origin if found else None) or path
-    return os.path.realpath(origin) != path
+    return "" if os.path.realpath(origin) == path else origin
 
 
 def _import_module(name: str, flag: str) -> types.ModuleType:

@@ -551,6 +551,14 @@ def test_a_model_that_fails_is_named_with_its_line_if_it_is_in_the_file(
     assert expected in message
 
 
+def test_a_layer_whose_sizes_do_not_fit_is_named(write: Write) -> None:
+    body = "\n    def create_model(self): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(7, 10))\n"
+    message = message_of(write, body)
+    assert message.startswith(
+        "Wrong, the model, in 2 (Linear): RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    )
+
+
 @pytest.mark.parametrize("error", [JobError, UsageError])
 def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exception]) -> None:
     line = f"from mnist_ray.errors import {error.__name__}; raise {error.__name__}('the file is damaged')"
@@ -566,8 +574,8 @@ def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exce
     [
         ("None", "returned NoneType, not mnist_ray.workload.Data"),
         ("Data(examples(3), 5)", ": test is of type int, neither Arrays(inputs, targets) nor a Dataset with a length"),
-        ("Data(type('Stream', (torch.utils.data.IterableDataset,), {'__iter__': iter})(), examples(3))",
-         ": train is of type Stream, neither Arrays(inputs, targets) nor a Dataset with a length"),
+        ("Data(examples(3), type('Stream', (torch.utils.data.IterableDataset,), {'__iter__': iter})())",
+         ": test is a stream without a length; only the training data may be one"),
         ("Data(examples(0), examples(3))", ": train holds no examples"),
         ("Data(type('Padded', (list,), {'collate_fn': 1})([1]), examples(3))",
          ": train has a collate_fn, but nothing calls it: make it Wrong.collate(examples)"),

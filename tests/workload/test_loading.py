@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import subprocess
@@ -162,7 +163,8 @@ def test_a_path_may_have_dashes_dots_and_colons(write: Write, name: str) -> None
 
 def test_a_file_with_the_name_of_another_module_is_refused(write: Write) -> None:
     file = write(DIGITS, "json.py")
-    assert message_of(file) == f"--workload {file}: Python has another module named json; rename the file"
+    clash = f"Python has another module named json, {json.__file__}; name that one, or rename one of the files"
+    assert message_of(file) == f"--workload {file}: {clash}"
 
 
 @pytest.mark.parametrize("reference", ["problem.py", "../project/problem.py", "../link/problem.py"])
