@@ -181,6 +181,11 @@ def assert_nothing_left(folder: Path) -> None:
     assert not [*folder.glob("mnist_ray-*"), *folder.glob("ray_fork-*")]
 
 
+def test_an_evaluation_ends_the_ray_that_it_has_started(own_folder: Path, finished_run: Path) -> None:
+    assert run_job("evaluate.py", str(finished_run)).returncode == 0
+    assert_nothing_left(own_folder)
+
+
 FAILS_LATE = """
 import time
 from mnist_ray.mnist import MNIST

@@ -105,6 +105,10 @@ def _new_connection(
             with in_one_line("a local Ray cannot start"):
                 folder = sessions_folder()
             at_the_end.enter_context(removed_unless_failed(folder))
+            if extras.is_on("small", plain=config.plain_ray):
+                from mnist_ray.extras import small
+
+                at_the_end.callback(small.wait_until_ended)
             start = functools.partial(start_local, folder, config, forking, **options)
         else:
             start = functools.partial(join, address, forking, **options)

@@ -36,6 +36,21 @@ _AGENT = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
 _NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
 
 
+_started: list[services.ConsolePopen] = []  # Ray's processes
+
+
+def wait_until_ended() -> None:
+    """Wait until the processes of a Ray that is shut down have exited.
+
+    The raylet first stops its agents. If this process exited before, the kernel would kill the raylet, and an agent
+    would run for another minute.
+    """
+    for process in _started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END_TIMEOUT_S)
+    _started.clear()
+
+
 @contextlib.contextmanager
 def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
     """Let a Ray that is started inside the block leave out what only a cluster needs.
@@ -47,7 +62,8 @@ def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    started: list[services.ConsolePopen] = []
+    started = _started
+    started.clear()
     with_parameters = functools.partialmethod(RayParams.__init__, no_monitor=True, include_log_monitor=log_to_driver)
     is_linux = sys.platform.startswith("linux")
     popen = services.ConsolePopen
