@@ -11,6 +11,7 @@ import numpy as np
 from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.errors import ExampleError, UsageError
 from mnist_ray.workload.base import CsvRows, Picture, Workload
+from mnist_ray.workload.calibration import bins_of, calibration_error
 from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
 from mnist_ray.workload.figures import ACCURACY, Metric
 
@@ -123,9 +124,10 @@ class Classification(Workload):
         return readable
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return the accuracy per class (None without examples) and the confusion matrix, a row per label.
+        """Return the accuracy per class (None without examples), the confusion matrix, and the calibration error.
 
-        With very many classes, the matrix is left out. Without a column of labels, there are no details.
+        The matrix has a row per label; with very many classes, it is left out. Without a column of labels, there are no
+        details.
         """
         if "label" not in columns:
             return {}
@@ -133,11 +135,14 @@ class Classification(Workload):
         hits = labels[labels == predictions]
         totals, right = (np.bincount(numbers, minlength=self.num_classes).tolist() for numbers in (labels, hits))
         accuracies = [part / total if total else None for part, total in zip(right, totals, strict=True)]
-        if self.num_classes > _MAX_ROWS:
-            return {"test_accuracy_per_class": accuracies}
-        counts = np.zeros((self.num_classes, self.num_classes), int)
-        np.add.at(counts, (labels, predictions), 1)
-        return {"test_accuracy_per_class": accuracies, "confusion_matrix": counts.tolist()}
+        found: dict[str, Any] = {"test_accuracy_per_class": accuracies}
+        if "probability" in columns and len(labels):
+            found["test_calibration_error"] = calibration_error(bins_of(columns["probability"], labels == predictions))
+        if self.num_classes <= _MAX_ROWS:
+            counts = np.zeros((self.num_classes, self.num_classes), int)
+            np.add.at(counts, (labels, predictions), 1)
+            found["confusion_matrix"] = counts.tolist()
+        return found
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
         """Return the confusion matrix, with a row per label and a column per prediction; [] if it would be too wide."""
@@ -157,7 +162,7 @@ class Classification(Workload):
     def pictures(
         self, result: Mapping[str, Any], rows: CsvRows, test: Split | None, columns: Mapping[str, np.ndarray]
     ) -> list[Picture]:
-        """Return the confusion matrix, and examples with their predictions."""
+        """Return the confusion matrix, a reliability plot, and examples with their predictions."""
         from mnist_ray.workload import drawing  # imports matplotlib
 
         return drawing.of_classification(self, self.class_names, result, rows, test)

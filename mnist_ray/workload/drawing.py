@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mnist_ray.data.data import Split
 from mnist_ray.text import escaped
 from mnist_ray.workload.base import CsvRows, Picture, Workload
+from mnist_ray.workload.calibration import bins_of, calibration_error
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
 _SIZE = (4.8, 4.0)  # inches: fits on a phone; plots side by side on a page have the same height
@@ -63,9 +64,29 @@ def png_of(drawn: Figure | Image.Image) -> bytes:
 def of_classification(
     workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: CsvRows, test: Split | None
 ) -> list[Picture]:
-    """Return the confusion matrix, if there is one, and some examples, if they are images."""
+    """Return the confusion matrix, if there is one, a reliability plot, and some examples, if they are images."""
     examples = _examples(workload, rows, test) if rows and test is not None else []
-    return [*([_confusion(classes, result)] if "confusion_matrix" in result else []), *examples]
+    plots = [_confusion(classes, result)] if "confusion_matrix" in result else []
+    return [*plots, *([_reliability(rows)] if rows else []), *examples]
+
+
+def _reliability(rows: CsvRows) -> Picture:
+    """Plot how often predictions are right against how sure they are; the size of a point is their number."""
+    are_right = np.array([row["label"] == row["prediction"] for row in rows])
+    bins = bins_of(np.array([float(row["probability"]) for row in rows]), are_right)
+    figure, axes = new_plot("probability of the prediction (%)", "right predictions (%)")
+    axes.plot([0, 100], [0, 100], color="grey", linewidth=1)
+    sizes = [10 + 190 * math.sqrt(part.number / len(rows)) for part in bins]
+    sure, right = ([100 * part[place] for part in bins] for place in (1, 2))
+    axes.plot(sure, right, color="C0", linewidth=1)
+    axes.scatter(sure, right, sizes, color="C0", zorder=2)
+    axes.grid(alpha=0.3)
+    error = calibration_error(bins)
+    caption = "On the line, predictions are as often right as they are sure; above it, more often. The larger a point, "
+    caption += f"the more predictions. Expected calibration error: {error:.2%}."
+    said = "; ".join(f"{100 * part.confidence:.0f}% sure: {part.accuracy:.0%} right" for part in bins)
+    alt = f"Predictions that are {said}"
+    return Picture("reliability", "How sure, and how often right", alt, png_of(figure), caption)
 
 
 def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
