@@ -165,7 +165,7 @@ class Classification(Workload):
         """Return the confusion matrix, a reliability plot, and examples with their predictions."""
         from mnist_ray.workload import drawing  # imports matplotlib
 
-        return drawing.of_classification(self, self.class_names, result, rows, test)
+        return drawing.of_classification(self, self.class_names, result, rows, test, columns)
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""

@@ -62,21 +62,25 @@ def png_of(drawn: Figure | Image.Image) -> bytes:
 
 
 def of_classification(
-    workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: CsvRows, test: Split | None
+    workload: Workload,
+    classes: Sequence[Any],
+    result: Mapping[str, Any],
+    rows: CsvRows,
+    test: Split | None,
+    columns: Mapping[str, np.ndarray],
 ) -> list[Picture]:
     """Return the confusion matrix, if there is one, a reliability plot, and some examples, if they are images."""
     examples = _examples(workload, rows, test) if rows and test is not None else []
     plots = [_confusion(classes, result)] if "confusion_matrix" in result else []
-    return [*plots, *([_reliability(rows)] if rows else []), *examples]
+    return [*plots, *([_reliability(columns)] if "probability" in columns else []), *examples]
 
 
-def _reliability(rows: CsvRows) -> Picture:
+def _reliability(columns: Mapping[str, np.ndarray]) -> Picture:
     """Plot how often predictions are right against how sure they are; the size of a point is their number."""
-    are_right = np.array([row["label"] == row["prediction"] for row in rows])
-    bins = bins_of(np.array([float(row["probability"]) for row in rows]), are_right)
+    bins = bins_of(columns["probability"], columns["label"] == columns["prediction"])
     figure, axes = new_plot("probability of the prediction (%)", "right predictions (%)")
     axes.plot([0, 100], [0, 100], color="grey", linewidth=1)
-    sizes = [10 + 190 * math.sqrt(part.number / len(rows)) for part in bins]
+    sizes = [10 + 190 * math.sqrt(part.number / len(columns["label"])) for part in bins]
     sure, right = ([100 * part[place] for part in bins] for place in (1, 2))
     axes.plot(sure, right, color="C0", linewidth=1)
     axes.scatter(sure, right, sizes, color="C0", zorder=2)

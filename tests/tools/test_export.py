@@ -60,7 +60,10 @@ def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays
     assert math.isnan(export.largest_difference(model, other, images))
 
 
-def test_data_that_have_moved_are_named_by_the_workloads_flags(small_data: Path, tmp_path: Path) -> None:
+def test_data_that_have_moved_are_named_by_the_workloads_flags(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MNIST_RAY_STORAGE_PATH", str(tmp_path / "no_runs"))  # not the newest run of whoever tests
     workload, file = mnist(data_dir=Path("/nowhere")), tmp_path / "digits.pt2"
     state = create_state(workload, TrainConfig(), 600, Group())
     snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path))
