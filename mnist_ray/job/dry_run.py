@@ -141,6 +141,9 @@ def check_batch(
     idle = _check_losses(workload, model, outputs, targets, number, config)
     check_augment(workload, model, batch, config)
     model.eval()
+    if config.evaluation_precision == "training":  # the checks below compare outputs, so they need fp32
+        with _forward_placed(workload, batch), torch.no_grad():
+            forward(workload, model, batch, precision)
     evaluated, own_targets, columns = _evaluated(workload, model, batch, "predictions")
     _check_dict(f"{name}.predictions", columns)
     for key, values in columns.items():
