@@ -250,9 +250,9 @@ def predict(
 
     model = found.load_model()
     if are_inputs:
-        return tool.predict_inputs(found.workload, model, listed)
+        return tool.predict_inputs(found.workload, model, listed, found.precision)
     files = tool.find_files(listed)
-    predictions = list(tool.predict_files(found.workload, model, files))
+    predictions = list(tool.predict_files(found.workload, model, files, found.precision))
     for index, prediction in enumerate(predictions):
         if prediction.error is not None:
             raise JobError(f"{prediction.file or f'pictures[{index}]'}: {prediction.error}")

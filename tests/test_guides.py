@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from mnist_ray import load_run
+from mnist_ray.checkpoints.checkpoint import snapshot
+from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.splits import splits_of
+from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
-from mnist_ray.workload import Classification, Data, Mix, Regression, Streamed, Workload
+from mnist_ray.workload import Classification, Data, Mix, Regression, Streamed, Workload, setting
 from mnist_ray.workload.calls import data_of
-from tests.conftest import ROOT
+from tests.conftest import ROOT, folder_at
 from tests.ranks import Hooks
 
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=10, optimizer="sgd", learning_rate=0.05)
@@ -81,6 +87,23 @@ def test_the_data_of_the_docs_are_drawn_mixed_and_streamed() -> None:
     assert [splits.name for splits in found[:2]] == ["Own (drawn by weight)", "Own (shares: web 0.7, books 0.3)"]
     assert isinstance(found[2].train.examples, Streamed)
     assert [target for _, target in found[2].train.examples.first(8)] == [0, 0, 0, 0, 1, 1, 1, 0]
+
+
+def test_the_docs_adapted_run_learns_and_its_checkpoints_have_only_the_new_layer(
+    finished_run: Path, few_images: Arrays, tmp_path: Path
+) -> None:
+    names: dict[str, Any] = {"dataclass": dataclass, "setting": setting, "load_run": load_run, "nn": nn, "F": F}
+    code = code_of("weights.md", MNIST=MNIST, Photos=MNIST, Tensor=Tensor, **names)
+    metadata, losses = {"class_names": [*range(10)]}, list[float]()
+    workload = code["Adapted"](code["Settings"](teacher=str(finished_run)), metadata)
+    config = replace(CONFIG, ema_decay=0.9)
+    state = engine.create_state(workload, config, len(few_images), Group())
+    note = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses))
+    engine.train(workload, state, Split(few_images), config, Group(), [note])
+    assert np.mean(losses[-20:]) < np.mean(losses[:20])
+    snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path))
+    assert load_file(tmp_path / "model.safetensors").keys() == {"dense2.weight", "dense2.bias"}
+    assert len(load_model(folder_at(tmp_path), workload).state_dict()) == 10
 
 
 class Labels(nn.Sequential):

@@ -32,6 +32,7 @@ from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
 from mnist_ray.training import open_step
+from mnist_ray.training.frozen import LeftOut, left_out_of
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.parts import Parts
 from mnist_ray.training.state import TrainingState
@@ -96,10 +97,17 @@ def try_batch(
 
 def new_model(workload: Workload, config: TrainConfig) -> nn.Module:
     """Return a new model. Raises UsageError if it cannot be trained or saved."""
+    name, left_out = type(workload).__name__, LeftOut()
     with placed(workload, "create_model"):
+        if not workload.keeps_frozen:
+            torch.manual_seed(config.seed + 1)  # an evaluation has another seed, too
+            left_out = left_out_of(workload, workload.create_model())
         torch.manual_seed(config.seed)
         model = workload.create_model()
-    _check_model(type(workload).__name__, model)
+    _check_model(name, model)
+    if left_out != left_out_of(workload, model):
+        found = f"{name}.create_model returns other frozen weights each time, so checkpoints must keep them"
+        raise UsageError(f"{found}; leave keeps_frozen = False out, or load them from a file")
     return model
 
 
@@ -141,6 +149,9 @@ def check_batch(
     idle = _check_losses(workload, model, outputs, targets, number, config)
     check_augment(workload, model, batch, config)
     model.eval()
+    if config.evaluation_precision == "training":  # the checks below compare outputs, so they need fp32
+        with _forward_placed(workload, model, batch), torch.no_grad():
+            forward(workload, model, batch, precision)
     evaluated, own_targets, columns = _evaluated(workload, model, batch, "predictions")
     _check_dict(f"{name}.predictions", columns)
     for key, values in columns.items():

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
-from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, read_state
+from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, left_out_from, read_state
 from mnist_ray.checkpoints.saved_model import load_fitting, load_model, read_weights
 from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.settings import build, check_known, declared
 from mnist_ray.storage import RESULT_FILE, RunFolder, in_one_line, with_retries
+from mnist_ray.training.evaluation import precision_of
+from mnist_ray.training.frozen import left_out_of
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 
@@ -39,6 +43,11 @@ class Found:
     config: Mapping[str, Any]  # settings of the training
     metrics: CheckpointMetrics  # of the training
     notes: tuple[str, ...]  # for the user
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of predictions, which CPUs compute."""
+        return precision_of(build(TrainConfig, self.config), torch.device("cpu"))
 
     def load_model(self) -> Any:
         """Return the checkpoint's model, in evaluation mode. Raises JobError if the checkpoint is damaged."""
@@ -84,8 +93,12 @@ def read_initial(job: Job) -> tuple[bytes, str]:
     with in_one_line("cannot read the weights of --init-from"):
         place = find_run(job.asked["init_from"], job.run.storage_path)
         place = place if place.info().is_file else _checkpoint_of(place)
-    weights = read_weights(place)
-    lacking, own = load_fitting(model, weights), model.state_dict()
+    weights, created = read_weights(place), left_out_of(job.workload, model)
+    left_out = left_out_from(read_state(place) if place.exists(STATE_FILE) else {}, model, place)
+    lacking, own = left_out.kept(dict.fromkeys(load_fitting(model, weights))), model.state_dict()
+    if left_out_of(job.workload, model) != created:
+        found = f"--init-from {place.uri} has other frozen weights than create_model returns"
+        raise UsageError(f"{found}; load them in create_model, or leave keeps_frozen = False out")
     if len(lacking) == len(own):
         names = " against ".join(shorten(", ".join(names), 100) for names in (weights, own))
         raise UsageError(f"--init-from {place.uri}: nothing fits the model by name and shape: {names}")

@@ -198,7 +198,7 @@ def evaluate_here(
     on_batch: Callable[[int], object] = lambda num_done: None,
 ) -> Evaluation:
     """Evaluate a checkpoint in this process. Calls ``on_batch`` like ``evaluate``."""
-    torch.backends.cudnn.allow_tf32 = False  # an evaluation is in fp32
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     try:
         with placed(workload, "an evaluation"):
             model = with_fast_layout(load_model(checkpoint, workload).to(device))

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from mnist_ray import process
-from mnist_ray.config import PredictionConfig
+from mnist_ray.config import Precision, PredictionConfig
 from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.sources import as_displayed, open_picture
 from mnist_ray.errors import JobError, UsageError
@@ -103,7 +103,7 @@ def predict(places: Sequence[str], found: find.Found, config: PredictionConfig) 
         return
     torch.set_num_threads(usable_cores())
     predictions = []
-    for prediction in predict_files(workload, model, find_files(places)):
+    for prediction in predict_files(workload, model, find_files(places), found.precision):
         predictions.append(prediction if config.grid else replace(prediction, inputs=None))  # to save memory
         if config.json:
             sys.stdout.write(json.dumps(prediction.to_dict(workload.prediction_noun, config.threshold)) + "\n")
@@ -131,7 +131,9 @@ def find_files(places: Iterable[Any]) -> Iterator[Path | Image.Image]:
             yield path
 
 
-def predict_files(workload: Workload, model: nn.Module, files: Iterable[Path | Image.Image]) -> Iterator[Prediction]:
+def predict_files(
+    workload: Workload, model: nn.Module, files: Iterable[Path | Image.Image], precision: Precision = "fp32"
+) -> Iterator[Prediction]:
     """Yield a prediction for each file or image, in their order. Raises UsageError."""
     if type(workload).read_picture is Workload.read_picture:
         name = type(workload).__name__
@@ -139,12 +141,14 @@ def predict_files(workload: Workload, model: nn.Module, files: Iterable[Path | I
     files = iter(files)
     while batch := [_read(workload, file) for file in itertools.islice(files, _BATCH_SIZE)]:
         inputs = [read.inputs for read in batch if read.inputs is not None]
-        predicted = iter(predict_inputs(workload, model, inputs))
+        predicted = iter(predict_inputs(workload, model, inputs, precision))
         for read in batch:
             yield read if read.inputs is None else replace(read, top=next(predicted).top)
 
 
-def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) -> list[Prediction]:
+def predict_inputs(
+    workload: Workload, model: nn.Module, inputs: Iterable[Any], precision: Precision = "fp32"
+) -> list[Prediction]:
     """Return the predictions for N inputs in the format of the workload's data. Raises UsageError."""
     inputs, predictions = iter(inputs), list[Prediction]()
     writable = functools.partial(np.require, requirements="W")  # else torch would warn
@@ -152,7 +156,7 @@ def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) 
         examples = [(pytree.tree_map_only(np.ndarray, writable, taken), 0) for taken in batch]
         with placed(workload, "a prediction"), torch.inference_mode():
             joined, targets = workload.collate(examples) or default_collate(examples)
-            outputs, _ = forward(workload, model, MicroBatch(joined, targets, len(batch)))
+            outputs, _ = forward(workload, model, MicroBatch(joined, targets, len(batch)), precision)
             tops = workload.top_predictions(outputs)
         predictions += [Prediction("", taken, tuple(top)) for taken, top in zip(batch, tops, strict=True)]
     return predictions

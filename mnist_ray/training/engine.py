@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training import open_step
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
+from mnist_ray.training.frozen import LeftOut, left_out_of
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over, learning_rates
@@ -58,7 +58,7 @@ def create_state(
     other weights into the new model.
     """
     watch = Stopwatch(is_on_gpu=group.device.type == "cuda")
-    model, average = _create_models(workload, config, group, load_initial)
+    model, average, left_out = _create_models(workload, config, group, load_initial)
     total_steps = config.total_steps(num_examples)
     created = workload.create_optimizer(model, config)
     optimizer, scheduler = open_step.with_schedule(workload, created, config, total_steps)
@@ -69,6 +69,7 @@ def create_state(
         scheduler,
         scaler=scaler,
         average=average,
+        left_out=left_out,
         steps_per_epoch=config.steps_per_epoch(num_examples),
         total_steps=total_steps,
         watch=watch,
@@ -77,14 +78,22 @@ def create_state(
 
 def _create_models(
     workload: Workload, config: TrainConfig, group: Group, load_initial: Callable[[nn.Module], object]
-) -> tuple[nn.Module, nn.Module | None]:
-    """Return the model and, with ``--ema-decay``, a copy of it for the EMA."""
+) -> tuple[nn.Module, nn.Module | None, LeftOut]:
+    """Return the model, with ``--ema-decay`` a copy of it for the EMA, and what checkpoints leave out."""
+    left_out = [LeftOut()]
+
+    def load(model: nn.Module) -> None:
+        load_initial(model)
+        left_out[0] = left_out_of(workload, model)
+
     if sharding.is_wanted(config, group.world_size):
-        return sharding.create_models(workload, config, group, load_initial)
+        model, average = sharding.create_models(workload, config, group, load)
+        dist.broadcast_object_list(left_out)  # only rank 0 may have had the whole model
+        return model, average, left_out[0]
     model = sharding.create_model(workload, config)
-    load_initial(model)
+    load(model)
     model = with_fast_layout(model.to(group.device))
-    return model, None if config.ema_decay is None else copy.deepcopy(model)
+    return model, None if config.ema_decay is None else left_out[0].copy_of(model), left_out[0]
 
 
 def train(
@@ -270,7 +279,8 @@ def move_average(state: TrainingState, decay: float) -> None:
     moved, copied = list[tuple[Tensor, Tensor]](), [*zip(state.average.buffers(), state.model.buffers(), strict=True)]
     both = (map(rows_here, model.parameters()) for model in (state.average, state.model))
     for pair in zip(*both, strict=True):
-        (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
+        if pair[0] is not pair[1]:  # both models share what checkpoints leave out
+            (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
     is_first = state.epoch == state.step == 0
     get_ema_multi_avg_fn(0.0 if is_first else decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]
     for own, value in copied:
@@ -296,7 +306,7 @@ def _decide(
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:
     """Let the callbacks validate and save: a worker's ``Reporter`` does. Raises TrainingDivergedError."""
-    weights = [rows_here(tensor) for model in {state.model, state.result} for tensor in model.parameters()]
+    weights = [rows_here(tensor) for tensor in {*state.model.parameters(), *state.result.parameters()}]
     is_finite = torch.stack([rows.isfinite().all() for rows in weights]).all().int()  # a GPU is asked only once
     if state.is_sharded:
         dist.all_reduce(is_finite, dist.ReduceOp.MIN)
