@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -194,7 +194,7 @@ def _space_text(space: Any) -> str:
 @kept.for_next_call()
 @process.left_as_found()
 def evaluate(
-    run: Run | str | Path | None = None,
+    run: Run | str | Path | Sequence[Run | str | Path] | None = None,
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path | None = None,
@@ -205,19 +205,20 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a run's checkpoint on the test set, like ``jobs/evaluate.py``; return loss and metrics.
 
-    ``run``: a run, its name, or a checkpoint's path; default: the newest run. ``settings``: changes to the workload's
-    settings, e.g. the path of different data. Raises UsageError and JobError.
+    ``run``: a run, its name, or a checkpoint's path; default: the newest run; several are evaluated as an ensemble.
+    ``settings``: changes to the workload's settings, e.g. the path of different data. Raises UsageError and JobError.
     """
+    several: list[Any] = [*run] if isinstance(run, (list, tuple)) else [run]
     config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu, "plain_ray": plain_ray})
     environment.prepare(verbose=False, plain=plain_ray)
     kept.end_unless_fit(WorkerConfig(plain_ray=plain_ray), verbose=False)
     with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
-        found = find(run, workload, storage_path, settings)
+        found, *others = (find(each, workload, storage_path, settings) for each in several or [None])
         check_known(settings, declared(found.workload.Settings), "evaluate()")
 
         from mnist_ray.run.evaluate import evaluate_found
 
-        return evaluate_found(found, config, forking).values(found.workload)
+        return evaluate_found(found, config, forking, others).values(found.workload)
 
 
 def predict(

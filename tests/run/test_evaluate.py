@@ -1,4 +1,4 @@
-"""How many tasks share a test, and in which precision they compute."""
+"""How many tasks share a test, in which precision they compute, and tests of several models as one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,12 +16,14 @@ from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
+from mnist_ray.errors import UsageError
 from mnist_ray.parallel.group import Group
 from mnist_ray.run.evaluate import evaluate_here, num_paying
 from mnist_ray.training import engine
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.step import forward
-from tests.conftest import QUICK, folder_at, mnist
+from mnist_ray.workload import Data, Regression, Workload, loading
+from tests.conftest import QUICK, folder_at, mnist, run_main
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,52 @@ def test_a_checkpoint_of_an_older_version_is_evaluated_in_fp32(few_images: Array
         checkpoint.snapshot(state, {"workload": mnist().identity, "config": config}).write(folder)
         losses.append(evaluate_here(folder, mnist(), Split(few_images), 0).values(mnist())["loss"])
     assert losses == [losses[0]] * 3
+
+
+def test_an_ensemble_has_the_mean_of_its_models_probabilities_in_the_command_too(
+    ray_address: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {**QUICK, "num_workers": 0, "num_epochs": 1, "data_dir": small_data}
+    runs = [mnist_ray.train(**settings, seed=seed, storage_path=tmp_path, run_name=f"seed-{seed}") for seed in (1, 2)]
+    found = mnist_ray.evaluate(runs)
+    test: Any = runs[0].workload.load_data().test
+    inputs, targets = test.inputs, torch.tensor(test.targets).long()
+    with torch.no_grad():
+        outputs = [run.load_model()(mnist().prepare(torch.tensor(inputs), None)) for run in runs]
+    probabilities = torch.stack([each.softmax(1) for each in outputs]).mean(0)
+    assert found["accuracy"] == pytest.approx((probabilities.argmax(1) == targets).double().mean().item())
+    assert found["loss"] == pytest.approx(-probabilities[range(1100), targets].log().mean().item(), rel=1e-5)
+    assert found["loss"] < min(run.metrics["loss"] for run in runs)
+    capsys.readouterr()
+    run_main("evaluate", "seed-1", "seed-2", "--storage-path", str(tmp_path), "--num-tasks", "2")
+    said = capsys.readouterr().out
+    assert f"loss {found['loss']:.4f} on 1,100 images" in said
+    assert said.count("checkpoint ") == 2
+
+
+class Fixed(Regression):
+    def load_data(self) -> Data:
+        few = Arrays(np.ones((20, 2), np.float32), np.arange(20.0))
+        return Data(few, few)
+
+    def create_model(self) -> torch.nn.Module:
+        return torch.nn.Linear(2, 1)
+
+
+class Odd(Fixed):
+    average = Workload.average
+
+
+@pytest.mark.parametrize("kind", [Fixed, Odd])
+def test_a_model_twice_is_itself_unless_its_workload_has_no_average(kind: type[Fixed], tmp_path: Path) -> None:
+    folder, workload = folder_at(tmp_path / "1-0"), loading.load(kind)()
+    few = Split(workload.load_data().test)
+    state = engine.create_state(workload, TrainConfig(), 20, Group())
+    checkpoint.snapshot(state, {"workload": workload.identity}).write(folder)
+    alone = evaluate_here(folder, workload, few, 0)
+    if kind is Odd:
+        with pytest.raises(UsageError, match="Odd defines no average"):
+            evaluate_here(folder, workload, few, 0, others=[(folder, workload)])
+    else:
+        twice = evaluate_here(folder, workload, few, 0, others=[(folder, workload)])
+        assert twice.values(workload)["rmse"] == pytest.approx(alone.values(workload)["rmse"])
