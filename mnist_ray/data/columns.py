@@ -4,43 +4,60 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import compute
 
+from mnist_ray.data.data import Arrays
 from mnist_ray.data.images import open_picture
 from mnist_ray.errors import UsageError, first_line
 
 _KINDS_OF_LIST = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-REMEDY = "pass decode=, which turns a row into an example"
+_REMEDY = "pass decode=, which turns a row into an example"
 
 
-def of_rows(function: Callable[[Any], Any], rows: Sequence[Any], where: str) -> list[Any]:
-    """Apply a function to rows. Raises UsageError with the number of the first row for which it fails."""
+def of_rows(function: Callable[[Any], Any], rows: Iterable[Any], place_of: Callable[[int], str]) -> list[Any]:
+    """Apply a function to rows. Raises UsageError with the place of the first row for which it fails."""
     results = []
     for row, values in enumerate(rows):
         try:
             results.append(function(values))
         except Exception as error:  # of the user's code, or of Pillow's decoders
-            raise UsageError(f"{where}, row {row}: {type(error).__name__}: {first_line(error)}") from error
+            raise UsageError(f"{place_of(row)}: {type(error).__name__}: {first_line(error)}") from error
     return results
 
 
-def array_of(table: pa.Table, name: str, where: str) -> np.ndarray:
+def check_number(columns: Sequence[str], place: str) -> None:
+    """Raise UsageError if there are no columns of inputs and of targets."""
+    if len(columns) < 2:
+        raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
+
+
+def arrays_of(table: pa.Table, columns: Sequence[str], where: str) -> Arrays:
+    """Return columns as arrays: those of the inputs, then that of the targets. Raises UsageError."""
+    *inputs, targets = (_array_of(table, name, f"{where}, column {name}") for name in columns)
+    if len(inputs) == 1:
+        return Arrays(inputs[0], targets)
+    if any(values.ndim > 1 for values in inputs):
+        raise UsageError(f"{where}: several columns of inputs must hold a number each; or {_REMEDY}")
+    return Arrays(np.stack(inputs, axis=1).astype(np.float32), targets)
+
+
+def _array_of(table: pa.Table, name: str, where: str) -> np.ndarray:
     """Return a column as an array, (rows, ...). Raises UsageError if that is not possible."""
     try:
         return _decoded(table.field(name), table[name], where)
     except (pa.ArrowException, TypeError, ValueError) as error:  # of damaged metadata, for example
-        raise UsageError(f"{where} cannot be read: {first_line(error)}; {REMEDY}") from error
+        raise UsageError(f"{where} cannot be read: {first_line(error)}; {_REMEDY}") from error
 
 
 def _decoded(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
     values = column.combine_chunks()
     if values.null_count:
-        raise UsageError(f"{where} has nulls; {REMEDY}")
+        raise UsageError(f"{where} has nulls; {_REMEDY}")
     if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
         values = values.field("bytes")
     if pa.types.is_binary(values.type):
@@ -50,14 +67,14 @@ def _decoded(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray
     tensor_shape, values = _storage_of(field, values)
     numbers, lengths = _flattened(values, where)
     if not pa.types.is_primitive(numbers.type) or pa.types.is_temporal(numbers.type):
-        raise UsageError(f"{where} holds {numbers.type}, not numbers; {REMEDY}")
+        raise UsageError(f"{where} holds {numbers.type}, not numbers; {_REMEDY}")
     return numbers.to_numpy(zero_copy_only=False).reshape([len(column), *(tensor_shape or lengths)])
 
 
 def _pictures(values: pa.Array, where: str) -> np.ndarray:
-    pictures = of_rows(_picture, values.to_pylist(), where)
+    pictures = of_rows(_picture, values.to_pylist(), lambda row: f"{where}, row {row}")
     if len({picture.shape for picture in pictures}) > 1:
-        raise UsageError(f"{where} has pictures of different sizes; {REMEDY}")
+        raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
     return np.stack(pictures)
 
 
@@ -75,10 +92,10 @@ def _flattened(values: pa.Array, where: str) -> tuple[pa.Array, list[int]]:
     while any(is_kind(values.type) for is_kind in _KINDS_OF_LIST):
         found = compute.list_value_length(values).unique().to_pylist()
         if len(found) > 1:
-            raise UsageError(f"{where} has lists of different lengths; {REMEDY}")
+            raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
         values, lengths = values.flatten(), lengths + found
         if values.null_count:
-            raise UsageError(f"{where} has nulls in its lists; {REMEDY}")
+            raise UsageError(f"{where} has nulls in its lists; {_REMEDY}")
     return values, lengths
 
 

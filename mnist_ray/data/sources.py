@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import posixpath
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +14,14 @@ from PIL import Image
 from pyarrow import fs
 from pyarrow import parquet as pq
 
-from mnist_ray.data.columns import REMEDY, array_of, of_rows
+from mnist_ray.data.columns import arrays_of, check_number, of_rows
 from mnist_ray.data.data import Arrays, Blocks, Data
-from mnist_ray.data.files import version_of
+from mnist_ray.data.files import files_at, identity_of, opened, version_of
 from mnist_ray.data.images import open_picture
 from mnist_ray.data.order import Shuffled
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.settings import path_of
-from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
+from mnist_ray.storage import STORAGE_ERRORS, in_one_line
 
 __all__ = ["Parquet", "open_picture", "pictures"]
 
@@ -87,7 +84,9 @@ class Parquet(Blocks):
         columns: Sequence[str] | None = None,
         decode: Callable[[dict[str, Any]], tuple[Any, Any]] | None = None,
     ) -> None:
-        self._filesystem, files = _files_at(str(place))
+        self._filesystem, paths = files_at(str(place), (".parquet",), "Parquet")
+        with in_one_line(f"{place} cannot be read"), ThreadPoolExecutor(_NUM_THREADS) as threads:
+            files = list(threads.map(lambda path: _opened(self._filesystem, path), paths))
         schemas = [file.footer.schema.to_arrow_schema() for file in files]
         known = [schema.names for schema in schemas]
         # With decode, an index that has a name is a column.
@@ -98,21 +97,17 @@ class Parquet(Blocks):
                 raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(names)}")
             if several := [name for name in self._columns if names.count(name) > 1]:
                 raise UsageError(f"{file.path} has several columns {several[0]}: rename all but one")
-        if len(self._columns) < 2:
-            raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
+        check_number(self._columns, str(place))
         groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
         self._groups = [(file, group) for file, group in groups if file.footer.row_group(group).num_rows]
         self.sizes = [file.footer.row_group(group).num_rows for file, group in self._groups]
         self.block_names = [f"{file.path}, row group {group}" for file, group in self._groups]
-        folder = posixpath.commonpath([posixpath.dirname(file.path) for file in files])  # it may have moved
-        self.identity = "\n".join(f"{file.path[len(folder) :]} {file.version}" for file in files)
+        self.identity = identity_of({file.path: file.version for file in files})
 
     def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
         """Read and decode a row group. Raises UsageError if a row cannot be used, or the file has changed."""
         (file, group), where = self._groups[block], self.block_names[block]
-        with self._filesystem.open_input_file(file.path) as handle:
-            if version_of(self._filesystem, file.path, handle) != file.version:
-                raise UsageError(f"{file.path} has changed since the data were loaded")
+        with opened(self._filesystem, file.path, file.version) as handle:
             try:
                 table = self._table(handle, file, group)
             except STORAGE_ERRORS:  # does the storage fail, or is the file damaged?
@@ -120,13 +115,8 @@ class Parquet(Blocks):
                 with in_one_line(f"{where} is damaged"):
                     table = self._table(content, file, group)
         if self._decode is not None:
-            return of_rows(self._decode, table.to_pylist(), where)
-        *inputs, targets = (array_of(table, name, f"{where}, column {name}") for name in self._columns)
-        if len(inputs) == 1:
-            return Arrays(inputs[0], targets)
-        if any(values.ndim > 1 for values in inputs):
-            raise UsageError(f"{where}: several columns of inputs must hold a number each; or {REMEDY}")
-        return Arrays(np.stack(inputs, axis=1).astype(np.float32), targets)
+            return of_rows(self._decode, table.to_pylist(), lambda row: f"{where}, row {row}")
+        return arrays_of(table, self._columns, where)
 
     def _table(self, handle: Any, file: _File, group: int) -> pa.Table:
         return pq.ParquetFile(handle, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
@@ -138,26 +128,6 @@ class _File(NamedTuple):
     path: str
     version: str
     footer: pq.FileMetaData
-
-
-def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
-    """Return the Parquet files at a path, a URI or a pattern with ``*``. Raises UsageError and JobError."""
-    base, query = split_query(place)
-    above, star, _ = base.partition("*")
-    parent = above[: above.rfind("/") + 1] if star else base
-    folder = locate((parent or ".") + query, "", "the data in")
-    pattern = glob.escape(folder.path + base[len(parent) :]).replace("[*]", "*") if star else "*.parquet"
-    with in_one_line(f"{place} cannot be read"):
-        infos = [folder.info()]
-        if infos[0].type == fs.FileType.Directory:
-            infos = folder.filesystem.get_file_info(fs.FileSelector(infos[0].path, recursive=True))
-            infos = [info for info in infos if fnmatchcase(info.path, pattern)]
-        paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
-        with ThreadPoolExecutor(_NUM_THREADS) as threads:
-            files = list(threads.map(lambda path: _opened(folder.filesystem, path), paths))
-    if not files:
-        raise UsageError(f"{place} has no Parquet files")
-    return folder.filesystem, files
 
 
 def _index_of(schema: pa.Schema) -> list[Any]:
