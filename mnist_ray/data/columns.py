@@ -16,7 +16,7 @@ from mnist_ray.data.images import open_picture
 from mnist_ray.errors import UsageError, first_line
 
 _KINDS_OF_LIST = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-_REMEDY = "pass decode=, which turns a row into an example"
+REMEDY = "pass decode=, which turns a row into an example"
 
 
 def of_rows(function: Callable[[Any], Any], rows: Iterable[Any], place_of: Callable[[int], str]) -> list[Any]:
@@ -25,6 +25,8 @@ def of_rows(function: Callable[[Any], Any], rows: Iterable[Any], place_of: Calla
     for row, values in enumerate(rows):
         try:
             results.append(function(values))
+        except UsageError as error:
+            raise UsageError(f"{place_of(row)}: {first_line(error)}") from error
         except Exception as error:  # of the user's code, or of Pillow's decoders
             raise UsageError(f"{place_of(row)}: {type(error).__name__}: {first_line(error)}") from error
     return results
@@ -36,13 +38,16 @@ def check_number(columns: Sequence[str], place: str) -> None:
         raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
 
 
-def arrays_of(table: pa.Table, columns: Sequence[str], where: str) -> Arrays:
-    """Return columns as arrays: those of the inputs, then that of the targets. Raises UsageError."""
-    *inputs, targets = (_array_of(table, name, f"{where}, column {name}") for name in columns)
+def arrays_of(table: pa.Table, columns: Sequence[str], prefix: str = "") -> Arrays:
+    """Return columns as arrays: those of the inputs, then that of the targets.
+
+    Raises UsageError, whose message begins with ``prefix``: the table's place.
+    """
+    *inputs, targets = (_array_of(table, name, f"{prefix}column {name}") for name in columns)
     if len(inputs) == 1:
         return Arrays(inputs[0], targets)
     if any(values.ndim > 1 for values in inputs):
-        raise UsageError(f"{where}: several columns of inputs must hold a number each; or {_REMEDY}")
+        raise UsageError(f"{prefix}several columns of inputs must hold a number each; or {REMEDY}")
     return Arrays(np.stack(inputs, axis=1).astype(np.float32), targets)
 
 
@@ -51,13 +56,13 @@ def _array_of(table: pa.Table, name: str, where: str) -> np.ndarray:
     try:
         return _decoded(table.field(name), table[name], where)
     except (pa.ArrowException, TypeError, ValueError) as error:  # of damaged metadata, for example
-        raise UsageError(f"{where} cannot be read: {first_line(error)}; {_REMEDY}") from error
+        raise UsageError(f"{where} cannot be read: {first_line(error)}; {REMEDY}") from error
 
 
 def _decoded(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
     values = column.combine_chunks()
     if values.null_count:
-        raise UsageError(f"{where} has nulls; {_REMEDY}")
+        raise UsageError(f"{where} has nulls; {REMEDY}")
     if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
         values = values.field("bytes")
     if pa.types.is_binary(values.type):
@@ -67,14 +72,14 @@ def _decoded(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray
     tensor_shape, values = _storage_of(field, values)
     numbers, lengths = _flattened(values, where)
     if not pa.types.is_primitive(numbers.type) or pa.types.is_temporal(numbers.type):
-        raise UsageError(f"{where} holds {numbers.type}, not numbers; {_REMEDY}")
+        raise UsageError(f"{where} holds {numbers.type}, not numbers; {REMEDY}")
     return numbers.to_numpy(zero_copy_only=False).reshape([len(column), *(tensor_shape or lengths)])
 
 
 def _pictures(values: pa.Array, where: str) -> np.ndarray:
     pictures = of_rows(_picture, values.to_pylist(), lambda row: f"{where}, row {row}")
     if len({picture.shape for picture in pictures}) > 1:
-        raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
+        raise UsageError(f"{where} has pictures of different sizes; {REMEDY}")
     return np.stack(pictures)
 
 
@@ -92,10 +97,10 @@ def _flattened(values: pa.Array, where: str) -> tuple[pa.Array, list[int]]:
     while any(is_kind(values.type) for is_kind in _KINDS_OF_LIST):
         found = compute.list_value_length(values).unique().to_pylist()
         if len(found) > 1:
-            raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
+            raise UsageError(f"{where} has lists of different lengths; {REMEDY}")
         values, lengths = values.flatten(), lengths + found
         if values.null_count:
-            raise UsageError(f"{where} has nulls in its lists; {_REMEDY}")
+            raise UsageError(f"{where} has nulls in its lists; {REMEDY}")
     return values, lengths
 
 

@@ -1,4 +1,4 @@
-"""Ready-made data for ``load_data``: folders of images, one folder per class; and Parquet, read in blocks."""
+"""Ready-made data for ``load_data``: folders of images, a folder per class; Parquet, JSON lines and tars, in blocks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from mnist_ray.data.columns import arrays_of, check_number, of_rows
 from mnist_ray.data.data import Arrays, Blocks, Data
 from mnist_ray.data.files import files_at, identity_of, opened, version_of
 from mnist_ray.data.images import open_picture
+from mnist_ray.data.json_lines import JsonLines
 from mnist_ray.data.order import Shuffled
+from mnist_ray.data.tars import Tars
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.settings import path_of
 from mnist_ray.storage import STORAGE_ERRORS, in_one_line
 
-__all__ = ["Parquet", "open_picture", "pictures"]
+__all__ = ["JsonLines", "Parquet", "Tars", "open_picture", "pictures"]
 
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 _NUM_THREADS = 16  # that read footers
@@ -116,7 +118,7 @@ class Parquet(Blocks):
                     table = self._table(content, file, group)
         if self._decode is not None:
             return of_rows(self._decode, table.to_pylist(), lambda row: f"{where}, row {row}")
-        return arrays_of(table, self._columns, where)
+        return arrays_of(table, self._columns, f"{where}, ")
 
     def _table(self, handle: Any, file: _File, group: int) -> pa.Table:
         return pq.ParquetFile(handle, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
