@@ -174,15 +174,30 @@ class RunFolder:
         with in_one_line(f"cannot write {self.uri}/{file_name}"):
             with_retries(lambda: self._write(posixpath.join(self.path, file_name), content))
 
-    def _write(self, target: str, content: bytes) -> None:
+    def write_if_possible(self, file_name: str, content: bytes) -> bool:
+        """Write a file atomically and without retries into this folder, which exists; return whether that worked.
+
+        Several processes may do so at the same time.
+        """
+        target = posixpath.join(self.path, file_name)
         try:
-            self.filesystem.create_dir(posixpath.dirname(target))
-            with self.filesystem.open_output_stream(target + ".tmp") as stream:
+            self._replace(target, content, f"{target}.{uuid4().hex}.tmp")
+        except STORAGE_ERRORS:
+            return False
+        return True
+
+    def _write(self, target: str, content: bytes) -> None:
+        self.filesystem.create_dir(posixpath.dirname(target))
+        self._replace(target, content, target + ".tmp")
+
+    def _replace(self, target: str, content: bytes, temporary: str) -> None:
+        try:
+            with self.filesystem.open_output_stream(temporary) as stream:
                 stream.write(content)
-            self.filesystem.move(target + ".tmp", target)
+            self.filesystem.move(temporary, target)
         except BaseException:  # an interrupt, too
             with contextlib.suppress(*STORAGE_ERRORS):
-                self.filesystem.delete_file(target + ".tmp")
+                self.filesystem.delete_file(temporary)
             raise
 
     def check_writable(self, *, retry: bool = False) -> None:

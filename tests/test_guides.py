@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,18 +30,20 @@ from mnist_ray.data.splits import splits_of
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
-from mnist_ray.workload import Classification, Data, Mix, Regression, Streamed, Workload, setting
+from mnist_ray.workload import Classification, Data, Mix, Regression, Streamed, Workload, setting, sources
 from mnist_ray.workload.calls import data_of
 from tests.conftest import ROOT, folder_at
+from tests.data.test_ranges import tarred
 from tests.ranks import Hooks
 
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=10, optimizer="sgd", learning_rate=0.05)
 
 
-def code_of(page: str, **names: Any) -> dict[str, Any]:
-    """Run the Python code of a guide; return its names."""
+def code_of(page: str, title: str = "", place: str = "", **names: Any) -> dict[str, Any]:
+    """Run the Python code of a guide, or of one section, with a place instead of its bucket; return its names."""
     text = (ROOT / "docs" / "guides" / page).read_text(encoding="utf-8")
-    exec("\n".join(re.findall(r"```python\n(.+?)```", text, re.DOTALL)), names)
+    text = re.search(rf"^## {title}\n(.+?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1] if title else text  # type: ignore[index]
+    exec("\n".join(re.findall(r"```python\n(.+?)```", text, re.DOTALL)).replace("s3://bucket", place), names)
     return names
 
 
@@ -104,6 +110,37 @@ def test_the_docs_adapted_run_learns_and_its_checkpoints_have_only_the_new_layer
     snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path))
     assert load_file(tmp_path / "model.safetensors").keys() == {"dense2.weight", "dense2.bias"}
     assert len(load_model(folder_at(tmp_path), workload).state_dict()) == 10
+
+
+@pytest.mark.parametrize(
+    ("title", "name", "shape"),
+    [("Reading JSON lines", "Reviews", (256,)), ("Reading tar files", "Pets", (3, 64, 64))],
+)
+def test_the_docs_workloads_of_files_in_blocks_train(tmp_path: Path, title: str, name: str, shape: Any) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (90, 60), (200, 100, 0)).save(picture, "jpeg")
+    for folder in ("reviews", "pets"):
+        (tmp_path / folder).mkdir()
+    for split in ("train", "test"):
+        lines = [json.dumps({"text": "good" * number, "stars": number % 5 + 1}) for number in range(20)]
+        (tmp_path / "reviews" / f"{split}.jsonl").write_text("\n".join(lines))
+        fields = {"cls": b"1", "jpg": picture.getvalue()}
+        members = [(f"{number}.{field}", data) for number in range(20) for field, data in fields.items()]
+        (tmp_path / "pets" / f"{split}-000.tar").write_bytes(tarred(members))
+    names = {"Classification": Classification, "Data": Data, "sources": sources, "np": np, "io": io}
+    written = code_of("object_stores.md", title, str(tmp_path), **names)[name]
+    own = {
+        "create_model": lambda self: nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2)),
+        "prepare": lambda self, inputs, generator: inputs.float() / 255,
+    }
+    workload = type("Own", (written,), own)(None, {"class_names": ["a", "b"]})
+    data = workload.load_data()
+    assert (data.test[0][0].shape, len(data.train)) == (shape, 20)
+    losses = list[float]()
+    note = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses))
+    state = engine.create_state(workload, CONFIG, 20, Group())
+    engine.train(workload, state, Split(data.train), CONFIG, Group(), [note])
+    assert np.isfinite(losses).tolist() == [True, True]
 
 
 class Labels(nn.Sequential):

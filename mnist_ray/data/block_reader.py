@@ -16,6 +16,7 @@ from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, with_retries
 
 Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target), and their size in bytes
+_NUM_SIZED = 32  # examples of a block, from whose sizes that of the block is estimated: each takes microseconds
 _NUM_THREADS = 8  # they mostly wait for the storage
 
 
@@ -137,5 +138,7 @@ def _read(split: Split, block: int) -> Content:
         raise ExampleError(f"{name} has {len(examples):,} examples, but sizes has {size:,}")
     if isinstance(examples, Arrays):
         return examples, examples.nbytes
-    leaves = pytree.tree_leaves(examples)
-    return examples, sum(getattr(leaf, "nbytes", None) or sys.getsizeof(leaf) for leaf in leaves)
+    some = [examples[index] for index in range(0, len(examples), max(1, len(examples) // _NUM_SIZED))]
+    leaves = pytree.tree_leaves(some)
+    num_bytes = sum(getattr(leaf, "nbytes", None) or sys.getsizeof(leaf) for leaf in leaves)
+    return examples, num_bytes * len(examples) // max(1, len(some))

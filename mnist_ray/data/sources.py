@@ -1,36 +1,34 @@
-"""Ready-made data for ``load_data``: folders of images, one folder per class; and Parquet, read in blocks."""
+"""Ready-made data for ``load_data``: folders of images, a folder per class; Parquet, JSON lines and tars, in blocks."""
 
 from __future__ import annotations
 
 import contextlib
-import glob
-import io
-import json
-import posixpath
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
-from pyarrow import compute, fs
+from PIL import Image
+from pyarrow import fs
 from pyarrow import parquet as pq
 
+from mnist_ray.data.columns import arrays_of, check_number, of_rows
 from mnist_ray.data.data import Arrays, Blocks, Data
+from mnist_ray.data.files import files_at, identity_of, opened, version_of
+from mnist_ray.data.images import open_picture
+from mnist_ray.data.json_lines import JsonLines
 from mnist_ray.data.order import Shuffled
+from mnist_ray.data.tars import Tars
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.settings import path_of
-from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
+from mnist_ray.storage import STORAGE_ERRORS, in_one_line
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the accepted formats. For some others, it would start a program: Ghostscript for PostScript."""
+__all__ = ["JsonLines", "Parquet", "Tars", "open_picture", "pictures"]
+
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 _NUM_THREADS = 16  # that read footers
-_KINDS_OF_LIST = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-_REMEDY = "pass decode=, which turns a row into an example"
 
 
 def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Data:
@@ -88,7 +86,9 @@ class Parquet(Blocks):
         columns: Sequence[str] | None = None,
         decode: Callable[[dict[str, Any]], tuple[Any, Any]] | None = None,
     ) -> None:
-        self._filesystem, files = _files_at(str(place))
+        self._filesystem, paths = files_at(str(place), (".parquet",), "Parquet")
+        with in_one_line(f"{place} cannot be read"), ThreadPoolExecutor(_NUM_THREADS) as threads:
+            files = list(threads.map(lambda path: _opened(self._filesystem, path), paths))
         schemas = [file.footer.schema.to_arrow_schema() for file in files]
         known = [schema.names for schema in schemas]
         # With decode, an index that has a name is a column.
@@ -99,21 +99,17 @@ class Parquet(Blocks):
                 raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(names)}")
             if several := [name for name in self._columns if names.count(name) > 1]:
                 raise UsageError(f"{file.path} has several columns {several[0]}: rename all but one")
-        if len(self._columns) < 2:
-            raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
+        check_number(self._columns, str(place))
         groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
         self._groups = [(file, group) for file, group in groups if file.footer.row_group(group).num_rows]
         self.sizes = [file.footer.row_group(group).num_rows for file, group in self._groups]
         self.block_names = [f"{file.path}, row group {group}" for file, group in self._groups]
-        folder = posixpath.commonpath([posixpath.dirname(file.path) for file in files])  # it may have moved
-        self.identity = "\n".join(f"{file.path[len(folder) :]} {file.version}" for file in files)
+        self.identity = identity_of({file.path: file.version for file in files})
 
     def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
         """Read and decode a row group. Raises UsageError if a row cannot be used, or the file has changed."""
         (file, group), where = self._groups[block], self.block_names[block]
-        with self._filesystem.open_input_file(file.path) as handle:
-            if _version(self._filesystem, file.path, handle) != file.version:
-                raise UsageError(f"{file.path} has changed since the data were loaded")
+        with opened(self._filesystem, file.path, file.version) as handle:
             try:
                 table = self._table(handle, file, group)
             except STORAGE_ERRORS:  # does the storage fail, or is the file damaged?
@@ -121,13 +117,8 @@ class Parquet(Blocks):
                 with in_one_line(f"{where} is damaged"):
                     table = self._table(content, file, group)
         if self._decode is not None:
-            return _of_rows(self._decode, table.to_pylist(), where)
-        *inputs, targets = (_array(table, name, f"{where}, column {name}") for name in self._columns)
-        if len(inputs) == 1:
-            return Arrays(inputs[0], targets)
-        if any(values.ndim > 1 for values in inputs):
-            raise UsageError(f"{where}: several columns of inputs must hold a number each; or {_REMEDY}")
-        return Arrays(np.stack(inputs, axis=1).astype(np.float32), targets)
+            return of_rows(self._decode, table.to_pylist(), lambda row: f"{where}, row {row}")
+        return arrays_of(table, self._columns, f"{where}, ")
 
     def _table(self, handle: Any, file: _File, group: int) -> pa.Table:
         return pq.ParquetFile(handle, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
@@ -141,26 +132,6 @@ class _File(NamedTuple):
     footer: pq.FileMetaData
 
 
-def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
-    """Return the Parquet files at a path, a URI or a pattern with ``*``. Raises UsageError and JobError."""
-    base, query = split_query(place)
-    above, star, _ = base.partition("*")
-    parent = above[: above.rfind("/") + 1] if star else base
-    folder = locate((parent or ".") + query, "", "the data in")
-    pattern = glob.escape(folder.path + base[len(parent) :]).replace("[*]", "*") if star else "*.parquet"
-    with in_one_line(f"{place} cannot be read"):
-        infos = [folder.info()]
-        if infos[0].type == fs.FileType.Directory:
-            infos = folder.filesystem.get_file_info(fs.FileSelector(infos[0].path, recursive=True))
-            infos = [info for info in infos if fnmatchcase(info.path, pattern)]
-        paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
-        with ThreadPoolExecutor(_NUM_THREADS) as threads:
-            files = list(threads.map(lambda path: _opened(folder.filesystem, path), paths))
-    if not files:
-        raise UsageError(f"{place} has no Parquet files")
-    return folder.filesystem, files
-
-
 def _index_of(schema: pa.Schema) -> list[Any]:
     """Return the columns of pandas' index; none if pandas' metadata are damaged."""
     with contextlib.suppress(ValueError, AttributeError):
@@ -171,97 +142,4 @@ def _index_of(schema: pa.Schema) -> list[Any]:
 
 def _opened(filesystem: fs.FileSystem, path: str) -> _File:
     with filesystem.open_input_file(path) as handle, in_one_line(f"{path} is not a whole Parquet file"):
-        return _File(path, _version(filesystem, path, handle), pq.read_metadata(handle))
-
-
-def _version(filesystem: fs.FileSystem, path: str, handle: pa.NativeFile) -> str:
-    """Return a text that changes if the file does. An object store sent its ETag when it opened the file."""
-    tag = handle.metadata().get("ETag") or filesystem.get_file_info(path).mtime_ns
-    return f"{handle.size()} {tag!r}"
-
-
-def _of_rows(function: Callable[[Any], Any], rows: Sequence[Any], where: str) -> list[Any]:
-    """Apply a function to rows. Raises UsageError with the number of the first row for which it fails."""
-    results = []
-    for row, values in enumerate(rows):
-        try:
-            results.append(function(values))
-        except Exception as error:  # of the user's code, or of Pillow's decoders
-            raise UsageError(f"{where}, row {row}: {type(error).__name__}: {first_line(error)}") from error
-    return results
-
-
-def _array(table: pa.Table, name: str, where: str) -> np.ndarray:
-    """Return a column as an array, (rows, ...). Raises UsageError if that is not possible."""
-    try:
-        return _decoded(table.field(name), table[name], where)
-    except (pa.ArrowException, TypeError, ValueError) as error:  # of damaged metadata, for example
-        raise UsageError(f"{where} cannot be read: {first_line(error)}; {_REMEDY}") from error
-
-
-def _decoded(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
-    values = column.combine_chunks()
-    if values.null_count:
-        raise UsageError(f"{where} has nulls; {_REMEDY}")
-    if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
-        values = values.field("bytes")
-    if pa.types.is_binary(values.type):
-        return _pictures(values, where)
-    if isinstance(values, pa.FixedShapeTensorArray) and not values.storage.flatten().null_count:
-        return values.to_numpy_ndarray()
-    tensor_shape, values = _storage_of(field, values)
-    numbers, lengths = _flattened(values, where)
-    if not pa.types.is_primitive(numbers.type) or pa.types.is_temporal(numbers.type):
-        raise UsageError(f"{where} holds {numbers.type}, not numbers; {_REMEDY}")
-    return numbers.to_numpy(zero_copy_only=False).reshape([len(column), *(tensor_shape or lengths)])
-
-
-def _pictures(values: pa.Array, where: str) -> np.ndarray:
-    pictures = _of_rows(_picture, values.to_pylist(), where)
-    if len({picture.shape for picture in pictures}) > 1:
-        raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
-    return np.stack(pictures)
-
-
-def _storage_of(field: pa.Field, values: pa.Array) -> tuple[Sequence[int], pa.Array]:
-    """Return the shape of each row's tensor and the tensors' lists of numbers; for other columns, () and ``values``."""
-    if isinstance(values, pa.ExtensionArray):  # of Ray Data, if this process has imported it
-        return values.type.shape, values.storage
-    metadata = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))
-    return (metadata if all(isinstance(size, int) for size in metadata) else ()), values  # of Ray Data, or of others
-
-
-def _flattened(values: pa.Array, where: str) -> tuple[pa.Array, list[int]]:
-    """Return the numbers in nested lists, and the lengths of the lists on each level. Raises UsageError."""
-    lengths: list[int] = []
-    while any(is_kind(values.type) for is_kind in _KINDS_OF_LIST):
-        found = compute.list_value_length(values).unique().to_pylist()
-        if len(found) > 1:
-            raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
-        values, lengths = values.flatten(), lengths + found
-        if values.null_count:
-            raise UsageError(f"{where} has nulls in its lists; {_REMEDY}")
-    return values, lengths
-
-
-def _picture(content: bytes) -> np.ndarray:
-    picture = open_picture(io.BytesIO(content))
-    return np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
-
-
-def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
-    """Decode an image in one of FORMATS, as it is displayed. A damaged file may raise anything."""
-    with Image.open(file, formats=FORMATS) as picture:
-        picture.load()
-        return as_displayed(picture)
-
-
-def as_displayed(picture: Image.Image) -> Image.Image:
-    """Return an image upright, as its EXIF data state, with 8 bits if it is grey with 16.
-
-    Pillow's ``convert`` would make nearly all 16-bit values white.
-    """
-    has_more = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM")
-    with contextlib.suppress(Exception):  # damaged EXIF data may raise anything; a damaged picture raises later
-        picture = ImageOps.exif_transpose(picture)
-    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if has_more else picture
+        return _File(path, version_of(filesystem, path, handle), pq.read_metadata(handle))

@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 from mnist_ray import process
 from mnist_ray.config import Precision, PredictionConfig
 from mnist_ray.data.batches import MicroBatch
-from mnist_ray.data.sources import as_displayed, open_picture
+from mnist_ray.data.images import as_displayed, open_picture
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job import find
 from mnist_ray.output import say

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mnist_ray.checkpoints.checkpoint import digest_of
 from mnist_ray.config import PredictionConfig
-from mnist_ray.data import sources
+from mnist_ray.data import images
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.find import find
@@ -149,7 +149,7 @@ def answers_to(*given: Path | str) -> list[str]:
 
 def test_only_known_formats_are_read(few_images: Arrays, tmp_path: Path) -> None:
     image = Image.fromarray(few_images.inputs[0])
-    for number, name in enumerate((*sources.FORMATS, "EPS", "PCX")):
+    for number, name in enumerate((*images.FORMATS, "EPS", "PCX")):
         image.save(tmp_path / f"{number}.png", name)
     *read, postscript, other = answers_to(tmp_path)
     assert all(answer.isdigit() for answer in read)

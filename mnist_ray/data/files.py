@@ -1,0 +1,96 @@
+"""Finds the files of data, recognizes them when they are read, and decompresses them."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import io
+import lzma
+import posixpath
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import pyarrow as pa
+from pyarrow import fs
+
+from mnist_ray.errors import UsageError, first_line
+from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
+from mnist_ray.text import size_of
+
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}  # by the end of a file's name
+MAX_BLOCK = 2**28  # bytes, to spare the memory
+
+
+def files_at(place: str, endings: tuple[str, ...], kind: str) -> tuple[fs.FileSystem, list[str]]:
+    """Return the paths of the files at a path, a URI or a pattern with ``*``, sorted.
+
+    In a folder, these are the files below it with one of some endings; ``kind``: what messages call them. A folder's
+    hidden files are passed over. Raises UsageError and JobError.
+    """
+    base, query = split_query(place)
+    above, star, _ = base.partition("*")
+    parent = above[: above.rfind("/") + 1] if star else base
+    folder = locate((parent or ".") + query, "", "the data in")
+    pattern = glob.escape(folder.path + base[len(parent) :]).replace("[*]", "*")
+
+    def is_wanted(path: str) -> bool:
+        is_hidden = posixpath.basename(path).startswith(".")  # such as an index
+        return not is_hidden and (fnmatchcase(path, pattern) if star else path.endswith(endings))
+
+    with in_one_line(f"{place} cannot be read"):
+        infos = [folder.info()]
+        if infos[0].type == fs.FileType.Directory:
+            infos = folder.filesystem.get_file_info(fs.FileSelector(infos[0].path, recursive=True))
+            infos = [info for info in infos if is_wanted(info.path)]
+    paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
+    if not paths:
+        raise UsageError(f"{place} has no {kind} files")
+    return folder.filesystem, paths
+
+
+@contextlib.contextmanager
+def opened(filesystem: fs.FileSystem, path: str, version: str) -> Iterator[pa.NativeFile]:
+    """Open a file to read. Raises UsageError if it no longer has the ``version`` that it had."""
+    with filesystem.open_input_file(path) as handle:
+        if version_of(filesystem, path, handle) != version:
+            raise UsageError(f"{path} has changed since the data were loaded")
+        yield handle
+
+
+def version_of(filesystem: fs.FileSystem, path: str, handle: pa.NativeFile) -> str:
+    """Return a text that changes if the file does. An object store sent its ETag when it opened the file."""
+    tag = handle.metadata().get("ETag") or filesystem.get_file_info(path).mtime_ns
+    return f"{handle.size()} {tag!r}"
+
+
+def folder_of(paths: Sequence[str]) -> str:
+    """Return the innermost folder that holds all files."""
+    return posixpath.commonpath([posixpath.dirname(path) for path in paths])
+
+
+def identity_of(versions: dict[str, str]) -> str:
+    """Return a text that changes if a file of ``versions``, by path, does; but not if their folder moves."""
+    folder = folder_of(list(versions))
+    return "\n".join(f"{path[len(folder) :]} {version}" for path, version in versions.items())
+
+
+def is_compressed(path: str) -> bool:
+    """Return whether a file's name says that the file is compressed."""
+    return posixpath.splitext(path)[1] in CODECS
+
+
+def decompressed(handle: pa.NativeFile, path: str) -> bytes:
+    """Return the content of a compressed file. Raises UsageError if it is damaged or has more than 256 MiB."""
+    codec = CODECS[posixpath.splitext(path)[1]]
+    if handle.size() <= MAX_BLOCK:
+        packed = pa.BufferReader(handle.read_at(handle.size(), 0))
+        try:
+            is_xz = codec == "xz"  # which Arrow does not know
+            with lzma.open(io.BytesIO(packed.read())) if is_xz else pa.CompressedInputStream(packed, codec) as stream:
+                content = stream.read(MAX_BLOCK + 1)
+        except (*STORAGE_ERRORS, EOFError, lzma.LZMAError) as error:
+            raise UsageError(f"{path} is damaged: {first_line(error)}") from error
+        if len(content) <= MAX_BLOCK:
+            return bytes(content)
+    limit = size_of(MAX_BLOCK)
+    raise UsageError(f"{path} holds more than {limit}, but a compressed file is read as a whole: write smaller files")
