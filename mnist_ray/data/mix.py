@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,9 @@ class Mix:
             raise UsageError("Mix: there are no sources")
         if streams := [name for name, (source, _) in sources.items() if is_stream(source)]:
             raise UsageError(f"Mix: {streams[0]} is a stream without a length; mix streams in a generator of your own")
-        parts, shares = (
-            [part for part, _ in sources.values()],
-            np.array([share for _, share in sources.values()], float),
-        )
-        self.sources = Sources(
-            (*sources,), (*(shares / shares.sum()).tolist(),), (*np.cumsum([*map(len, parts)]).tolist(),)
-        )
+        parts, shares = zip(*sources.values(), strict=True)
+        ends = itertools.accumulate(map(len, parts))
+        self.sources = Sources(tuple(sources), tuple(share / sum(shares) for share in shares), tuple(ends))
         self.examples = _joined(parts)
 
     def __len__(self) -> int:
@@ -51,11 +48,11 @@ def plain(examples: Any) -> Any:
 class _Concatenated:
     """Map-style data sets one after the other."""
 
-    def __init__(self, parts: list[Any]) -> None:
-        self._parts, self._ends = parts, np.cumsum([*map(len, parts)]).tolist()
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts, self._ends = parts, [*itertools.accumulate(map(len, parts))]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Any:
         number = bisect.bisect_right(self._ends, index)
@@ -65,8 +62,8 @@ class _Concatenated:
 class _ConcatenatedBlocks(Blocks):
     """The blocks of several sources, one after the other."""
 
-    def __init__(self, parts: list[Blocks]) -> None:
-        self._parts, self._ends = parts, np.cumsum([len(part.sizes) for part in parts]).tolist()
+    def __init__(self, parts: Sequence[Blocks]) -> None:
+        self._parts, self._ends = parts, [*itertools.accumulate(len(part.sizes) for part in parts)]
         self.sizes = [size for part in parts for size in part.sizes]
         names = [part.block_names or [f"block {number}" for number in range(len(part.sizes))] for part in parts]
         self.block_names = [name for of_part in names for name in of_part]
@@ -79,19 +76,17 @@ class _ConcatenatedBlocks(Blocks):
         return self._parts[number].read(block - (self._ends[number - 1] if number else 0))
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined(parts: Sequence[Any]) -> Any:
     if all(isinstance(part, Blocks) for part in parts):
         return _ConcatenatedBlocks(parts)
     if not all(isinstance(part, Arrays) for part in parts):
         if any(isinstance(part, (Arrays, Blocks)) for part in parts):
             raise UsageError("Mix: the sources must all be Arrays, or all Blocks, or all Datasets")
         return _Concatenated(parts)
-    named = [part.named for part in parts]
-    for other in named[1:]:
-        if (
-            forms := [{name: array.shape[1:] for name, array in of_part.items()} for of_part in (named[0], other)]
-        ) and forms[0] != forms[1]:
-            raise UsageError(f"Mix: the arrays of the sources differ in shape: {forms[0]} and {forms[1]}")
+    first, *others = ({name: array.shape[1:] for name, array in part.named.items()} for part in parts)
+    for other in others:
+        if other != first:
+            raise UsageError(f"Mix: the arrays of the sources differ in shape: {first} and {other}")
     return Arrays(*(_stacked([getattr(part, field) for part in parts]) for field in ("inputs", "targets")))
 
 

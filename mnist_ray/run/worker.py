@@ -154,7 +154,7 @@ class Reporter(Callback):
         self._validation = None if spec.validation is None else _opened(spec.validation)
         self._batch_size: int | None = None  # of a validation; the first validation finds it
         self._saving: Future[None] | None = None  # of the last checkpoint, in its own thread
-        self._rounds = 0  # how often a stream of training data has begun again
+        self._has_begun_again = False  # a stream of training data
         # Checkpoints match callbacks by position. Each worker and each run in a process has its own.
         of_flags = [user_code.create(code, Callback) for code in job.callbacks]
         own: list[Any] = copy.deepcopy([*job.workload.callbacks])
@@ -168,7 +168,6 @@ class Reporter(Callback):
         checkpoints.
         """
         self._life, life.state = life, state
-        self._rounds = 0 if state.read_to is None else state.read_to["rounds"]
         life.show()
         hosts = self._hosts_with(restored.name)
         is_segment_over = state.total_step >= state.last_step and not is_over(state, self._config)
@@ -194,9 +193,9 @@ class Reporter(Callback):
     def on_step(self, state: TrainingState) -> None:
         """Show that this worker does not hang. Tell if a stream of training data begins again."""
         self._life.show()
-        if state.read_to is not None and state.read_to["rounds"] > self._rounds:
-            self._rounds = state.read_to["rounds"]
-            self.send(Note(f"the stream of training data has ended before step {state.total_step}; it begins again"))
+        if state.read_to is not None and state.read_to["rounds"] > 0 and not self._has_begun_again:
+            self._has_begun_again = True
+            self.send(Note(f"the stream of training data ended in step {state.total_step}; it begins again each time"))
 
     def _hosts_with(self, checkpoint: str) -> list[str]:
         """Return the ranks' hosts; all ranks must call this. Raises JobError if they restored different checkpoints."""

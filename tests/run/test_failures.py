@@ -513,7 +513,7 @@ def test_a_hung_workers_time_limit_is_for_a_step_not_for_a_window(
     reporter, shown = reporter_on(), Life(job_of(), 0)
     reporter._life = shown
     for now[0] in (0, 0.01, 9, 20):
-        reporter.on_step(Mock())
+        reporter.on_step(Mock(read_to=None))
     assert limits == [600] * 3  # two steps within a hundredth of a second share one
     Life(job_of(num_workers=0), 0)
     assert len(limits) == 3
