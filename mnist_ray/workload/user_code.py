@@ -72,6 +72,7 @@ class UserClass:
 
 
 T = TypeVar("T", bound=UserClass)
+_being_run = set[str]()  # files that are loaded now
 alone = threading.RLock()
 """Held while a user's code is loaded or creates a model: it may not be thread-safe."""
 
@@ -224,16 +225,21 @@ def _module_of(source: SourceCode, flag: str) -> types.ModuleType:
 
 def _run_file(source: SourceCode, flag: str) -> types.ModuleType:
     """Run a file's text as a module. Like a script, it can import the files next to it."""
+    if source.path in _being_run:
+        raise UsageError('the file starts a job when it is loaded: put the call under if __name__ == "__main__":')
     _add_to_path(source.folder)
     name = _module_name(source.path)
     module = types.ModuleType(name)
     module.__file__ = source.path
     sys.modules[name] = module  # dataclasses look up their module while it runs
+    _being_run.add(source.path)
     try:
         exec(compile(source.text, source.path, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"{flag} {source.path}: {with_place(error, source.folder)}") from error
+    finally:
+        _being_run.discard(source.path)
     return module
 
 

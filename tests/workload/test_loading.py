@@ -370,3 +370,10 @@ def test_a_workload_is_created_from_its_source_and_values_though_its_file_is_gon
     assert (workload.settings.width, workload.metadata) == (9, metadata)
     workload.metadata["more"] = 1
     assert "more" not in metadata
+
+
+def test_a_file_that_trains_when_it_is_loaded_is_one_line(write: Write) -> None:
+    file = write(f"{DIGITS}\nfrom mnist_ray import train\ntrain(Digits, num_workers=0)\n", "trains.py")
+    message = message_of(file)
+    assert "the file starts a job when it is loaded: put the call under if __name__ ==" in message
+    assert message.endswith(f"(trains.py, line {len(DIGITS.splitlines()) + 3})")
