@@ -1,6 +1,6 @@
 """Draw new digits: two networks compete (https://arxiv.org/abs/1406.2661). The report shows what the maker draws.
 
-python jobs/train.py --workload examples/gan.py --num-workers 2
+python jobs/train.py --workload examples/gan.py --num-workers 2    # six minutes on two cores
 
 A judge learns to tell MNIST's images from made ones, and the maker learns to mislead it. The best checkpoint is the one
 whose images, as a whole, are the most like MNIST's.

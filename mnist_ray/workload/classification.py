@@ -137,7 +137,7 @@ class Classification(Workload):
         accuracies = [part / total if total else None for part, total in zip(right, totals, strict=True)]
         found: dict[str, Any] = {"test_accuracy_per_class": accuracies}
         if "probability" in columns and len(labels):
-            found["test_calibration_error"] = calibration_error(bins_of(columns["probability"], labels == predictions))
+            found["calibration_error"] = calibration_error(bins_of(columns["probability"], labels == predictions))
         if self.num_classes <= _MAX_ROWS:
             counts = np.zeros((self.num_classes, self.num_classes), int)
             np.add.at(counts, (labels, predictions), 1)

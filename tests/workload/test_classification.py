@@ -237,10 +237,10 @@ def test_names_with_dollars_are_no_formulas_and_long_captions_are_drawn(few_imag
 
 def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy() -> None:
     columns = {"label": np.zeros(10, int), "prediction": np.array([0] * 8 + [1] * 2), "probability": np.full(10, 0.9)}
-    assert workload().details(columns)["test_calibration_error"] == pytest.approx(0.1)
+    assert workload().details(columns)["calibration_error"] == pytest.approx(0.1)
     columns["probability"] = np.array([0.99] * 8 + [0.21] * 2)
-    assert workload().details(columns)["test_calibration_error"] == pytest.approx(0.8 * 0.01 + 0.2 * 0.21)
-    assert "test_calibration_error" not in workload().details(COLUMNS)
+    assert workload().details(columns)["calibration_error"] == pytest.approx(0.8 * 0.01 + 0.2 * 0.21)
+    assert "calibration_error" not in workload().details(COLUMNS)
 
 
 def test_predictions_that_are_as_often_right_as_they_are_sure_have_no_calibration_error() -> None:
