@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray._private import services, utils
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -32,19 +33,19 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _END_TIMEOUT_S = 5.0  # for one of Ray's processes
+_started: list[services.ConsolePopen] = []  # Ray's processes
 _AGENT = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
 _NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
-
-
-_started: list[services.ConsolePopen] = []  # Ray's processes
 
 
 def wait_until_ended() -> None:
     """Wait until the processes of a Ray that is shut down have exited.
 
     The raylet first stops its agents. If this process exited before, the kernel would kill the raylet, and an agent
-    would run for another minute.
+    would run for another minute. A Ray that does not answer is not shut down, and not waited for.
     """
+    if ray.is_initialized():
+        return
     for process in _started:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_END_TIMEOUT_S)
