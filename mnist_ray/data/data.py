@@ -151,6 +151,11 @@ class Split:
         return positions if self.indices is None else self.indices[positions]
 
     @property
+    def all_places(self) -> np.ndarray:
+        """The places of these examples in the field of ``Data``, (N,)."""
+        return np.arange(len(self)) if self.places is None else np.asarray(self.places)
+
+    @property
     def is_in_memory(self) -> bool:
         """Whether the job sends the examples to other processes; if not, each process opens them."""
         return isinstance(self.examples, Arrays) and all(map(may_be_copied, self.examples.named.values()))
@@ -175,7 +180,7 @@ class Split:
         """The weights by which training draws these examples, (N,); None if each comes once a pass."""
         if self.draws is None:
             return None
-        places = np.arange(len(self)) if self.places is None else np.asarray(self.places)
+        places = self.all_places
         if isinstance(self.draws, np.ndarray):
             return self.draws[places]
         numbers = self.draws.numbers_of(places)

@@ -149,5 +149,4 @@ def write_predictions(run: RunFolder, workload: Workload, test: Split, evaluatio
     if columns := workload.readable(evaluation.columns):
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         run.write_text(PREDICTIONS_FILE, csv_text(list(columns), rows, has_header=True))
-    places = np.arange(len(test)) if test.places is None else np.asarray(test.places)
-    return write_columns(run, {"index": places, **evaluation.losses, **evaluation.columns})
+    return write_columns(run, {"index": test.all_places, **evaluation.losses, **evaluation.columns})

@@ -12,7 +12,7 @@ def loss_by_source(evaluation: Evaluation, split: Split) -> dict[str, float]:
     """Return the mean loss on the examples of each source of the ``split``, as ``loss.NAME``; {} without sources."""
     if not isinstance(sources := split.draws, Sources):
         return {}
-    numbers = sources.numbers_of(np.arange(len(split)) if split.places is None else np.asarray(split.places))
+    numbers = sources.numbers_of(split.all_places)
     losses = evaluation.losses["loss"].astype(float)
     weights = evaluation.losses.get(WEIGHT, np.ones_like(losses))
     sums = (np.bincount(numbers, values, len(sources.names)) for values in (losses, weights))
