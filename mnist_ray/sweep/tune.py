@@ -24,7 +24,7 @@ from mnist_ray.settings import Given
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.halving import rungs_of
 from mnist_ray.sweep.proposals import propose
-from mnist_ray.sweep.ranking import find_best, ranked
+from mnist_ray.sweep.ranking import Averaged, find_best, ranked
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.text import command, count, format_settings, format_value, in_words, redact
@@ -117,7 +117,7 @@ class SweepConsole(RunConsole):
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
         elif ended is not None and not (self._has_rungs and ended.state == STOPPED):  # it had a line as "waiting"
-            *_, epochs, monitor, _, state = self._row(table, ended)
+            *_, epochs, monitor, _, state = self._row(table, ended, find_best(table))
             tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}: {table.workload.monitor.name}"
             line = f"{tried} {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
             self.say(f"trial {ended.trial}", line)
@@ -136,12 +136,12 @@ class SweepConsole(RunConsole):
         searched, metric, rate = map(in_words, table.space.spaces), table.workload.monitor.name, table.workload.nouns
         for column in ("trial", *searched, "seed", "epochs", metric, f"{rate}/s", "state"):
             view.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "state")
+        best = find_best(table)
         for record in ranked(table):
-            view.add_row(*map(redact, self._row(table, record)))
+            view.add_row(*map(redact, self._row(table, record, best)))
         return view
 
-    def _row(self, table: TrialTable, record: TrialRecord) -> tuple[str, ...]:
-        best = find_best(table)
+    def _row(self, table: TrialTable, record: TrialRecord, best: Averaged | None) -> tuple[str, ...]:
         is_best = best is not None and record.point.values == best.point.values
         return (
             str(record.trial),
