@@ -55,8 +55,8 @@ class _Concatenated:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Any:
-        number = bisect.bisect_right(self._ends, index)
-        return self._parts[number][index - (self._ends[number - 1] if number else 0)]
+        number, inside = _find(self._ends, index)
+        return self._parts[number][inside]
 
 
 class _ConcatenatedBlocks(Blocks):
@@ -72,8 +72,14 @@ class _ConcatenatedBlocks(Blocks):
 
     def read(self, block: int) -> Any:
         """Read a block of its source."""
-        number = bisect.bisect_right(self._ends, block)
-        return self._parts[number].read(block - (self._ends[number - 1] if number else 0))
+        number, inside = _find(self._ends, block)
+        return self._parts[number].read(inside)
+
+
+def _find(ends: list[int], index: int) -> tuple[int, int]:
+    """Return the number of the part that has an index, and the index inside this part."""
+    number = bisect.bisect_right(ends, index)
+    return number, index - (ends[number - 1] if number else 0)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
