@@ -21,6 +21,13 @@ def part_of(length: int, number: int, num_parts: int) -> range:
     return range(length * number // num_parts, length * (number + 1) // num_parts)
 
 
+class InOrder:
+    """The numbers from 0 on, as the order of a stream."""
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        return np.arange(positions.start, positions.stop)
+
+
 class Shuffled:
     """A permutation of the numbers below ``number``, decided by ``key``. Its slices are arrays.
 

@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from mnist_ray.data.order import Shuffled, StreamOrder, part_of
+from mnist_ray.data.order import Drawn, InOrder, Shuffled, StreamOrder, part_of
 
 _DRAWN_AT_ONCE = 2**13  # examples of a pass's order; drawing one at a time takes 100 times as long
 
@@ -59,7 +59,7 @@ class ShardedBatchSampler:
     first_step: int = 0
     num_chunks: int | None = None  # of a batch, with --reproducible; None: slices
     micro_batch_size: int | None = None  # the upper limit; None: no limit
-    order: Any = None  # of a pass, whose slices are arrays; None: a permutation. A StreamOrder gives ranks own streams
+    order: StreamOrder | Drawn | InOrder | None = None  # of a pass; None: a permutation. The first gives ranks streams
 
     def __iter__(self) -> Iterator[Request]:
         # A rank's slice is one of world_size parts or, for data in blocks, its streams' parts. Chunks stay separate.

@@ -7,23 +7,15 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import Collate, ExampleBatches, MicroBatch
 from mnist_ray.data.data import Split
+from mnist_ray.data.order import InOrder
 from mnist_ray.data.sampler import Request
 from mnist_ray.errors import ExampleError
 
 _NOTED_EVERY_S = 1.0  # a stream's state; a resumed run reads again what came after it
 _END = object()
-
-
-class InOrder:
-    """The numbers from 0 on, as the order of a stream."""
-
-    def __getitem__(self, positions: slice) -> np.ndarray:
-        return np.arange(positions.start, positions.stop)
 
 
 class StreamBatches(ExampleBatches):
