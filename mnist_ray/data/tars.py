@@ -60,7 +60,7 @@ class Tars(Ranges):
                 yield Run(end - start, num_members, num_samples)
                 yield Run(first - end, 0, 0)
                 start, num_members, num_samples = first, 0, 0
-            end = -(-sample[-1].stop // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            end = _blocks(sample[-1].stop)
             if end - start > files.MAX_BLOCK:
                 raise UsageError(f"{path}, sample {_shown(key)} has more than {size_of(files.MAX_BLOCK)}")
             num_members, num_samples = num_members + len(sample), num_samples + 1
@@ -92,7 +92,7 @@ def _samples(file: Any, size: int, path: str, *, is_whole: bool = False) -> Iter
 
 def _members(file: Any, size: int, path: str, is_whole: bool) -> Iterator[_Member]:
     """Yield the members of a tar file of ``size`` bytes, or of a part of it; reads only headers. Raises UsageError."""
-    last = "its start"
+    last, end = "its start", 0
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
             while (info := tar.next()) is not None:
@@ -100,12 +100,13 @@ def _members(file: Any, size: int, path: str, is_whole: bool) -> Iterator[_Membe
                 last = f"member {_shown(info.name)}"
                 if fault := _fault_of(info, size):
                     raise UsageError(f"{path}, {last} {fault}")
+                end = _blocks(info.offset_data + info.size if info.isreg() else info.offset_data)
                 folder, slash, name = info.name.rpartition("/")
                 stem, _, field = name.partition(".")
                 if info.isreg() and stem and field:
                     content = info.offset_data, info.offset_data + info.size
                     yield _Member(folder + slash + stem, field.lower(), info.offset, *content)
-            file.seek(tar.offset)  # of the first header that is none
+            file.seek(end)  # tar.offset may be after a wrong header, which tarfile takes for the end
             rest = file.read(_MAX_HEADER)
             if rest.strip(b"\0") or (is_whole and len(rest) < tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("neither a member nor the end follows")
@@ -113,6 +114,11 @@ def _members(file: Any, size: int, path: str, is_whole: bool) -> Iterator[_Membe
         raise
     except Exception as error:  # damaged headers may raise anything
         raise UsageError(f"{path} is damaged or cut off after {last}: {first_line(error)}") from error
+
+
+def _blocks(num_bytes: int) -> int:
+    """Round up to whole blocks of a tar file."""
+    return -(-num_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _shown(name: str) -> str:
