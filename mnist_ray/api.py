@@ -28,6 +28,7 @@ from mnist_ray.config import (
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.layers import ONLY_FLAGS
+from mnist_ray.repeats.train import train_several
 from mnist_ray.report.run_files import (
     METRICS_FILE,
     STEPS_FILE,
@@ -105,6 +106,13 @@ class Run:
         return read_numbers(self.folder, STEPS_FILE, "step", "epoch")
 
     @property
+    def members(self) -> list[Run]:
+        """The runs of a job of several seeds or folds; none of a single run."""
+        paths = [Path(path) for path in self.result.get("members", ())]
+        folders = [self.folder.inside(str(path.parent)).inside(path.name) for path in paths]
+        return [Run(folder, self.workload, result_of(folder, self.workload) or {}) for folder in folders]
+
+    @property
     def checkpoint(self) -> str:
         """Path or URI of the tested checkpoint."""
         return self.folder.inside(self.result["checkpoint"]).uri
@@ -160,7 +168,7 @@ def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unp
     JobError, and, after Ctrl-C, KeyboardInterrupt.
     """
     job = read_job(_given(workload, settings, keywords))
-    train_job(job)
+    train_several(job) if job.train.is_several else train_job(job)
     return _run(job)
 
 
@@ -201,14 +209,18 @@ def evaluate(
     num_tasks: int | None = EvaluationConfig().num_tasks,
     use_gpu: str = EvaluationConfig().use_gpu,
     plain_ray: bool = False,
+    ensemble: bool = EvaluationConfig().ensemble,
     **settings: Any,
 ) -> dict[str, float]:
     """Evaluate a run's checkpoint on the test set, like ``jobs/evaluate.py``; return loss and metrics.
 
-    ``run``: a run, its name, or a checkpoint's path; default: the newest run; several are evaluated as an ensemble.
+    ``run``: a run, its name, or a checkpoint's path; default: the newest run; several are evaluated as an ensemble,
+    and so are the members of a job of several seeds or folds with ``ensemble``.
     ``settings``: changes to the workload's settings, e.g. the path of different data. Raises UsageError and JobError.
     """
     several: list[Any] = [*run] if isinstance(run, (list, tuple)) else [run]
+    if ensemble:
+        several = [member for each in several for member in _members(each, workload, storage_path)]
     config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu, "plain_ray": plain_ray})
     environment.prepare(verbose=False, plain=plain_ray)
     kept.end_unless_fit(WorkerConfig(plain_ray=plain_ray), verbose=False)
@@ -219,6 +231,15 @@ def evaluate(
         from mnist_ray.run.evaluate import evaluate_found
 
         return evaluate_found(found, config, forking, others).values(found.workload)
+
+
+def _members(run: Run | str | Path | None, workload: AnyWorkload, storage_path: str | Path | None) -> list[Run]:
+    loaded = run if isinstance(run, Run) else load_run(run, workload=workload, storage_path=storage_path)
+    if not loaded.members:
+        raise UsageError(
+            f"--ensemble: {loaded.name} is a single run; train with --num-seeds or --folds, or name several"
+        )
+    return loaded.members
 
 
 def predict(

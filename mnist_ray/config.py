@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule, setting, within
@@ -105,6 +105,22 @@ class TrainConfig:
     seed: int = setting(
         0, "determines the initial weights and the order of the examples", is_searchable=False, **within(0, 2**31 - 1)
     )
+    num_seeds: int = setting(
+        1,
+        "runs whose seeds are --seed, --seed + 1, …; reports their mean and its 95 % interval",
+        is_searchable=False,
+        **within(1, 10_000),
+    )
+    folds: int | None = setting(
+        None,
+        "cross-validation: a run for each of this many parts of the training set, trained without the part and tested "
+        "on it",
+        is_searchable=False,
+        **within(2, 10_000),
+    )
+    fold: int | None = setting(
+        None, "with --folds: only the run that is tested on this part, from 1 on", is_searchable=False, **at_least(1)
+    )
     clip_grad_norm: float | None = setting(
         None, "maximum norm of the gradients; larger gradients are scaled down", **positive()
     )
@@ -151,6 +167,16 @@ class TrainConfig:
     num_streams: int = setting(
         8, "with data in blocks: streams that make up an epoch, and the maximum number of workers", **within(1, 1024)
     )
+
+    @property
+    def is_several(self) -> bool:
+        """Whether these are the settings of several runs: one per seed and fold."""
+        return self.num_seeds > 1 or self.is_folded
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether these are the settings of a whole cross-validation."""
+        return self.folds is not None and self.fold is None
 
     @property
     def reproducible_chunks(self) -> int | None:
@@ -217,6 +243,12 @@ class WorkerConfig:
         "maximum seconds for a step, a validation batch or a part of the start; then the worker is replaced",
         **within(1, 10**6),
     )
+
+    @property
+    def of_many(self) -> WorkerConfig:
+        """The workers of one of many runs; by default one with one core, as parallel runs gain more than threads."""
+        number = 1 if self.num_workers is None else self.num_workers
+        return replace(self, num_workers=number, cpus_per_worker=self.cpus_per_worker or 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,6 +346,7 @@ class EvaluationConfig:
         **at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
+    ensemble: bool = setting(False, "average the predictions of all members of a job with --num-seeds or --folds")
     plain_ray: bool = setting(False, _PLAIN)
     json: bool = setting(False, _JSON)
 

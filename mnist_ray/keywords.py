@@ -37,6 +37,9 @@ class TrainKeywords(TypedDict, total=False):
     validation_size: int | None
     init_from: Run | str | Path | None
     seed: int
+    num_seeds: int
+    folds: int | None
+    fold: int | None
     clip_grad_norm: float | None
     micro_batch_size: int | None
     strategy: Literal["ddp", "fsdp"]

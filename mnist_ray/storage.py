@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json", "origin.json", "result.json"
 REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "sweep.png"
+MEMBERS_FOLDER = "members"  # of a job of several runs
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
 _OPTIONAL = type(None)
@@ -32,9 +33,14 @@ _MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are re
     CONFIG_FILE: {"num_epochs": (int, _OPTIONAL), "workload": (str, _OPTIONAL)},
     SWEEP_FILE: {"num_epochs": (int, _OPTIONAL), "workload": (str, _OPTIONAL)},
     ORIGIN_FILE: dict.fromkeys(("versions", "data", "metadata"), (dict, _OPTIONAL)),
-    RESULT_FILE: {"checkpoint": (str,), "seconds": (dict,)},
+    RESULT_FILE: {"checkpoint": (str,), "seconds": (dict,), "members": (list, _OPTIONAL)},
 }
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)", re.ASCII)
+_MEMBER = re.compile(rf"{MEMBERS_FOLDER}/seed-\d+(_fold-\d+)?", re.ASCII)
+_PLACES: dict[str, Callable[[Any], bool]] = {  # paths in the run's folder
+    "checkpoint": lambda path: bool(re.fullmatch(rf"({_MEMBER.pattern}/)?{_CHECKPOINT_NAME.pattern}", path, re.ASCII)),
+    "members": lambda paths: all(isinstance(path, str) and _MEMBER.fullmatch(path) for path in paths or ()),
+}
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
@@ -150,7 +156,7 @@ class RunFolder:
             raise self.damaged(file_name, "it is empty")
         for name, types in _MUST_HOLD.get(file_name, {}).items():
             value = values.get(name)
-            if not isinstance(value, types) or (name == "checkpoint" and not position_of(str(value))):
+            if not isinstance(value, types) or not _PLACES.get(name, lambda value: True)(value):
                 raise self.damaged(file_name, f"{name} is {json.dumps(value):.40}")
         return values
 

@@ -184,6 +184,12 @@ def cpus_for_each(
     return None
 
 
+def held_at_once(plan: WorkerPlan, nodes: Sequence[Node]) -> int:
+    """Return how many runs with such workers the nodes hold at a time, at least one."""
+    rooms = [node.room(plan.cpus_per_worker, plan.use_gpu) for node in suitable(nodes, plan.labels)]
+    return max(1, sum(rooms) // plan.num_workers)
+
+
 def check_memory(plan: WorkerPlan, nodes: Sequence[Node], held_bytes: int) -> None:
     """Raise UsageError if workers with ``held_bytes`` each exceed the nodes' memory. GPUs have their own memory."""
     if plan.use_gpu or plan.must_scale_up or not held_bytes:

@@ -111,6 +111,9 @@ class Data:
     files: Sequence[str | Path] = ()
     """The files of a ``Dataset`` or of ``Blocks``: a run is not resumed if they have changed."""
     weights: np.ndarray | None = None  # (N,): examples of ``train`` are drawn with replacement, in these proportions
+    groups: np.ndarray | None = (
+        None  # (N,): examples of ``train`` with one value, e.g. a patient, are held out together
+    )
     sources: Mapping[str, Sources] = field(default_factory=dict)  # of each Mix, by its field; not for workloads to set
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Blocks, Data, Split, Splits
+from mnist_ray.data.folds import folds_of_examples, folds_of_groups, random_groups
 from mnist_ray.data.order import AllBut, Shuffled
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import UsageError
@@ -17,10 +19,26 @@ _HOLD_OUT_SEED, _SUBSET_SEED = 28, 41
 _MAX_HELD_OUT = 5000  # by default; more examples would only make validation slower
 
 
-def splits_of(data: Data, validation_size: int | None) -> Splits:
-    """Return the splits of a workload's data for a run. Raises UsageError if ``validation_size`` does not fit."""
+class Fold(NamedTuple):
+    """A part of a cross-validation."""
+
+    number: int  # from 0 on
+    num_folds: int
+    seed: int
+    strata: np.ndarray | None  # (N,): each fold has its share of every value
+
+
+def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None) -> Splits:
+    """Return the splits of a workload's data for a run; with a ``fold``, the test set is this part of ``Data.train``.
+
+    Raises UsageError if ``validation_size`` or the fold does not fit.
+    """
     name, train = _described(data), Split(data.train, draws=data.sources.get("train", data.weights))
     test = Split(data.test, origin="test", draws=data.sources.get("test"))
+    if fold is not None:
+        name = f"fold {fold.number + 1} of {fold.num_folds} of {name}"
+        held_out = _positions_of(fold, data, train)
+        train, test = train.take(AllBut(len(train), held_out)), train.take(held_out)
     if isinstance(data.train, Streamed) and data.validation is None and validation_size is None:
         validation_size = 0
     if validation_size == 0:
@@ -36,10 +54,30 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
     # At random, since files may be sorted by label; the same examples for every run and seed, to compare runs.
-    validation = _drawn(train, size, _HOLD_OUT_SEED)
+    validation = _drawn(train, size, _HOLD_OUT_SEED, _groups_of(data, train))
     if len(validation) == len(train):
-        raise UsageError("all training examples are in one block: set --validation-size 0, or give Data.validation")
+        kind = "block" if data.groups is None else "group"
+        raise UsageError(f"all training examples are in one {kind}: set --validation-size 0, or give Data.validation")
     return Splits(name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
+
+
+def _positions_of(fold: Fold, data: Data, train: Split) -> np.ndarray:
+    """Return the sorted positions of a fold's examples. Raises UsageError."""
+    if isinstance(train.examples, Streamed):
+        raise UsageError("--folds: nothing can be held out from a stream")
+    if isinstance(train.examples, Blocks):
+        sizes = np.asarray(train.examples.sizes)
+        folds = np.repeat(folds_of_groups(sizes, fold.num_folds, fold.seed), sizes)
+    elif (groups := _groups_of(data, train)) is not None:
+        folds = folds_of_groups(np.bincount(groups), fold.num_folds, fold.seed)[groups]
+    else:
+        folds = folds_of_examples(len(train), fold.num_folds, fold.seed, fold.strata)
+    return np.flatnonzero(folds == fold.number)
+
+
+def _groups_of(data: Data, train: Split) -> np.ndarray | None:
+    """Return the number of each example's group, (N,); None if the data name no groups."""
+    return None if data.groups is None else np.unique(data.groups[train.all_places], return_inverse=True)[1]
 
 
 def _described(data: Data) -> str:
@@ -78,10 +116,12 @@ def _part(split: Split, limit: float) -> Split:
     return split.take(_drawn(split, size, _SUBSET_SEED)) if len(split) else split
 
 
-def _drawn(split: Split, size: int, seed: int) -> np.ndarray:
-    """Return the sorted indices of ``size`` random examples; for ``Blocks``, those of random blocks."""
+def _drawn(split: Split, size: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """Return the sorted indices of ``size`` random examples; with groups or ``Blocks``, those of whole ones."""
     if isinstance(split.examples, Blocks):
         return whole_blocks(split, size, seed)
+    if groups is not None:
+        return np.flatnonzero(random_groups(np.bincount(groups), size, seed)[groups])
     return np.sort(Shuffled(len(split), [seed])[:size])
 
 
@@ -101,6 +141,4 @@ def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
     """Return the sorted indices of the examples in random blocks: as many blocks as ``size`` holds, at least one."""
     sizes = sizes_in(split)
     assert sizes is not None
-    order = [block for block in Shuffled(len(sizes), [seed])[:].tolist() if sizes[block]]
-    number = max(1, int(np.searchsorted(np.cumsum(sizes[order]), size, side="right")))
-    return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))
+    return np.flatnonzero(np.repeat(random_groups(sizes, size, seed), sizes))

@@ -23,7 +23,15 @@ from mnist_ray.references import split_call
 from mnist_ray.runs import find_run
 from mnist_ray.settings import Given, Parser, Setting, declared, flag, peek
 from mnist_ray.settings_files import SettingsFile, read_settings
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    MEMBERS_FOLDER,
+    ORIGIN_FILE,
+    RESULT_FILE,
+    SWEEP_FILE,
+    TRIALS_FILE,
+    RunFolder,
+)
 from mnist_ray.text import command, count, masked
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
@@ -282,6 +290,9 @@ def _check_used(kind: str, job: Job) -> None:
         remedy = "call every expert, also on no rows, and leave has_unused_parameters out"
         raise UsageError(f"--strategy fsdp needs all parameters in each step: {remedy}")
     check_workers(job.workers)
+    if kind == "tune" and job.train.is_several:
+        remedy = "use --num-confirmed for seeds, and --folds with --fold for one fold"
+        raise UsageError(f"a sweep has no --num-seeds and no --folds; {remedy}, then train the best with them")
     if kind == "train" and type(job.workload).create_optimizer is Workload.create_optimizer:
         for name in sorted(job.given & job.train.unused):
             raise UsageError(f"{flag(name)} has no effect: {job.train.optimizer} does not use it; leave it out")
@@ -289,6 +300,10 @@ def _check_used(kind: str, job: Job) -> None:
 
 def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     """Raise UsageError if settings cannot be combined."""
+    if train.fold is not None and train.fold > (train.folds or 0):
+        raise UsageError(f"--fold {train.fold} needs at least as many --folds")
+    if train.folds is not None and train.overfit_batches is not None:
+        raise UsageError("--overfit-batches tests on the training examples; leave --folds out")
     if train.lr_schedule == "one-cycle" and train.warmup_steps:
         raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose another --lr-schedule")
     if train.strategy == "fsdp" and train.compile:
@@ -351,7 +366,7 @@ def _with_origin(kind: str, job: Job) -> Job:
     """Return a resumed job with its origin, and with notes for the user."""
     run, source, notes = job.run, job.workload.source, [*job.notes]
     origin = run.read_json(ORIGIN_FILE) or {}
-    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
+    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names() or run.exists(MEMBERS_FOLDER)):
         missing = "finished trial" if kind == "tune" else "checkpoint"
         notes.append(f"run {run.name} has no {missing} yet; starting from the beginning")
     if origin.get("workload_sha256") not in (None, source.sha256):

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 
 from mnist_ray.data.data import Blocks, Splits
 from mnist_ray.data.digests import digests_of
-from mnist_ray.data.splits import splits_of, subset
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.text import count
-from mnist_ray.workload.calls import data_of
+from mnist_ray.workload.calls import data_of, splits_for
 
 
 def load_splits(job: Job) -> Splits:
     """Return a job's data; its workload gets their metadata. Raises UsageError and JobError."""
-    return subset(splits_of(data_of(job.workload), job.train.validation_size), job.train)
+    return splits_for(job.workload, data_of(job.workload), job.train)
 
 
 def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Job:

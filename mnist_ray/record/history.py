@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.data import Split
 from mnist_ray.job.find import checkpoints_of
 from mnist_ray.report.run_files import (
     METRICS_FILE,
@@ -32,10 +31,10 @@ from mnist_ray.report.run_files import (
 )
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated, figures_of
-from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import RATE, Figure
 
+NOT_PREDICTED = ("index", "fold", "loss", "weight")  # columns of predictions.parquet that a workload does not define
 MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 
 
@@ -137,16 +136,18 @@ def joined(rows: Sequence[Mapping[str, float]], figures: Sequence[Figure]) -> di
     return {figure.name: figure.join(row.get(figure.name, math.nan) for row in rows) for figure in others}
 
 
-def write_predictions(run: RunFolder, workload: Workload, test: Split, evaluation: Evaluation) -> str:
-    """Write predictions.csv and predictions.parquet, if the workload has predictions; return a note about the latter.
+def write_predictions(
+    run: RunFolder, workload: Workload, predictions: Mapping[str, np.ndarray], more: Mapping[str, np.ndarray]
+) -> str:
+    """Write predictions.csv and predictions.parquet, if there are predictions; return a note about the latter.
 
-    Raises JobError.
+    ``predictions``: the workload's columns, (N, ...) each. ``more``: columns for predictions.parquet. Raises JobError.
     """
     from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
 
-    if not evaluation.columns:
+    if not predictions:
         return ""
-    if columns := workload.readable(evaluation.columns):
+    if columns := workload.readable(predictions):
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         run.write_text(PREDICTIONS_FILE, csv_text(list(columns), rows, has_header=True))
-    return write_columns(run, {"index": test.all_places, **evaluation.losses, **evaluation.columns})
+    return write_columns(run, {**more, **predictions})

@@ -115,14 +115,18 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
 def _write_code(session: Session) -> dict[str, Any]:
     """Write the list of packages and the diff of the user's repository; return what else is known about the code."""
     run, source = session.job.run, session.job.workload.source
-    wait([session.surroundings], 2 * TIME_LIMIT_S)
-    is_known = session.surroundings.done()
-    around = session.surroundings.result() if is_known else Surroundings(note="git does not end")
+    around = known_surroundings(session)
     run.write_text(PACKAGES_FILE, around.packages_text)
     if around.repository and around.repository.changes:
         run.write_text(CHANGES_FILE, around.repository.changes)
     callbacks = [code.sha256 for code in session.job.callbacks]
     return {"modules": modules_below(source.home, Path(source.path)), "callbacks": callbacks, **around.to_dict()}
+
+
+def known_surroundings(session: Session) -> Surroundings:
+    """Return what is known of the code's surroundings; waits for git, but not for long."""
+    wait([session.surroundings], 2 * TIME_LIMIT_S)
+    return session.surroundings.result() if session.surroundings.done() else Surroundings(note="git does not end")
 
 
 def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event) -> None:
@@ -204,7 +208,8 @@ class Recorder:
         self._clock.mark("evaluation")
         job, workload = self._job, self._job.workload
         self._fitted, self._result = fitted, self._result_of(fitted, tested)
-        if note := write_predictions(job.run, workload, self._session.data.test, tested):
+        more = {"index": self._session.data.test.all_places, **tested.losses}
+        if note := write_predictions(job.run, workload, tested.columns, more):
             self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
         self._console.show_evaluation(tested)

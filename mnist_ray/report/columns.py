@@ -17,17 +17,20 @@ _MAX_BYTES = 2**28  # of all columns; larger ones are not written
 
 
 def write_columns(run: RunFolder, columns: Mapping[str, np.ndarray]) -> str:
-    """Write columns, (N, ...) each; return a note if they are too large. Raises JobError.
+    """Write columns, (N, ...) each; return a note if the largest are left out. Raises JobError.
 
     An array of more than one axis becomes a column of tensors, which pandas and Polars read as lists.
     """
-    size = sum(values.nbytes for values in columns.values())
-    if size > _MAX_BYTES:
-        return f"no {COLUMNS_FILE}: it would have {size / 2**20:,.0f} MiB, more than {_MAX_BYTES // 2**20} MiB"
+    left, left_out = dict(columns), list[str]()
+    while sum(values.nbytes for values in left.values()) > _MAX_BYTES:
+        left_out.append(max(left, key=lambda name: left[name].nbytes))
+        del left[left_out[-1]]
     content = io.BytesIO()
-    parquet.write_table(pa.table({name: _as_arrow(values) for name, values in columns.items()}), content)
+    parquet.write_table(pa.table({name: _as_arrow(values) for name, values in left.items()}), content)
     run.write_bytes(COLUMNS_FILE, content.getvalue())
-    return ""
+    if not left_out:
+        return ""
+    return f"{COLUMNS_FILE} is without {', '.join(left_out)}: it would have more than {_MAX_BYTES // 2**20} MiB"
 
 
 def _as_arrow(values: np.ndarray) -> Any:

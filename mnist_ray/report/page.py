@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
-from mnist_ray.data.splits import splits_of, subset
 from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.output import say
 from mnist_ray.report.columns import read_columns
-from mnist_ray.report.plots import Curve, curves_of, smoothed, stacked_bars
+from mnist_ray.report.plots import Curve, bands_of, curves_of, smoothed, stacked_bars
 from mnist_ray.report.run_files import SAMPLES_FILE, RunRecord, number_of, read_csv, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.text import in_words, redact
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.base import Picture, Workload
-from mnist_ray.workload.calls import data_of
+from mnist_ray.workload.calls import data_of, splits_for
 from mnist_ray.workload.figures import LOSS, RATE, Figure, Metric, formatted
 
 PICTURES_FOLDER = "pictures"
@@ -84,7 +84,8 @@ def write(
         test = None
     pictures = drawn("plot of the trials", lambda: _sweep_picture(record))
     for metric in workload.all_metrics:
-        pictures += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
+        curves = _bands if record.members else _curves
+        pictures += drawn(f"curve of {metric.name}", functools.partial(curves, record, metric))
     if result:
         of_test = functools.partial(workload.pictures, result)
         with_examples = rows and drawn("images of the predictions", lambda: of_test(rows, test, columns))
@@ -98,7 +99,8 @@ def write(
         run.inside(PICTURES_FOLDER).write_bytes(f"{name}.png", png)
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
     trials = drawn("table of the trials", lambda: _trials(record)) if record.trials else []
-    tables = [*trials, *_samples(run), _epochs(record), *_settings(record), *seconds]
+    members = drawn("table of the runs", lambda: _members(record)) if record.members else []
+    tables = [*trials, *members, *_samples(run), *_epochs(record), *_settings(record), *seconds]
     page = page_of(
         title=run.name,
         status=_status(record, resume_with, is_running),
@@ -130,6 +132,8 @@ def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
     done = max(record.column("epoch"), default=0)  # a sweep's trial leaves only the last row
     epochs, nouns = f"{done:.0f} of {record.config.get('num_epochs', '?')} epochs", record.workload.nouns
+    if record.members:
+        epochs = f"{sum(bool(member.result) for member in record.members)} of {len(record.members)} runs"
     known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
     if is_running:
@@ -146,6 +150,9 @@ def _headlines(record: RunRecord) -> dict[str, str]:
     if result:
         for metric in (*workload.metrics, LOSS):
             lines[f"test {metric.name}"] = metric.format(number_of(result.get(f"test_{metric.name}")))
+            if spread := result.get("spread", {}).get(f"test_{metric.name}"):
+                low, high = (metric.format(number_of(value)) for value in spread["interval"])
+                lines[f"mean {metric.name}, 95 %"] = f"{low} to {high}"
     if not math.isnan(record.best_validation):
         lines[f"best validation {workload.monitor.name}"] = workload.monitor.format(record.best_validation)
     if result:
@@ -251,7 +258,38 @@ def _seconds(result: Mapping[str, Any]) -> list[Table]:
     return [Table(title, (), rows, is_wide=False)]
 
 
-def _epochs(record: RunRecord) -> Table:
+def _bands(record: RunRecord, metric: Metric) -> list[Picture]:
+    epochs = sorted({row["epoch"] for member in record.members for row in member.epochs})
+
+    def values(column: str) -> np.ndarray:
+        runs = [{row["epoch"]: row.get(column, math.nan) for row in member.epochs} for member in record.members]
+        return np.array([[run.get(epoch, math.nan) for epoch in epochs] for run in runs])
+
+    columns = {"training": values(f"train_{metric.name}"), "validation": values(f"val_{metric.name}")}
+    known = {label: of_runs for label, of_runs in columns.items() if not np.isnan(of_runs).all()}
+    if not known:
+        return []
+    alt = f"{metric.name} of {len(record.members)} runs over {len(epochs)} epochs"
+    caption = "Lines: means of the runs. Bands: from the lowest to the highest."
+    return [Picture(metric.name, metric.name, alt, bands_of(metric, epochs, known), caption)]
+
+
+def _members(record: RunRecord) -> list[Table]:
+    """Return a table of several runs: test figures, validation, speed."""
+    shown = [Metric(f"test_{metric.name}", metric.mode, metric.is_fraction) for metric in record.workload.all_metrics]
+    kept = str((record.result or {}).get("checkpoint")).split("/")[1:2]
+    rows = []
+    for member in record.members:
+        figures = [metric.format(number_of(member.result.get(metric.name))) for metric in shown]
+        seconds = formatted(number_of(member.result.get("seconds", {}).get("total")), ".1f")
+        state = "kept" if [member.name] == kept else "" if member.result else f"{len(member.epochs)} epochs"
+        rows.append((member.name, *figures, seconds, state))
+    return [Table("Runs", ["run", *(in_words(metric.name) for metric in shown), "seconds", ""], rows)]
+
+
+def _epochs(record: RunRecord) -> list[Table]:
+    if not record.epochs:
+        return []
     shown = [
         figure for figure in record.workload.all_figures if figure.label and {"epoch", "validation"} & {*figure.at}
     ]
@@ -261,7 +299,7 @@ def _epochs(record: RunRecord) -> Table:
         (f"{row['epoch']:.0f}", *(formatted(row.get(figure.name, math.nan), figure.form) for figure in shown))
         for row in record.epochs
     ]
-    return Table("Epochs", ["epoch", *(figure.label for figure in shown)], rows)
+    return [Table("Epochs", ["epoch", *(figure.label for figure in shown)], rows)]
 
 
 def _samples(run: RunFolder) -> list[Table]:
@@ -288,7 +326,7 @@ def write_again(run: RunFolder, reference: str | None, storage_path: str, resume
     workload, test = workload_of(run, reference, storage_path), None
     try:
         config = build(TrainConfig, settings_of(run))
-        test = subset(splits_of(data_of(workload), config.validation_size), config).test
+        test = splits_for(workload, data_of(workload), config).test
     except (UsageError, JobError) as error:
         say(f"no {workload.nouns} are shown: {error}")
     write(run, workload, resume_with, test, lambda note: say(f"note {note}"))

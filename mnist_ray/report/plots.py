@@ -62,6 +62,25 @@ def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float) -
     return png_of(figure)
 
 
+def bands_of(metric: Metric, epochs: Sequence[float], runs: Mapping[str, np.ndarray]) -> bytes:
+    """Draw a metric of several runs over epochs: for each label, the mean and a band from the lowest to the highest.
+
+    ``runs``: the values by label, (runs, epochs); NaNs are left out.
+    """
+    figure, axes = new_plot("epoch")
+    for number, (label, values) in enumerate(runs.items()):
+        shown = np.array([[on_axis(metric, value) for value in run] for run in values])
+        known = ~np.isnan(shown).all(axis=0)
+        x, shown = np.asarray(epochs)[known], shown[:, known]
+        axes.plot(x, np.nanmean(shown, axis=0), color=f"C{number}", marker="o", label=label)
+        axes.fill_between(x, np.nanmin(shown, axis=0), np.nanmax(shown, axis=0), color=f"C{number}", alpha=0.2)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    scale_axis(axes, metric)
+    return png_of(figure)
+
+
 def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], xlabel: str) -> bytes:
     """Draw a bar for each label, with a segment for each part."""
     figure, axes = new_plot(xlabel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,15 @@ from typing import Any, TypeVar
 from mnist_ray import settings
 from mnist_ray.errors import UsageError
 from mnist_ray.runs import untrusted_folders
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, TRIALS_FILE, RunFolder
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    MEMBERS_FOLDER,
+    ORIGIN_FILE,
+    RESULT_FILE,
+    TRIALS_FILE,
+    RunFolder,
+    in_one_line,
+)
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import RATE
@@ -82,6 +91,30 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_h
     return text.getvalue()
 
 
+@dataclass(frozen=True)
+class MemberRecord:
+    """What a report shows of one of several runs."""
+
+    name: str
+    epochs: list[dict[str, float]]  # rows of metrics.csv; NaN for missing values
+    result: dict[str, Any]  # empty until the run is tested
+
+    @classmethod
+    def read_all(cls, run: RunFolder, workload: Workload) -> list[MemberRecord]:
+        """Read the members of a job of several runs, in its order; none for a single run. Raises JobError."""
+        folder = run.inside(MEMBERS_FOLDER)
+        with in_one_line(f"cannot read {folder.uri}"):
+            names = sorted(folder.subfolders(), key=lambda name: [*map(int, re.findall(r"\d+", name))])
+        return [
+            cls(
+                name,
+                read_numbers(member := folder.inside(name), METRICS_FILE, "epoch", nouns=workload.nouns),
+                result_of(member, workload) or {},
+            )
+            for name in names
+        ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """The content of a run's files."""
@@ -96,6 +129,7 @@ class RunRecord:
     result: dict[str, Any] | None  # None until the run is tested
     predictions: list[dict[str, str]]  # rows of predictions.csv; none until the run is tested
     trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is not a sweep
+    members: list[MemberRecord]  # of a job of several runs
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
@@ -111,6 +145,7 @@ class RunRecord:
             result=result_of(run, workload),
             predictions=read_csv(run, PREDICTIONS_FILE),
             trials=read_csv(run, TRIALS_FILE, nouns=workload.nouns),
+            members=MemberRecord.read_all(run, workload),
         )
 
     def column(self, name: str) -> list[float]:

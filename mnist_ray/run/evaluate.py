@@ -73,9 +73,9 @@ def evaluate_found(
             raise UsageError("--use-gpu yes, but this machine has no GPU; use --use-gpu no")
         for note in filter(None, (*cluster.notes, extras.note(plain=config.plain_ray), *found.notes)):
             console.say("note", note)
-        for name, whole in (("limit", 1.0), ("overfit_batches", None)):
+        for name, whole in (("limit", 1.0), ("overfit_batches", None), ("fold", None)):
             if (part := found.config.get(name, whole)) != whole:
-                console.say("note", f"the run was tested with {flag(name)} {part}; this evaluation uses all data")
+                console.say("note", f"the run was tested with {flag(name)} {part}; this is the whole test set")
         for each in (found, *others):
             console.say("checkpoint", each.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")

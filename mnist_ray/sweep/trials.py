@@ -137,9 +137,8 @@ class Sweep:
 
     @property
     def workers(self) -> WorkerConfig:
-        """The workers of a trial; by default one with one core, because parallel trials gain more than threads."""
-        own = self.job.workers
-        return dataclasses.replace(own, num_workers=own.num_workers or 1, cpus_per_worker=own.cpus_per_worker or 1)
+        """The workers of a trial."""
+        return self.job.workers.of_many
 
     @property
     def batch_sizes(self) -> list[int]:

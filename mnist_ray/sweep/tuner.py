@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from mnist_ray.checkpoints.summary import CheckpointMetrics
-from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
 from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError
@@ -47,8 +47,7 @@ def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, 
 
     With ``autoscaling`` the cluster's size is no limit: waiting trials make it start nodes.
     """
-    rooms = [node.room(plan.cpus_per_worker, plan.use_gpu) for node in suitable(cluster.nodes, plan.labels)]
-    held = max(1, sum(rooms) // plan.num_workers)
+    held = held_at_once(plan, cluster.nodes)
     asked = sweep.max_concurrent_trials or held
     return min(asked if autoscaling else min(held, asked), sweep.num_trials)
 

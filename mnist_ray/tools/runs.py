@@ -18,7 +18,16 @@ from mnist_ray.job.lease import owner_of
 from mnist_ray.output import finite, say
 from mnist_ray.report.console import LOG_WIDTH
 from mnist_ray.report.run_files import METRICS_FILE, number_of, read_csv
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder, in_one_line, locate
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    MEMBERS_FOLDER,
+    RESULT_FILE,
+    SWEEP_FILE,
+    TRIALS_FILE,
+    RunFolder,
+    in_one_line,
+    locate,
+)
 from mnist_ray.text import clock_time, count, redact
 from mnist_ray.workload.figures import formatted
 
@@ -94,8 +103,10 @@ def _listed(folder: RunFolder, age_s: float) -> ListedRun:
 
 
 def _progress(folder: RunFolder, kind: str) -> str:
-    """Return the epochs that a run has trained, or the trials of a sweep."""
+    """Return the epochs that a run has trained, the trials of a sweep, or the members of a job of several runs."""
     if kind == "tune":
         return count(len(read_csv(folder, TRIALS_FILE)), "trial")
+    if members := folder.inside(MEMBERS_FOLDER).subfolders():
+        return count(len(members), "run")
     settings = folder.require_json(CONFIG_FILE)
     return f"epoch {len(read_csv(folder, METRICS_FILE))}/{settings.get('num_epochs', '?')}"

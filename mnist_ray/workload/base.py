@@ -98,6 +98,10 @@ class Workload(UserClass):
         """Return the metadata that the model needs, as values that JSON can hold."""
         return dict(data.metadata)
 
+    def strata(self, data: Data) -> np.ndarray | None:
+        """Return a value per training example, (N,), e.g. its class: each fold of ``--folds`` has its share of each."""
+        return None
+
     def check_data(self, data: Data) -> None:
         """Raise UsageError if the data do not fit this workload; called once, before Ray starts."""
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from mnist_ray import config
-from mnist_ray.data.data import Arrays, Blocks, Data
+from mnist_ray.config import TrainConfig
+from mnist_ray.data.data import Arrays, Blocks, Data, Split, Splits
 from mnist_ray.data.digests import digest_of_files
 from mnist_ray.data.mix import Mix, plain
+from mnist_ray.data.splits import Fold, splits_of, subset
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
@@ -36,6 +38,30 @@ def data_of(workload: Workload) -> Data:
     with placed(workload, "check_data"):
         workload.check_data(data)
     return data
+
+
+def splits_for(workload: Workload, data: Data, config: TrainConfig) -> Splits:
+    """Return a run's splits of its workload's ``data``. Raises UsageError.
+
+    A whole cross-validation has the first fold's training and validation set, and the examples of all folds to test.
+    """
+    num_folds = config.folds
+    if num_folds is None:
+        return subset(splits_of(data, config.validation_size), config)
+    with placed(workload, "strata"):
+        strata = workload.strata(data)
+
+    def of_fold(number: int) -> Splits:
+        fold = Fold(number - 1, num_folds, config.seed, strata)
+        return subset(splits_of(data, config.validation_size, fold), config)
+
+    if config.fold is not None:
+        return of_fold(config.fold)
+    tested = Split(data.train)
+    if config.limit < 1:
+        places = [of_fold(number).test.all_places for number in range(1, num_folds + 1)]
+        tested = tested.take(np.sort(np.concatenate(places)))
+    return dataclasses.replace(of_fold(1), name=data.name, test=tested)
 
 
 @contextlib.contextmanager
@@ -106,6 +132,8 @@ def _checked_data(workload: Workload, data: object) -> Data:
     data = dataclasses.replace(data, **found, sources=sources, name=data.name or name, files=files)
     if data.weights is not None:
         _check_weights(f"{name}.load_data: weights", data)
+    if data.groups is not None:
+        _check_groups(f"{name}.load_data: groups", data)
     return data
 
 
@@ -120,6 +148,16 @@ def _check_weights(where: str, data: Data) -> None:
         raise UsageError(f"{where} must be a NumPy array with a number per example, ({number},), not {found}")
     if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
         raise UsageError(f"{where} must be finite numbers from 0, not all of them 0")
+
+
+def _check_groups(where: str, data: Data) -> None:
+    groups = data.groups
+    if isinstance(data.train, (Blocks, Streamed)):
+        kind = "a stream" if isinstance(data.train, Streamed) else "Blocks, which are held out whole"
+        raise UsageError(f"{where} are not for {kind}")
+    if not isinstance(groups, np.ndarray) or groups.shape != (len(data.train),) or groups.dtype.kind not in "biuUS":  # type: ignore[arg-type]
+        found = f"{groups.dtype} {groups.shape}" if isinstance(groups, np.ndarray) else type(groups).__name__
+        raise UsageError(f"{where} must be a NumPy array of integers or texts, one per example, not {found}")
 
 
 def _check_arrays(where: str, arrays: Arrays) -> None:

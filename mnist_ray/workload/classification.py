@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _NUM_TOP = 3
 _MAX_COLUMNS = 12  # with more classes, the console shows no confusion matrix
+_MAX_PROBABILITIES = 1000  # with more classes, predictions have no vectors, which need much memory
 _MAX_ROWS = 1000  # with more classes, there is no confusion matrix: its memory grows quadratically
 
 
@@ -63,6 +64,11 @@ class Classification(Workload):
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return whether each example's prediction is right."""
         return {"accuracy": outputs.argmax(1) == targets.long()}
+
+    def strata(self, data: Data) -> np.ndarray | None:
+        """Return the training targets; of a ``Dataset``, its ``targets``, as in torchvision, if it has any."""
+        targets = np.asarray(getattr(data.train, "targets", None))
+        return targets if targets.shape == (len(data.train),) else None  # type: ignore[arg-type]
 
     def check_data(self, data: Data) -> None:
         """Raise UsageError if an array's targets or a ``Dataset``'s classes do not fit the model's classes."""
@@ -110,13 +116,15 @@ class Classification(Workload):
             raise UsageError(f"{where} has target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return each example's label, its prediction, and the probability of the prediction."""
-        best = outputs.softmax(1).max(1)
-        return {"label": targets, "prediction": best.indices, "probability": best.values}
+        """Return each example's label, its prediction, that one's probability, and the probabilities of all classes."""
+        probabilities = outputs.softmax(1)
+        best = probabilities.max(1)
+        of_all = {"probabilities": probabilities} if self.num_classes <= _MAX_PROBABILITIES else {}
+        return {"label": targets, "prediction": best.indices, "probability": best.values, **of_all}
 
     def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
-        """Return labels and predictions as names of classes, and further columns as they are."""
-        readable = super().readable(columns)
+        """Return labels and predictions as names of classes, and further columns as they are, but no long vectors."""
+        readable = super().readable({name: columns[name] for name in columns if name != "probabilities"})
         for name in {"label", "prediction"} & readable.keys():
             readable[name] = [self.class_names[number] for number in readable[name]]
         if "probability" in readable:

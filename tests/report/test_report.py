@@ -314,8 +314,7 @@ def tested_run(run: RunFolder) -> RunFolder:
     history.write_steps()
     columns = {name: np.array([1, 2]) for name in ("label", "prediction")} | {"probability": np.array([0.5, 1.0])}
     tested = Evaluation(({"loss": 1.0, "accuracy": 2.0},), 2, columns)
-    test = Split(Arrays(np.zeros((5, 1)), np.zeros(5)), np.array([4, 2]))
-    assert write_predictions(run, workload, test, tested) == ""
+    assert write_predictions(run, workload, columns, {"index": np.array([4, 2])}) == ""
     result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 3.0}, "num_workers": 1}
     run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, "examples_per_s": 50.0}))
     run.write_text("config.json", json_lines(values_of(TrainConfig(num_epochs=2), WorkerConfig())))
@@ -347,9 +346,10 @@ def test_the_columns_of_a_tested_run_have_the_examples_places(tested_run: RunFol
 
 
 def test_columns_that_are_too_large_are_not_kept_and_a_note_says_so(run: RunFolder) -> None:
-    note = write_columns(run, {"image": np.broadcast_to(np.float64(0), (2**10, 2**16))})
-    assert note == "no predictions.parquet: it would have 512 MiB, more than 256 MiB"
-    assert read_columns(run) == {}
+    large = {name: np.broadcast_to(np.float64(0), (2**10, 2**16)) for name in ("image", "mask")}
+    note = write_columns(run, {"score": np.zeros(2**10), **large})
+    assert note == "predictions.parquet is without image, mask: it would have more than 256 MiB"
+    assert read_columns(run).keys() == {"score"}
 
 
 RAGGED = (b"\xff\xfe", b"a,b\nx\n")

@@ -142,7 +142,7 @@ def test_an_evaluation_says_that_the_run_used_only_a_part_of_the_data(
     ray_address: str, here: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(train(None, **here, num_epochs=1, limit=0.5))
-    said = "note       the run was tested with --limit 0.5; this evaluation uses all data\n"
+    said = "note       the run was tested with --limit 0.5; this is the whole test set\n"
     assert said in capsys.readouterr().out
 
 

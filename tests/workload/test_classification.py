@@ -98,10 +98,12 @@ def test_smoothing_is_refused_without_labels(kind: type[Workload]) -> None:
     assert kind().training_loss(outputs, targets, TrainConfig()) is None
 
 
-def test_predictions_are_label_prediction_and_probability() -> None:
+def test_predictions_are_label_prediction_and_probabilities() -> None:
     outputs, targets = outputs_and_targets()
     columns = workload().predictions(torch.from_numpy(outputs), torch.from_numpy(targets))
-    assert list(columns) == ["label", "prediction", "probability"]
+    assert list(columns) == ["label", "prediction", "probability", "probabilities"]
+    np.testing.assert_allclose(columns["probabilities"], softmax(outputs), rtol=1e-5)
+    assert "probabilities" not in workload().readable({name: column.numpy() for name, column in columns.items()})
     np.testing.assert_array_equal(columns["label"], targets)
     np.testing.assert_array_equal(columns["prediction"], outputs.argmax(1))
     np.testing.assert_allclose(columns["probability"], softmax(outputs).max(1), rtol=1e-5)

@@ -1,0 +1,57 @@
+"""A job of several runs, step by step. Imports neither torch nor Ray at the top."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from mnist_ray.data.data import Splits
+from mnist_ray.job.job import Job
+from mnist_ray.job.job_data import check_against_data
+from mnist_ray.job.session import console_of, opened, started
+from mnist_ray.record.header import say_plan, say_result, say_run
+from mnist_ray.repeats.members import members_of
+from mnist_ray.report.console import RunConsole
+from mnist_ray.storage import CONFIG_FILE
+from mnist_ray.text import count
+from mnist_ray.workload.calls import data_of, splits_for
+
+
+def train_several(job: Job) -> None:
+    """Train and test a run for each seed and fold, several at a time; report their mean and its interval.
+
+    If the job is interrupted and resumed, its finished runs stay as they are. Raises like ``train``.
+    """
+    if job.is_finished:
+        say_result(console_of(job), job)
+        return
+    job = dataclasses.replace(job, workers=job.workers.of_many)
+    with started(job, preload="mnist_ray.repeats.member") as start:
+        data = data_of(job.workload)
+        splits = splits_for(job.workload, data, job.train)
+        job = check_against_data(job, splits)
+        console = console_of(job)
+        with opened(start, job, splits, console, functools.partial(say_several, console, job, splits)) as session:
+            from mnist_ray.record.recorder import logs_named, write_settings  # torch was loaded while Ray started
+            from mnist_ray.repeats import summary
+            from mnist_ray.repeats.cluster import train_members
+            from mnist_ray.run import fit, rehearsal
+
+            plan = fit.plan(session)
+            if job.output.dry_run:
+                rehearsal.check(session, plan)
+                return
+            say_plan(session, plan)
+            write_settings(session, plan, CONFIG_FILE, job.values)
+            with logs_named(session):
+                train_members(session, plan, data)
+            summary.write(session, splits.test)
+
+
+def say_several(console: RunConsole, job: Job, splits: Splits) -> None:
+    """Print the header of a job of several runs."""
+    config, number = job.train, len(members_of(job))
+    parts = [count(config.num_seeds, "seed")] * (config.num_seeds > 1)
+    parts += [f"{config.folds} folds"] * config.is_folded
+    say_run(console, job, splits)
+    console.say("runs", f"{number:,}: {' times '.join(parts)}")

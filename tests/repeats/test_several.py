@@ -1,0 +1,202 @@
+"""Jobs of several runs: --num-seeds and --folds."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mnist_ray import Run, evaluate, load_run, train
+from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.report.columns import read_columns
+from mnist_ray.report.intervals import t_quantile
+from tests.conftest import callback_at, run_main
+
+WORKLOAD = '''
+import numpy as np
+from torch import nn
+from mnist_ray.workload import Arrays, Classification, Data, setting
+
+class Points(Classification):
+    """Points on both sides of a line, with some labels wrong."""
+
+    class Settings:
+        __doc__ = "Points."
+
+    recipes = {"default": {"num_epochs": 2, "batch_size": 10, "learning_rate": 0.05, "precision": "fp32"}}
+
+    def load_data(self):
+        random = np.random.default_rng(0)
+        inputs = random.normal(size=(150, 2)).astype(np.float32)
+        targets = (inputs @ [1, 2] + random.normal(size=150) > 0).astype(np.uint8)
+        return Data(Arrays(inputs[:120], targets[:120]), Arrays(inputs[120:], targets[120:]))
+
+    def create_model(self):
+        return nn.Linear(2, 2)
+
+class Alone(Points):
+    """One fold of the points, divided by hand: the places in ALONE are the test set."""
+
+    def load_data(self):
+        data = super().load_data().train
+        is_test = np.isin(np.arange(120), np.load(__file__ + ".npy"))
+        return Data(Arrays(*data[~is_test]), Arrays(*data[is_test]))
+'''.replace('    class Settings:\n        __doc__ = "Points."\n\n', "")
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("points") / "points.py"
+    file.write_text(WORKLOAD)
+    return file
+
+
+@pytest.fixture(scope="module")
+def where(points: Path) -> dict[str, Any]:
+    return {"workload": f"{points}:Points", "storage_path": points.parent / "runs", "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def crossed(where: dict[str, Any], ray_address: str) -> Run:
+    """Three folds, each with two seeds."""
+    return train(**where, folds=3, num_seeds=2, run_name="crossed")
+
+
+def digest(run: Run) -> str:
+    return str(run.result["weights_sha256"])
+
+
+def test_a_member_has_the_weights_of_its_run_alone(crossed: Run, where: dict[str, Any]) -> None:
+    alone = train(**where, folds=3, fold=2, seed=1, num_workers=0, cpus_per_worker=1)
+    member = load_run(f"{crossed.folder.uri}/members/seed-1_fold-2")
+    assert digest(alone) == digest(member)
+    assert alone.metrics == member.metrics
+
+
+def test_a_member_has_the_weights_of_a_run_on_the_same_examples_divided_by_hand(
+    crossed: Run, where: dict[str, Any], points: Path
+) -> None:
+    member = crossed.members[0]
+    np.save(f"{points}.npy", read_columns(member.folder)["index"])
+    alone = train(**{**where, "workload": f"{points}:Alone"}, num_workers=0, cpus_per_worker=1)
+    assert digest(alone) == digest(member)
+    assert alone.metrics == member.metrics
+
+
+def test_every_example_is_predicted_once_by_a_run_that_has_not_seen_it(crossed: Run) -> None:
+    columns, labels = read_columns(crossed.folder), read_columns(crossed.folder)["label"]
+    assert columns["index"].tolist() == [*range(120)]
+    assert len((crossed.folder.read_text("predictions.csv") or "").splitlines()) == 121
+    for fold, member in enumerate(crossed.members[:3], 1):
+        own = read_columns(member.folder)
+        assert np.array_equal(np.flatnonzero(columns["fold"] == fold), own["index"])
+        assert np.array_equal(columns["probabilities"][own["index"]], own["probabilities"])
+        assert abs(labels[own["index"]].mean() - labels.mean()) < 0.02, "classes have their shares"
+    assert sum(map(sum, crossed.result["confusion_matrix"])) == 120
+
+
+def test_the_result_has_means_and_the_interval_of_folds_that_overlap(crossed: Run) -> None:
+    spread = crossed.result["spread"]["test_accuracy"]
+    values = [member.metrics["accuracy"] for member in crossed.members]
+    assert (len(values), spread["values"]) == (6, values)
+    half = t_quantile(5) * math.sqrt((1 / 6 + 1 / 2) * np.var(values, ddof=1))
+    assert spread["interval"] == pytest.approx([np.mean(values) - half, np.mean(values) + half])
+    assert crossed.metrics["accuracy"] == pytest.approx(np.mean(values))
+
+
+def test_the_kept_run_is_the_best_by_validation(crossed: Run) -> None:
+    scores = [member.result["checkpoint_metrics"]["val_score"] for member in crossed.members]
+    best = crossed.members[scores.index(max(scores))]
+    assert crossed.checkpoint == best.checkpoint
+    assert evaluate(crossed) == evaluate(best)
+
+
+def test_the_members_together_are_an_ensemble(crossed: Run, where: dict[str, Any]) -> None:
+    together = evaluate(crossed, ensemble=True)
+    assert together == evaluate([*crossed.members])
+    assert together != evaluate(crossed)
+    with pytest.raises(UsageError, match="--ensemble: seed-0_fold-1 is a single run; train with --num-seeds"):
+        evaluate(crossed.members[0], ensemble=True)
+
+
+def test_the_report_has_bands_a_row_for_each_run_and_the_interval(crossed: Run) -> None:
+    page = crossed.folder.read_text("report.html") or ""
+    assert "finished: 6 of 6 runs, tested on 120" in page
+    assert page.count("<td>seed-") == 6
+    assert "Bands: from the lowest to the highest." in page
+    assert "mean accuracy, 95 %" in page
+
+
+def test_a_resumed_job_keeps_its_finished_runs_and_trains_the_others(
+    crossed: Run, where: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(crossed.folder.path, tmp_path / "crossed")
+    for lost in ("result.json", "members/seed-0_fold-3/result.json"):
+        (tmp_path / "crossed" / lost).unlink()
+    shutil.rmtree(tmp_path / "crossed" / "members" / "seed-1_fold-1")
+    before = (tmp_path / "crossed/members/seed-0_fold-1/result.json").stat().st_mtime_ns
+    again = train(where["workload"], storage_path=tmp_path, run_name="crossed", resume=True)
+    said = capsys.readouterr().out
+    assert "in parallel 2 runs" in said
+    assert said.count(" in the test, after ") == 2
+    assert again.result["spread"] == crossed.result["spread"]
+    assert [digest(member) for member in again.members] == [digest(member) for member in crossed.members]
+    assert (tmp_path / "crossed/members/seed-0_fold-1/result.json").stat().st_mtime_ns == before
+
+
+def test_a_run_whose_process_dies_continues(
+    where: dict[str, Any], ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    died = tmp_path / "died"
+    once = f"if state.total_step == 15 and not os.path.exists({str(died)!r}): open({str(died)!r}, 'w'); os._exit(1)"
+    dies = callback_at(tmp_path / "dies.py", "on_step(self, state)", once)
+    settings = {**where, "quiet": False, "num_seeds": 2}
+    found = train(**settings, callback=str(dies))
+    assert capsys.readouterr().out.count("it continues from its last checkpoint") == 1
+    assert [digest(run) for run in found.members] == [digest(run) for run in train(**settings).members]
+
+
+def test_an_error_names_the_run(where: dict[str, Any], ray_address: str, tmp_path: Path) -> None:
+    fails = callback_at(tmp_path / "fails.py", "on_start(self, state, group)", "1 / 0")
+    with pytest.raises(TrainingStoppedError, match=r"^seed [01]: ZeroDivisionError: .*\(fails\.py, line \d+\)"):
+        train(**where, num_seeds=2, callback=str(fails))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_seeds_train_also_without_ray_and_with_several_workers(
+    where: dict[str, Any], ray_address: str, num_workers: int
+) -> None:
+    several = train(**where, num_seeds=2, seed=5, num_workers=num_workers)
+    alone = train(**where, seed=6, num_workers=num_workers, cpus_per_worker=1)
+    assert [run.name for run in several.members] == ["seed-5", "seed-6"]
+    assert digest(several.members[1]) == digest(alone)
+    assert several.result["num_test_examples"] == 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fold": 2}, "--fold 2 needs at least as many --folds"),
+        ({"fold": 4, "folds": 3}, "--fold 4 needs at least as many --folds"),
+        ({"folds": 121}, "--folds 121 is more than the 120 training examples"),
+        ({"folds": 2, "overfit_batches": 1}, "--overfit-batches tests on the training examples; leave --folds out"),
+    ],
+)
+def test_impossible_folds_are_refused(where: dict[str, Any], settings: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}"):
+        train(**where, **settings, num_workers=0)  # type: ignore[arg-type]
+
+
+def test_a_sweep_has_no_seeds_and_folds_of_its_trials(where: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="a sweep has no --num-seeds and no --folds; use --num-confirmed for seeds"):
+        run_main("tune", "--workload", where["workload"], "--folds", "3")
+
+
+def test_the_list_of_runs_shows_how_many_runs_a_job_has(crossed: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run_main("runs", "--storage-path", crossed.folder.storage_path)
+    assert re.search(r"^crossed +train +finished +6 runs ", capsys.readouterr().out, re.MULTILINE)
