@@ -51,6 +51,7 @@ from mnist_ray.workload.loading import Reference
 from ray_fork.starting import prepared_forking
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
     from typing_extensions import Unpack
 
@@ -104,6 +105,13 @@ class Run:
     def steps(self) -> list[dict[str, float]]:
         """The rows of steps.csv: about one per half second of training, at most 10,000."""
         return read_numbers(self.folder, STEPS_FILE, "step", "epoch")
+
+    @property
+    def predictions(self) -> dict[str, np.ndarray]:
+        """The columns of predictions.parquet, (N, ...) each; none if the workload has none."""
+        from mnist_ray.report.columns import read_columns  # imports pyarrow's Parquet, for 0.1 s
+
+        return read_columns(self.folder)
 
     @property
     def members(self) -> list[Run]:

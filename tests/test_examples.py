@@ -1,9 +1,11 @@
 """The workloads under examples/, each trained and used."""
 
+import csv
 import json
 import math
 import runpy
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,37 @@ SMALL: dict[str, dict[str, Any]] = {
     "diabetes": {"num_epochs": 3, "batch_size": 8},
     "shapes": {"num_images": 3000, "noise": 0, "num_epochs": 3, "batch_size": 32, "learning_rate": 5e-3, "width": 8},
 }
+
+SPOTS = '''
+import numpy as np
+from torch import nn
+from mnist_ray.workload import Arrays, Classification, Data
+
+class Spots(Classification):
+    """Bright above or below; three labels are wrong, one example comes twice, one is also in the test set."""
+
+    recipes = {"default": {"num_epochs": 3, "batch_size": 10, "learning_rate": 0.02, "precision": "fp32"}}
+
+    def load_data(self):
+        random = np.random.default_rng(0)
+        targets = np.arange(150) % 2
+        pictures = random.integers(0, 100, (150, 6, 6)).astype(np.uint8)
+        pictures[targets == 0, :3] += 100
+        pictures[targets == 1, 3:] += 100
+        train, labels = np.concatenate([pictures[:120], pictures[5:6]]), np.append(targets[:120], targets[5])
+        labels[[3, 50, 97]] = 1 - labels[[3, 50, 97]]
+        test = np.append(pictures[120:], pictures[8:9], 0)
+        return Data(Arrays(train, labels), Arrays(test, np.append(targets[120:], 0)))
+
+    def create_model(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+
+    def prepare(self, inputs, generator):
+        return inputs.float() / 255
+
+    def as_picture(self, inputs):
+        return inputs
+'''
 
 
 def flags_of(example: str, storage: Path, **more: Any) -> list[str]:
@@ -186,3 +219,27 @@ def test_a_model_of_hugging_face_is_fine_tuned_and_loaded_again(
     assert (tmp_path / "saved" / "adapter_config.json").exists() == bool(lora_rank)
     kept = load_file(Path(mnist_ray.load_run(run).checkpoint) / "model.safetensors")
     assert all("lora_" in name for name in kept) == bool(lora_rank), "the folder has the others"
+
+
+def test_an_audit_finds_the_wrong_labels_and_the_duplicates(
+    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "spots.py"
+    file.write_text(SPOTS)
+    storage, folder = str(tmp_path / "runs"), tmp_path / "audit"
+    run_main("train", "--workload", str(file), "--folds", "3", "--storage-path", storage, "--run-name", "cv")
+    monkeypatch.setattr("sys.argv", ["audit.py", "cv", "--storage-path", storage, "--output", str(folder)])
+    capsys.readouterr()
+    runpy.run_path(str(ROOT / "examples" / "audit.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    with (folder / "audit.csv").open() as table:
+        found = [(row["kind"], int(row["place"])) for row in csv.DictReader(table) if row["leave_out"] == "yes"]
+    assert {("label", place) for place in (3, 50, 97)} <= {*found}
+    assert [pair for pair in found if pair[0] != "label"] == [("duplicate", 120), ("in test", 8)]
+    assert (folder / "audit.html").read_text().count("<img src='data:image/png;base64,") == len(found)
+    names: dict[str, Any] = {"csv": csv, "np": np, "Arrays": Arrays}
+    data: Any = load(str(file))(None).load_data().train
+    exec(
+        textwrap.dedent(said.partition("\n")[2]), names | (own := {"inputs": data.inputs, "targets": data.targets}), own
+    )
+    assert len(own["train"]) == len(data) - len({place for _, place in found})

@@ -31,7 +31,7 @@ from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
 from mnist_ray.workload import Classification, Data, Mix, Regression, Streamed, Workload, setting, sources
-from mnist_ray.workload.calls import data_of
+from mnist_ray.workload.calls import data_of, splits_for
 from tests.conftest import ROOT, folder_at
 from tests.data.test_ranges import tarred
 from tests.ranks import Hooks
@@ -165,3 +165,13 @@ class Views(nn.Module):
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         views = torch.stack([inputs, inputs.flip(3)], 1)
         return {"features": self.layer(views.flatten(2)), "scale": self.scale}
+
+
+def test_the_docs_groups_are_never_divided() -> None:
+    workload = code_of("several.md", "Groups")["Scans"](None)
+    data = data_of(workload)
+    splits = splits_for(workload, data, TrainConfig(folds=5, fold=2))
+    parts: Any = (splits.train, splits.validation, splits.test)
+    patients = [{*data.groups[part.all_places].tolist()} for part in parts]  # type: ignore[index]
+    assert [len(part) for part in patients] == [29, 3, 8]
+    assert len(set.union(*patients)) == 40
