@@ -65,7 +65,10 @@ class _ConcatenatedBlocks(Blocks):
     def __init__(self, parts: Sequence[Blocks]) -> None:
         self._parts, self._ends = parts, [*itertools.accumulate(len(part.sizes) for part in parts)]
         self.sizes = [size for part in parts for size in part.sizes]
-        names = [part.block_names or [f"block {number}" for number in range(len(part.sizes))] for part in parts]
+        names = [
+            part.block_names or [f"block {number} of source {source}" for number in range(len(part.sizes))]
+            for source, part in enumerate(parts)
+        ]
         self.block_names = [name for of_part in names for name in of_part]
         identities = [part.identity for part in parts]
         self.identity = None if None in identities else "\n".join(map(str, identities))

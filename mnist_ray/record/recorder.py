@@ -153,6 +153,7 @@ class Recorder:
         self._fitted: Fitted | None = None
         self._has_report = False
         self._first_loss, self._has_grown = math.nan, False
+        self._is_slow = False  # and lines have said so
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
         self._history, self._times = History(run, workload, self._job.train), TimeSpent(run)
@@ -193,8 +194,12 @@ class Recorder:
             self._warn(f"the training loss has grown from {first} to {now}; lower --learning-rate, or fix the data")
 
     def _note_slowness(self) -> None:
-        """Print a line for each cause of slow training."""
-        for note in notes_on(self._times.of_workers, self._times.hosts, self._job, self._session.data.train):
+        """Print a line for each cause of slow training, unless lines were printed before."""
+        if self._is_slow:
+            return
+        notes = notes_on(self._times.of_workers, self._times.hosts, self._job, self._session.data.train)
+        self._is_slow = len(notes) > 0
+        for note in notes:
             self._warn(note)
 
     def begin_test(self, fitted: Fitted) -> None:

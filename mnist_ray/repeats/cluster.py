@@ -90,6 +90,8 @@ def _reason_to_repeat(member: Member, error: RayError, *, is_last: bool) -> str:
     """Return why a member has failed, if a repetition may help. Raises the error in one line otherwise."""
     cause = cause_of(error)
     reason = cause.text if isinstance(cause, JobError) else first_line(cause)
+    if isinstance(cause, RayError):
+        reason = f"it was lost with its process or node ({type(cause).__name__})"
     if isinstance(cause, TrainingStoppedError) or not may_pass(cause):
         raise TrainingStoppedError(f"{member.label}: {reason}") from error
     if is_last:
