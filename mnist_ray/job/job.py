@@ -300,6 +300,8 @@ def _check_used(kind: str, job: Job) -> None:
 
 def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     """Raise UsageError if settings cannot be combined."""
+    if train.seed + train.num_seeds > 2**31:
+        raise UsageError(f"--num-seeds {train.num_seeds}: the last seed would be above {2**31 - 1:,}; lower --seed")
     if train.fold is not None and train.fold > (train.folds or 0):
         raise UsageError(f"--fold {train.fold} needs at least as many --folds")
     if train.folds is not None and train.overfit_batches is not None:

@@ -183,6 +183,7 @@ def test_seeds_train_also_without_ray_and_with_several_workers(
     [
         ({"fold": 2}, "--fold 2 needs at least as many --folds"),
         ({"fold": 4, "folds": 3}, "--fold 4 needs at least as many --folds"),
+        ({"seed": 2**31 - 2, "num_seeds": 3}, "--num-seeds 3: the last seed would be above 2,147,483,647"),
         ({"folds": 121}, "--folds 121 is more than the 120 training examples"),
         ({"folds": 2, "overfit_batches": 1}, "--overfit-batches tests on the training examples; leave --folds out"),
     ],
