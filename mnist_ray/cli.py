@@ -101,6 +101,21 @@ def report() -> None:
     page.write_again(run, flags.get("workload"), flags["storage_path"], resume_with)
 
 
+def compare() -> None:
+    """Compare runs: what differs, their figures, and which is better on the same test set."""
+    with _one_object(config.ComparisonConfig) as shown:
+        parser = _parser(compare, config.ComparisonConfig)
+        parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's name, folder or URI; the first is A")
+        flags = _over_files(parser.read_flags(), config.ComparisonConfig)
+        output = build(config.ComparisonConfig, flags).output
+        places = {name: flags.get(name) for name in ("workload", "storage_path")}
+        comparison = api.compare(*flags["runs"], output=output, **places)
+        for line in str(comparison).splitlines():
+            say(line)
+        say(f"page       {output}")
+        shown |= {**comparison.to_dict(), "page": output}
+
+
 def runs() -> None:
     """List the runs in the storage: state, metrics, age, and how to resume."""
     parser = Parser(runs.__doc__ or "", config.RunsConfig)
@@ -148,7 +163,7 @@ def new() -> None:
     _tool("new")(flags["name"], build(config.ProjectConfig, flags))
 
 
-_ALL = (train, tune, evaluate, predict, view, report, runs, export, reproduce, new, completion)
+_ALL = (train, tune, evaluate, compare, predict, view, report, runs, export, reproduce, new, completion)
 COMMANDS: dict[str, Callable[[], int | None]] = {command.__name__: command for command in _ALL}
 
 

@@ -313,6 +313,14 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ComparisonConfig:
+    """Output of a comparison."""
+
+    output: str = setting("comparison.html", "page to write", **_ending(".html"))
+    json: bool = setting(False, _JSON)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReproductionConfig:
     """How to train again."""
 

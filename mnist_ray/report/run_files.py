@@ -181,10 +181,15 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
     return settings.of_any_version(run.require_json(CONFIG_FILE))
 
 
-def workload_of(run: RunFolder, reference: loading.Reference | None, storage_path: str) -> Workload:
-    """Return a run's workload, by default with the code that the run used. Raises UsageError and JobError."""
+def workload_of(
+    run: RunFolder, reference: loading.Reference | None, storage_path: str, outer: RunFolder | None = None
+) -> Workload:
+    """Return a run's workload, by default with the code that the run used. Raises UsageError and JobError.
+
+    ``outer``: the run that this one is a member of.
+    """
     values, file = settings_of(run), run.inside(CONFIG_FILE).uri
-    held, untrusted = values.get("workload", loading.DEFAULT), untrusted_folders(run, storage_path)
+    held, untrusted = values.get("workload", loading.DEFAULT), untrusted_folders(outer or run, storage_path)
     workload_class = loading.load_again(held, reference, file, untrusted)
     try:
         own: Any = settings.build(workload_class.Settings, values)

@@ -6,7 +6,7 @@ import contextlib
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -33,12 +33,11 @@ from mnist_ray.storage import (
     write_file,
 )
 from mnist_ray.text import command, count
+from mnist_ray.tools.differences import Difference, as_dict, both, first_of, lines_of, pairs_differ
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
-_MAX_NAMES = 3  # of packages or files in a line
-Difference = str | None
-"""What differs between a run and this machine: empty if nothing does, None if the run has no record of it."""
+_NO_RECORD = "the run has no record to compare with"
 
 
 def reproduce(
@@ -69,7 +68,8 @@ def reproduce(
 
     def say_differences(splits: Splits) -> None:
         found["data"] = _data_differ(origin, splits)
-        _say(found)
+        for label, text in lines_of(found, _NO_RECORD):
+            say(f"{label:<10} {text}")
 
     if config.dry_run:
         say_differences(load_splits(job))
@@ -144,36 +144,25 @@ def _settings(
     return given
 
 
-def _say(found: Mapping[str, Difference]) -> None:
-    """Print a line for each difference, one for all that is the same, and one for all that the run does not record."""
-    for name, difference in found.items():
-        if difference:
-            say(f"differs    {name}: {difference}")
-    if same := [name for name, difference in found.items() if difference == ""]:
-        say(f"same       {', '.join(same)}")
-    if unknown := [name for name, difference in found.items() if difference is None]:
-        say(f"unknown    {', '.join(unknown)}: the run has no record to compare with")
-
-
 def _code_differs(origin: Mapping[str, Any], job: Job) -> Difference:
     """Compare the workload's file, the modules that it had imported, the callback, and this package's code."""
-    source, code = job.workload.source, _dict(origin.get("code"))
+    source, code = job.workload.source, as_dict(origin.get("code"))
     if origin.get("workload_sha256") is None:
         return None
     differing = [Path(source.reference).name] if origin["workload_sha256"] != source.sha256 else []
-    if modules := _changed(source.home, _dict(code.get("modules"))):
-        differing.append(f"{count(len(modules), 'module')} ({_first(modules)})")
+    if modules := _changed(source.home, as_dict(code.get("modules"))):
+        differing.append(f"{count(len(modules), 'module')} ({first_of(modules)})")
     if code.get("callbacks", []) != [callback.sha256 for callback in job.callbacks] and "callbacks" in code:
         differing.append("the callbacks")
     if code.get("package_sha256") not in (None, provenance.package_sha256()):
-        commits = _then_and_now(origin.get("git_commit"), provenance.git_commit())
+        commits = both(origin.get("git_commit"), provenance.git_commit())
         differing.append(f"mnist_ray itself (commit {commits})")
     return ", ".join(differing)
 
 
 def _repository_differs(origin: Mapping[str, Any], job: Job) -> Difference:
     """Compare the commit of the workload's repository, and uncommitted changes."""
-    if not (then := _dict(_dict(origin.get("code")).get("repository"))):
+    if not (then := as_dict(as_dict(origin.get("code")).get("repository"))):
         return None
     try:
         now = repository.state_of(job.workload.source.place)
@@ -183,11 +172,11 @@ def _repository_differs(origin: Mapping[str, Any], job: Job) -> Difference:
         return f"there is none at {job.workload.source.place}"
     differing = []
     if then.get("commit") != now.commit:
-        differing.append(f"commit {_then_and_now(then.get('commit'), now.commit)}")
+        differing.append(f"commit {both(then.get('commit'), now.commit)}")
     if then.get("changes_sha256") != now.changes_sha256:
         differing.append(f"uncommitted changes ({_about_changes(then)})")
-    if untracked := _changed(Path(now.folder), _dict(then.get("untracked"))):
-        differing.append(f"{count(len(untracked), 'untracked file')} ({_first(untracked)})")
+    if untracked := _changed(Path(now.folder), as_dict(then.get("untracked"))):
+        differing.append(f"{count(len(untracked), 'untracked file')} ({first_of(untracked)})")
     return ", ".join(differing)
 
 
@@ -201,7 +190,7 @@ def _about_changes(then: Mapping[str, Any]) -> str:
 
 
 def _versions_differ(origin: Mapping[str, Any]) -> Difference:
-    return _pairs_differ(then, provenance.versions()) if (then := origin.get("versions")) else None
+    return pairs_differ(then, provenance.versions()) if (then := origin.get("versions")) else None
 
 
 def _packages_differ(text: str | None) -> Difference:
@@ -210,16 +199,16 @@ def _packages_differ(text: str | None) -> Difference:
         return None
     then = dict(line.split("==", 1) for line in text.splitlines() if "==" in line)
     first = {*provenance.versions()}
-    both = [
+    others = [
         {name: version for name, version in packages.items() if name.replace("-", "_") not in first}
         for packages in (then, provenance.packages())
     ]
-    return _pairs_differ(*both)
+    return pairs_differ(*others)
 
 
 def _processor_differs(origin: Mapping[str, Any]) -> Difference:
     """Compare what decides the last bits of a result."""
-    if not (then := _dict(origin.get("arithmetic"))):
+    if not (then := as_dict(origin.get("arithmetic"))):
         return None
     now, differing = provenance.arithmetic(), []
     for name in ("processor", "caches"):
@@ -228,12 +217,12 @@ def _processor_differs(origin: Mapping[str, Any]) -> Difference:
         if before != after:
             lost = [value for value in before if value not in after]
             new = [value for value in after if value not in before]
-            differing.append(f"{name} {_then_and_now(' '.join(lost), ' '.join(new))}")
+            differing.append(f"{name} {both(' '.join(lost), ' '.join(new))}")
     return ", ".join(differing)
 
 
 def _data_differ(origin: Mapping[str, Any], splits: Splits) -> Difference:
-    then, now = _dict(origin.get("data")), digests_of(splits)
+    then, now = as_dict(origin.get("data")), digests_of(splits)
     known = [name for name in then if None not in (then[name], now.get(name))]
     if not known:
         return None
@@ -246,14 +235,7 @@ def _workers_differ(before: Mapping[str, Any], after: Mapping[str, Any], *, is_r
     then, now = (str(result.get("workers")).partition(" (")[0] for result in (before, after))
     if then == now or is_reproducible:
         return []
-    return [f"workers ({_then_and_now(then, now)}: without --reproducible, the number of workers and threads matters)"]
-
-
-def _pairs_differ(then: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    names = [name for name in {**now, **then} if then.get(name) != now.get(name)]
-    differing = [f"{name} {_then_and_now(then.get(name), now.get(name))}" for name in names]
-    number = f"{len(names):,}: " if len(names) > 5 else ""
-    return number + _first(differing, 5)
+    return [f"workers ({both(then, now)}: without --reproducible, the number of workers and threads matters)"]
 
 
 def _changed(folder: Path, fingerprints: Mapping[str, Any]) -> list[str]:
@@ -266,16 +248,3 @@ def _changed(folder: Path, fingerprints: Mapping[str, Any]) -> list[str]:
         or ".." in PurePath(name).parts
         or repository.fingerprint(folder / name) != fingerprint
     ]
-
-
-def _first(names: Sequence[str], number: int = _MAX_NAMES) -> str:
-    return ", ".join(names[:number]) + (", …" if len(names) > number else "")
-
-
-def _then_and_now(then: object, now: object) -> str:
-    return f"{then or 'none'} then, {now or 'none'} now"
-
-
-def _dict(value: object) -> Mapping[str, Any]:
-    """Return a value of a JSON file if it is an object, else an empty one: an older version, or a person, wrote it."""
-    return value if isinstance(value, dict) else {}

@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from mnist_ray.report.intervals import mean_interval, t_quantile
+from mnist_ray.report.intervals import (
+    bootstrap_interval,
+    mcnemar,
+    mean_interval,
+    seeds_interval,
+    share_interval,
+    t_quantile,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,3 +39,45 @@ def test_overlap_of_folds_widens_the_interval_as_nadeau_and_bengio_say() -> None
     values = np.random.default_rng(0).normal(size=5).tolist()
     widths = [np.ptp(mean_interval(values, overlap)) for overlap in (0, 1 / 4)]
     assert widths[1] / widths[0] == pytest.approx(math.sqrt((1 / 5 + 1 / 4) / (1 / 5)))
+
+
+def test_mcnemars_test_is_the_exact_binomial_one_and_takes_large_numbers() -> None:
+    for won, lost in ((0, 0), (5, 0), (6, 0), (26, 5), (7, 30)):
+        fewer = sum(math.comb(won + lost, number) for number in range(min(won, lost) + 1))
+        assert mcnemar(won, lost) == pytest.approx(min(1, 2 * fewer / 2 ** (won + lost)))
+    assert mcnemar(50_000, 49_000) == pytest.approx(0.0014980826)
+
+
+def test_the_interval_of_shares_is_bonett_and_prices_and_covers_the_difference() -> None:
+    assert share_interval(26, 5, 400) == pytest.approx((0.02470, 0.07978), abs=1e-5)
+    rng, number = np.random.default_rng(0), 300
+    answers = rng.multinomial(number, (0.08, 0.03, 0.89), size=2000)
+    intervals = [share_interval(won, lost, number) for won, lost, _ in answers.tolist()]
+    assert 0.93 < np.mean([low <= 0.05 <= high for low, high in intervals]) < 0.97
+
+
+def test_a_bootstrap_is_always_the_same_and_near_students_interval() -> None:
+    values = np.random.default_rng(0).normal(size=500)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval(values) == pytest.approx(mean_interval(values.tolist()), abs=0.01)
+
+
+def test_the_interval_of_seeds_is_welchs_if_all_examples_are_alike() -> None:
+    first, second = np.array([1.0, 2, 3, 4]), np.array([5.0, 9, 13])
+    parts = [side.var(ddof=1) / len(side) for side in (first, second)]
+    df = sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 2)
+    half = t_quantile(df) * math.sqrt(sum(parts))
+    rows = [np.repeat(side[:, None], 10, axis=1) for side in (first, second)]
+    assert seeds_interval(*rows) == pytest.approx((6.5 - half, 6.5 + half))
+    assert seeds_interval(rows[0][:1].repeat(2, 0), rows[0][:1].repeat(2, 0)) == (0, 0)
+
+
+@pytest.mark.parametrize(("of_seed", "of_both", "of_example"), [(0.02, 0.3, 0.0), (0.0, 0.3, 0.3), (0.02, 0.0, 0.3)])
+def test_the_interval_of_seeds_covers_the_difference(of_seed: float, of_both: float, of_example: float) -> None:
+    rng, num_seeds, number = np.random.default_rng(0), 5, 200
+    found = []
+    for _ in range(300):
+        sides = [rng.normal(0, of_seed, (num_seeds, 1)) + rng.normal(0, of_both, (num_seeds, number)) for _ in range(2)]
+        low, high = seeds_interval(sides[0], sides[1] + rng.normal(0.1, of_example, number))
+        found.append(low <= 0.1 <= high)
+    assert 0.93 < np.mean(found) < 0.98
