@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -74,9 +73,7 @@ class Side:
     def read(cls, letter: str, run: RunFolder) -> Side:
         """Read a run and its members. Raises UsageError and JobError."""
         names = (run.read_json(RESULT_FILE) or {}).get("members") or [""]
-        if any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in map(str, names)):
-            raise run.damaged(RESULT_FILE, "a member is not in the run's folder")
-        return cls(letter, run, [Member.read(name, run.inside(name) if name else run) for name in map(str, names)])
+        return cls(letter, run, [Member.read(name, run.inside(name) if name else run) for name in names])
 
     @property
     def has_folds(self) -> bool:
