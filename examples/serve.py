@@ -34,8 +34,8 @@ class Arguments(BaseModel, extra="forbid"):
     workload: str | None = None  # the workload's code, if it has moved
     storage_path: str | None = None
     max_batch_size: int = 64
-    host: str = "127.0.0.1"  # to listen on, with the port, unless Serve runs already
-    port: int = 8000
+    host: str | None = None  # to listen on, unless Serve runs already; None: this machine only
+    port: int | None = None
 
 
 async def inputs_of(request: Request) -> list[tuple[str, Any]]:
@@ -137,8 +137,9 @@ def app(given: Arguments) -> serve.Application:
         predictor = mnist_ray.load_predictor(**source)
     except (UsageError, JobError) as error:
         raise click.ClickException(first_line(error)) from error
-    serve.start(http_options={"host": given.host, "port": given.port})
-    if given.host not in ("127.0.0.1", "::1", "localhost"):
+    if listen := given.model_dump(include={"host", "port"}, exclude_none=True):
+        serve.start(http_options=listen)
+    if given.host not in (None, "127.0.0.1", "::1", "localhost"):
         click.echo(f"listens on {given.host}: whoever reaches this machine can use the model")
     example = predictor.workload.prompt and json.dumps(predictor.workload.prompt)
     if predictor.takes == "arrays":
