@@ -7,7 +7,6 @@ serve run --non-blocking examples.serve:app run=NEXT     # a new run takes over,
 
 import asyncio
 import contextlib
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -74,60 +73,56 @@ def decode(predictor: Any, content: Any) -> Any:
 api = FastAPI(max_body_size=MAX_BYTES, openapi_url=None)  # without its own pages, which load files from other hosts
 
 
-@serve.deployment(max_ongoing_requests=256)
+# A new run's replicas start before the old ones finish their requests and stop. Without a line for each request.
+@serve.deployment(max_ongoing_requests=256, max_surge_percent=100, logging_config={"enable_access_log": False})
 @serve.ingress(api)
 class Server:
     """Answers requests. Inputs that arrive while a batch is computed are the next batch."""
 
-    async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Load a run."""
-        predictor = await asyncio.to_thread(mnist_ray.load_predictor, **config["source"])
-        self.served = predictor, "/".join(predictor.checkpoint.split("/")[-2:]), config["example"]
+    def __init__(self, source: dict[str, Any], max_batch_size: int, example: str) -> None:
+        self.predictor = mnist_ray.load_predictor(**source)
+        self.run = "/".join(self.predictor.checkpoint.split("/")[-2:])
+        self.example = example
         self.decoding = asyncio.Semaphore(2)  # so that few large pictures are in memory at a time
-        self.predict_batch.set_max_batch_size(config["max_batch_size"])
+        self.predict_batch.set_max_batch_size(max_batch_size)
 
     @api.get("/")
     def page(self) -> HTMLResponse:
         """Return the page."""
-        predictor, run, example = self.served
-        about = {"run": run, "takes": predictor.takes, "example": example}
+        about = json.dumps({"run": self.run, "takes": self.predictor.takes, "example": self.example})
         page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-        return HTMLResponse(page.replace("ABOUT", json.dumps(about).replace("<", r"\u003c"), 1))
+        return HTMLResponse(page.replace("ABOUT", about.replace("<", r"\u003c"), 1))
 
     @api.post("/predict")
     async def predict(self, request: Request) -> JSONResponse:
         """Return a prediction for each input, as ``jobs/predict.py --json`` prints it."""
-        predictor, run, _ = self.served
         try:
             inputs = await asyncio.wait_for(inputs_of(request), MAX_READ_S)
         except asyncio.TimeoutError:
             raise HTTPException(408, f"the request did not arrive within {MAX_READ_S} s") from None
-        answers = await asyncio.gather(*(self.answer(predictor, *each) for each in inputs))
+        answers = await asyncio.gather(*(self.answer(*each) for each in inputs))
         try:
-            return JSONResponse({"run": run, "predictions": answers})
+            return JSONResponse({"run": self.run, "predictions": answers})
         except ValueError:
             raise HTTPException(422, "a prediction is not a finite number; send other inputs") from None
 
-    async def answer(self, predictor: Any, place: str, content: Any) -> dict[str, Any]:
+    async def answer(self, place: str, content: Any) -> dict[str, Any]:
         """Return the prediction for an input. Raises HTTPException if there is none."""
         try:
             async with self.decoding:
-                decoded = await asyncio.to_thread(decode, predictor, content)
+                decoded = await asyncio.to_thread(decode, self.predictor, content)
             try:
-                prediction = await self.predict_batch((predictor, decoded))
+                prediction = await self.predict_batch(decoded)
             except (UsageError, JobError):  # which may be about another input of the batch
-                (prediction,) = await asyncio.to_thread(predictor.predict, [decoded])
+                (prediction,) = await asyncio.to_thread(self.predictor.predict, [decoded])
         except (UsageError, JobError) as error:
             raise HTTPException(422, f"{place}: {first_line(error)}") from None
         return {**prediction.to_dict("prediction", PredictionConfig().threshold), "file": place}
 
     @serve.batch(batch_wait_timeout_s=0)
-    async def predict_batch(self, asked: list[tuple[Any, Any]]) -> list[Any]:
-        """Return a prediction for each pair of a predictor and an input."""
-        predictions = []
-        for predictor, pairs in itertools.groupby(asked, key=lambda pair: pair[0]):
-            predictions += await asyncio.to_thread(predictor.predict, [decoded for _, decoded in pairs])
-        return predictions
+    async def predict_batch(self, inputs: list[Any]) -> list[Any]:
+        """Return the predictions for the inputs that have arrived."""
+        return await asyncio.to_thread(self.predictor.predict, inputs)
 
 
 def app(given: Arguments) -> serve.Application:
@@ -145,6 +140,4 @@ def app(given: Arguments) -> serve.Application:
     if predictor.takes == "arrays":
         with contextlib.suppress(Exception):  # the data need not be here, and JSON need not be able to hold them
             example = json.dumps(np.asarray(predictor.workload.load_data().test[0][0]).tolist())
-    # A changed user_config goes to the running replicas, which answer with the old run until the new one is loaded.
-    config = {"source": {**source, "run": predictor.checkpoint}, "max_batch_size": given.max_batch_size}
-    return Server.options(user_config={**config, "example": example}).bind()
+    return Server.bind({**source, "run": predictor.checkpoint}, given.max_batch_size, example)
