@@ -51,8 +51,10 @@ async def inputs_of(request: Request) -> list[tuple[str, Any]]:
             raise HTTPException(400, f"not JSON: {first_line(error)}") from None
         if isinstance(document, dict) and isinstance(document.get("inputs"), list):
             given = [(f"inputs[{index}]", value) for index, value in enumerate(document["inputs"])]
+    else:
+        raise HTTPException(415, "send files as multipart/form-data, or application/json")
     if not given or len(given) > MAX_INPUTS:
-        raise HTTPException(422, f'send files in a form, or JSON {{"inputs": [...]}}, with up to {MAX_INPUTS} inputs')
+        raise HTTPException(422, f'send a form with files, or JSON {{"inputs": [...]}}: 1 to {MAX_INPUTS} inputs')
     return given
 
 
