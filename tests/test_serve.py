@@ -172,10 +172,10 @@ STROKES = {
 @pytest.fixture(scope="module")
 def robust(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address at which a run of the recipe for drawn digits is served."""
-    flags = {"workload": ROOT / "examples" / "digits.py", "recipe": "robust", "num_workers": 0, "run_name": "robust"}
+    flags = {"workload": ROOT / "examples" / "digits.py", "recipe": "robust", "num_epochs": 2, "num_workers": 0}
     storage = tmp_path_factory.mktemp("robust")
     run_main("train", *as_flags({**flags, "storage_path": storage}))
-    serve.run(example.app(example.Arguments(run="robust", storage_path=str(storage))))
+    serve.run(example.app(example.Arguments(storage_path=str(storage))))
     return deployed
 
 
