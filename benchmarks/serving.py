@@ -179,7 +179,7 @@ def odd_requests() -> Iterator[tuple[str, str, str, dict[str, str], bytes]]:
     values += [
         json.dumps(np.zeros(shape).tolist()) for shape in ((1,), (28,), (27, 28), (28, 28, 1), (28, 28, 3), (200, 200))
     ]
-    values += [json.dumps((digit * factor).tolist()) for factor in (-1e30, 1e38, 2**62)]
+    values += [json.dumps((digit.astype(object) * factor).tolist()) for factor in (-1e30, 1e38, 2**62)]
     for value in values:
         yield "JSON value", "POST", "/predict", JSON, f'{{"inputs": [{value}]}}'.encode()
     document = json.dumps({"inputs": [digit.tolist()]}).encode()
@@ -251,8 +251,8 @@ def odd_requests() -> Iterator[tuple[str, str, str, dict[str, str], bytes]]:
         ("GET", "/../../etc/passwd"),
     ):
         yield "path", method, path, JSON, b""
-    for size in (8 * 2**20 + 1, 100 * 2**20):
-        yield "huge", "POST", "/predict", JSON, b" " * size
+    for num_bytes in (8 * 2**20 + 1, 100 * 2**20):
+        yield "huge", "POST", "/predict", JSON, b" " * num_bytes
     while True:
         yield "random bytes", "POST", "/predict", rng.choice([JSON, FORM]), rng.randbytes(rng.randrange(1, 5000))
 
@@ -290,11 +290,7 @@ def measure_odd(address: str, body: bytes) -> None:
                     answer = await client.request(method, address + path, headers=headers, content=content)
                 most = max(most, replica.memory_info().rss)
                 seen[kind, answer.status_code] += 1
-                if (
-                    answer.status_code >= 500
-                    or "Traceback" in answer.text
-                    or "\n" in answer.text.strip()[:200] * (path == "/predict")
-                ):
+                if answer.status_code >= 500 or "\n" in answer.text:
                     bad.append(f"{kind}: {answer.status_code} {answer.text[:200]!r}")
 
             await asyncio.gather(*(send(*next(odd)) for _ in range(NUM_ODD - len(slow))))
