@@ -196,6 +196,7 @@ def test_a_browser_shows_what_is_drawn_dropped_or_written_with_keys(
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: asked.add(request.url))
         page.goto(robust)
+        expect.set_options(timeout=60_000)
         best = page.locator(".row.best span")
         box: Any = page.locator("canvas").bounding_box()
         for digit, strokes in STROKES.items():
