@@ -1,6 +1,6 @@
 """Measure examples/serve.py: its speed, a new run that takes over, and odd requests.
 
-    python benchmarks/serving.py                          # 4 minutes on two cores; needs pip install -e '.[serve]'
+    python benchmarks/serving.py                          # 7 minutes on two cores; needs pip install -e '.[serve]'
     python benchmarks/serving.py --parts odd              # about a minute
 
 Guards what docs/guides/serve.md promises. All requests come from this process, over the loopback.

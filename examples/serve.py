@@ -2,7 +2,7 @@
 
 pip install -e '.[serve]'
 serve run examples.serve:app run=RUN                     # http://127.0.0.1:8000; without run=, the newest run
-serve run --non-blocking examples.serve:app run=NEXT     # a new run takes over, and no request fails
+serve run --non-blocking examples.serve:app run=NEXT     # in a Ray that stays: a new run takes over, no request fails
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Arguments(BaseModel, extra="forbid"):
 async def inputs_of(request: Request) -> list[tuple[str, Any]]:
     """Return pairs (name, bytes) of a request's files, or pairs (place, value) of its JSON. Raises HTTPException."""
     given: Any = None
-    kind = request.headers.get("content-type", "").partition(";")[0]
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         async with request.form(max_files=MAX_INPUTS, max_fields=0) as form:
             given = [(file.filename[:100], await file.read()) for _, file in form.multi_items()]
@@ -72,7 +72,9 @@ def decode(predictor: Any, content: Any) -> Any:
     raise UsageError(f"neither a text nor up to {MAX_NUMBERS:,} finite numbers in lists of equal lengths")
 
 
-api = FastAPI(max_body_size=MAX_BYTES, openapi_url=None)  # without its own pages, which load files from other hosts
+# Without FastAPI's own pages, which load files from other hosts. Serve pickles the routes when it decorates the class, so
+# what they call stands above it.
+api = FastAPI(max_body_size=MAX_BYTES, openapi_url=None)
 
 
 # A new run's replicas start before the old ones finish their requests and stop. Without a line for each request.
@@ -97,7 +99,7 @@ class Server:
 
     @api.post("/predict")
     async def predict(self, request: Request) -> JSONResponse:
-        """Return a prediction for each input, as ``jobs/predict.py --json`` prints it."""
+        """Return a prediction for each input, like ``jobs/predict.py --json``."""
         try:
             inputs = await asyncio.wait_for(inputs_of(request), MAX_READ_S)
         except asyncio.TimeoutError:
