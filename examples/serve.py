@@ -72,8 +72,8 @@ def decode(predictor: Any, content: Any) -> Any:
     raise UsageError(f"neither a text nor up to {MAX_NUMBERS:,} finite numbers in lists of equal lengths")
 
 
-# Without FastAPI's own pages, which load files from other hosts. Serve pickles the routes when it decorates the class, so
-# what they call stands above it.
+# Without FastAPI's own pages, which load files from other hosts. Serve pickles the routes when it decorates the class:
+# what they call must stand above it.
 api = FastAPI(max_body_size=MAX_BYTES, openapi_url=None)
 
 
