@@ -13,9 +13,9 @@ from typing import Any
 import mnist_ray
 from mnist_ray import cli, config, errors, settings
 from mnist_ray.api import Run, SweptRun
+from mnist_ray.predictions.predictor import Prediction, Predictor
 from mnist_ray.settings import Choice, Range, Setting, declared, flag, title_of
 from mnist_ray.tools.compare import Comparison
-from mnist_ray.tools.predict import Prediction
 from mnist_ray.tools.verdict import Gain, Verdict
 from mnist_ray.trackers import Ending, Tracker
 from mnist_ray.training import events
@@ -134,10 +134,20 @@ def python() -> str:
     """Return the page of the Python interface."""
     lines = ["# Python", "", NOTE, "", "## Functions of mnist_ray", ""]
     lines += ["Keywords are the [flags](flags.md) of the command with the same name, and a workload's own settings."]
-    for name in ("train", "tune", "evaluate", "compare", "predict", "load_run"):
+    for name in ("train", "tune", "evaluate", "compare", "predict", "load_predictor", "load_run"):
         lines += about_member(inspect.unwrap(getattr(mnist_ray, name)), name)
     lines += ["", "## What they return and raise"]
-    for a_class in (Run, SweptRun, Comparison, Verdict, Gain, Prediction, errors.UsageError, errors.JobError):
+    for a_class in (
+        Run,
+        SweptRun,
+        Comparison,
+        Verdict,
+        Gain,
+        Prediction,
+        Predictor,
+        errors.UsageError,
+        errors.JobError,
+    ):
         module = "mnist_ray.errors." if a_class.__module__ == errors.__name__ else ""
         lines += about_class(a_class, f"{module}{a_class.__name__}", has_signature=False)
     lines += ["", "## Data", "", "Import these, and those below, from `mnist_ray.workload`."]

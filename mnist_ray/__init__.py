@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_ray.text import VERSION as __version__  # noqa: F401, N811
 
-__all__ = ["Run", "compare", "evaluate", "load_run", "predict", "train", "tune"]
+__all__ = ["Run", "compare", "evaluate", "load_predictor", "load_run", "predict", "train", "tune"]
 
 if TYPE_CHECKING:
-    from mnist_ray.api import Run, compare, evaluate, load_run, predict, train, tune
+    from mnist_ray.api import Run, compare, evaluate, load_predictor, load_run, predict, train, tune
 
 
 def __getattr__(name: str) -> Any:

@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 
     from mnist_ray.job.find import Found
     from mnist_ray.keywords import TrainKeywords, TuneKeywords
+    from mnist_ray.predictions.predictor import Prediction, Predictor
     from mnist_ray.tools.compare import Comparison
-    from mnist_ray.tools.predict import Prediction
 
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
 _REPORT_HEIGHT = 600  # pixels, in a notebook
@@ -290,27 +290,42 @@ def predict(
     """
     if getattr(pictures, "shape", None) == ():
         raise UsageError("predict() takes several inputs, (N, ...), not a single number")
-    found = find(run, workload, storage_path)
+    predictor = load_predictor(run, workload=workload, storage_path=storage_path, device="cpu")
     is_list, are_inputs = isinstance(pictures, (list, tuple)), hasattr(pictures, "shape")
     listed = pictures if is_list or are_inputs else [pictures]
-    if type(found.workload).read_picture is Workload.read_picture:
+    if predictor.takes != "pictures":
         are_inputs = are_inputs or all(isinstance(item, str) and not Path(item).exists() for item in listed)
     if is_list:
         are_inputs = are_inputs or any(
             hasattr(item, "shape") or isinstance(item, (dict, list, tuple)) for item in listed
         )
+    if are_inputs:
+        return predictor.predict(listed)
 
     from mnist_ray.tools import predict as tool  # imports torch
 
-    model = found.load_model()
-    if are_inputs:
-        return tool.predict_inputs(found.workload, model, listed, found.precision)
-    files = tool.find_files(listed)
-    predictions = list(tool.predict_files(found.workload, model, files, found.precision))
+    predictions = list(tool.predict_files(predictor, tool.find_files(listed)))
     for index, prediction in enumerate(predictions):
         if prediction.error is not None:
             raise JobError(f"{prediction.file or f'pictures[{index}]'}: {prediction.error}")
     return predictions
+
+
+def load_predictor(
+    run: Run | str | Path | None = None,
+    *,
+    workload: AnyWorkload = None,
+    storage_path: str | Path | None = None,
+    device: str = "auto",
+) -> Predictor:
+    """Load a run's model once, for many predictions.
+
+    ``run``: as for ``evaluate``. ``device``: such as ``cpu`` or ``cuda:1``; ``auto``: the GPU, if PyTorch can use one.
+    Raises UsageError and JobError.
+    """
+    from mnist_ray.predictions.predictor import Predictor  # imports torch
+
+    return Predictor.of(find(run, workload, storage_path), device)
 
 
 def load_run(

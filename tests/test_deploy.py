@@ -1,6 +1,7 @@
 """What is shipped for clusters: cluster.yaml against Ray's schema and autoscaler, the manifests against Kubernetes'."""
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -28,11 +29,12 @@ from ray._private import ray_constants, services
 from ray.autoscaler import tags
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
+from ray.serve.schema import ServeDeploySchema
 
 from mnist_ray import cli
 from tests.conftest import ROOT, as_flags, run_job
 
-MANIFEST = "deploy/rayjob.yaml"
+MANIFEST, SERVICE = "deploy/rayjob.yaml", "deploy/rayservice.yaml"
 SPOT_SCRIPT = "deploy/drain_spot_node.py"
 DRAIN_TIMEOUT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 HEAD_ID = "f" * 51 + "00000"  # which the fake provider expects of its head
@@ -76,6 +78,7 @@ SHIPPED = [
     "deploy/aws/head.json",
     "deploy/aws/bucket.json",
     MANIFEST,
+    SERVICE,
     "deploy/Dockerfile",
     "deploy/slurm.sh",
 ]
@@ -106,7 +109,25 @@ def test_files_have_no_credentials_and_do_not_open_the_dashboard(name: str) -> N
 def test_the_manifest_is_valid() -> None:
     manifest = read(MANIFEST)
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
-    cluster = manifest["spec"]["rayClusterSpec"]
+    check_cluster(manifest["spec"]["rayClusterSpec"])
+
+
+def test_the_service_is_valid_fits_the_example_and_leaves_a_cpu_for_a_new_runs_first_replica() -> None:
+    manifest = read(SERVICE)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    check_cluster(manifest["spec"]["rayClusterConfig"])
+    (application,) = ServeDeploySchema(**yaml.safe_load(manifest["spec"]["serveConfigV2"])).applications
+    example = importlib.import_module(application.import_path.partition(":")[0])
+    assert example.Arguments(**application.args).storage_path == "/results"
+    (deployment,) = application.deployments
+    assert deployment.name == example.Server.name
+    (worker,) = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    cpus = int(worker["resources"]["limits"]["cpu"])
+    assert cpus == deployment.num_replicas * deployment.ray_actor_options.num_cpus + 1
+
+
+def check_cluster(cluster: dict[str, Any]) -> None:
+    """Check the pods of a cluster."""
     head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     for group in (head, *workers):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}

@@ -10,7 +10,7 @@ from scipy import ndimage
 from examples.digits import Digits, augmented, to_mnist
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import UsageError
-from mnist_ray.tools.predict import read_image
+from mnist_ray.predictions.predictor import read_image
 
 EXIF_ORIENTATION = 0x0112
 

@@ -20,6 +20,7 @@ from mnist_ray.data import images
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.find import find
+from mnist_ray.predictions.predictor import Prediction, Predictor
 from mnist_ray.tools import predict
 from mnist_ray.workload import Classification, Regression
 from tests.conftest import ROOT, mnist, run_job, run_main
@@ -82,7 +83,7 @@ def test_json_prints_an_object_per_line(finished_run: Path, pictures: Path, mnis
 
 
 def test_predictions_below_the_threshold_are_unsure() -> None:
-    answer = predict.Prediction("a.png", np.zeros((28, 28), np.uint8), ((3, 0.7), (8, 0.2), (5, 0.05)))
+    answer = Prediction("a.png", np.zeros((28, 28), np.uint8), ((3, 0.7), (8, 0.2), (5, 0.05)))
     assert answer.to_line(0.7) == "a.png: 3  70.0% (then 8 20.0%, 5 5.0%)"
     assert answer.to_line(0.71).endswith("  unsure")
 
@@ -137,13 +138,13 @@ def test_a_checkpoint_finds_its_class_and_says_that_the_file_has_changed(
 def test_a_workload_that_does_not_read_pictures_is_refused_once() -> None:
     regression = Regression(None, {"any": 1})
     with pytest.raises(UsageError, match=r"^Regression does not take images: .*; choose another run with --run$"):
-        next(predict.predict_files(regression, mnist().create_model(), [Path("a.png"), Path("b.png")]))
+        next(predict.predict_files(Predictor(regression, mnist().create_model()), [Path("a.png"), Path("b.png")]))
 
 
 def answers_to(*given: Path | str) -> list[str]:
     """Return an untrained model's best prediction for each file, or the reason why there is none."""
     files = list(predict.find_files(map(str, given)))
-    answers = predict.predict_files(mnist(), mnist().create_model().eval(), files)
+    answers = predict.predict_files(Predictor(mnist(), mnist().create_model().eval()), files)
     return [answer.error or str(answer.top[0][0]) for answer in answers]
 
 
@@ -166,7 +167,7 @@ def test_a_regression_predicts_values_without_probabilities() -> None:
     model = nn.Linear(2, 1)
     nn.init.ones_(model.weight)
     nn.init.zeros_(model.bias)
-    first, second = predict.predict_inputs(regression, model, points)
+    first, second = Predictor(regression, model).predict(points)
     assert (first.top[0][0], second.top[0][0]) == (3.0, 7.0)
     assert first.is_sure(0.8)
     assert replace(first, file="a.png").to_line(0.8) == "a.png: 3"
@@ -194,8 +195,8 @@ def test_a_damaged_picture_may_raise_anything_but_damaged_exif_data_do_not_matte
 def test_pictures_and_inputs_are_computed_a_few_at_a_time(few_images: Arrays) -> None:
     model = Mock(nn.Identity(), side_effect=lambda inputs: torch.eye(10)[[len(inputs) % 10] * len(inputs)])
     model.parameters.return_value = iter(())
-    predictions = predict.predict_inputs(mnist(), model, few_images.inputs[:70])
-    assert [len(call.args[0]) for call in model.call_args_list] == [64, 6]
+    predictions = Predictor(mnist(), model).predict(few_images.inputs[:70])
+    assert [len(call.args[0]) for call in model.call_args_list] == [64, 16]
     assert [prediction.top[0][0] for prediction in predictions] == [4] * 64 + [6] * 6
 
 
@@ -206,7 +207,7 @@ def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(
     predict.predict([str(tmp_path)], find(str(finished_run), "~/ray_results"), PredictionConfig())
     _, line = capsys.readouterr().out.splitlines()
     assert line.startswith(rf"{tmp_path}/a\x1b[31m\nb.png: ")
-    (answer,) = predict.predict_files(mnist(), mnist().create_model().eval(), tmp_path.iterdir())
+    (answer,) = predict.predict_files(Predictor(mnist(), mnist().create_model().eval()), tmp_path.iterdir())
     np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
 
 
@@ -216,7 +217,7 @@ def test_a_read_picture_that_fails_is_the_reason_for_its_file_only(monkeypatch: 
 
     monkeypatch.setattr(type(mnist()), "read_picture", read)
     pictures = [Image.new("L", (width, 1)) for width in (1, 2, 1)]
-    found = list(predict.predict_files(mnist(), mnist().create_model(), pictures))
+    found = list(predict.predict_files(Predictor(mnist(), mnist().create_model()), pictures))
     assert [prediction.error is None for prediction in found] == [True, False, True]
     assert (found[1].error or "").startswith("MNIST, read_picture: ZeroDivisionError: division by zero")
 
@@ -232,9 +233,9 @@ def test_inputs_of_different_lengths_are_predicted_with_the_workloads_collate() 
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0, 0], [0, 2.0]]))
         model.bias.copy_(torch.tensor([1.0, 0]))
-    found = predict.predict_inputs(workload, model, words)
+    found = Predictor(workload, model).predict(words)
     assert [prediction.top[0][0] for prediction in found] == ["long", "short"]
-    assert predict.predict_inputs(mnist(), mnist().create_model(), np.empty((0, 28, 28), np.uint8)) == []
+    assert Predictor(mnist(), mnist().create_model()).predict(np.empty((0, 28, 28), np.uint8)) == []
 
 
 def test_inputs_may_be_dicts() -> None:
@@ -243,5 +244,5 @@ def test_inputs_may_be_dicts() -> None:
             return inputs["point"]
 
     workload, point = Keyed(metadata={"class_names": "ab"}), np.ones(2, np.float32)
-    (prediction,) = predict.predict_inputs(workload, nn.Linear(2, 2), [{"point": point}])
+    (prediction,) = Predictor(workload, nn.Linear(2, 2)).predict([{"point": point}])
     assert prediction.top[0][1] > 0.5

@@ -11,8 +11,8 @@ from mnist_ray.config import ViewConfig
 from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist import idx
+from mnist_ray.predictions.predictor import read_image
 from mnist_ray.tools import view
-from mnist_ray.tools.predict import read_image
 from mnist_ray.workload import drawing
 from mnist_ray.workload.base import Workload
 from tests.conftest import mnist, run_job

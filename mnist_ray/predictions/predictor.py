@@ -1,0 +1,225 @@
+"""Prepares inputs and reads outputs of a trained model: for ``predict``, for data at scale, and for servers."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import default_collate
+
+from mnist_ray import process
+from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.data.batches import MicroBatch, to_device
+from mnist_ray.data.images import as_displayed, open_picture
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.job.find import Found
+from mnist_ray.settings import build, is_no_file
+from mnist_ray.training.evaluation import precision_of
+from mnist_ray.training.step import forward
+from mnist_ray.workload import Classification
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import placed
+
+BATCH_SIZE = 64
+_TILE = 16
+"""Batches are filled up to a multiple of this number: for fewer rows, or a rest of rows, matrix products use other
+kernels, whose sums differ in the last bit."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's prediction for one file, image or input."""
+
+    file: str  # the image's path; empty for an image or an input that has none
+    inputs: Any = None  # in the format of the workload's data
+    top: tuple[tuple[Any, float], ...] = ()  # the best few predictions with their probabilities (or NaN), best first
+    error: str | None = None  # why there is no prediction
+
+    @property
+    def best(self) -> str:
+        """The best prediction as text."""
+        prediction = self.top[0][0]
+        return f"{prediction:g}" if isinstance(prediction, float) else str(prediction)
+
+    def is_sure(self, threshold: float) -> bool:
+        """Whether the best prediction has at least this probability, or none, as in a regression."""
+        return bool(self.top) and not self.top[0][1] < threshold
+
+    def to_dict(self, noun: str, threshold: float) -> dict[str, Any]:
+        """Return the object that ``--json`` prints; ``noun`` is the workload's ``prediction_noun``."""
+        if self.error is not None:
+            return {"file": self.file, "error": self.error}
+        best, *others = (
+            {noun: prediction} | ({} if math.isnan(p) else {"probability": round(p, 6)}) for prediction, p in self.top
+        )
+        return {"file": self.file, **best, "unsure": not self.is_sure(threshold), "next": others}
+
+    def to_line(self, threshold: float) -> str:
+        """Return the line that is printed without ``--json``."""
+        if self.error is not None:
+            return f"{self.file}: {self.error}"
+        (_, probability), *others = self.top
+        if math.isnan(probability):
+            return f"{self.file}: {self.best}"
+        then = ", ".join(f"{other} {p:.1%}" for other, p in others)
+        unsure = "" if self.is_sure(threshold) else "  unsure"
+        return f"{self.file}: {self.best}  {probability:.1%}" + (f" (then {then})" if then else "") + unsure
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model with its workload, which turns pictures, texts or arrays into predictions.
+
+    On CPUs, a row of ``predict`` and ``columns`` has the same bits whatever other rows are computed with it, unless the
+    workload's ``collate`` or model lets them depend on each other, as texts padded to the longest of a batch do.
+    """
+
+    workload: Workload
+    model: nn.Module  # on the device, in evaluation mode
+    checkpoint: str = ""  # path or URI
+    precision: Precision = "fp32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def of(cls, found: Found, device: str | torch.device = "auto") -> Predictor:
+        """Load a checkpoint's model; ``auto``: onto the GPU, if PyTorch can use one. Raises UsageError and JobError."""
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(device)
+            model = found.load_model().to(device)
+        except RuntimeError as error:
+            raise UsageError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        precision = precision_of(build(TrainConfig, found.config), device)
+        return cls(found.workload, model, found.checkpoint.uri, precision, device)
+
+    @property
+    def name(self) -> str:
+        """The name of the workload's class."""
+        return type(self.workload).__name__
+
+    @property
+    def takes(self) -> Literal["pictures", "texts", "arrays"]:
+        """The inputs: what ``decode`` turns into arrays, texts to continue, or only arrays."""
+        if type(self.workload).complete is not Workload.complete:
+            return "texts"
+        return "arrays" if type(self.workload).read_picture is Workload.read_picture else "pictures"
+
+    def decode(self, content: bytes | Path | Image.Image) -> Any:
+        """Turn a picture, upright and of any size, into an input of ``predict``.
+
+        Raises JobError, in one line, for what is no picture, is damaged, has too many pixels, or shows nothing that the
+        workload can use.
+        """
+        try:
+            if isinstance(content, Image.Image):
+                picture = as_displayed(content)
+            else:
+                picture = read_image(io.BytesIO(content) if isinstance(content, bytes) else content)
+            with placed(self.workload, "read_picture"):
+                return self.workload.read_picture(picture)
+        except UsageError as error:
+            raise JobError(str(error)) from error
+
+    def predict(self, inputs: Iterable[Any]) -> list[Prediction]:
+        """Return the predictions for N inputs as ``decode`` returns them: arrays, dicts of these, or texts.
+
+        A text's only prediction is its continuation. Raises UsageError.
+        """
+        predictions = list[Prediction]()
+        for batch, tops, _ in self._computed(inputs):
+            predictions += [Prediction("", taken, tuple(top)) for taken, top in zip(batch, tops, strict=True)]
+        return predictions
+
+    def columns(self, inputs: Iterable[Any]) -> dict[str, np.ndarray]:
+        """Return the same predictions as columns: ``prediction`` and its ``probability`` (or NaN), (N,).
+
+        A ``Classification`` adds ``probabilities``, (N, classes) in the order of its classes. Raises UsageError.
+        """
+        best, probabilities = list[tuple[Any, float]](), list[np.ndarray]()
+        for _, tops, outputs in self._computed(inputs):
+            best += [top[0] for top in tops]
+            if self._has_classes:
+                probabilities.append(outputs.softmax(1)[: len(tops)].cpu().numpy())
+        columns = {
+            "prediction": _column([prediction for prediction, _ in best]),
+            "probability": np.array([probability for _, probability in best], np.float32),
+        }
+        if self._has_classes:
+            classes = self.workload.num_classes  # type: ignore[attr-defined]
+            columns["probabilities"] = np.concatenate([np.empty((0, classes), np.float32), *probabilities])
+        return columns
+
+    def read(self, file: Path | Image.Image) -> Prediction:
+        """Return a file or an image as an input without a prediction yet, or with the reason why there is none."""
+        name = str(file) if isinstance(file, Path) else ""
+        try:
+            return Prediction(name, self.decode(file))
+        except JobError as error:
+            return Prediction(name, error=str(error))
+
+    @property
+    def _has_classes(self) -> bool:
+        """Whether the outputs are logits of classes."""
+        own = type(self.workload).top_predictions
+        return isinstance(self.workload, Classification) and own is Classification.top_predictions
+
+    def _computed(self, inputs: Iterable[Any]) -> Iterator[tuple[list[Any], list[Any], Any]]:
+        """Yield batches of inputs with the top predictions for each input, and with the model's outputs."""
+        inputs = iter(inputs)
+        while batch := [*islice(inputs, BATCH_SIZE)]:
+            if self.takes == "texts":
+                yield batch, [[(self._continued(text), math.nan)] for text in batch], None
+                continue
+            outputs = self._outputs(batch + batch[-1:] * (-len(batch) % _TILE))
+            with placed(self.workload, "top_predictions"):
+                yield batch, self.workload.top_predictions(outputs)[: len(batch)], outputs
+
+    def _outputs(self, batch: Sequence[Any]) -> Any:
+        """Return the model's outputs in fp32, on the device."""
+        writable = functools.partial(np.require, requirements="W")  # else torch would warn
+        examples = [(pytree.tree_map_only(np.ndarray, writable, taken), 0) for taken in batch]
+        with placed(self.workload, "a prediction"), torch.inference_mode():
+            joined, targets = self.workload.collate(examples) or default_collate(examples)
+            loaded = to_device(MicroBatch(joined, targets, len(batch)), self.device)
+            return forward(self.workload, self.model, loaded, self.precision)[0]
+
+    def _continued(self, text: str) -> str:
+        with placed(self.workload, "complete"), torch.no_grad():
+            return self.workload.complete(self.model, text)
+
+
+def read_image(file: Path | io.BytesIO) -> Image.Image:
+    """Decode an image, as it is displayed. Raises UsageError."""
+    if isinstance(file, Path) and is_no_file(file):
+        raise UsageError("not a file")
+    try:
+        with process.filters, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about large images and harmless damage
+            return open_picture(file)
+    except UnidentifiedImageError as error:
+        raise UsageError("not an image in a known format") from error
+    except Exception as error:  # a damaged file may raise anything
+        raise UsageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    """Return predictions as an array: of numbers or texts or, if they are lists or dicts, of objects."""
+    if all(isinstance(value, (bool, int, float, str)) for value in values):
+        return np.array(values)
+    column = np.empty(len(values), object)
+    column[:] = values
+    return column
