@@ -266,6 +266,28 @@ class PredictionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleConfig:
+    """Data at scale, on Ray."""
+
+    input: str | None = setting(
+        None,
+        "file, folder, URI or pattern of pictures, texts, Parquet, JSON lines or CSV, instead of IMAGE_OR_FOLDER",
+        metavar="PLACE",
+    )
+    output: str | None = setting(
+        None, "folder or URI for the predictions; the same command goes on with a begun one", metavar="PLACE"
+    )
+    column: tuple[str, ...] = setting(
+        (), "columns of a table that hold the input; default: the only one that fits", metavar="NAME"
+    )
+    num_actors: int | None = setting(
+        None, "processes that share the input; default: one for each GPU or, without GPUs, for each CPU", **at_least(1)
+    )
+    use_gpu: Literal["auto", "yes", "no"] = setting("auto", "GPUs for the actors; auto: if the cluster has free ones")
+    plain_ray: bool = setting(False, _PLAIN)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunsConfig:
     """List of runs."""
 
@@ -349,6 +371,15 @@ class SweepConfig:
 
 CLASSES: tuple[type, ...] = (
     *(SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig),
-    *(ViewConfig, PredictionConfig, RunsConfig, ExportConfig, ReproductionConfig, ProjectConfig, EvaluationConfig),
+    *(
+        ViewConfig,
+        PredictionConfig,
+        ScaleConfig,
+        RunsConfig,
+        ExportConfig,
+        ReproductionConfig,
+        ProjectConfig,
+        EvaluationConfig,
+    ),
 )
 """All settings of the commands."""

@@ -28,11 +28,13 @@ from mnist_ray.job.find import Found
 from mnist_ray.settings import build, is_no_file
 from mnist_ray.training.evaluation import precision_of
 from mnist_ray.training.step import forward
-from mnist_ray.workload import Classification
+from mnist_ray.workload import Classification, Regression
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import placed
 
+Kind = Literal["pictures", "texts", "arrays"]
 BATCH_SIZE = 64
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # the files that folders are searched for
 _TILE = 16
 """Batches are filled up to a multiple of this number: for fewer rows, or a rest of rows, matrix products use other
 kernels, whose sums differ in the last bit."""
@@ -112,18 +114,26 @@ class Predictor:
         return type(self.workload).__name__
 
     @property
-    def takes(self) -> Literal["pictures", "texts", "arrays"]:
-        """The inputs: what ``decode`` turns into arrays, texts to continue, or only arrays."""
-        if type(self.workload).complete is not Workload.complete:
-            return "texts"
-        return "arrays" if type(self.workload).read_picture is Workload.read_picture else "pictures"
+    def takes(self) -> Kind:
+        """The kind of inputs beside arrays: pictures, texts to continue, or none."""
+        return kind_of(self.workload)
 
-    def decode(self, content: bytes | Path | Image.Image) -> Any:
-        """Turn a picture, upright and of any size, into an input of ``predict``.
+    def decode(self, content: Any) -> Any:
+        """Turn a value into an input of ``predict``.
 
-        Raises JobError, in one line, for what is no picture, is damaged, has too many pixels, or shows nothing that the
-        workload can use.
+        ``content``: a picture of any size, as bytes, a path, a Pillow image, or a dict with ``bytes``; numbers, or
+        lists of them, of which floats become float32; an array; for a language model, a text. Raises JobError, in one
+        line, for what is of another kind, is damaged, has too many pixels, or shows nothing that the workload can use.
         """
+        if isinstance(content, dict) and isinstance(content.get("bytes"), bytes):
+            content = content["bytes"]
+        if isinstance(content, np.ndarray) or (isinstance(content, str) and self.takes == "texts"):
+            return content
+        if isinstance(content, (list, tuple, int, float)):
+            return _numbers(content)
+        if self.takes != "pictures" or not isinstance(content, (bytes, Path, Image.Image)):
+            kind = "a null" if content is None else f"a {type(content).__name__}"
+            raise JobError(f"{kind} is no input of {self.name}, which takes {self.takes}")
         try:
             if isinstance(content, Image.Image):
                 picture = as_displayed(content)
@@ -145,22 +155,24 @@ class Predictor:
         return predictions
 
     def columns(self, inputs: Iterable[Any]) -> dict[str, np.ndarray]:
-        """Return the same predictions as columns: ``prediction`` and its ``probability`` (or NaN), (N,).
+        """Return the same predictions as columns, (N,): ``prediction`` and its ``probability``.
 
-        A ``Classification`` adds ``probabilities``, (N, classes) in the order of its classes. Raises UsageError.
+        A ``Classification`` adds ``probabilities``, (N, classes) in the order of its classes. A ``Regression`` and a
+        language model have only ``prediction``. Raises UsageError.
         """
         best, probabilities = list[tuple[Any, float]](), list[np.ndarray]()
         for _, tops, outputs in self._computed(inputs):
             best += [top[0] for top in tops]
-            if self._has_classes:
+            if self._inherits(Classification):
                 probabilities.append(outputs.softmax(1)[: len(tops)].cpu().numpy())
-        columns = {
-            "prediction": _column([prediction for prediction, _ in best]),
-            "probability": np.array([probability for _, probability in best], np.float32),
-        }
-        if self._has_classes:
-            classes = self.workload.num_classes  # type: ignore[attr-defined]
-            columns["probabilities"] = np.concatenate([np.empty((0, classes), np.float32), *probabilities])
+        columns = {"prediction": _column([prediction for prediction, _ in best], [0.0])}
+        if self.takes == "texts" or self._inherits(Regression):
+            return columns
+        columns["probability"] = np.array([probability for _, probability in best], np.float32)
+        if isinstance(self.workload, Classification) and self._inherits(Classification):
+            names = self.workload.class_names
+            columns["prediction"] = _column([prediction for prediction, _ in best], names)
+            columns["probabilities"] = np.concatenate([np.empty((0, len(names)), np.float32), *probabilities])
         return columns
 
     def read(self, file: Path | Image.Image) -> Prediction:
@@ -171,11 +183,9 @@ class Predictor:
         except JobError as error:
             return Prediction(name, error=str(error))
 
-    @property
-    def _has_classes(self) -> bool:
-        """Whether the outputs are logits of classes."""
-        own = type(self.workload).top_predictions
-        return isinstance(self.workload, Classification) and own is Classification.top_predictions
+    def _inherits(self, base: type[Workload]) -> bool:
+        """Return whether the predictions are those of ``base``."""
+        return type(self.workload).top_predictions is base.top_predictions
 
     def _computed(self, inputs: Iterable[Any]) -> Iterator[tuple[list[Any], list[Any], Any]]:
         """Yield batches of inputs with the top predictions for each input, and with the model's outputs."""
@@ -216,10 +226,31 @@ def read_image(file: Path | io.BytesIO) -> Image.Image:
         raise UsageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _column(values: list[Any]) -> np.ndarray:
-    """Return predictions as an array: of numbers or texts or, if they are lists or dicts, of objects."""
+def kind_of(workload: Workload) -> Kind:
+    """Return the kind of inputs that a workload takes."""
+    if type(workload).complete is not Workload.complete:
+        return "texts"
+    return "arrays" if type(workload).read_picture is Workload.read_picture else "pictures"
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """Return numbers, in lists or not, as an array. Raises JobError."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise JobError("lists of different lengths are no input") from error
+    if array.dtype.kind not in "biuf":
+        raise JobError(f"{values!r:.40} is no number, and no list of numbers")
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def _column(values: list[Any], alike: list[Any]) -> np.ndarray:
+    """Return predictions as an array: of numbers or texts or, if they are lists or dicts, of objects.
+
+    ``alike``: values that have the array's type if there are no predictions.
+    """
     if all(isinstance(value, (bool, int, float, str)) for value in values):
-        return np.array(values)
+        return np.array(values or alike)[: len(values)]
     column = np.empty(len(values), object)
     column[:] = values
     return column
