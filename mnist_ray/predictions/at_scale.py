@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ from mnist_ray.config import ScaleConfig, WorkerConfig
 from mnist_ray.data.files import CODECS
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.job.find import Found
-from mnist_ray.predictions.inputs import DAMAGE, Chunk, Inputs, find_inputs
+from mnist_ray.output import without_stderr
+from mnist_ray.predictions.inputs import Chunk, DamagedTableError, Inputs, find_inputs
 from mnist_ray.predictions.predictor import Predictor
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
@@ -146,17 +148,21 @@ def _predicted(
             num_cpus=actors.cpus,
             num_gpus=actors.gpus,
         )
-        show, done = _progress(inputs, found.workload, console), dict[str, dict[str, Any]]()
+        progress, done = _Progress(inputs, found.workload, console), dict[str, dict[str, Any]]()
         try:
-            for row in results.iter_rows():
+            rows = iter(results.iter_rows())
+            with without_stderr():  # Ray warns about the loss of arguments, which this process holds
+                first = [*itertools.islice(rows, 1)]
+            for row in itertools.chain(first, rows):
                 part = json.loads(row["done"])
                 if "error" in part:
                     raise JobError(part["error"])
                 done[part["part"]] = part
-                show(part)
+                progress.add(part)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             raise JobError(f"the predictions were lost: {first_line(cause)}; give the same command again") from error
+        console.say("", f"{progress.rate}, {progress.seconds:.1f} s without the start of the actors")
         return done
 
 
@@ -180,20 +186,30 @@ def _actors_for(cluster: Cluster, config: ScaleConfig, num_parts: int, use_gpu: 
     return Actors(number, max(1, min(cpus, free["CPU"] // number)), min(1.0, num_gpus / number))
 
 
-def _progress(inputs: Inputs, workload: Workload, console: RunConsole) -> Callable[[Mapping[str, Any]], None]:
-    """Return a function that shows how far the predictions are, after each part."""
-    sizes, rows, done, begun = inputs.sizes(), 0, 0, math.inf
-    whole = sum(sizes.values())
+class _Progress:
+    """What is predicted so far, without the time in which the actors start."""
 
-    def show(part: Mapping[str, Any]) -> None:
-        nonlocal rows, done, begun
-        begun = min(begun, time.monotonic() - part["seconds"])  # not counting the actors' start
-        rows, done, seconds = rows + part["rows"], done + sizes[part["part"]], time.monotonic() - begun
-        left = clock_time(seconds * (whole - done) / max(1, done))
-        line = f"{rows:,} {workload.nouns}  {rows / seconds:,.0f} {workload.nouns}/s  {left} left"
-        console.show_now("predicting", line, done / max(1, whole))
+    def __init__(self, inputs: Inputs, workload: Workload, console: RunConsole) -> None:
+        self._sizes, self._nouns, self._console = inputs.sizes(), workload.nouns, console
+        self._rows, self._size, self._begun = 0, 0, math.inf
 
-    return show
+    def add(self, part: Mapping[str, Any]) -> None:
+        """Show the progress after a part."""
+        self._begun = min(self._begun, time.monotonic() - part["seconds"])
+        self._rows, self._size = self._rows + part["rows"], self._size + self._sizes[part["part"]]
+        done = self._size / max(1, sum(self._sizes.values()))
+        left = clock_time(self.seconds * (1 - done) / done) if done else "?"
+        self._console.show_now("predicting", f"{self._rows:,} {self._nouns}  {self.rate}  {left} left", done)
+
+    @property
+    def seconds(self) -> float:
+        """How long the actors have predicted."""
+        return time.monotonic() - self._begun
+
+    @property
+    def rate(self) -> str:
+        """The rows per second."""
+        return f"{self._rows / self.seconds:,.0f} {self._nouns}/s"
 
 
 def _summary(
@@ -249,9 +265,9 @@ class PartPredictor:
                     if "probability" in columns:
                         totals["unsure"] += int((columns["probability"] < self._threshold).sum())
                         counts.update(map(str, columns["prediction"].tolist()))
-        except DAMAGE as error:  # of a whole table, of which nothing is written
+        except DamagedTableError as error:  # nothing of it is written
             totals, counts = dict.fromkeys(_NUMBERS, 0), Counter()
-            reasons = [json.dumps({"input": part, "reason": f"the file cannot be read: {first_line(error)}"})]
+            reasons = [json.dumps({"input": part, "reason": str(error)})]
         if reasons:
             totals["unreadable"] = len(reasons)
             self._folder.inside(_UNREADABLE).write_text(f"{part}.jsonl", "\n".join(reasons) + "\n")
@@ -281,8 +297,9 @@ def predicted(predictor: Predictor, chunk: Chunk) -> tuple[Any, dict[str, np.nda
         wrong |= failed
         rows = [row for row in rows if row not in failed]
         columns = predictor.columns(chunk.inputs[row] for row in rows)
-    readable = chunk.rows.take(rows) if isinstance(chunk.rows, pa.Table) else [chunk.rows[row] for row in rows]
-    return readable, columns, wrong
+    if isinstance(chunk.rows, pa.Table):
+        return chunk.rows.take(pa.array(rows, pa.int64())), columns, wrong
+    return [chunk.rows[row] for row in rows], columns, wrong
 
 
 @contextlib.contextmanager

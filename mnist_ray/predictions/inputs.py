@@ -19,7 +19,7 @@ from pyarrow import parquet as pq
 
 from mnist_ray.data.columns import REMEDY, arrays_of
 from mnist_ray.data.files import files_at, folder_of
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.predictions.outputs import LinesFile, ParquetFile
 from mnist_ray.predictions.predictor import PICTURES, Kind, Predictor, kind_of
 from mnist_ray.workload.base import Workload
@@ -39,12 +39,16 @@ _AT_ONCE = 256  # rows
 _VALUES = (  # kinds of columns that are pictures or texts, not numbers
     *(pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string),
 )
-DAMAGE = (pa.ArrowException, csv.Error, UnicodeDecodeError, EOFError, FileNotFoundError)  # of a whole table
+_DAMAGE = (pa.ArrowException, csv.Error, UnicodeDecodeError, EOFError, FileNotFoundError)
 _FITS: dict[Kind, tuple[Callable[[Any], bool], ...]] = {  # values of the input's column; the first kind found is taken
     "pictures": (lambda value: isinstance(value, (bytes, dict)), lambda value: isinstance(value, (list, np.ndarray))),
     "texts": (lambda value: isinstance(value, str),),
     "arrays": (lambda value: isinstance(value, (list, np.ndarray)), lambda value: _is_number(value)),
 }
+
+
+class DamagedTableError(Exception):
+    """A whole file cannot be read, or the rest of it."""
 
 
 class Chunk(NamedTuple):
@@ -78,14 +82,14 @@ class Inputs:
         return contextlib.closing(LinesFile(stream, is_csv=self.kind == "CSV") if is_lines else ParquetFile(stream))
 
     def chunks(self, part: str, files: Sequence[str], predictor: Predictor) -> Iterator[Chunk]:
-        """Read a part, some rows at a time. Raises STORAGE_ERRORS."""
+        """Read a part, some rows at a time. Raises DamagedTableError, and STORAGE_ERRORS."""
         first = 1
         if self.kind not in _TABLES:
             for start in range(0, len(files), _AT_ONCE):
                 some = files[start : start + _AT_ONCE]
                 yield Chunk(pa.table({"file": some}), [self._input_in(file, predictor) for file in some], some)
             return
-        for rows in self._tables(part) if self.kind == "Parquet" else _some(self._rows(part)):
+        for rows in _undamaged(self._tables(part) if self.kind == "Parquet" else _some(self._rows(part))):
             inputs = self._inputs_of(rows, predictor)
             yield Chunk(rows, inputs, [f"{part}, row {first + row}" for row in range(len(inputs))])
             first += len(inputs)
@@ -104,7 +108,7 @@ class Inputs:
     def _input_in(self, file: str, predictor: Predictor) -> Any:
         try:
             with self.filesystem.open_input_stream(posixpath.join(self.folder, file)) as stream:
-                content = stream.read()
+                content = bytes(stream.read())
             return predictor.decode(content.decode("utf-8") if self.kind == "texts" else content)
         except (FileNotFoundError, PermissionError) as error:
             return JobError(f"cannot be read: {error.strerror or 'it does not exist'}")
@@ -214,6 +218,14 @@ def _is_number(value: Any) -> bool:
 def _some(rows: Iterator[Any]) -> Iterator[list[Any]]:
     while some := [*islice(rows, _AT_ONCE)]:
         yield some
+
+
+def _undamaged(rows: Iterator[Any]) -> Iterator[Any]:
+    """Yield the same. Raises DamagedTableError for errors while reading."""
+    try:
+        yield from rows
+    except _DAMAGE as error:
+        raise DamagedTableError(f"the file cannot be read: {first_line(error)}") from error
 
 
 def _object(line: bytes) -> Any:
