@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the comman
     "train": ("[FLAGS]", TRAINING),
     "tune": ("[FLAGS]", (config.SweepConfig,)),
     "evaluate": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.EvaluationConfig,)),
-    "predict": ("IMAGE_OR_FOLDER … [--run CHECKPOINT_OR_RUN] [FLAGS]", (config.PredictionConfig,)),
+    "predict": ("IMAGE_OR_FOLDER … [--run CHECKPOINT_OR_RUN] [FLAGS]", (config.PredictionConfig, config.ScaleConfig)),
     "view": ("[FLAGS]", (config.ViewConfig,)),
     "report": ("[RUN] [FLAGS]", ()),
     "export": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.ExportConfig,)),
@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the comman
 }
 NOTES = {
     "tune": "All flags of `train` apply to each trial.",
-    "predict": "For a language model, give texts to continue.",
+    "predict": "For a language model, give texts to continue. With `--input`, give no IMAGE_OR_FOLDER.",
 }
 KINDS = {int: "integer", float: "number", str: "text", Path: "path", tuple: "list", bool: "on or off"}
 INTRODUCTION = """\

@@ -89,21 +89,23 @@ class Inputs:
                 some = files[start : start + _AT_ONCE]
                 yield Chunk(pa.table({"file": some}), [self._input_in(file, predictor) for file in some], some)
             return
-        for rows in _undamaged(self._tables(part) if self.kind == "Parquet" else _some(self._rows(part))):
+        for rows in _undamaged(self._chunks_of(part)):
             inputs = self._inputs_of(rows, predictor)
             yield Chunk(rows, inputs, [f"{part}, row {first + row}" for row in range(len(inputs))])
             first += len(inputs)
 
     def first_row(self) -> dict[str, Any]:
-        """Return the first row of a table. Raises UsageError if there is none."""
+        """Return the first row of a table. Raises UsageError if no table has one that can be read."""
         for part in self.parts:
-            tables = self._tables(part) if self.kind == "Parquet" else ()
-            rows = (row for table in tables for row in table.slice(0, 1).to_pylist()) if tables else self._rows(part)
-            for row in islice(rows, 1):
-                if isinstance(row, JobError):
-                    raise UsageError(f"{part}, row 1: {row}")
-                return row
-        raise UsageError(f"the {self.kind} files in {self.folder} have no rows")
+            with contextlib.suppress(DamagedTableError):
+                for rows in _undamaged(self._chunks_of(part)):
+                    for row in rows.slice(0, 1).to_pylist() if isinstance(rows, pa.Table) else rows:
+                        if isinstance(row, dict):
+                            return row
+        raise UsageError(f"the {self.kind} files in {self.folder} have no rows that can be read")
+
+    def _chunks_of(self, part: str) -> Iterator[Any]:
+        return self._tables(part) if self.kind == "Parquet" else _some(self._rows(part))
 
     def _input_in(self, file: str, predictor: Predictor) -> Any:
         try:
@@ -154,7 +156,7 @@ class Inputs:
             return row
         try:
             values = [row[name] for name in self.columns]
-            if len(values) > 1 or (self.kind == "CSV" and predictor.takes != "texts"):
+            if self.kind == "CSV" and predictor.takes != "texts":
                 values = [float(value) for value in values]
             return predictor.decode(values if len(values) > 1 else values[0])
         except KeyError as error:

@@ -123,8 +123,9 @@ class Predictor:
         """Turn a value into an input of ``predict``.
 
         ``content``: a picture of any size, as bytes, a path, a Pillow image, or a dict with ``bytes``; numbers, or
-        lists of them, of which floats become float32; an array; for a language model, a text. Raises JobError, in one
-        line, for what is of another kind, is damaged, has too many pixels, or shows nothing that the workload can use.
+        lists of them, which become float32: JSON does not tell 3 from 3.0; an array of any type; for a language model,
+        a text. Raises JobError, in one line, for what is of another kind, is damaged, has too many pixels, or shows
+        nothing that the workload can use.
         """
         if isinstance(content, dict) and isinstance(content.get("bytes"), bytes):
             content = content["bytes"]
@@ -247,7 +248,7 @@ def _numbers(values: Any) -> np.ndarray:
         raise JobError("lists of different lengths are no input") from error
     if array.dtype.kind not in "biuf":
         raise JobError(f"{values!r:.40} is no number, and no list of numbers")
-    return array.astype(np.float32) if array.dtype.kind == "f" else array
+    return array.astype(np.float32)
 
 
 def _column(values: list[Any], alike: list[Any]) -> np.ndarray:
