@@ -88,7 +88,7 @@ def predict_at_scale(
         summary = _summary(done, found.workload, threshold, console)
         if summary["unreadable"]:
             console.say("unreadable", f"reasons in {folder.inside(_UNREADABLE).uri}")
-        console.say("output", folder.uri)
+        console.say("output", config.output)
         return summary
 
 

@@ -122,7 +122,8 @@ class Inputs:
     def _tables(self, part: str) -> Iterator[pa.Table]:
         """Yield the rows of a Parquet file; first no rows, with the file's columns."""
         with self.filesystem.open_input_file(posixpath.join(self.folder, part)) as handle:
-            file = pq.ParquetFile(handle, buffer_size=2**20)  # else it reads a whole row group at once
+            # Otherwise, it would read a whole row group at once.
+            file = pq.ParquetFile(handle, buffer_size=2**20, pre_buffer=False)
             yield file.schema_arrow.empty_table()
             yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(_AT_ONCE))
 

@@ -101,10 +101,11 @@ class Predictor:
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = found.load_model()
         try:
             device = torch.device(device)
-            model = with_fast_layout(found.load_model().to(device))
-        except RuntimeError as error:
+            model = with_fast_layout(model.to(device))
+        except (AssertionError, RuntimeError) as error:  # the first if PyTorch was built without CUDA
             raise UsageError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
         precision = precision_of(build(TrainConfig, found.config), device)
         return cls(found.workload, model, found.checkpoint.uri, precision, device)
