@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -105,8 +104,9 @@ def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs, console:
         return inputs
     if different := [name for name, value in asked.items() if known["asked"].get(name) != value]:
         raise UsageError(f"--output {folder.uri} holds predictions with another {different[0]}; choose another folder")
-    if new := sum(map(len, inputs.parts.values())) - sum(map(len, known["parts"].values())):
-        console.say("note", f"the input's files have changed by {new:+,} since the first start; theirs go on")
+    begun = {file for files in known["parts"].values() for file in files}
+    if new := {file for files in inputs.parts.values() for file in files} - begun:
+        console.say("note", f"{count(len(new), 'file')} came after the first start, and will not be predicted")
     return dataclasses.replace(inputs, columns=tuple(known["columns"]), parts=known["parts"])
 
 
@@ -133,22 +133,23 @@ def _predicted(
         say = functools.partial(console.say, "note")
         for note in filter(None, (*cluster.notes, extras.note(plain=config.plain_ray))):
             say(note)
-        actors = _actors_for(cluster, config, len(inputs.parts), is_gpu_wanted(config.use_gpu, cluster, say))
-        console.say("actors", str(actors))
+        use_gpu = is_gpu_wanted(config.use_gpu, cluster, say)
+        number, cpus, gpus = _resources(cluster, config, len(inputs.parts), use_gpu)
+        console.say("actors", f"{number} × {count(cpus, 'CPU')}" + (f" and {gpus:.3g} GPU" if gpus else ""))
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         parts = [{"part": json.dumps(part)} for part in inputs.parts.items()]
-        arguments = found, dataclasses.replace(inputs, parts={}), folder, threshold, actors.cpus
+        arguments = found, dataclasses.replace(inputs, parts={}), folder, threshold, cpus
         results = from_items(parts, override_num_blocks=len(parts)).map_batches(
             PartPredictor,
             batch_size=1,
             fn_constructor_args=arguments,
-            compute=ActorPoolStrategy(size=actors.number, max_tasks_in_flight_per_actor=2),
-            num_cpus=actors.cpus,
-            num_gpus=actors.gpus,
+            compute=ActorPoolStrategy(size=number, max_tasks_in_flight_per_actor=2),
+            num_cpus=cpus,
+            num_gpus=gpus,
         )
-        progress, done = _Progress(inputs, found.workload, console), dict[str, dict[str, Any]]()
+        done, num_rows, begun, nouns = dict[str, dict[str, Any]](), 0, math.inf, found.workload.nouns
         try:
             rows = iter(results.iter_rows())
             with without_stderr():  # Ray warns about the loss of arguments, which this process holds
@@ -158,58 +159,26 @@ def _predicted(
                 if "error" in part:
                     raise JobError(part["error"])
                 done[part["part"]] = part
-                progress.add(part)
+                num_rows += part["rows"]
+                begun = min(begun, time.monotonic() - part["seconds"])  # without the start of the actors
+                seconds = time.monotonic() - begun
+                rate, left = f"{num_rows / seconds:,.0f} {nouns}/s", seconds * (len(parts) / len(done) - 1)
+                line = f"{num_rows:,} {nouns}  {rate}  {clock_time(left)} left"
+                console.show_now("predicting", line, len(done) / len(parts))
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             raise JobError(f"the predictions were lost: {first_line(cause)}; give the same command again") from error
-        console.say("", f"{progress.rate}, {progress.seconds:.1f} s without the start of the actors")
+        console.say("", f"{rate}, {seconds:.1f} s without the start of the actors")
         return done
 
 
-@dataclass(frozen=True)
-class Actors:
-    """How many actors predict, and the resources of each."""
-
-    number: int
-    cpus: int
-    gpus: float
-
-    def __str__(self) -> str:
-        return f"{self.number} × {count(self.cpus, 'CPU')}" + (f" and {self.gpus:.3g} GPU" if self.gpus else "")
-
-
-def _actors_for(cluster: Cluster, config: ScaleConfig, num_parts: int, use_gpu: bool) -> Actors:
+def _resources(cluster: Cluster, config: ScaleConfig, num_parts: int, use_gpu: bool) -> tuple[int, int, float]:
+    """Return the number of actors, and the CPUs and GPUs of each."""
     free = {name: int(ray.available_resources().get(name, 0)) for name in ("CPU", "GPU")}
     num_gpus = max(1, free["GPU"]) if use_gpu else 0
     number = max(1, min(config.num_actors or num_gpus or free["CPU"], free["CPU"], num_parts))
     cpus = cpus_for_each(cluster.nodes, number, None, False) or 1
-    return Actors(number, max(1, min(cpus, free["CPU"] // number)), min(1.0, num_gpus / number))
-
-
-class _Progress:
-    """What is predicted so far, without the time in which the actors start."""
-
-    def __init__(self, inputs: Inputs, workload: Workload, console: RunConsole) -> None:
-        self._sizes, self._nouns, self._console = inputs.sizes(), workload.nouns, console
-        self._rows, self._size, self._begun = 0, 0, math.inf
-
-    def add(self, part: Mapping[str, Any]) -> None:
-        """Show the progress after a part."""
-        self._begun = min(self._begun, time.monotonic() - part["seconds"])
-        self._rows, self._size = self._rows + part["rows"], self._size + self._sizes[part["part"]]
-        done = self._size / max(1, sum(self._sizes.values()))
-        left = clock_time(self.seconds * (1 - done) / done) if done else "?"
-        self._console.show_now("predicting", f"{self._rows:,} {self._nouns}  {self.rate}  {left} left", done)
-
-    @property
-    def seconds(self) -> float:
-        """How long the actors have predicted."""
-        return time.monotonic() - self._begun
-
-    @property
-    def rate(self) -> str:
-        """The rows per second."""
-        return f"{self._rows / self.seconds:,.0f} {self._nouns}/s"
+    return number, max(1, min(cpus, free["CPU"] // number)), min(1.0, num_gpus / number)
 
 
 def _summary(
@@ -264,7 +233,8 @@ class PartPredictor:
                     reasons += [json.dumps({"input": chunk.places[row], "reason": wrong[row]}) for row in wrong]
                     if "probability" in columns:
                         totals["unsure"] += int((columns["probability"] < self._threshold).sum())
-                        counts.update(map(str, columns["prediction"].tolist()))
+                        if columns["prediction"].dtype.kind in "biuU":  # classes
+                            counts.update(map(str, columns["prediction"].tolist()))
         except DamagedTableError as error:  # nothing of it is written
             totals, counts = dict.fromkeys(_NUMBERS, 0), Counter()
             reasons = [json.dumps({"input": part, "reason": str(error)})]

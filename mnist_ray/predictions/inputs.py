@@ -69,13 +69,6 @@ class Inputs:
     columns: tuple[str, ...]  # of a table, that hold the input
     parts: dict[str, list[str]]  # the files of a part, within the folder, by the name of the part's predictions
 
-    def sizes(self) -> dict[str, int]:
-        """Return the size of each part: a table's bytes, or the number of files. Raises STORAGE_ERRORS."""
-        if self.kind not in _TABLES:
-            return {part: len(files) for part, files in self.parts.items()}
-        infos = self.filesystem.get_file_info([posixpath.join(self.folder, part) for part in self.parts])
-        return {part: info.size or 0 for part, info in zip(self.parts, infos, strict=True)}
-
     def writer(self, stream: Any) -> contextlib.closing[ParquetFile | LinesFile]:
         """Return what writes a part's rows, in the input's format; for pictures and texts, in Parquet."""
         is_lines = self.kind in ("JSON lines", "CSV")
