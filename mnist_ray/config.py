@@ -261,7 +261,7 @@ class PredictionConfig:
     """Output of predictions."""
 
     threshold: float = setting(0.8, "predictions below this probability are marked unsure", **fraction())
-    json: bool = setting(False, "print one JSON object per line, for programs")
+    json: bool = setting(False, "print one JSON object per line, for programs; with --input, the summary as one")
     grid: str | None = setting(None, "image file to write, of the model's inputs and predictions", **_ending(".png"))
 
 

@@ -173,7 +173,12 @@ def test_an_error_in_an_actor_is_one_line_and_a_killed_actor_is_replaced(
 def test_json_lines_keep_their_columns_and_lines_that_cannot_be_read_have_a_reason(
     tmp_path: Path, packed: bool
 ) -> None:
-    lines = [{"id": "7", "x": [1, 2.5], "note": None}, {"id": 8, "x": [3, 4]}, {"id": 9, "x": [1, [2]]}, {"id": 10}]
+    lines: list[dict[str, Any]] = [
+        {"id": "7", "x": [1, 2.5], "note": None},
+        {"id": 8, "x": [3, 4]},
+        {"id": 9, "x": [1, [2]]},
+        {"id": 10},
+    ]
     texts = [*map(json.dumps, lines), "{", '{"id": 11, "x": [1, 2, 3]}', '{"id": 12, "x": [NaN, 1]}']
     place = tmp_path / "in" / ("a.jsonl.gz" if packed else "a.jsonl")
     place.parent.mkdir()
