@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the comman
     "tune": ("[FLAGS]", (config.SweepConfig,)),
     "evaluate": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.EvaluationConfig,)),
     "compare": ("RUN RUN … [FLAGS]", (config.ComparisonConfig,)),
-    "predict": ("IMAGE_OR_FOLDER … [--run CHECKPOINT_OR_RUN] [FLAGS]", (config.PredictionConfig,)),
+    "predict": ("IMAGE_OR_FOLDER … [--run CHECKPOINT_OR_RUN] [FLAGS]", (config.PredictionConfig, config.ScaleConfig)),
     "view": ("[FLAGS]", (config.ViewConfig,)),
     "report": ("[RUN] [FLAGS]", ()),
     "export": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.ExportConfig,)),
@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the comman
 }
 NOTES = {
     "tune": "All flags of `train` apply to each trial.",
-    "predict": "For a language model, give texts to continue.",
+    "predict": "For a language model, give texts to continue. With `--input`, give no IMAGE_OR_FOLDER.",
 }
 KINDS = {int: "integer", float: "number", str: "text", Path: "path", tuple: "list", bool: "on or off"}
 INTRODUCTION = """\

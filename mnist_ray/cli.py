@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mnist_ray import api, config, layers, signals
+from mnist_ray.cluster import environment
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
 from mnist_ray.job.job import Job, read_job, resume_command
@@ -30,6 +31,7 @@ from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.text import PROGRAM, VERSION
 from mnist_ray.workload import loading
+from ray_fork.starting import prepared_forking
 
 
 def train() -> None:
@@ -65,13 +67,26 @@ def evaluate() -> None:
 
 def predict() -> None:
     """Print a trained model's predictions for your own images."""
-    parser = _parser(predict, config.PredictionConfig)
+    parser = _parser(predict, config.PredictionConfig, config.ScaleConfig)
     _add_run(parser, "--run", default=None)
     help_text = "images, or folders of images; for a language model, texts to continue"
-    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help=help_text)
-    flags = _over_files(parser.read_flags(), config.PredictionConfig)
-    found = api.find(flags["run"], flags.get("workload"), flags["storage_path"])
-    _tool("predict")(flags["images"], found, build(config.PredictionConfig, flags))
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="*", help=help_text)
+    flags = _over_files(parser.read_flags(), config.PredictionConfig, config.ScaleConfig)
+    options, scale = build(config.PredictionConfig, flags), build(config.ScaleConfig, flags)
+    if bool(flags["images"]) == bool(scale.input or scale.output):
+        raise UsageError("name images or folders or, for data at scale, --input and --output")
+    find = functools.partial(api.find, flags["run"], flags.get("workload"), flags["storage_path"])
+    if flags["images"]:
+        _tool("predict")(flags["images"], find(), options)
+        return
+    if options.grid:
+        raise UsageError("--grid draws IMAGE_OR_FOLDER; it does not go with --input")
+    with one_object(is_wanted=options.json) as shown:
+        environment.prepare(verbose=False, plain=scale.plain_ray)
+        with prepared_forking("mnist_ray.predictions.at_scale", is_wanted=not scale.plain_ray) as forking:
+            from mnist_ray.predictions.at_scale import predict_at_scale
+
+            shown |= predict_at_scale(find(), scale, options.threshold, forking)
 
 
 def view() -> None:

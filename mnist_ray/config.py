@@ -293,8 +293,30 @@ class PredictionConfig:
     """Output of predictions."""
 
     threshold: float = setting(0.8, "predictions below this probability are marked unsure", **fraction())
-    json: bool = setting(False, "print one JSON object per line, for programs")
+    json: bool = setting(False, "print one JSON object per line, for programs; with --input, the summary as one")
     grid: str | None = setting(None, "image file to write, of the model's inputs and predictions", **_ending(".png"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleConfig:
+    """Data at scale, on Ray."""
+
+    input: str | None = setting(
+        None,
+        "file, folder, URI or pattern of pictures, texts, Parquet, JSON lines or CSV, instead of IMAGE_OR_FOLDER",
+        metavar="PLACE",
+    )
+    output: str | None = setting(
+        None, "folder or URI for the predictions; the same command goes on with a begun one", metavar="PLACE"
+    )
+    column: tuple[str, ...] = setting(
+        (), "columns of a table that hold the input; default: the only one that fits", metavar="NAME"
+    )
+    num_actors: int | None = setting(
+        None, "processes that share the input; default: one for each GPU or, without GPUs, for each CPU", **at_least(1)
+    )
+    use_gpu: Literal["auto", "yes", "no"] = setting("auto", "GPUs for the actors; auto: if the cluster has free ones")
+    plain_ray: bool = setting(False, _PLAIN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -390,6 +412,15 @@ class SweepConfig:
 
 CLASSES: tuple[type, ...] = (
     *(SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig),
-    *(ViewConfig, PredictionConfig, RunsConfig, ExportConfig, ReproductionConfig, ProjectConfig, EvaluationConfig),
+    *(
+        ViewConfig,
+        PredictionConfig,
+        ScaleConfig,
+        RunsConfig,
+        ExportConfig,
+        ReproductionConfig,
+        ProjectConfig,
+        EvaluationConfig,
+    ),
 )
 """All settings of the commands."""

@@ -11,7 +11,7 @@ import ray
 import torch
 
 from mnist_ray.cluster.plan import Cluster
-from mnist_ray.errors import TrainingStoppedError, first_line
+from mnist_ray.errors import TrainingStoppedError, UsageError, first_line
 from mnist_ray.provenance import cpuinfo
 
 
@@ -36,6 +36,15 @@ def usable(device: torch.device) -> torch.device:
         found = f"PyTorch on {socket.gethostname()} cannot use the GPU: {first_line(error)}"
         raise UnusableGPUError(f"{found}; {remedy}") from error
     return device
+
+
+def is_gpu_wanted(use_gpu: str, cluster: Cluster, warn: Callable[[str], None]) -> bool:
+    """Return whether to use GPUs, given the setting ``use_gpu``. Raises UsageError if there are none."""
+    if use_gpu == "auto" and ray.available_resources().get("GPU", 0) >= 1:
+        return any(node.num_gpus for node in without_unusable_gpus(cluster, warn).nodes)
+    if use_gpu == "yes" and cluster.is_local and not any(node.num_gpus for node in cluster.nodes):
+        raise UsageError("--use-gpu yes, but this machine has no GPU; use --use-gpu no")
+    return use_gpu == "yes"
 
 
 def name_of(device: torch.device) -> str:

@@ -23,16 +23,19 @@ from mnist_ray import process
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.data.batches import MicroBatch, to_device
 from mnist_ray.data.images import as_displayed, open_picture
+from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.find import Found
 from mnist_ray.settings import build, is_no_file
 from mnist_ray.training.evaluation import precision_of
 from mnist_ray.training.step import forward
-from mnist_ray.workload import Classification
+from mnist_ray.workload import Classification, Regression
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import placed
 
+Kind = Literal["pictures", "texts", "arrays"]
 BATCH_SIZE = 64
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # the files that folders are searched for
 _TILE = 16
 """Batches are filled up to a multiple of this number: for fewer rows, or a rest of rows, matrix products use other
 kernels, whose sums differ in the last bit."""
@@ -98,10 +101,11 @@ class Predictor:
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = found.load_model()
         try:
             device = torch.device(device)
-            model = found.load_model().to(device)
-        except RuntimeError as error:
+            model = with_fast_layout(model.to(device))
+        except (AssertionError, RuntimeError) as error:  # the first if PyTorch was built without CUDA
             raise UsageError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
         precision = precision_of(build(TrainConfig, found.config), device)
         return cls(found.workload, model, found.checkpoint.uri, precision, device)
@@ -112,18 +116,27 @@ class Predictor:
         return type(self.workload).__name__
 
     @property
-    def takes(self) -> Literal["pictures", "texts", "arrays"]:
-        """The inputs: what ``decode`` turns into arrays, texts to continue, or only arrays."""
-        if type(self.workload).complete is not Workload.complete:
-            return "texts"
-        return "arrays" if type(self.workload).read_picture is Workload.read_picture else "pictures"
+    def takes(self) -> Kind:
+        """The kind of inputs beside arrays: pictures, texts to continue, or none."""
+        return kind_of(self.workload)
 
-    def decode(self, content: bytes | Path | Image.Image) -> Any:
-        """Turn a picture, upright and of any size, into an input of ``predict``.
+    def decode(self, content: Any) -> Any:
+        """Turn a value into an input of ``predict``.
 
-        Raises JobError, in one line, for what is no picture, is damaged, has too many pixels, or shows nothing that the
-        workload can use.
+        ``content``: a picture of any size, as bytes, a path, a Pillow image, or a dict with ``bytes``; numbers, or
+        lists of them, which become float32: JSON does not tell 3 from 3.0; an array of any type; for a language model,
+        a text. Raises JobError, in one line, for what is of another kind, is damaged, has too many pixels, or shows
+        nothing that the workload can use.
         """
+        if isinstance(content, dict) and isinstance(content.get("bytes"), bytes):
+            content = content["bytes"]
+        if isinstance(content, np.ndarray) or (isinstance(content, str) and self.takes == "texts"):
+            return content
+        if isinstance(content, (list, tuple, int, float)):
+            return _numbers(content)
+        if self.takes != "pictures" or not isinstance(content, (bytes, Path, Image.Image)):
+            kind = "a null" if content is None else f"a {type(content).__name__}"
+            raise JobError(f"{kind} is no input of {self.name}, which takes {self.takes}")
         try:
             if isinstance(content, Image.Image):
                 picture = as_displayed(content)
@@ -145,22 +158,24 @@ class Predictor:
         return predictions
 
     def columns(self, inputs: Iterable[Any]) -> dict[str, np.ndarray]:
-        """Return the same predictions as columns: ``prediction`` and its ``probability`` (or NaN), (N,).
+        """Return the same predictions as columns, (N,): ``prediction`` and its ``probability``.
 
-        A ``Classification`` adds ``probabilities``, (N, classes) in the order of its classes. Raises UsageError.
+        A ``Classification`` adds ``probabilities``, (N, classes) in the order of its classes. A ``Regression`` and a
+        language model have only ``prediction``. Raises UsageError.
         """
         best, probabilities = list[tuple[Any, float]](), list[np.ndarray]()
         for _, tops, outputs in self._computed(inputs):
             best += [top[0] for top in tops]
-            if self._has_classes:
+            if self._inherits(Classification):
                 probabilities.append(outputs.softmax(1)[: len(tops)].cpu().numpy())
-        columns = {
-            "prediction": _column([prediction for prediction, _ in best]),
-            "probability": np.array([probability for _, probability in best], np.float32),
-        }
-        if self._has_classes:
-            classes = self.workload.num_classes  # type: ignore[attr-defined]
-            columns["probabilities"] = np.concatenate([np.empty((0, classes), np.float32), *probabilities])
+        columns = {"prediction": _column([prediction for prediction, _ in best], [0.0])}
+        if self.takes == "texts" or self._inherits(Regression):
+            return columns
+        columns["probability"] = np.array([probability for _, probability in best], np.float32)
+        if isinstance(self.workload, Classification) and self._inherits(Classification):
+            names = self.workload.class_names
+            columns["prediction"] = _column([prediction for prediction, _ in best], names)
+            columns["probabilities"] = np.concatenate([np.empty((0, len(names)), np.float32), *probabilities])
         return columns
 
     def read(self, file: Path | Image.Image) -> Prediction:
@@ -171,11 +186,9 @@ class Predictor:
         except JobError as error:
             return Prediction(name, error=str(error))
 
-    @property
-    def _has_classes(self) -> bool:
-        """Whether the outputs are logits of classes."""
-        own = type(self.workload).top_predictions
-        return isinstance(self.workload, Classification) and own is Classification.top_predictions
+    def _inherits(self, base: type[Workload]) -> bool:
+        """Return whether the predictions are those of ``base``."""
+        return type(self.workload).top_predictions is base.top_predictions
 
     def _computed(self, inputs: Iterable[Any]) -> Iterator[tuple[list[Any], list[Any], Any]]:
         """Yield batches of inputs with the top predictions for each input, and with the model's outputs."""
@@ -190,12 +203,17 @@ class Predictor:
 
     def _outputs(self, batch: Sequence[Any]) -> Any:
         """Return the model's outputs in fp32, on the device."""
-        writable = functools.partial(np.require, requirements="W")  # else torch would warn
-        examples = [(pytree.tree_map_only(np.ndarray, writable, taken), 0) for taken in batch]
         with placed(self.workload, "a prediction"), torch.inference_mode():
-            joined, targets = self.workload.collate(examples) or default_collate(examples)
+            joined, targets = self._collated(batch)
             loaded = to_device(MicroBatch(joined, targets, len(batch)), self.device)
             return forward(self.workload, self.model, loaded, self.precision)[0]
+
+    def _collated(self, batch: Sequence[Any]) -> tuple[Any, Any]:
+        if type(self.workload).collate is Workload.collate and all(isinstance(taken, np.ndarray) for taken in batch):
+            return torch.from_numpy(np.stack(batch)), torch.zeros(len(batch), dtype=torch.int64)  # three times as fast
+        writable = functools.partial(np.require, requirements="W")  # else torch would warn
+        examples = [(pytree.tree_map_only(np.ndarray, writable, taken), 0) for taken in batch]
+        return self.workload.collate(examples) or default_collate(examples)
 
     def _continued(self, text: str) -> str:
         with placed(self.workload, "complete"), torch.no_grad():
@@ -216,10 +234,31 @@ def read_image(file: Path | io.BytesIO) -> Image.Image:
         raise UsageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _column(values: list[Any]) -> np.ndarray:
-    """Return predictions as an array: of numbers or texts or, if they are lists or dicts, of objects."""
+def kind_of(workload: Workload) -> Kind:
+    """Return the kind of inputs that a workload takes."""
+    if type(workload).complete is not Workload.complete:
+        return "texts"
+    return "arrays" if type(workload).read_picture is Workload.read_picture else "pictures"
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """Return numbers, in lists or not, as an array. Raises JobError."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise JobError("lists of different lengths are no input") from error
+    if array.dtype.kind not in "biuf":
+        raise JobError(f"{values!r:.40} is no number, and no list of numbers")
+    return array.astype(np.float32)
+
+
+def _column(values: list[Any], alike: list[Any]) -> np.ndarray:
+    """Return predictions as an array: of numbers or texts or, if they are lists or dicts, of objects.
+
+    ``alike``: values that have the array's type if there are no predictions.
+    """
     if all(isinstance(value, (bool, int, float, str)) for value in values):
-        return np.array(values)
+        return np.array(values or alike)[: len(values)]
     column = np.empty(len(values), object)
     column[:] = values
     return column

@@ -136,7 +136,7 @@ class RunConsole:
             shown, rate = now, num_done / (now - begun)
             left = clock_time((num_examples - num_done) / rate)
             line = f"{num_done:,}/{num_examples:,}  {rate:,.0f} {self._workload.nouns}/s  {left} left"
-            self._show_now("test", line, num_done / num_examples)
+            self.show_now("test", line, num_done / num_examples)
 
         return show
 
@@ -183,9 +183,9 @@ class RunConsole:
             f"{clock_time(event.epoch_s / event.step * steps_left)} left"
         )
         done = (event.epoch - 1 + event.step / event.epoch_steps) / self._num_epochs
-        self._show_now(f"epoch {event.epoch}/{self._num_epochs}", line, done)
+        self.show_now(f"epoch {event.epoch}/{self._num_epochs}", line, done)
 
-    def _show_now(self, label: str, line: str, done: float) -> None:
+    def show_now(self, label: str, line: str, done: float) -> None:
         """Redraw the live line or the bar; without one, print the line if the last one was printed some time ago."""
         if self._live.is_started:
             self._live.update(Text(self._column(label) + redact(line)), refresh=True)

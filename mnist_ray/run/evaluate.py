@@ -19,7 +19,7 @@ from mnist_ray.checkpoints.checkpoint import read_state
 from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.connect import connect
-from mnist_ray.cluster.devices import device_here, without_unusable_gpus
+from mnist_ray.cluster.devices import device_here, is_gpu_wanted
 from mnist_ray.cluster.plan import cpus_for_each
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.cluster.waiting import Waiting
@@ -65,12 +65,7 @@ def evaluate_found(
     test = Split(data.test, origin="test")
     workers = WorkerConfig(plain_ray=config.plain_ray)
     with connect(workers, forking) as cluster, RunConsole(workload, 0, quiet=False) as console:
-        use_gpu = config.use_gpu == "yes"
-        if config.use_gpu == "auto" and ray.available_resources().get("GPU", 0) >= 1:
-            warn = functools.partial(console.say, "note")
-            use_gpu = any(node.num_gpus for node in without_unusable_gpus(cluster, warn).nodes)
-        elif use_gpu and cluster.is_local and not any(node.num_gpus for node in cluster.nodes):
-            raise UsageError("--use-gpu yes, but this machine has no GPU; use --use-gpu no")
+        use_gpu = is_gpu_wanted(config.use_gpu, cluster, functools.partial(console.say, "note"))
         for note in filter(None, (*cluster.notes, extras.note(plain=config.plain_ray), *found.notes)):
             console.say("note", note)
         for name, whole in (("limit", 1.0), ("overfit_batches", None), ("fold", None)):

@@ -19,13 +19,12 @@ from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.find import Found
 from mnist_ray.output import say
-from mnist_ray.predictions.predictor import BATCH_SIZE, Prediction, Predictor
+from mnist_ray.predictions.predictor import BATCH_SIZE, PICTURES, Prediction, Predictor
 from mnist_ray.process import usable_cores
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.workload.base import Workload
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of the files taken from folders
 _MAX_DRAWN = 240
 _MAX_NAME = 14
 
@@ -73,7 +72,7 @@ def find_files(places: Iterable[Any]) -> Iterator[Path | Image.Image]:
         if isinstance(path, Path) and os.path.isdir(path):  # is_dir() raises if the name is too long or unreadable
             found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
             # A folder without images is reported as a file that cannot be read.
-            yield from [file for file in found if file.suffix.lower() in _SUFFIXES] or [path]
+            yield from [file for file in found if file.suffix.lower() in PICTURES] or [path]
         else:
             yield path
 

@@ -16,6 +16,7 @@ from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import UsageError
 from mnist_ray.parallel.group import Group
 from mnist_ray.run.evaluate import evaluate_here, num_paying
@@ -49,9 +50,9 @@ def test_evaluations_and_predictions_of_a_run_follow_its_evaluation_precision(
     in_fp32 = evaluate(run.workload, model, test, TrainConfig()).values(run.workload)["loss"]
     assert run.metrics["loss"] != in_fp32
     assert run.metrics["loss"] == pytest.approx(in_fp32, rel=1e-2)
-    images = mnist_test.inputs[:20]
+    images = mnist_test.inputs[:32]
     with torch.no_grad():
-        logits, _ = forward(run.workload, model, MicroBatch(torch.tensor(images), None, 20), "bf16")
+        logits, _ = forward(run.workload, with_fast_layout(model), MicroBatch(torch.tensor(images), None, 32), "bf16")
     expected = run.workload.top_predictions(logits)
     assert [list(prediction.top) for prediction in mnist_ray.predict(images, run)] == expected
 

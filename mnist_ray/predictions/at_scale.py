@@ -1,0 +1,284 @@
+"""Predicts the rows of many files with Ray Data; started again after any interruption, it does what is missing.
+
+Parts are facts: which rows a part has is written down before anything is predicted, and a part's predictions are one
+file, which gets its name when it is whole. So a part is done or not, whatever was killed, and each row is there once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import math
+import posixpath
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from pyarrow import fs
+from ray.data import ActorPoolStrategy, DataContext, from_items
+from ray.exceptions import RayError, RayTaskError
+
+from mnist_ray import extras
+from mnist_ray.checkpoints.checkpoint import read_state
+from mnist_ray.checkpoints.saved_model import weights_digest
+from mnist_ray.cluster.connect import connect
+from mnist_ray.cluster.devices import device_here, is_gpu_wanted
+from mnist_ray.cluster.plan import Cluster, cpus_for_each
+from mnist_ray.config import ScaleConfig, WorkerConfig
+from mnist_ray.data.files import CODECS
+from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.job.find import Found
+from mnist_ray.output import without_stderr
+from mnist_ray.predictions.inputs import Chunk, DamagedTableError, Inputs, find_inputs
+from mnist_ray.predictions.predictor import Predictor
+from mnist_ray.process import usable_cores
+from mnist_ray.report.console import RunConsole
+from mnist_ray.storage import RunFolder, in_one_line, locate
+from mnist_ray.text import clock_time, count
+from mnist_ray.workload.base import Workload
+from ray_fork.starting import Forking
+
+_JOB_FILE = "_job.json"  # names that begin with _ are passed over by readers of the folder
+_DONE, _UNREADABLE, _TEMPORARY = "_done", "_unreadable", "_temporary"
+_NUMBERS = ("rows", "unreadable", "unsure")
+_NUM_THREADS = 16  # that read small files
+_MAX_COUNTS = 20  # predictions in the summary
+
+
+def predict_at_scale(
+    found: Found, config: ScaleConfig, threshold: float, forking: Forking | None = None
+) -> dict[str, Any]:
+    """Predict an input into a folder; print a summary and return it. Raises UsageError and JobError."""
+    if config.input is None or config.output is None:
+        raise UsageError("--input and --output belong together: give both")
+    inputs, folder = find_inputs(config.input, found.workload, config.column), locate(config.output, "", "--output")
+    with in_one_line(f"cannot read {found.checkpoint.uri}"):
+        weights = weights_digest(read_state(found.checkpoint))
+    asked = {"checkpoint": weights, "input": config.input, "column": [*config.column], "threshold": threshold}
+    with RunConsole(found.workload, 0, quiet=False) as console:
+        for note in found.notes:
+            console.say("note", note)
+        console.say("checkpoint", found.checkpoint.path)
+        inputs = _begun(folder, asked, inputs, console)
+        done = _done_parts(folder)
+        parts = {part: files for part, files in inputs.parts.items() if part not in done}
+        left = dataclasses.replace(inputs, parts=parts)
+        column = f", column {' and '.join(inputs.columns)}" if inputs.columns else ""
+        already = f", {len(done):,} already predicted" if done else ""
+        console.say("input", f"{config.input}: {inputs.kind} in {count(len(inputs.parts), 'part')}{already}{column}")
+        if parts:
+            try:
+                done |= _predicted(found, left, folder, config, threshold, forking, console)
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt("interrupted; to go on, give the same command again") from interrupt
+        with in_one_line(f"cannot write {folder.uri}"):
+            folder.inside(_TEMPORARY).delete()
+        summary = _summary(done, found.workload, threshold, console)
+        if summary["unreadable"]:
+            console.say("unreadable", f"reasons in {folder.inside(_UNREADABLE).uri}")
+        console.say("output", config.output)
+        return summary
+
+
+def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs, console: RunConsole) -> Inputs:
+    """Write down the parts of a new folder; of a begun one, return them. Raises UsageError if it is of another job."""
+    known = folder.read_json(_JOB_FILE)
+    if known is None:
+        with in_one_line(f"cannot read {folder.uri}"):
+            there = folder.filesystem.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
+        if others := [info.base_name for info in there if not info.base_name.startswith(_JOB_FILE)]:
+            raise UsageError(f"--output {folder.uri} holds other files ({others[0]}); choose an empty folder")
+        known = {"asked": asked, "kind": inputs.kind, "columns": inputs.columns, "parts": inputs.parts}
+        folder.write_text(_JOB_FILE, json.dumps(known))
+        return inputs
+    if different := [name for name, value in asked.items() if known["asked"].get(name) != value]:
+        raise UsageError(f"--output {folder.uri} holds predictions with another {different[0]}; choose another folder")
+    begun = {file for files in known["parts"].values() for file in files}
+    if new := {file for files in inputs.parts.values() for file in files} - begun:
+        console.say("note", f"{count(len(new), 'file')} came after the first start, and will not be predicted")
+    return dataclasses.replace(inputs, columns=tuple(known["columns"]), parts=known["parts"])
+
+
+def _done_parts(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return what is known of the parts that are done."""
+    done = folder.inside(_DONE)
+    with in_one_line(f"cannot read {done.uri}"), ThreadPoolExecutor(_NUM_THREADS) as threads:
+        infos = done.filesystem.get_file_info(fs.FileSelector(done.path, allow_not_found=True, recursive=True))
+        names = [posixpath.relpath(info.path, done.path) for info in infos if info.path.endswith(".json")]
+        return dict(zip((name[:-5] for name in names), threads.map(done.require_json, names), strict=True))
+
+
+def _predicted(
+    found: Found,
+    inputs: Inputs,
+    folder: RunFolder,
+    config: ScaleConfig,
+    threshold: float,
+    forking: Forking | None,
+    console: RunConsole,
+) -> dict[str, dict[str, Any]]:
+    """Predict parts in actors, and show the progress. Return what is known of the parts."""
+    with connect(WorkerConfig(plain_ray=config.plain_ray), forking) as cluster:
+        say = functools.partial(console.say, "note")
+        for note in filter(None, (*cluster.notes, extras.note(plain=config.plain_ray))):
+            say(note)
+        use_gpu = is_gpu_wanted(config.use_gpu, cluster, say)
+        number, cpus, gpus = _resources(cluster, config, len(inputs.parts), use_gpu)
+        console.say("actors", f"{number} × {count(cpus, 'CPU')}" + (f" and {gpus:.3g} GPU" if gpus else ""))
+        context = DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        parts = [{"part": json.dumps(part)} for part in inputs.parts.items()]
+        arguments = found, dataclasses.replace(inputs, parts={}), folder, threshold, cpus
+        results = from_items(parts, override_num_blocks=len(parts)).map_batches(
+            PartPredictor,
+            batch_size=1,
+            fn_constructor_args=arguments,
+            compute=ActorPoolStrategy(size=number, max_tasks_in_flight_per_actor=2),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+        done, num_rows, begun, nouns = dict[str, dict[str, Any]](), 0, math.inf, found.workload.nouns
+        try:
+            rows = iter(results.iter_rows())
+            with without_stderr():  # Ray warns about the loss of arguments, which this process holds
+                first = [*itertools.islice(rows, 1)]
+            for row in itertools.chain(first, rows):
+                part = json.loads(row["done"])
+                if "error" in part:
+                    raise JobError(part["error"])
+                done[part["part"]] = part
+                num_rows += part["rows"]
+                begun = min(begun, time.monotonic() - part["seconds"])  # without the start of the actors
+                seconds = time.monotonic() - begun
+                rate, left = f"{num_rows / seconds:,.0f} {nouns}/s", seconds * (len(parts) / len(done) - 1)
+                line = f"{num_rows:,} {nouns}  {rate}  {clock_time(left)} left"
+                console.show_now("predicting", line, len(done) / len(parts))
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise JobError(f"the predictions were lost: {first_line(cause)}; give the same command again") from error
+        console.say("", f"{rate}, {seconds:.1f} s without the start of the actors")
+        return done
+
+
+def _resources(cluster: Cluster, config: ScaleConfig, num_parts: int, use_gpu: bool) -> tuple[int, int, float]:
+    """Return the number of actors, and the CPUs and GPUs of each."""
+    free = {name: int(ray.available_resources().get(name, 0)) for name in ("CPU", "GPU")}
+    num_gpus = max(1, free["GPU"]) if use_gpu else 0
+    number = max(1, min(config.num_actors or num_gpus or free["CPU"], free["CPU"], num_parts))
+    cpus = cpus_for_each(cluster.nodes, number, None, False) or 1
+    return number, max(1, min(cpus, free["CPU"] // number)), min(1.0, num_gpus / number)
+
+
+def _summary(
+    done: Mapping[str, Mapping[str, Any]], workload: Workload, threshold: float, console: RunConsole
+) -> dict[str, Any]:
+    """Print and return how many rows there are, of which predictions, and how many are unsure or unreadable."""
+    totals: dict[str, int] = {name: sum(part[name] for part in done.values()) for name in _NUMBERS}
+    counts = sum((Counter(part["counts"]) for part in done.values()), Counter[str]())
+    rows, unreadable, unsure = totals.values()
+    console.result("predicted", f"{rows:,} {workload.nouns}, {unreadable:,} unreadable")
+    if counts:
+        most = [f"{prediction} {number:,}" for prediction, number in sorted(counts.items())[:_MAX_COUNTS]]
+        more = f" and {len(counts) - _MAX_COUNTS:,} more" if len(counts) > _MAX_COUNTS else ""
+        console.say(f"{workload.prediction_noun}", ", ".join(most) + more)
+        console.say("unsure", f"{unsure:,} ({unsure / max(1, rows):.1%}) below {threshold:g}")
+    return {**totals, "counts": dict(counts)}
+
+
+class PartPredictor:
+    """An actor's model, which predicts parts."""
+
+    def __init__(self, found: Found, inputs: Inputs, folder: RunFolder, threshold: float, cpus: int) -> None:
+        self._found, self._inputs, self._folder, self._threshold = found, inputs, folder, threshold
+        torch.set_num_threads(min(cpus, usable_cores()))
+
+    @functools.cached_property
+    def _predictor(self) -> Predictor:
+        return Predictor.of(self._found, device_here())
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Predict a part, unless it is impossible. Its error is returned: Ray Data would add its own to it."""
+        (item,) = batch["part"]
+        part, files = json.loads(item)
+        try:
+            self._predictor  # noqa: B018
+            begun = time.monotonic()
+            with in_one_line(f"cannot predict {part}"):
+                done = self._predict(part, files)
+        except (UsageError, JobError) as error:
+            return {"done": [json.dumps({"error": str(error)})]}
+        return {"done": [json.dumps({**done, "part": part, "seconds": time.monotonic() - begun})]}
+
+    def _predict(self, part: str, files: Sequence[str]) -> dict[str, Any]:
+        """Write a part's predictions, then the reasons why rows have none; last, that the part is done."""
+        totals, counts, reasons = dict.fromkeys(_NUMBERS, 0), Counter[str](), list[str]()
+        try:
+            with _new_file(self._folder, part) as stream, self._inputs.writer(stream) as writer:
+                for chunk in self._inputs.chunks(part, files, self._predictor):
+                    readable, columns, wrong = predicted(self._predictor, chunk)
+                    writer.write(readable, columns)
+                    totals["rows"] += len(readable)
+                    reasons += [json.dumps({"input": chunk.places[row], "reason": wrong[row]}) for row in wrong]
+                    if "probability" in columns:
+                        totals["unsure"] += int((columns["probability"] < self._threshold).sum())
+                        if columns["prediction"].dtype.kind in "biuU":  # classes
+                            counts.update(map(str, columns["prediction"].tolist()))
+        except DamagedTableError as error:  # nothing of it is written
+            totals, counts = dict.fromkeys(_NUMBERS, 0), Counter()
+            reasons = [json.dumps({"input": part, "reason": str(error)})]
+        if reasons:
+            totals["unreadable"] = len(reasons)
+            self._folder.inside(_UNREADABLE).write_text(f"{part}.jsonl", "\n".join(reasons) + "\n")
+        done = {**totals, "counts": counts}
+        self._folder.inside(_DONE).write_text(f"{part}.json", json.dumps(done))
+        return done
+
+
+def predicted(predictor: Predictor, chunk: Chunk) -> tuple[Any, dict[str, np.ndarray], dict[int, str]]:
+    """Return the rows that have a prediction, the predictions, and by row the reason why there is none.
+
+    If no row can be computed, the model is the cause, or the choice of the column: raises UsageError.
+    """
+    wrong = {row: str(given) for row, given in enumerate(chunk.inputs) if isinstance(given, JobError)}
+    rows = [row for row in range(len(chunk.inputs)) if row not in wrong]
+    try:
+        columns = predictor.columns(chunk.inputs[row] for row in rows)
+    except UsageError:
+        failed = {}
+        for row in rows:
+            try:
+                predictor.columns([chunk.inputs[row]])
+            except UsageError as error:
+                failed[row] = str(error)
+        if len(failed) == len(rows):
+            raise
+        wrong |= failed
+        rows = [row for row in rows if row not in failed]
+        columns = predictor.columns(chunk.inputs[row] for row in rows)
+    if isinstance(chunk.rows, pa.Table):
+        return chunk.rows.take(pa.array(rows, pa.int64())), columns, wrong
+    return [chunk.rows[row] for row in rows], columns, wrong
+
+
+@contextlib.contextmanager
+def _new_file(folder: RunFolder, name: str) -> Iterator[Any]:
+    """Open a file, compressed as its name says, that gets its name at the end. Raises STORAGE_ERRORS."""
+    target, temporary = (posixpath.join(folder.path, path) for path in (name, f"{_TEMPORARY}/{uuid4().hex}"))
+    for path in (target, temporary):
+        folder.filesystem.create_dir(posixpath.dirname(path))
+    codec = CODECS.get(posixpath.splitext(name)[1])
+    with folder.filesystem.open_output_stream(temporary, compression=codec) as stream:
+        yield stream
+    folder.filesystem.move(temporary, target)

@@ -1,0 +1,315 @@
+"""Data at scale, mostly part by part in this process; two tests use Ray."""
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet as pq
+from torch import nn
+
+import mnist_ray
+from mnist_ray.data.data import Arrays
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.predictions import at_scale, inputs
+from mnist_ray.predictions.inputs import find_inputs
+from mnist_ray.predictions.predictor import Predictor
+from mnist_ray.storage import locate
+from mnist_ray.workload import Regression, Workload
+from tests.conftest import ROOT, mnist, run_main
+
+
+@pytest.fixture
+def scans(tmp_path: Path, mnist_test: Arrays, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with 23 digits and a damaged picture, in parts of 10 files."""
+    monkeypatch.setattr(inputs, "_GROUP", 10)
+    folder = tmp_path / "scans"
+    (folder / "more").mkdir(parents=True)
+    for index in range(23):
+        Image.fromarray(mnist_test.inputs[index]).save((folder / "more" if index > 20 else folder) / f"{index:02}.png")
+    (folder / "damaged.png").write_bytes((folder / "00.png").read_bytes()[:60])
+    return folder
+
+
+class Sums(Regression):
+    """Predicts the sum of an input's numbers."""
+
+    source = type(mnist()).source
+
+    def create_model(self) -> nn.Module:
+        model = nn.Linear(2, 1)
+        nn.init.ones_(model.weight)
+        nn.init.zeros_(model.bias)
+        return model
+
+
+class Echo(Workload):
+    """Repeats a text."""
+
+    def create_model(self) -> nn.Module:
+        return nn.Identity()
+
+    def complete(self, model: nn.Module, prompt: str) -> str:
+        return prompt * 2
+
+
+def predicted(workload: Workload, place: Path, output: Path, columns: tuple[str, ...] = ()) -> None:
+    """Predict all parts in this process, as an actor does."""
+    found, folder = find_inputs(str(place), workload, columns), locate(str(output), "")
+    actor = at_scale.PartPredictor(None, found, folder, 0.8, 1)  # type: ignore[arg-type]
+    actor.__dict__["_predictor"] = Predictor(workload, workload.create_model().eval())
+    for part in found.parts.items():
+        (done,) = actor({"part": [json.dumps(part)]})["done"]
+        if error := json.loads(done).get("error"):
+            raise JobError(error)
+
+
+def unreadable(output: Path) -> dict[str, str]:
+    """Return the reasons by input."""
+    files = sorted((output / "_unreadable").rglob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return {line["input"]: line["reason"] for line in lines}
+
+
+def scale(finished_run: Path, scans: Path, output: Path, *flags: str) -> None:
+    run_main("predict", "--run", str(finished_run), "--input", str(scans), "--output", str(output), *flags)
+
+
+def test_a_folder_is_predicted_on_ray_with_the_bits_of_single_files_and_goes_on_where_it_was(
+    ray_address: str, finished_run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "digits"
+    scale(finished_run, scans, output, "--num-actors", "1")
+    said = capsys.readouterr().out
+    rows = pd.read_parquet(output).sort_values("file")
+    predictor = mnist_ray.load_predictor(finished_run, device="cpu")
+    for file, prediction, probability in zip(rows.file, rows.prediction, rows.probability, strict=True):
+        (single,) = mnist_ray.predict(scans / file, finished_run)
+        assert (prediction, float(probability)) == single.top[0]
+        assert predictor.predict([predictor.decode(scans / file)])[0].top == single.top
+    assert [*rows.file] == [*(f"{index:02}.png" for index in range(21)), "more/21.png", "more/22.png"]
+    assert unreadable(output).keys() == {"damaged.png"}
+    assert "pictures in 3 parts\n" in said
+    assert re.search(r"^predicted +23 images, 1 unreadable$", said, re.MULTILINE)
+
+    before = {file: file.stat().st_mtime_ns for file in output.glob("*.parquet")}
+    (output / "_done" / "part-00001.parquet.json").unlink()  # as if it had been killed
+    (output / "_temporary").mkdir()
+    (output / "_temporary" / "half").touch()
+    scale(finished_run, scans, output)
+    assert "pictures in 3 parts, 2 already predicted\n" in capsys.readouterr().out
+    after = {file: file.stat().st_mtime_ns for file in output.glob("*.parquet")}
+    assert [file.name for file in before if before[file] != after[file]] == ["part-00001.parquet"]
+    pd.testing.assert_frame_equal(pd.read_parquet(output).sort_values("file"), rows)
+    assert not (output / "_temporary").exists()
+
+    scale(finished_run, scans, output, "--json")  # everything is done
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["rows"], summary["unreadable"], sum(summary["counts"].values())) == (23, 1, 23)
+    for flags, what in ((("--threshold", "0.5"), "threshold"), (("--input", str(scans / "*.png")), "input")):
+        with pytest.raises(UsageError, match=f"holds predictions with another {what}; choose another folder"):
+            scale(finished_run, scans, output, *flags)
+
+
+def test_the_docs_commands_and_code_run(
+    ray_address: str, finished_run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "guides" / "predict.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tables").mkdir()
+    cells = [{"bytes": file.read_bytes()} for file in sorted(scans.glob("0*.png"))]
+    pq.write_table(pa.table({"image": cells, "other": cells}), tmp_path / "tables" / "a.parquet")
+    commands = re.findall(r"^    python jobs/predict.py (.+)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for words in commands:
+        run_main("predict", *words.replace("RUN", str(finished_run)).split())
+    assert pd.read_parquet("digits-of-tables").columns.tolist()[:3] == ["image", "other", "prediction"]
+    names: dict[str, Any] = {"pandas": pd, "contents": [cell["bytes"] for cell in cells]}
+    exec(
+        "\n".join(re.findall(r"```python\n(.+?)```", page, re.DOTALL)).replace('"RUN"', repr(str(finished_run))), names
+    )
+    assert len(names["predictions"]) == 23
+    assert names["columns"]["prediction"].tolist() == names["predictions"].sort_values("file").prediction[:10].tolist()
+
+
+def test_an_error_in_an_actor_is_one_line_and_a_killed_actor_is_replaced(
+    ray_address: str, finished_run: Path, scans: Path, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    killed = tmp_path / "killed"
+    code = write(
+        f"""
+        import os
+        from pathlib import Path
+        from mnist_ray.mnist import MNIST
+
+        class Dying(MNIST):
+            def prepare(self, inputs, generator):
+                if not Path({str(killed)!r}).exists():
+                    Path({str(killed)!r}).touch()
+                    os._exit(1)
+                return super().prepare(inputs, generator)
+        """,
+        "dying.py",
+    )
+    scale(finished_run, scans, tmp_path / "digits", "--workload", str(code))
+    assert len(pd.read_parquet(tmp_path / "digits")) == 23
+    wrong = write(
+        "from mnist_ray.mnist import MNIST\n\n\nclass Wrong(MNIST):\n"
+        "    def prepare(self, inputs, generator):\n        return inputs.nothing\n",
+        "wrong.py",
+    )
+    with pytest.raises(JobError, match=r"^Wrong, a prediction: AttributeError: .*nothing.* \(wrong.py, line 6\)$"):
+        scale(finished_run, scans, tmp_path / "other", "--workload", str(wrong))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_json_lines_keep_their_columns_and_lines_that_cannot_be_read_have_a_reason(
+    tmp_path: Path, packed: bool
+) -> None:
+    lines: list[dict[str, Any]] = [
+        {"id": "7", "x": [1, 2.5], "note": None},
+        {"id": 8, "x": [3, 4]},
+        {"id": 9, "x": [1, [2]]},
+        {"id": 10},
+    ]
+    texts = [*map(json.dumps, lines), "{", '{"id": 11, "x": [1, 2, 3]}', '{"id": 12, "x": [NaN, 1]}']
+    place = tmp_path / "in" / ("a.jsonl.gz" if packed else "a.jsonl")
+    place.parent.mkdir()
+    place.write_bytes(gzip.compress("\n".join(texts).encode()) if packed else "\n".join(texts).encode())
+    predicted(Sums(), place, tmp_path / "out")
+    content = (tmp_path / "out" / place.name).read_bytes()
+    rows = [json.loads(line) for line in (gzip.decompress(content) if packed else content).splitlines()]
+    assert rows == [
+        {**lines[0], "prediction": 3.5},
+        {**lines[1], "prediction": 7.0},
+        {"id": 12, "x": [None, 1], "prediction": None},
+    ]
+    reasons = unreadable(tmp_path / "out")
+    assert [*reasons] == [f"{place.name}, row {row}" for row in (3, 4, 5, 6)]
+    assert reasons[f"{place.name}, row 3"] == "lists of different lengths are no input"
+    assert reasons[f"{place.name}, row 4"] == "has no column x"
+    assert reasons[f"{place.name}, row 5"].startswith("no JSON: ")
+    assert reasons[f"{place.name}, row 6"].startswith("Sums, a prediction: RuntimeError")
+
+
+def test_csv_keeps_its_cells_as_they_are_and_several_columns_are_one_input(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('﻿id,x,y,note\n007,1,2,"a, b"\n8,x,2,\n9,1\n010,1e1,-1.50,"c\nd"\n', "utf-8")
+    predicted(Sums(), tmp_path / "a.csv", tmp_path / "out", ("x", "y"))
+    with (tmp_path / "out" / "a.csv").open(newline="") as file:
+        rows = [*csv.reader(file)]
+    assert rows == [
+        ["id", "x", "y", "note", "prediction"],
+        ["007", "1", "2", "a, b", "3.0"],
+        ["010", "1e1", "-1.50", "c\nd", "8.5"],
+    ]
+    assert unreadable(tmp_path / "out") == {
+        "a.csv, row 2": "holds no number: could not convert string to float: 'x'",
+        "a.csv, row 3": "has 2 cells, and the header 4",
+    }
+
+
+def test_parquet_keeps_types_and_names_and_rows_with_nulls_have_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    at = pa.array([1, 2, 3], pa.timestamp("us", "UTC"))
+    table = pa.table({"at": at, "x": pa.array([[1, 2], None, [3, 4]], pa.list_(pa.float32()))})
+    pq.write_table(table, tmp_path / "in" / "more" / "a.parquet")
+    pq.write_table(table.slice(0, 0), tmp_path / "in" / "empty.parquet")
+    (tmp_path / "in" / "cut.parquet").write_bytes((tmp_path / "in" / "more" / "a.parquet").read_bytes()[:100])
+    predicted(Sums(), tmp_path / "in", tmp_path / "out")
+    written = pq.read_table(tmp_path / "out" / "more" / "a.parquet")
+    assert written.select(["at", "x"]).equals(table.take([0, 2]))
+    assert written["prediction"].to_pylist() == [3.0, 7.0]
+    assert pq.read_table(tmp_path / "out" / "empty.parquet").schema.equals(written.schema)
+    reasons = unreadable(tmp_path / "out")
+    assert reasons["more/a.parquet, row 2"] == "column x has nulls"
+    assert reasons["cut.parquet"].startswith("the file cannot be read: ")
+    assert not (tmp_path / "out" / "cut.parquet").exists()
+
+
+def test_texts_are_continued(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("ab")
+    (tmp_path / "in" / "b.txt").write_bytes(b"\xff")
+    predicted(Echo(), tmp_path / "in", tmp_path / "out")
+    assert pd.read_parquet(tmp_path / "out").to_dict("records") == [{"file": "a.txt", "prediction": "abab"}]
+    assert unreadable(tmp_path / "out") == {"b.txt": "no text in UTF-8"}
+
+
+def test_a_failed_write_leaves_no_file_with_the_parts_name(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", fail)
+    with pytest.raises(JobError, match=r"^cannot predict part-00000.parquet: No space left on device"):
+        predicted(mnist(), scans, tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("*.parquet")]
+    assert not (tmp_path / "out" / "_done").exists()
+
+
+TABLE = {"id": [1], "image": [b""], "other": [b""], "numbers": [[1.0, 2.0]]}
+
+
+@pytest.mark.parametrize(
+    ("workload", "files", "columns", "message"),
+    [
+        (
+            mnist(),
+            {"a.parquet": TABLE},
+            (),
+            "MNIST takes pictures, and several columns fit (image, other): choose with",
+        ),
+        (mnist(), {"a.parquet": {"id": [1]}}, (), "MNIST takes pictures, and no column fits: id (int)"),
+        (mnist(), {"a.parquet": TABLE}, ("images",), "has no column images, only id, image, other, numbers"),
+        (mnist(), {"a.parquet": TABLE, "a.png": {}}, (), "has pictures and Parquet: choose by a pattern, such as"),
+        (mnist(), {"a.png": {}}, ("image",), "--column is for tables, but"),
+        (mnist(), {"a.parquet": {"image": []}}, (), "the Parquet files in"),
+        (mnist(), {"a.parquet": {"image": [b""], "prediction": [1]}}, (), "already has a column prediction: rename it"),
+        (Sums(), {"a.png": {}}, (), "Sums takes arrays, but"),
+        (Sums(), {}, (), "has no picture, text, Parquet, JSON lines or CSV files"),
+        (Echo(), {"a.parquet": TABLE}, (), "Echo takes texts, and no column fits: id (int), image (bytes)"),
+    ],
+)
+def test_what_a_workload_cannot_take_is_one_line(
+    tmp_path: Path, workload: Workload, files: dict[str, Any], columns: tuple[str, ...], message: str
+) -> None:
+    for name, table in files.items():
+        pq.write_table(pa.table(table), tmp_path / name) if table else (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=re.escape(message)):
+        find_inputs(str(tmp_path), workload, columns)
+
+
+def test_the_column_is_the_only_one_that_fits(tmp_path: Path) -> None:
+    for workload, column in ((Sums(), "numbers"), (mnist(), "image")):
+        pq.write_table(pa.table(TABLE).drop_columns("other"), tmp_path / "a.parquet")
+        assert find_inputs(str(tmp_path), workload, ()).columns == (column,)
+
+
+def test_impossible_flags_are_one_line(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    run, given, other = ("--run", str(finished_run)), ("--input", str(tmp_path / "a.png")), str(tmp_path / "out")
+    for flags, message in (
+        ((), "name images or folders or, for data at scale, --input and --output"),
+        ((*given, "a.png", "--output", other), "name images or folders or, for data at scale, --input and --output"),
+        (given, "--input and --output belong together: give both"),
+        ((*given, "--output", other, "--grid", "a.png"), "--grid draws IMAGE_OR_FOLDER; it does not go with --input"),
+        ((*given, "--output", str(tmp_path / "full")), r"holds other files \(mine.txt\); choose an empty folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run_main("predict", *run, *flags)
+
+
+def test_training_does_not_import_predictions() -> None:
+    for file in (ROOT / "mnist_ray").rglob("*.py"):
+        if file.parent.name not in ("predictions", "tools") and file.name not in ("cli.py", "api.py", "__init__.py"):
+            assert "mnist_ray.predictions" not in file.read_text(encoding="utf-8"), file
