@@ -60,16 +60,12 @@ async def inputs_of(request: Request) -> list[tuple[str, Any]]:
 
 def decode(predictor: Any, content: Any) -> Any:
     """Turn a file or a value of JSON into an input. Raises UsageError and JobError."""
-    if isinstance(content, (bytes, str)):
-        return predictor.decode(content) if isinstance(content, bytes) else content
     if isinstance(content, dict):
         return {name: decode(predictor, value) for name, value in content.items()}
-    with contextlib.suppress(ValueError):  # of lists whose lengths differ
-        array = np.asarray(content)
-        array = array.astype(np.float32) if array.dtype.kind == "f" else array
-        if array.size <= MAX_NUMBERS and array.dtype.kind in "iuf" and np.isfinite(array).all():
-            return array
-    raise UsageError(f"neither a text nor up to {MAX_NUMBERS:,} finite numbers in lists of equal lengths")
+    decoded = predictor.decode(content)
+    if not isinstance(content, (bytes, str)) and not (decoded.size <= MAX_NUMBERS and np.isfinite(decoded).all()):
+        raise UsageError(f"not finite, or more than {MAX_NUMBERS:,} numbers")
+    return decoded
 
 
 # Without FastAPI's own pages, which load files from other hosts. Serve pickles the routes when it decorates the class:

@@ -63,9 +63,12 @@ def predict_at_scale(
     if config.input is None or config.output is None:
         raise UsageError("--input and --output belong together: give both")
     inputs, folder = find_inputs(config.input, found.workload, config.column), locate(config.output, "", "--output")
+    if config.features is not None:
+        Predictor.of(found, "cpu", config.features)  # raises now if there is no such layer
     with in_one_line(f"cannot read {found.checkpoint.uri}"):
         weights = weights_digest(read_state(found.checkpoint))
     asked = {"checkpoint": weights, "input": config.input, "column": [*config.column], "threshold": threshold}
+    asked["features"] = config.features
     with RunConsole(found.workload, 0, quiet=False) as console:
         for note in found.notes:
             console.say("note", note)
@@ -93,7 +96,7 @@ def predict_at_scale(
 
 def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs, console: RunConsole) -> Inputs:
     """Write down the parts of a new folder; of a begun one, return them. Raises UsageError if it is of another job."""
-    known = folder.read_json(_JOB_FILE)
+    known = _known_job(folder)
     if known is None:
         with in_one_line(f"cannot read {folder.uri}"):
             there = folder.filesystem.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
@@ -110,13 +113,33 @@ def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs, console:
     return dataclasses.replace(inputs, columns=tuple(known["columns"]), parts=known["parts"])
 
 
+def _known_job(folder: RunFolder) -> dict[str, Any] | None:
+    """Return what a begun folder has written down; None for a new one. Raises JobError if somebody has changed it."""
+    known = folder.read_json(_JOB_FILE)
+    if known is None:
+        return None
+    try:
+        paths = [path for part, files in known["parts"].items() for path in (part, *files)]
+        if not isinstance(known["asked"], dict) or any(
+            "" in path.split("/") or ".." in path.split("/") for path in paths
+        ):
+            raise ValueError("its parts lead out of the folders")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise folder.damaged(_JOB_FILE, error) from error
+    return known
+
+
 def _done_parts(folder: RunFolder) -> dict[str, dict[str, Any]]:
     """Return what is known of the parts that are done."""
     done = folder.inside(_DONE)
     with in_one_line(f"cannot read {done.uri}"), ThreadPoolExecutor(_NUM_THREADS) as threads:
         infos = done.filesystem.get_file_info(fs.FileSelector(done.path, allow_not_found=True, recursive=True))
         names = [posixpath.relpath(info.path, done.path) for info in infos if info.path.endswith(".json")]
-        return dict(zip((name[:-5] for name in names), threads.map(done.require_json, names), strict=True))
+        parts = dict(zip((name[:-5] for name in names), threads.map(done.require_json, names), strict=True))
+    for part, known in parts.items():
+        if not {*_NUMBERS, "counts"} <= known.keys():
+            raise done.damaged(f"{part}.json", "numbers are missing")
+    return parts
 
 
 def _predicted(
@@ -140,7 +163,7 @@ def _predicted(
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         parts = [{"part": json.dumps(part)} for part in inputs.parts.items()]
-        arguments = found, dataclasses.replace(inputs, parts={}), folder, threshold, cpus
+        arguments = found, dataclasses.replace(inputs, parts={}), folder, threshold, config.features, cpus
         results = from_items(parts, override_num_blocks=len(parts)).map_batches(
             PartPredictor,
             batch_size=1,
@@ -200,13 +223,16 @@ def _summary(
 class PartPredictor:
     """An actor's model, which predicts parts."""
 
-    def __init__(self, found: Found, inputs: Inputs, folder: RunFolder, threshold: float, cpus: int) -> None:
-        self._found, self._inputs, self._folder, self._threshold = found, inputs, folder, threshold
+    def __init__(
+        self, found: Found, inputs: Inputs, folder: RunFolder, threshold: float, features: str | None, cpus: int
+    ) -> None:
+        self._found, self._inputs, self._folder = found, inputs, folder
+        self._threshold, self._features = threshold, features
         torch.set_num_threads(min(cpus, usable_cores()))
 
     @functools.cached_property
     def _predictor(self) -> Predictor:
-        return Predictor.of(self._found, device_here())
+        return Predictor.of(self._found, device_here(), self._features)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         """Predict a part, unless it is impossible. Its error is returned: Ray Data would add its own to it."""

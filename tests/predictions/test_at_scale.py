@@ -63,7 +63,7 @@ class Echo(Workload):
 def predicted(workload: Workload, place: Path, output: Path, columns: tuple[str, ...] = ()) -> None:
     """Predict all parts in this process, as an actor does."""
     found, folder = find_inputs(str(place), workload, columns), locate(str(output), "")
-    actor = at_scale.PartPredictor(None, found, folder, 0.8, 1)  # type: ignore[arg-type]
+    actor = at_scale.PartPredictor(None, found, folder, 0.8, None, 1)  # type: ignore[arg-type]
     actor.__dict__["_predictor"] = Predictor(workload, workload.create_model().eval())
     for part in found.parts.items():
         (done,) = actor({"part": [json.dumps(part)]})["done"]
@@ -116,6 +116,13 @@ def test_a_folder_is_predicted_on_ray_with_the_bits_of_single_files_and_goes_on_
     for flags, what in ((("--threshold", "0.5"), "threshold"), (("--input", str(scans / "*.png")), "input")):
         with pytest.raises(UsageError, match=f"holds predictions with another {what}; choose another folder"):
             scale(finished_run, scans, output, *flags)
+    (output / "_done" / "part-00001.parquet.json").write_text('{"rows": 1}')
+    with pytest.raises(JobError, match=r"part-00001\.parquet\.json is damaged: numbers are missing"):
+        scale(finished_run, scans, output)
+    job = output / "_job.json"
+    job.write_text(job.read_text().replace("part-00000", "../../part-00000"))
+    with pytest.raises(JobError, match=r"_job\.json is damaged: its parts lead out of the folders"):
+        scale(finished_run, scans, output)
 
 
 def test_the_docs_commands_and_code_run(
