@@ -134,8 +134,10 @@ def test_a_wrong_input_does_not_harm_the_others_of_its_batch(deployed: str, mnis
     assert sorted(statuses) == [(False, 422)] * 8 + [(True, 200)] * 8
 
 
-def test_a_new_run_takes_over_while_every_request_is_answered(deployed: str, finished_run: Path) -> None:
-    shutil.copytree(finished_run, finished_run.with_name("next"))
+def test_a_new_run_takes_over_while_every_request_is_answered(
+    deployed: str, finished_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "next")
     answers, is_over = list[Any](), threading.Event()
 
     def ask() -> None:
@@ -146,7 +148,7 @@ def test_a_new_run_takes_over_while_every_request_is_answered(deployed: str, fin
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        serve.run(example.app(example.Arguments(run=str(finished_run.with_name("next")))))
+        serve.run(example.app(example.Arguments(run=str(tmp_path / "next"))))
     finally:
         is_over.set()
         asking.join()

@@ -138,9 +138,9 @@ class ExampleBatches(Dataset):
     def _read(self, index: int) -> Any:
         return self.split.examples[index]
 
-    def continued(self, loader: Iterable[MicroBatch]) -> Iterable[MicroBatch]:
+    def loaded_by(self, create_loader: Callable[[Dataset], Iterable[MicroBatch]]) -> Iterable[MicroBatch]:
         """Return the loader from which to read an epoch: a new one, or an earlier one that goes on."""
-        return loader
+        return create_loader(self)
 
     def _example(self, index: int) -> tuple[Any, Any]:
         self._seed(index)
@@ -307,15 +307,15 @@ def batch_loader(
     if isinstance(dataset, ArrayBatches) and dataset.device.type == device.type:
         return map(dataset.__getitem__, requests)
     most = 0 if isinstance(dataset, ArrayBatches) else dataset.max_processes
-    loader = DataLoader(
-        dataset,
+    create_loader = functools.partial(
+        DataLoader,
         sampler=requests,
         batch_size=None,
         num_workers=num_processes if most is None else min(num_processes, most),
         pin_memory=device.type == "cuda",  # otherwise, it would only take up memory of the first GPU
         worker_init_fn=_begin_process,
     )
-    return loader if isinstance(dataset, ArrayBatches) else dataset.continued(loader)
+    return create_loader(dataset) if isinstance(dataset, ArrayBatches) else dataset.loaded_by(create_loader)
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

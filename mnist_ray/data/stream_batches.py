@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import Collate, ExampleBatches, MicroBatch
@@ -40,10 +42,11 @@ class StreamBatches(ExampleBatches):
         """Return the order of the stream."""
         return InOrder()
 
-    def continued(self, loader: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+    def loaded_by(self, create_loader: Callable[[Dataset], Iterable[MicroBatch]]) -> Iterator[MicroBatch]:
         """Return the loader of the first epoch, in all of them: it continues to read."""
         if self._loader is None:
-            self._loader = iter(loader)
+            # Of a copy: in a cycle of references, Python would close the loader's queues first, and its process last.
+            self._loader = iter(create_loader(copy.copy(self)))
         return self._loader
 
     def __getitem__(self, request: Request) -> MicroBatch:
