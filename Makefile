@@ -30,7 +30,7 @@ test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
 
 test-long: $(VENV)/installed-dev  ## run the tests that take minutes
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -m 'long and not browser' $(ARGS)
 
 test-ray: $(VENV)/installed-dev  ## run jobs in both forms, default and plain: make test-ray VENV=.venv-2.51 RAY=2.51.2
 	$(BIN)/python -m pytest -m any_ray --durations=25 tests/test_any_ray.py $(ARGS)
