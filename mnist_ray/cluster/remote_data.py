@@ -43,10 +43,14 @@ class RemoteSplit:
         return Split(examples, self.indices, self.origin, self.draws, self.places)
 
 
+def may_be_stored(split: Split) -> bool:
+    """Return whether the object store can hold a split: all of some arrays in memory, or Blocks without examples."""
+    return split.whole_arrays is not None or isinstance(split.examples, Blocks)
+
+
 def share(workload: Workload, split: Split) -> RemoteSplit:
     """Share a split: put arrays in memory, and Blocks (without their examples), into the object store."""
-    is_stored = split.whole_arrays is not None or isinstance(split.examples, Blocks)
-    stored = ray.put(split.examples) if is_stored else None
+    stored = ray.put(split.examples) if may_be_stored(split) else None
     places = None if split.draws is None else split.places
     of_field = workload, split.origin, len(split), len(split.examples)
     return RemoteSplit(*of_field, stored, split.indices, split.draws, places)

@@ -13,8 +13,9 @@ import ray
 from ray.exceptions import RayError
 
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
+from mnist_ray.cluster.remote_data import may_be_stored
 from mnist_ray.cluster.waiting import Waiting
-from mnist_ray.data.data import Blocks, Data, Split
+from mnist_ray.data.data import Data, Split
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.job.session import Session, console_of
 from mnist_ray.record.recorder import known_surroundings
@@ -48,8 +49,10 @@ def train_members(session: Session, plan: WorkerPlan, data: Data) -> None:
 def _train_in_tasks(session: Session, left: list[Member], spec: MemberSpec, data: Data) -> None:
     plan, workers, console = spec.plan, session.job.workers, session.console
     concurrent = len(left) if workers.autoscaling else min(len(left), held_at_once(plan, session.cluster.nodes))
-    spec = dataclasses.replace(spec, stored=ray.put(data) if _may_be_sent(data) else None)
-    console.say("in parallel", count(concurrent, "run"))
+    fields = [field for field in (data.train, data.validation, data.test) if field is not None]
+    are_stored = all(may_be_stored(Split(field)) for field in fields)  # else, each process loads them
+    spec = dataclasses.replace(spec, stored=ray.put(data) if are_stored else None)
+    console.say("at a time", count(concurrent, "run"))
     task, running, failures = _task(plan), dict[ray.ObjectRef, Member](), Counter[str]()
     waiting = Waiting("a run", functools.partial(console.say, "note"))
     while left or running:
@@ -70,12 +73,6 @@ def _train_in_tasks(session: Session, left: list[Member], spec: MemberSpec, data
                 _say_ended(session, member, notes)
         waiting.look(is_waiting=not any(member.job.run.exists(ORIGIN_FILE) for member in running.values()))
         console.waiting(_progress([*running.values()], session.job.train.num_epochs))
-
-
-def _may_be_sent(data: Data) -> bool:
-    """Return whether the object store can hold the data; else, each process loads them."""
-    fields = [field for field in (data.train, data.validation, data.test) if field is not None]
-    return all(isinstance(field, Blocks) or Split(field).is_in_memory for field in fields)
 
 
 def _task(plan: WorkerPlan) -> Any:

@@ -142,7 +142,7 @@ def test_a_resumed_job_keeps_its_finished_runs_and_trains_the_others(
     before = (tmp_path / "crossed/members/seed-0_fold-1/result.json").stat().st_mtime_ns
     again = train(where["workload"], storage_path=tmp_path, run_name="crossed", resume=True)
     said = capsys.readouterr().out
-    assert "in parallel 2 runs" in said
+    assert "at a time  2 runs" in said
     assert said.count(" in the test, after ") == 2
     assert again.result["spread"] == crossed.result["spread"]
     assert [digest(member) for member in again.members] == [digest(member) for member in crossed.members]
