@@ -28,7 +28,7 @@ from mnist_ray.config import (
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.layers import ONLY_FLAGS
-from mnist_ray.repeats.train import train_several
+from mnist_ray.repeats.train import train as train_job
 from mnist_ray.report.run_files import (
     METRICS_FILE,
     STEPS_FILE,
@@ -38,7 +38,6 @@ from mnist_ray.report.run_files import (
     settings_of,
     workload_of,
 )
-from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
 from mnist_ray.settings import build, check_known, declared, path_of, values_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder, write_file
@@ -177,7 +176,7 @@ def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unp
     JobError, and, after Ctrl-C, KeyboardInterrupt.
     """
     job = read_job(_given(workload, settings, keywords))
-    train_several(job) if job.train.is_several else train_job(job)
+    train_job(job)
     return _run(job)
 
 

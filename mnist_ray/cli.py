@@ -20,9 +20,8 @@ from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
 from mnist_ray.job.job import Job, read_job, resume_command
 from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
-from mnist_ray.repeats.train import train_several
+from mnist_ray.repeats.train import train as train_job
 from mnist_ray.report.run_files import result_of, workload_of
-from mnist_ray.run.train import train as train_job
 from mnist_ray.runs import find_run
 from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek, words_to_complete
 from mnist_ray.settings_files import read_settings, toml_lines
@@ -43,7 +42,7 @@ def train() -> None:
         if job.asked.get("print_settings"):
             _print_settings(job)
         else:
-            train_several(job) if job.train.is_several else train_job(job)
+            train_job(job)
             shown |= _result_of(job)
 
 

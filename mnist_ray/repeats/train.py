@@ -1,9 +1,10 @@
-"""A job of several runs, step by step. Imports neither torch nor Ray at the top."""
+"""A job of one or of several runs. Imports neither torch nor Ray at the top."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 from mnist_ray.data.data import Splits
 from mnist_ray.job.job import Job
@@ -12,15 +13,23 @@ from mnist_ray.job.session import console_of, opened, started
 from mnist_ray.record.header import say_plan, say_result, say_run
 from mnist_ray.repeats.members import members_of
 from mnist_ray.report.console import RunConsole
+from mnist_ray.run import train as run
 from mnist_ray.storage import CONFIG_FILE
-from mnist_ray.text import count
 from mnist_ray.workload.calls import data_of, splits_for
 
 
-def train_several(job: Job) -> None:
+def train(job: Job, look_at: Callable[[Splits], object] = lambda data: None) -> None:
+    """Train what the settings ask for: one run, or a run for each seed and fold. Arguments as for ``run.train.train``.
+
+    Raises UsageError, JobError, KeyboardInterrupt with one-line texts.
+    """
+    (_train_several if job.train.is_several else run.train)(job, look_at)
+
+
+def _train_several(job: Job, look_at: Callable[[Splits], object]) -> None:
     """Train and test a run for each seed and fold, several at a time; report their mean and its interval.
 
-    If the job is interrupted and resumed, its finished runs stay as they are. Raises like ``train``.
+    If the job is interrupted and resumed, its finished runs stay as they are.
     """
     if job.is_finished:
         say_result(console_of(job), job)
@@ -29,6 +38,7 @@ def train_several(job: Job) -> None:
     with started(job, preload="mnist_ray.repeats.member") as start:
         data = data_of(job.workload)
         splits = splits_for(job.workload, data, job.train)
+        look_at(splits)
         job = check_against_data(job, splits)
         console = console_of(job)
         with opened(start, job, splits, console, functools.partial(say_several, console, job, splits)) as session:
@@ -50,8 +60,7 @@ def train_several(job: Job) -> None:
 
 def say_several(console: RunConsole, job: Job, splits: Splits) -> None:
     """Print the header of a job of several runs."""
-    config, number = job.train, len(members_of(job))
-    parts = [count(config.num_seeds, "seed")] * (config.num_seeds > 1)
-    parts += [f"{config.folds} folds"] * config.is_folded
+    config = job.train
+    parts = [f"{config.num_seeds} seeds"] * (config.num_seeds > 1) + [f"{config.folds} folds"] * config.is_folded
     say_run(console, job, splits)
-    console.say("runs", f"{number:,}: {' times '.join(parts)}")
+    console.say("runs", f"{len(members_of(job)):,}, for {' and '.join(parts)}")
