@@ -160,8 +160,9 @@ def test_a_run_whose_process_dies_continues(
     where: dict[str, Any], ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     died = tmp_path / "died"
-    once = f"if state.total_step == 15 and not os.path.exists({str(died)!r}): open({str(died)!r}, 'w'); os._exit(1)"
-    dies = callback_at(tmp_path / "dies.py", "on_step(self, state)", once)
+    die = f"    if state.total_step == 15: open({str(died)!r}, 'x'); os._exit(1)"  # only the first run that comes here
+    once = "try:", die, "except FileExistsError:", "    pass"
+    dies = callback_at(tmp_path / "dies.py", "on_step(self, state)", *once)
     settings = {**where, "quiet": False, "num_seeds": 2}
     found = train(**settings, callback=str(dies))
     assert capsys.readouterr().out.count("it continues from its last checkpoint") == 1
