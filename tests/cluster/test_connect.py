@@ -23,12 +23,17 @@ from mnist_ray.errors import JobError, UsageError
 from tests.conftest import ROOT
 
 JOB = """\
+import os, time
+from pathlib import Path
+
 from mnist_ray import cli
 from mnist_ray.cluster import environment
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError
 
 def fail():
+    while not [*Path(os.environ["RAY_TMPDIR"]).glob("ray/session_2*/logs/raylet.out")]:
+        time.sleep(0.01)  # it is to fail while Ray starts
     raise JobError("it does not fit")
 
 def main():
