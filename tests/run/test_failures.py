@@ -396,7 +396,7 @@ def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, quick:
 
     def announce(job: psutil.Process) -> None:
         reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline_ms = int(1000 * (time.time() + 3600))
+        deadline_ms = int(1000 * (time.time() + 3590))  # so that the note has "in 35" whenever it comes
         accepted, _ = GcsClient(address=nodes.address).drain_node(doomed.node_id, reason, "spot", deadline_ms)
         assert accepted
 
