@@ -45,6 +45,13 @@ def variables(tmp_path: Path) -> dict[str, str]:
     }
 
 
+def test_only_tests_that_a_fork_removes_read_the_docs() -> None:
+    (names,) = re.findall(r"^rm tests/test_{(.+)}\.py$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    readers = [file.stem for file in ROOT.glob("tests/**/test_*.py") if 'ROOT / "docs"' in file.read_text()]
+    assert readers
+    assert {*readers} <= {f"test_{name}" for name in names.split(",")}
+
+
 @pytest.mark.long
 def test_a_fork_trains_and_passes_its_checks_and_tests(tmp_path: Path, variables: dict[str, str]) -> None:
     fork = copy_tracked_files(tmp_path / "fork")

@@ -1,4 +1,4 @@
-"""The code in the guides trains."""
+"""The guides' code trains, and their commands compare and predict."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import itertools
 import json
 import math
 import re
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -32,9 +37,10 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
 from mnist_ray.workload import Classification, Data, Mix, Regression, Streamed, Workload, setting, sources
 from mnist_ray.workload.calls import data_of, splits_for
-from tests.conftest import ROOT, folder_at
+from tests.conftest import ROOT, folder_at, run_main
 from tests.data.test_ranges import tarred
 from tests.ranks import Hooks
+from tests.tools.test_compare import WORKLOAD as SHADES
 
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=10, optimizer="sgd", learning_rate=0.05)
 
@@ -175,3 +181,56 @@ def test_the_docs_groups_are_never_divided() -> None:
     patients = [{*data.groups[part.all_places].tolist()} for part in parts]  # type: ignore[index]
     assert [len(part) for part in patients] == [29, 3, 8]
     assert len(set.union(*patients)) == 40
+
+
+def test_the_guides_commands_compare_runs(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = tmp_path / "runs"
+    monkeypatch.setenv("MNIST_RAY_STORAGE_PATH", str(storage))
+    guide = (ROOT / "docs" / "guides" / "compare.md").read_text(encoding="utf-8")
+    write(SHADES, "shades.py")
+    common = ["--workload", str(tmp_path / "shades.py"), "--num-workers", "0", "--quiet"]
+    for name, rate in (("base", "0.05"), ("slow", "0.00001")):
+        run_main("train", *common, "--run-name", name, "--learning-rate", rate)
+    shutil.copytree(storage / "slow", storage / "third")
+    capsys.readouterr()
+    commands = re.findall(r"^    (?:\$ )?mnist-ray compare (.+?)(?: +#| +\||$)", guide, re.MULTILINE)
+    assert len(commands) > 3
+    for words in commands:
+        run_main("compare", *words.split())
+    said = capsys.readouterr().out
+    assert "differs    settings: learning_rate 0.05 in A, 1e-05 in B" in said
+    shown = json.loads(said.splitlines()[-1])
+    (before,), (after,) = (shown["runs"][letter]["test_accuracy"] for letter in "AB")
+    assert shown["against_first"]["B"]["gain"]["value"] == pytest.approx(100 * (after - before))
+    exec(re.search(r"```python\n(.+?)```", guide, re.DOTALL)[1], {})  # type: ignore[index]
+    assert capsys.readouterr().out.splitlines()[1].startswith("A  base  1 seed")
+    page = (tmp_path / "comparison.html").read_text()
+    assert page.count('class="photo"') >= 1
+    assert "examples are rows" not in page
+
+
+def test_the_guides_commands_and_code_predict_at_scale(
+    ray_address: str, finished_run: Path, mnist_test: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "guides" / "predict.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("scans", "tables"):
+        (tmp_path / folder).mkdir()
+    for index in range(23):
+        Image.fromarray(mnist_test.inputs[index]).save(tmp_path / "scans" / f"{index:02}.png")
+    cells = [{"bytes": file.read_bytes()} for file in sorted(tmp_path.glob("scans/0*.png"))]
+    pq.write_table(pa.table({"image": cells, "other": cells}), tmp_path / "tables" / "a.parquet")
+    commands = re.findall(r"^    python jobs/predict.py (.+)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for words in commands:
+        run_main("predict", *words.replace("RUN", str(finished_run)).split())
+    assert pd.read_parquet("digits-of-tables").columns.tolist()[:3] == ["image", "other", "prediction"]
+    names: dict[str, Any] = {"pandas": pd, "contents": [cell["bytes"] for cell in cells]}
+    exec(
+        "\n".join(re.findall(r"```python\n(.+?)```", page, re.DOTALL)).replace('"RUN"', repr(str(finished_run))), names
+    )
+    assert len(names["predictions"]) == 23
+    assert names["columns"]["prediction"].tolist() == names["predictions"].sort_values("file").prediction[:10].tolist()

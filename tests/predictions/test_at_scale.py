@@ -125,27 +125,6 @@ def test_a_folder_is_predicted_on_ray_with_the_bits_of_single_files_and_goes_on_
         scale(finished_run, scans, output)
 
 
-def test_the_docs_commands_and_code_run(
-    ray_address: str, finished_run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (ROOT / "docs" / "guides" / "predict.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tables").mkdir()
-    cells = [{"bytes": file.read_bytes()} for file in sorted(scans.glob("0*.png"))]
-    pq.write_table(pa.table({"image": cells, "other": cells}), tmp_path / "tables" / "a.parquet")
-    commands = re.findall(r"^    python jobs/predict.py (.+)$", page, re.MULTILINE)
-    assert len(commands) == 2
-    for words in commands:
-        run_main("predict", *words.replace("RUN", str(finished_run)).split())
-    assert pd.read_parquet("digits-of-tables").columns.tolist()[:3] == ["image", "other", "prediction"]
-    names: dict[str, Any] = {"pandas": pd, "contents": [cell["bytes"] for cell in cells]}
-    exec(
-        "\n".join(re.findall(r"```python\n(.+?)```", page, re.DOTALL)).replace('"RUN"', repr(str(finished_run))), names
-    )
-    assert len(names["predictions"]) == 23
-    assert names["columns"]["prediction"].tolist() == names["predictions"].sort_values("file").prediction[:10].tolist()
-
-
 def test_an_error_in_an_actor_is_one_line_and_a_killed_actor_is_replaced(
     ray_address: str, finished_run: Path, scans: Path, tmp_path: Path, write: Callable[..., Path]
 ) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.columns import write_columns
 from mnist_ray.settings import json_lines
 from mnist_ray.tools.verdict import Gain
-from tests.conftest import ROOT, folder_at, run_main
+from tests.conftest import folder_at
 
 NUM_TEST = 400
 LABELS = np.random.default_rng(0).integers(3, size=NUM_TEST)
@@ -238,32 +236,3 @@ def test_a_page_has_rows_if_the_workload_cannot_be_loaded(tmp_path: Path) -> Non
     assert "examples are rows, not images: " in page
     assert "Lost by B to A: 30" in page
     assert f"<td>10</td><td>{LABELS[10]}</td><td>{LABELS[10]}</td><td>{(LABELS[10] + 1) % 3}</td>" in page
-
-
-def test_the_guides_commands_compare_runs(
-    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    storage = tmp_path / "runs"
-    monkeypatch.setenv("MNIST_RAY_STORAGE_PATH", str(storage))
-    guide = (ROOT / "docs" / "guides" / "compare.md").read_text(encoding="utf-8")
-    write(WORKLOAD, "shades.py")
-    common = ["--workload", str(tmp_path / "shades.py"), "--num-workers", "0", "--quiet"]
-    for name, rate in (("base", "0.05"), ("slow", "0.00001")):
-        run_main("train", *common, "--run-name", name, "--learning-rate", rate)
-    shutil.copytree(storage / "slow", storage / "third")
-    capsys.readouterr()
-    commands = re.findall(r"^    (?:\$ )?mnist-ray compare (.+?)(?: +#| +\||$)", guide, re.MULTILINE)
-    assert len(commands) > 3
-    for words in commands:
-        run_main("compare", *words.split())
-    said = capsys.readouterr().out
-    assert "differs    settings: learning_rate 0.05 in A, 1e-05 in B" in said
-    shown = json.loads(said.splitlines()[-1])
-    (before,), (after,) = (shown["runs"][letter]["test_accuracy"] for letter in "AB")
-    assert shown["against_first"]["B"]["gain"]["value"] == pytest.approx(100 * (after - before))
-    exec(re.search(r"```python\n(.+?)```", guide, re.DOTALL)[1], {})  # type: ignore[index]
-    assert capsys.readouterr().out.splitlines()[1].startswith("A  base  1 seed")
-    page = (tmp_path / "comparison.html").read_text()
-    assert page.count('class="photo"') >= 1
-    assert "examples are rows" not in page
