@@ -331,7 +331,7 @@ def main() -> None:
         stack.callback(ray.shutdown)
 
         def deploy(run: str, name: str = "default", **options: Any) -> None:
-            given = example.Arguments(run=f"{storage}/{run}", **options)
+            given = {"run": f"{storage}/{run}", **options}
             serve.run(example.app(given), name=name, route_prefix="/" if name == "default" else f"/{name}")
 
         deploy("first", port=ports[0])

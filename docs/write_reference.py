@@ -39,7 +39,8 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the comman
     "new": ("NAME [FLAGS]", (config.ProjectConfig,)),
 }
 NOTES = {
-    "tune": "The flags of `train` apply to each trial, except `--num-seeds`, `--folds` without `--fold`, and `--num-workers 0`.",
+    "tune": "The flags of `train` apply to each trial, except `--num-seeds`, `--folds` without `--fold`, and"
+    " `--num-workers 0`.",
     "predict": "For a language model, give texts to continue. With `--input`, give no IMAGE_OR_FOLDER.",
 }
 KINDS = {int: "integer", float: "number", str: "text", Path: "path", tuple: "list", bool: "on or off"}

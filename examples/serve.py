@@ -15,7 +15,7 @@ import click
 import numpy as np
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from ray import serve
 
 import mnist_ray
@@ -125,11 +125,15 @@ class Server:
         return await asyncio.to_thread(self.predictor.predict, inputs)
 
 
-def app(given: Arguments) -> serve.Application:
+def app(arguments: dict[str, Any]) -> serve.Application:
     """Return the application. Loads the run first, so that a mistake changes nothing that is served."""
-    source = given.model_dump(include={"run", "workload", "storage_path"})
     try:
+        given = Arguments(**arguments)
+        source = given.model_dump(include={"run", "workload", "storage_path"})
         predictor = mnist_ray.load_predictor(**source)
+    except ValidationError as error:
+        (name, *_), message = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        raise click.ClickException(f"{name}={arguments[name]}: {message}") from error
     except (UsageError, JobError) as error:
         raise click.ClickException(first_line(error)) from error
     if listen := given.model_dump(include={"host", "port"}, exclude_none=True):

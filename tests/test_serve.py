@@ -50,7 +50,7 @@ def deployed(finished_run: Path) -> Iterator[str]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    serve.run(example.app(example.Arguments(run=str(finished_run), port=port)))
+    serve.run(example.app({"run": str(finished_run), "port": port}))
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -150,7 +150,7 @@ def test_a_new_run_takes_over_while_every_request_is_answered(
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        serve.run(example.app(example.Arguments(run=str(tmp_path / "next"))))
+        serve.run(example.app({"run": str(tmp_path / "next")}))
     finally:
         is_over.set()
         asking.join()
@@ -159,9 +159,17 @@ def test_a_new_run_takes_over_while_every_request_is_answered(
     assert {*runs} == {"two", "next"}
 
 
-def test_a_run_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(click.ClickException, match=r"^.*/none is neither a checkpoint nor a run with a checkpoint$"):
-        example.app(example.Arguments(run="none", storage_path=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"run": "none"}, ".*/none is neither a checkpoint nor a run with a checkpoint"),
+        ({"runs": "none"}, "runs=none: Extra inputs are not permitted"),
+        ({"port": "http"}, "port=http: Input should be a valid integer, .*"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(click.ClickException, match=f"^{message}$"):
+        example.app({"storage_path": str(tmp_path), **arguments})
 
 
 STROKES = {
@@ -179,7 +187,7 @@ def robust(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     flags = {"workload": ROOT / "examples" / "digits.py", "recipe": "robust", "num_epochs": 2, "num_workers": 0}
     storage = tmp_path_factory.mktemp("robust")
     run_main("train", *as_flags({**flags, "storage_path": storage}))
-    serve.run(example.app(example.Arguments(storage_path=str(storage))))
+    serve.run(example.app({"storage_path": str(storage)}))
     return deployed
 
 
