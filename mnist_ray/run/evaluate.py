@@ -35,7 +35,7 @@ from mnist_ray.settings import build, flag
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder
 from mnist_ray.text import count
-from mnist_ray.training.ensemble import Ensemble
+from mnist_ray.training.ensemble import ensemble_of
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
@@ -232,8 +232,11 @@ def evaluate_here(
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     try:
         with placed(workload, "an evaluation"):
-            models = [load_model(*member) for member in ((checkpoint, workload), *others)]
-            model = with_fast_layout((Ensemble(workload, models) if others else models[0]).to(device))
+            model: torch.nn.Module = load_model(checkpoint, workload)
+            if others:
+                members = [(own, load_model(folder, own)) for folder, own in others]
+                workload, model = ensemble_of([(workload, model), *members])
+            model = with_fast_layout(model.to(device))
             config = build(TrainConfig, read_state(checkpoint).get("config", {}))
             return evaluate(workload, model, split, config, loader_workers, on_batch)
     except UsageError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mnist_ray.run.evaluate import evaluate_here, num_paying
 from mnist_ray.training import engine
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.step import forward
-from mnist_ray.workload import Data, Regression, Workload, loading
+from mnist_ray.workload import Data, Regression, Workload, loading, setting
 from tests.conftest import QUICK, folder_at, mnist, run_main
 
 
@@ -86,6 +86,36 @@ def test_an_ensemble_has_the_mean_of_its_models_probabilities_in_the_command_too
     said = capsys.readouterr().out
     assert f"loss {found['loss']:.4f} on 1,100 images" in said
     assert said.count("checkpoint ") == 2
+
+
+class Scaled(Regression):
+    @dataclass(frozen=True)
+    class Settings:
+        scale: float = setting(1.0, "what the inputs are multiplied by")
+
+    def load_data(self) -> Data:
+        few = Arrays(np.ones((20, 2), np.float32), np.arange(20.0))
+        return Data(few, few)
+
+    def create_model(self) -> torch.nn.Module:
+        model = torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        return model
+
+    def prepare(self, inputs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        return inputs.mul_(self.settings.scale)  # in place
+
+
+def test_each_member_of_an_ensemble_prepares_its_own_inputs(tmp_path: Path) -> None:
+    members = []
+    for scale in (1.0, 10.0):
+        workload = loading.load(Scaled)(Scaled.Settings(scale))
+        state = engine.create_state(workload, TrainConfig(), 20, Group())
+        checkpoint.snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path / f"{scale:g}-0"))
+        members.append((folder_at(tmp_path / f"{scale:g}-0"), workload))
+    for (folder, workload), *others in (members, members[::-1]):
+        tested = evaluate_here(folder, workload, Split(workload.load_data().test), 0, others=others)
+        assert tested.columns["prediction"].tolist() == [(2.0 + 20.0) / 2] * 20
 
 
 class Fixed(Regression):
