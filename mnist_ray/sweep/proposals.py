@@ -86,13 +86,17 @@ def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
 def _draw(space: SearchSpace, rng: np.random.Generator, kind: type) -> Any:
     if isinstance(space, Choice):
         return space.options[int(rng.integers(len(space.options)))]
-    if space.log:
-        return _rounded(math.exp(rng.uniform(math.log(space.low), math.log(space.high))), kind, space)
-    return _rounded(rng.uniform(space.low, space.high), kind, space)
+    low, high = space.low, space.high + (kind is int)  # a whole number stands for what begins with it
+    value = math.exp(rng.uniform(math.log(low), math.log(high))) if space.log else rng.uniform(low, high)
+    return min(int(value), int(space.high)) if kind is int else _rounded(value, kind, space)
 
 
 def _rounded(value: float, kind: type, space: Range) -> Any:
-    return round(value) if kind is int else min(max(float(f"{value:.4g}"), space.low), space.high)
+    """Return a value with four digits of those in which the range's ends differ; a whole number, if ``kind`` is int."""
+    if kind is int or space.low == space.high:
+        return round(value) if kind is int else space.low
+    num_equal = int(math.log10(max(abs(space.low), abs(space.high)) / (space.high - space.low)))
+    return min(max(float(f"{value:.{4 + num_equal}g}"), space.low), space.high)
 
 
 def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:

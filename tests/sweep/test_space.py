@@ -41,6 +41,19 @@ def test_random_proposals_start_with_the_default_stay_inside_and_depend_on_the_s
     assert 70 < below < 130, "not log-uniform"
 
 
+@pytest.mark.parametrize(("text", "shares"), [("1:3", [1 / 3] * 3), ("log:1:3", [0.5, 0.29, 0.21])])
+def test_whole_numbers_are_drawn_as_often_at_the_ends_of_a_range(text: str, shares: list[float]) -> None:
+    sweep = SweepConfig(num_trials=2000)
+    drawn = propose(f"warmup_steps={text}", "beta1=0.1:0.9", sweep=sweep)[1:]  # the second one makes points different
+    numbers = [point.values["warmup_steps"] for point in drawn]
+    assert [numbers.count(number) / len(numbers) for number in (1, 2, 3)] == pytest.approx(shares, abs=0.05)
+
+
+def test_a_narrow_range_has_many_values() -> None:
+    drawn = propose("ema_decay=0.9999:0.99999", sweep=SweepConfig(num_trials=50))
+    assert len({point.values["ema_decay"] for point in drawn}) == 50
+
+
 def test_a_default_outside_the_space_is_not_tried() -> None:
     rates = "learning_rate=log:5e-4:2e-2"
     assert DEFAULT in propose("batch_size=64,128", rates)
