@@ -183,11 +183,10 @@ class Classification(Workload):
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""
-        best = outputs.softmax(1).topk(min(_NUM_TOP, outputs.shape[1]))
-        return [
-            [(self.class_names[index], probability) for index, probability in zip(indices, probabilities, strict=True)]
-            for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        # Of equal ones, the first is the best, as for ``max``; ``topk`` would return any.
+        probabilities, classes = outputs.softmax(1).sort(dim=1, descending=True, stable=True)
+        best = zip(classes[:, :_NUM_TOP].tolist(), probabilities[:, :_NUM_TOP].tolist(), strict=True)
+        return [[(self.class_names[number], value) for number, value in zip(*row, strict=True)] for row in best]
 
     def _cross_entropy(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         from torch.nn import functional as F

@@ -109,6 +109,16 @@ def test_predictions_are_label_prediction_and_probabilities() -> None:
     np.testing.assert_allclose(columns["probability"], softmax(outputs).max(1), rtol=1e-5)
 
 
+def test_of_equal_classes_the_first_is_the_best_prediction_everywhere() -> None:
+    outputs = torch.zeros(3, 1000)
+    outputs[1, 500:] = outputs[2, 998:] = 1.0
+    several = workload([*range(1000)])
+    columns = several.predictions(outputs, torch.zeros(3, dtype=torch.long))
+    tops = [[number for number, _ in top] for top in several.top_predictions(outputs)]
+    assert tops == [[0, 1, 2], [500, 501, 502], [998, 999, 0]]
+    assert columns["prediction"].tolist() == outputs.argmax(1).tolist() == [0, 500, 998]
+
+
 def test_the_top_predictions_are_the_most_probable_classes_by_name() -> None:
     outputs, _ = outputs_and_targets(4)
     probabilities = softmax(outputs)
