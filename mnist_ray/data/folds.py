@@ -46,7 +46,13 @@ def folds_of_groups(sizes: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
 
 
 def random_groups(sizes: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Return whether each group is chosen, (groups,): as many as ``size`` examples hold, at random, at least one."""
-    order = [group for group in Shuffled(len(sizes), [seed])[:].tolist() if sizes[group]]
-    number = max(1, int(np.searchsorted(np.cumsum(sizes[order]), size, side="right")))
-    return np.isin(np.arange(len(sizes)), order[:number])
+    """Return whether each group is chosen, (groups,): at random, groups of at most ``size`` examples in all.
+
+    A group that does not fit is passed over; if none fits, the smallest is chosen.
+    """
+    chosen, num_left = list[int](), size
+    for group in Shuffled(len(sizes), [seed])[:].tolist():
+        if sizes[group] <= num_left:
+            chosen.append(group)
+            num_left -= int(sizes[group])
+    return np.isin(np.arange(len(sizes)), chosen or [sizes.argmin()])

@@ -56,7 +56,13 @@ def test_folds_have_whole_groups_and_similar_sizes() -> None:
 def test_random_groups_are_as_many_as_fit_and_at_least_one() -> None:
     sizes = np.bincount(GROUPS)
     assert 20 < sizes[random_groups(sizes, 40, 0)].sum() <= 40
-    assert random_groups(sizes, 0, 0).sum() == 1
+    assert sizes[random_groups(sizes, 0, 0)].tolist() == [sizes.min()]
+
+
+def test_a_group_that_does_not_fit_is_passed_over() -> None:
+    sizes = np.ceil(np.random.default_rng(0).lognormal(2, 1.5, 300)).astype(int)
+    for seed in range(20):
+        assert 490 < sizes[random_groups(sizes, 500, seed)].sum() <= 500
 
 
 def test_every_example_is_in_the_test_of_one_fold_and_never_in_its_training() -> None:
