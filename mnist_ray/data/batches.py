@@ -91,7 +91,8 @@ class ExampleBatches(Dataset):
 
     Before each example is read, the generators of Python, NumPy and torch are seeded. So an example's random numbers
     depend only on the seed and its index in the user's ``Dataset``, not on interruptions, splits, or the number of
-    ranks, tasks and loader processes.
+    ranks, tasks and loader processes. Of examples that are drawn by weight, the number of the draw counts instead of
+    the index: one that is drawn again gets other random numbers.
     """
 
     max_processes: int | None = None  # that may read ahead; None: as many as there are
@@ -117,7 +118,9 @@ class ExampleBatches(Dataset):
         if isinstance(arrays := self.split.examples, Arrays):
             take = functools.partial(_rows, indices=indices)
             return _loaded(request, map_arrays(take, arrays.inputs), map_arrays(take, arrays.targets))
-        return self._joined([self._example(index) for index in indices.tolist()], indices, request)
+        numbers = indices if request.first_draw is None else request.first_draw + np.arange(len(indices))
+        examples = [self._example(*each) for each in zip(indices.tolist(), numbers.tolist(), strict=True)]
+        return self._joined(examples, indices, request)
 
     def _joined(self, examples: list[tuple[Any, Any]], indices: np.ndarray, request: Request) -> MicroBatch:
         """Join examples into a batch; ``indices`` are theirs in the user's data."""
@@ -142,12 +145,12 @@ class ExampleBatches(Dataset):
         """Return the loader from which to read an epoch: a new one, or an earlier one that goes on."""
         return create_loader(self)
 
-    def _example(self, index: int) -> tuple[Any, Any]:
-        self._seed(index)
+    def _example(self, index: int, number: int) -> tuple[Any, Any]:
+        self._seed(number)
         return self._checked(index)
 
-    def _seed(self, index: int) -> None:
-        seed = (self.seed * 2_147_483_647 + index) % 2**63
+    def _seed(self, number: int) -> None:
+        seed = (self.seed * 2_147_483_647 + number) % 2**63
         torch.default_generator.manual_seed(seed)  # 100 times as fast as torch.manual_seed, which seeds all devices
         random.seed(seed)
         np.random.seed(seed % 2**32)

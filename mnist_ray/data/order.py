@@ -119,20 +119,21 @@ class AllBut:
 def _mixed_row(sizes: np.ndarray, numbers: np.ndarray, shares: Sequence[float], key: Sequence[int]) -> np.ndarray:
     """Return blocks in the order of a pass: at any place of the row, each source has its share of the examples so far.
 
-    The next block is of the source that lacks the most examples; where a source begins, random numbers decide.
+    A source's next block is due when its blocks so far have had their share of the row; random numbers decide when its
+    first one is, so that the mean over passes is the share.
     """
     of_sources = [np.flatnonzero((numbers == number) & (sizes > 0)) for number in range(len(shares))]
     used = np.array([len(blocks) > 0 for blocks in of_sources])  # with --limit, a source may have no block
     wanted = np.where(used, shares, 0) / np.sum(shares, where=used)
     mean_sizes = np.array([sizes[blocks].mean() if len(blocks) else 0.0 for blocks in of_sources])
-    owed = np.random.default_rng(key).random(len(shares)) * mean_sizes
+    first = np.random.default_rng(key).random(len(shares)) * mean_sizes
+    due = np.divide(first, wanted, out=np.full(len(shares), np.inf), where=used)  # places in the row, in examples
     rows = [_endless(blocks, [*key, number]) for number, blocks in enumerate(of_sources)]
     row, num_left = list[int](), int(sizes.sum())
     while num_left > 0:
-        number = int(np.where(used, owed, -np.inf).argmax())
+        number = int(due.argmin())
         row.append(block := next(rows[number]))
-        owed += wanted * sizes[block]
-        owed[number] -= sizes[block]
+        due[number] += sizes[block] / wanted[number]
         num_left -= int(sizes[block])
     return np.array(row)
 

@@ -28,6 +28,7 @@ class Request(NamedTuple):
     global_size: int = 0  # number of examples in the whole batch, over all ranks; 0 in an evaluation
     ends_step: bool = True  # whether this is the rank's last micro-batch of the step
     is_filler: bool = False  # one example, which does not count, instead of an empty micro-batch
+    first_draw: int | None = None  # of the pass, if it draws its examples: the number of this part's first draw
 
 
 def split_bounds(num_examples: int, num_parts: int, batch_size: int) -> list[tuple[int, int]]:
@@ -67,17 +68,20 @@ class ShardedBatchSampler:
         num_parts = self.num_chunks or num_streams or self.world_size
         own = part_of(num_parts, self.rank, self.world_size)
         edges = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
-        for batch in self._batches():
+        for draw, batch in self._batches():
             bounds = [len(batch) * number // num_parts for number in edges]
             slices = [batch[first:last] for first, last in pairwise(bounds)]
             num_cuts = self._num_micro_batches(len(batch), num_parts)
             micro_batches = slices  # array_split would take 40 µs even for one cut
             if num_cuts > 1:
                 micro_batches = [indices for part in slices for indices in np.array_split(part, num_cuts)]
+            draw += bounds[0]
             for number, indices in enumerate(micro_batches, start=1):
                 is_filler = len(indices) == 0
                 ends_step = number == len(micro_batches)
-                yield Request(batch[:1] if is_filler else indices, len(batch), ends_step, is_filler)
+                first_draw = draw if isinstance(self.order, Drawn) else None
+                yield Request(batch[:1] if is_filler else indices, len(batch), ends_step, is_filler, first_draw)
+                draw += len(indices)
 
     def _num_micro_batches(self, size: int, num_parts: int) -> int:
         """Return how many micro-batches the largest slice needs: all ranks compute that many, as FSDP requires."""
@@ -86,10 +90,11 @@ class ShardedBatchSampler:
         largest = math.ceil(size * math.ceil(num_parts / self.world_size) / num_parts)
         return math.ceil(largest / self.micro_batch_size)
 
-    def _batches(self) -> Iterator[np.ndarray]:
+    def _batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each batch, with the number of its first example in the pass."""
         order = self.order or Shuffled(self.num_examples, [self.seed, self.pass_number])
         length = math.ceil(_DRAWN_AT_ONCE / self.batch_size) * self.batch_size
         for start in range(self.first_step * self.batch_size, self.num_examples, length):
             drawn = order[start : start + length]
             for first in range(0, len(drawn), self.batch_size):
-                yield drawn[first : first + self.batch_size]
+                yield start + first, drawn[first : first + self.batch_size]

@@ -41,9 +41,9 @@ def test_any_number_of_workers_takes_the_same_batches_from_their_own_streams(
         for rank in range(world_size):
             order, of_rank = order_of(30, 8), list[list[int]]([[]])
             options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step, "num_chunks": num_chunks}
-            for indices, _, ends_step, is_filler in ShardedBatchSampler(len(order), 30, 0, 0, **options, order=order):
-                of_rank[-1] += [] if is_filler else indices.tolist()
-                of_rank += [[]] * ends_step
+            for request in ShardedBatchSampler(len(order), 30, 0, 0, **options, order=order):
+                of_rank[-1] += [] if request.is_filler else request.indices.tolist()
+                of_rank += [[]] * request.ends_step
             of_steps = [[*before, *own] for before, own in zip(of_steps or [[]] * len(of_rank), of_rank, strict=True)]
         return of_steps[:-1]
 
@@ -61,12 +61,10 @@ def test_the_reads_of_a_rank_are_the_blocks_of_its_steps(world_size: int, first_
         assert [read.first_step for read in reads] == sorted(read.first_step for read in reads)
         options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step}
         needed = set[tuple[int, int]]()
-        for step, (indices, *_, is_filler) in enumerate(
-            ShardedBatchSampler(len(order), 30, 0, 0, **options, order=order), first_step
-        ):
-            needed |= {
-                (step, block) for block in np.searchsorted(ends, indices, side="right").tolist() if not is_filler
-            }
+        sampler = ShardedBatchSampler(len(order), 30, 0, 0, **options, order=order)
+        for step, request in enumerate(sampler, first_step):
+            blocks = np.searchsorted(ends, request.indices, side="right").tolist()
+            needed |= {(step, block) for block in blocks if not request.is_filler}
         announced = {(step, block) for first, last, block in reads for step in range(first, last + 1)}
         assert needed <= announced
         if first_step == 0:

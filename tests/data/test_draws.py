@@ -141,6 +141,35 @@ def test_blocks_of_a_mix_have_their_shares_all_along_a_pass() -> None:
     assert len(order) == sizes.sum()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "num_first", "share"),
+    [([1000] * 40, 20, 0.99), ([1000] * 12, 10, 0.9), ([1000] * 21, 20, 0.95), ([100] * 40 + [2000] * 2, 40, 0.8)],
+)
+def test_over_many_passes_a_source_of_few_blocks_has_its_share(sizes: list[int], num_first: int, share: float) -> None:
+    numbers, ends, found = (np.arange(len(sizes)) >= num_first).astype(int), np.cumsum(sizes), 0.0
+    for pass_number in range(300):
+        order = StreamOrder(np.array(sizes), 100, 1, 0, pass_number, mixed=(numbers, (share, 1 - share)))
+        found += float((numbers[np.searchsorted(ends, order[:], side="right")] == 0).mean()) / 300
+    assert found == pytest.approx(share, abs=0.015)
+
+
+class Noisy(Examples):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, float]:
+        return super().__getitem__(index)[0], float(torch.rand(()))
+
+
+@pytest.mark.parametrize("is_mix", [False, True])
+def test_an_example_that_is_drawn_again_has_other_random_numbers(is_mix: bool) -> None:
+    rare = np.where(np.arange(100) < 3, 20.0, 1.0)
+    mix = Mix({"rare": (Noisy(0, 3), 1), "other": (Noisy(3, 97), 1)})
+    data = Data(mix, arrays(0, 9)) if is_mix else Data(Noisy(0, 100), arrays(0, 9), weights=rare)
+    split = loaded(data).train
+    whole = [*itertools.chain(*seen(split))]
+    assert len({*whole[: len(split)]}) == len(split), "in a pass"
+    ranks = [[*seen(split, rank, 3, first_step=2)] for rank in range(3)]
+    assert [*itertools.chain(*(itertools.chain(*parts) for parts in zip(*ranks, strict=True)))] == whole[40:]
+
+
 def test_the_weights_are_those_of_the_examples_that_are_left_to_train_on() -> None:
     for splits in (loaded(WEIGHTED), subset(loaded(WEIGHTED), TrainConfig(limit=0.3, batch_size=2))):
         split = splits.train
