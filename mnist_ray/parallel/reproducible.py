@@ -76,7 +76,8 @@ class Chunks:
     ) -> None:
         self._own = part_of(num_chunks, rank, world_size)
         self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Of several optimizers' parameters, one that is frozen now may be trained later.
+        self._parameters = [p for p in model.parameters() if p.requires_grad or has_unused_parameters]
         self._owners = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
         self._first = [_as_real(getattr(module, name)) for module, name in self._owners]
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
@@ -105,10 +106,11 @@ class Chunks:
         for buffer, before in zip(self._buffers(), self._before, strict=True):
             buffer.copy_(before)
 
-    def apply(self) -> dict[str, Tensor]:
+    def apply(self, num_filled: int) -> dict[str, Tensor]:
         """Put the global batch's gradients and buffers into the model; return the sums over each chunk's examples.
 
-        They are 0 for other ranks' chunks, so that sums over the ranks are exact, and can be added up in one order.
+        ``num_filled``: how many chunks of all ranks are no fillers. The sums are 0 for other ranks' chunks, so that
+        sums over the ranks are exact, and can be added up in one order.
         """
         rows = torch.stack([node.vector for node in self._nodes])  # one per subtree
         self._total = self._total or self._connect(rows.shape[1])
@@ -118,7 +120,7 @@ class Chunks:
             # In the parameter's layout. The optimizer skips a parameter that no chunk has used.
             parameter.grad = torch.empty_like(parameter).copy_(gradient) if is_used else None
         for buffer, before, change in zip(self._buffers(), self._before, changes, strict=True):
-            mean = change.double() / self._num_chunks
+            mean = change.double() / num_filled
             buffer.copy_(torch.where(mean == 0, before, (before.double() + mean).to(before.dtype)))
         return self._sums
 

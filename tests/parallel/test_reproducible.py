@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.order import part_of
 from mnist_ray.errors import TrainingStoppedError
@@ -20,6 +21,7 @@ from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.reproducible import Chunks, Subtree, added_up, check_arithmetic
 from mnist_ray.training import engine
+from mnist_ray.training.gradients import Gradients
 from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
@@ -179,8 +181,28 @@ def test_a_step_begins_with_the_buffers_that_a_callback_has_set(is_in_place: boo
             else:
                 model.running_mean = moved
             chunks.collect(chunk, {"loss": torch.zeros(1)})
-        chunks.apply()
+        chunks.apply(4)
         assert (seen, float(model.running_mean)) == ([mean] * 4, mean + 1.5)
+
+
+class Normalized(Regression):
+    def create_model(self) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize("num_chunks", [3, 8])
+def test_fillers_do_not_count_in_running_statistics(num_chunks: int) -> None:
+    inputs = np.arange(12, dtype=np.float32).reshape(3, 1, 2, 2)
+    config = TrainConfig(precision="fp32", num_epochs=1, batch_size=3, reproducible=True, num_chunks=num_chunks)
+    state = engine.create_state(Normalized(), config, 3, Group())
+    engine.train(Normalized(), state, Split(Arrays(inputs, np.zeros(3))), config, Group())
+    normalization: Any = state.model.get_submodule("0")
+    assert normalization.running_mean.item() == pytest.approx(0.1 * inputs.mean())
+    gradients = Gradients(Normalized(), state, replace(config, reproducible=False), Group())
+    filler = MicroBatch(torch.tensor(inputs[:1]), torch.zeros(1), 3, is_filler=True)
+    before = normalization.running_mean.item()
+    gradients.compute([filler])
+    assert normalization.running_mean.item() == before
 
 
 def test_machines_with_other_arithmetic_are_refused_and_the_difference_is_named(
