@@ -27,7 +27,7 @@ from mnist_ray.data.batches import (
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.stream_batches import StreamBatches
-from mnist_ray.data.tensors import is_sharded, rows_here, with_fast_layout
+from mnist_ray.data.tensors import is_sharded, map_tensors, rows_here, with_fast_layout
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import open_step
@@ -133,6 +133,7 @@ def train(
         watch.turn(DATA)
         for micro_batches in _steps(batches, state, config, group, num_loader_processes):
             watch.turn(COMPUTE)
+            state.learning_rates = learning_rates(state.optimizer)
             if takes_closure:
                 sums, others = _step_with_closure(gradients, micro_batches, state, config, callbacks, group)
             else:
@@ -226,7 +227,6 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
         callback.on_gradients(state)
     state.watch.turn(OPTIMIZER)
     figures = _clip(state, config)
-    state.learning_rates = learning_rates(state.optimizer)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if config.ema_decay is not None:
@@ -251,21 +251,24 @@ def _step_with_closure(
     callbacks: Sequence[Callback],
     group: Group,
 ) -> tuple[dict[str, Tensor], dict[Figure, Tensor]]:
-    """Let an optimizer compute the gradients as often as it needs them; return sums and figures of the first time."""
+    """Let an optimizer compute the gradients as often as it needs them.
+
+    Returns the sums of the first time, and the largest of each figure.
+    """
     figures: dict[Figure, Tensor] = {}
 
     def compute() -> tuple[dict[str, Tensor], Tensor | None]:
         gradients.clear()
-        sums = gradients.compute(micro_batches)
+        # ``prepare`` may change a batch in place, and the optimizer may need it again.
+        sums = gradients.compute([map_tensors(torch.clone, micro_batch) for micro_batch in micro_batches])
         if not gradients.has_weight:
             gradients.clear()  # they are not numbers
         for callback in callbacks:
             callback.on_gradients(state)
         clipped = _clip(state, config) if gradients.has_weight else {}
-        figures.update({} if figures else clipped)
+        figures.update({name: torch.maximum(value, figures.get(name, value)) for name, value in clipped.items()})
         return sums, gradients.minimized
 
-    state.learning_rates = learning_rates(state.optimizer)
     sums = open_step.step_with_closure(state.optimizer, compute, micro_batches[0].global_size, group)
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)

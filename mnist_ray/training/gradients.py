@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,14 +25,12 @@ from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.reproducible import Chunks
 from mnist_ray.training import open_step
-from mnist_ray.training.metrics import WEIGHT
+from mnist_ray.training.metrics import MINIMIZED, WEIGHT
 from mnist_ray.training.parts import Parts, add_over_ranks
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward, sums_of
 from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.workload import Workload
-
-MINIMIZED = "minimized"
 
 
 class Gradients:
@@ -157,7 +155,7 @@ class Gradients:
             chunks.collect(chunk, self._backward(micro_batch, 1 / micro_batch.global_size))
         if self._group.world_size > 1:
             self._ready_at = self._state.watch.now()
-        return chunks.apply()
+        return chunks.apply(min(self._config.num_chunks, micro_batches[0].global_size))
 
     def _seed(self, number: int) -> None:
         """Seed augmentation and dropout by epoch, step, and the number of the rank or, with chunks, of the chunk."""
@@ -167,23 +165,33 @@ class Gradients:
     def _backward(self, micro_batch: MicroBatch, factor: float) -> dict[str, Tensor]:
         scaler, group = self._state.scaler, self._group
         try:
-            return backward(
-                self._workload,
-                self._model,
-                micro_batch,
-                self._config,
-                factor,
-                self._generator,
-                scaler,
-                group,
-                self._parts.part if self._parts else "",
-            )
+            with _kept_buffers(self._model) if micro_batch.is_filler else contextlib.nullcontext():
+                return backward(
+                    self._workload,
+                    self._model,
+                    micro_batch,
+                    self._config,
+                    factor,
+                    self._generator,
+                    scaler,
+                    group,
+                    self._parts.part if self._parts else "",
+                )
         except RuntimeError as error:
             if "finished reduction in the prior iteration" not in str(error):
                 raise
             name = type(self._workload).__name__
             found = f"{name}: some parameters had no gradient in the last step"
             raise TrainingStoppedError(f"{found}; set has_unused_parameters = True if that is intended") from error
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Undo the block's changes of a model's buffers, such as the running statistics of batch normalization."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
 
 
 @functools.lru_cache

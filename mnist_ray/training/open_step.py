@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
-from mnist_ray.data.tensors import as_fp32, autocast
+from mnist_ray.data.tensors import as_fp32, autocast, map_tensors
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.whole_batch import of_all_ranks
 from mnist_ray.training.evaluation import evaluating
@@ -63,9 +63,10 @@ def forward_open(
     """
     if part:
         with evaluating(model):
-            outputs, targets = forward(workload, model, batch, config.precision, generator)
+            copied = map_tensors(torch.clone, batch)  # ``prepare`` may change it in place
+            outputs, targets = forward(workload, model, copied, config.precision, generator)
             loss_sum = workload.loss(outputs, targets).sum()
-        inputs, targets = workload.augment(workload.prepare(batch.inputs, generator), targets, generator)
+        inputs, targets = _prepared(workload, batch, generator)
         with autocast(model, config.precision):
             return outputs, batch.targets, loss_sum, workload.losses(model, inputs, targets, part).float().sum()
     outputs, learned = _augmented(workload, model, batch, config, generator)
@@ -86,9 +87,16 @@ def _augmented(
 ) -> tuple[Any, Any]:
     if type(workload).augment is Workload.augment:
         return forward(workload, model, batch, config.precision, generator)
-    inputs, targets = workload.augment(workload.prepare(batch.inputs, generator), batch.targets, generator)
+    inputs, targets = _prepared(workload, batch, generator)
     with autocast(model, config.precision):
         return as_fp32(model(inputs)), targets
+
+
+def _prepared(workload: Workload, batch: MicroBatch, generator: torch.Generator) -> tuple[Any, Any]:
+    """Return inputs and targets for the loss to minimize; ``augment`` may change them in place."""
+    return workload.augment(
+        workload.prepare(batch.inputs, generator), map_tensors(torch.clone, batch.targets), generator
+    )
 
 
 def takes_closure(optimizer: Optimizer) -> bool:

@@ -145,13 +145,14 @@ class ComparedInRow(Compared):
 
 
 class Thaw(Callback):
-    """Trains the first layer from a step on."""
+    """Trains some parameters from a step on."""
 
-    def __init__(self, first_step: int) -> None:
-        self.first_step = first_step
+    def __init__(self, first_step: int, names: tuple[str, ...] = ("0.weight", "0.bias")) -> None:
+        self.first_step, self.names = first_step, names
 
     def on_start(self, state: TrainingState, group: Group) -> None:
-        state.model.get_submodule("0").requires_grad_(state.total_step >= self.first_step)
+        for name in self.names:
+            state.model.get_parameter(name).requires_grad_(state.total_step >= self.first_step)
 
     def on_step(self, state: TrainingState) -> None:
         self.on_start(state, Group())
@@ -207,6 +208,19 @@ class OfRivals(Numbers):
         return F.softplus(-real) + F.softplus(judged)
 
 
+class ThawingRivals(OfRivals):
+    callbacks = (Thaw(first_step=17, names=("judge.weight",)),)
+
+
+class SAMInPlace(BySAM):
+    def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return inputs.mul_(0.5)
+
+
+class RivalsInPlace(OfRivals):
+    prepare = SAMInPlace.prepare
+
+
 CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
     "LBFGS": (ByLBFGS, {"batch_size": NUM_EXAMPLES}),
     "LBFGS in chunks": (ByLBFGS, {"batch_size": NUM_EXAMPLES, "reproducible": True, "num_chunks": 3}),
@@ -223,6 +237,9 @@ CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
     "rivals": (OfRivals, {}),
     "rivals in micro-batches": (OfRivals, {"micro_batch_size": 2, "ema_decay": 0.5}),
     "rivals in chunks": (OfRivals, {"reproducible": True, "num_chunks": 4}),
+    "rivals, thawing in chunks": (ThawingRivals, {"reproducible": True, "num_chunks": 4}),
+    "SAM in place": (SAMInPlace, {}),
+    "rivals in place": (RivalsInPlace, {}),
 }
 
 
@@ -266,8 +283,11 @@ def train_plainly(case: str) -> list[float]:
     optimizer: Any = workload.create_optimizer(model, config)
     for number, (inputs, targets) in enumerate(batches(config.batch_size)):
         reported = list[Tensor]()
-        if case.startswith("thawing"):
-            model.get_submodule("0").requires_grad_(number >= 17)
+        for callback in workload.callbacks:
+            assert isinstance(callback, Thaw)
+            for name in callback.names:
+                model.get_parameter(name).requires_grad_(number >= 17)
+        inputs = inputs * 0.5 if "in place" in case else inputs
 
         def closure(inputs: Tensor = inputs, targets: Tensor = targets, reported: list[Tensor] = reported) -> Tensor:
             optimizer.zero_grad()
@@ -329,6 +349,30 @@ def test_each_parameter_group_has_a_column_with_its_learning_rate() -> None:
     assert {"learning_rate": 0.05} in rates
 
 
+def test_the_gradient_norm_is_the_largest_of_all_optimizers_and_rates_are_there_without_weight() -> None:
+    reported = list[dict[str, float]]()
+    config = replace(CONFIG, num_steps=1, validate_every=1, clip_grad_norm=1e9)
+    for kind in (OfRivals, Weightless):
+        state = engine.create_state(kind(), config, NUM_EXAMPLES, Group())
+        note = Hooks(on_progress=lambda state, progress: reported.append(figures_of(progress)))
+        engine.train(kind(), state, Split(numbers()), config, Group(), [note])
+    torch.manual_seed(CONFIG.seed)
+    workload, norms = OfRivals(), list[float]()
+    model, (inputs, targets) = workload.create_model(), next(batches(CONFIG.batch_size))
+    for part, optimizer in workload.create_optimizer(model, config).items():
+        model.zero_grad()
+        workload.losses(model, inputs, targets, part).mean().backward()  # type: ignore[no-untyped-call]
+        norms.append(nn.utils.get_total_norm(p.grad for p in optimizer.param_groups[0]["params"]).item())  # type: ignore[misc]
+        optimizer.step()
+    assert reported[0]["gradient_norm"] == pytest.approx(max(norms), rel=1e-4)
+    assert reported[1]["learning_rate"] == CONFIG.learning_rate
+
+
+class Weightless(Numbers):
+    def weights(self, targets: Tensor) -> Tensor:
+        return torch.zeros_like(targets)
+
+
 def first_loss() -> float:
     torch.manual_seed(CONFIG.seed)
     model = Numbers().create_model()
@@ -338,4 +382,4 @@ def first_loss() -> float:
 
 class Doubled(Numbers):
     def augment(self, inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return inputs, targets * 2
+        return inputs, targets.mul_(2)
