@@ -33,7 +33,7 @@ from mnist_ray.settings import values_of
 from mnist_ray.text import count
 from mnist_ray.training import open_step
 from mnist_ray.training.frozen import LeftOut, left_out_of
-from mnist_ray.training.metrics import WEIGHT, check_columns
+from mnist_ray.training.metrics import MINIMIZED, WEIGHT, check_columns
 from mnist_ray.training.parts import Parts
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
@@ -316,7 +316,7 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict
     with placed(workload, "measure"):
         measured = workload.measure(outputs, targets)
     _check_dict(f"{name}.measure", measured)
-    if taken := {"loss", WEIGHT} & measured.keys():
+    if taken := {"loss", MINIMIZED, WEIGHT} & measured.keys():
         raise UsageError(f"{name}.measure: the {min(taken)} is already measured; choose another name")
     for key, values in measured.items():
         check_numbers(f"{name}.measure: {key}", values, number)

@@ -14,6 +14,7 @@ from mnist_ray.report.console import RunConsole
 from mnist_ray.report.run_files import number_of
 from mnist_ray.storage import RESULT_FILE
 from mnist_ray.text import count, format_settings, size_of
+from mnist_ray.workload.base import Workload
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +30,9 @@ def say_run(console: RunConsole, job: Job, data: Splits) -> None:
     steps = f"{count(config.num_epochs, 'epoch')} of {count(config.steps_per_epoch(len(data.train)), 'step')}"
     if config.num_steps is not None:
         steps += f", {count(config.num_steps, 'step')} in all"
-    console.say(
-        "training",
-        f"{steps}, batch size {config.batch_size}, "
-        f"{config.lr_schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
-    )
+    has_own = type(job.workload).create_scheduler is not Workload.create_scheduler
+    rate = f"{'own schedule of the' if has_own else config.lr_schedule} learning rate {config.learning_rate:g}"
+    console.say("training", f"{steps}, batch size {config.batch_size}, {rate}, precision {config.precision}")
     printed = {"num_epochs", "num_steps", "validate_every", "batch_size", "lr_schedule", "learning_rate", "precision"}
     defaults = {name: value for name, value in job.workload.defaults.items() if name not in printed}
     changed = {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}

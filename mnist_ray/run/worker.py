@@ -86,6 +86,9 @@ def _train(
     split = _opened(spec.train)
     life.show()
     state = engine.create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
+    if spec.validation is None and isinstance(state.scheduler, ReduceLROnPlateau):
+        remedy = "leave --validation-size 0 and --overfit-batches out"
+        raise TrainingStoppedError(f"ReduceLROnPlateau looks at the validation, but there is none; {remedy}")
     life.show()
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)

@@ -23,7 +23,9 @@ class TrainingDivergedError(TrainingStoppedError):
         return f"loss or weights are not finite at step {step} of epoch {epoch}; lower --learning-rate or fix the data"
 
 
-WEIGHT = "weight"  # the sum of the examples' weights, beside those of their losses and measures
+# Names of sums beside those of the losses and measures of examples:
+WEIGHT = "weight"  # of their weights
+MINIMIZED = "minimized"  # of the losses to minimize, if these are others
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,11 @@ def score(workload: Workload, values: Mapping[str, float]) -> float:
     """Return a number that is larger for a better model, by the monitored metric and then by the loss.
 
     Ray ranks checkpoints by one number, so the pair (metric, −loss) is packed into one: the loss, bounded by the arc
-    tangent and multiplied by 1e-9, only breaks ties. ``values`` come from the validation.
+    tangent and multiplied by a billionth of the metric, only breaks ties. ``values`` come from the validation.
     """
     value, loss = values[workload.monitor.name], math.atan(values["loss"])
     loss = 2.0 if math.isnan(loss) else loss
     if math.isnan(value):
         return -1e30 * (2 + loss)  # below all values of a metric
-    return (value if workload.monitor.mode == "max" else -value) - 1e-9 * loss
+    tie_break = 1e-9 * min(abs(value), 1e300) or 1e-300
+    return (value if workload.monitor.mode == "max" else -value) - tie_break * loss

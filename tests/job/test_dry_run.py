@@ -341,6 +341,10 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             ".measure: the loss is already measured; choose another name",
         ),
         (
+            "def measure(self, outputs, targets): return {'accuracy': targets, 'minimized': targets}",
+            ".measure: the minimized is already measured; choose another name",
+        ),
+        (
             'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs.T}',
             ".predictions: logits must be a tensor with 16 examples here, (N, ...)",
         ),

@@ -83,6 +83,12 @@ def test_metrics_of_all_predictions_are_computed_for_evaluations_only() -> None:
         ({"m": math.nan, "loss": 1.0}, {"m": math.nan, "loss": 2.0}, "max"),
         ({"m": math.nan, "loss": 1.0}, {"m": math.nan, "loss": math.nan}, "min"),
         ({"m": 0.9, "loss": math.nan}, {"m": 0.5, "loss": 1.0}, "max"),
+        ({"m": 2e-9, "loss": 3.0}, {"m": 1e-9, "loss": 0.1}, "max"),
+        ({"m": 1e-10, "loss": 1.5}, {"m": 2e-10, "loss": 0.9}, "min"),
+        ({"m": 0.0, "loss": 3.0}, {"m": 1e-12, "loss": 0.1}, "min"),
+        ({"m": 0.0, "loss": 1.0}, {"m": 0.0, "loss": 2.0}, "max"),
+        ({"m": 5e9, "loss": 1.0}, {"m": 5e9, "loss": 2.0}, "min"),
+        ({"m": 5.0, "loss": 1.0}, {"m": math.inf, "loss": 0.0}, "min"),
     ],
 )
 def test_the_score_follows_the_monitor_and_in_a_tie_the_loss(
