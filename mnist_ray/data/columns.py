@@ -38,6 +38,19 @@ def check_number(columns: Sequence[str], place: str) -> None:
         raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
 
 
+def check_kinds(schema: pa.Schema) -> None:
+    """Raise UsageError if a column holds pickled objects of Ray Data: a value of it could run any code."""
+    for field in schema:
+        if _is_pickled(field.type):
+            raise UsageError(f"column {field.name} holds pickled objects, which could run any code: leave it out")
+
+
+def _is_pickled(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return "pickled" in kind.extension_name or _is_pickled(kind.storage_type)
+    return any(_is_pickled(kind.field(index).type) for index in range(kind.num_fields))
+
+
 def arrays_of(table: pa.Table, columns: Sequence[str], prefix: str = "") -> Arrays:
     """Return columns as arrays: those of the inputs, then that of the targets.
 

@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import fs
 from pyarrow import parquet as pq
 
-from mnist_ray.data.columns import arrays_of, check_number, of_rows
+from mnist_ray.data.columns import arrays_of, check_kinds, check_number, of_rows
 from mnist_ray.data.data import Arrays, Blocks, Data
 from mnist_ray.data.files import files_at, identity_of, opened, version_of
 from mnist_ray.data.images import open_picture
@@ -99,6 +99,8 @@ class Parquet(Blocks):
                 raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(names)}")
             if several := [name for name in self._columns if names.count(name) > 1]:
                 raise UsageError(f"{file.path} has several columns {several[0]}: rename all but one")
+        for schema in schemas:
+            check_kinds(pa.schema([schema.field(name) for name in self._columns]))
         check_number(self._columns, str(place))
         groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
         self._groups = [(file, group) for file, group in groups if file.footer.row_group(group).num_rows]

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from mnist_ray.data.columns import check_kinds
+from mnist_ray.errors import UsageError
 from mnist_ray.storage import RunFolder, in_one_line
 
 COLUMNS_FILE = "predictions.parquet"
@@ -48,11 +50,12 @@ def read_columns(run: RunFolder) -> dict[str, np.ndarray]:
         return {}
     try:
         table = parquet.read_table(pa.BufferReader(content)).combine_chunks()
+        check_kinds(table.schema)
         columns = {name: table.column(name).chunk(0) for name in table.column_names}
         is_tensor = {name: isinstance(column.type, pa.FixedShapeTensorType) for name, column in columns.items()}
         return {
             name: column.to_numpy_ndarray() if is_tensor[name] else column.to_numpy(zero_copy_only=False)
             for name, column in columns.items()
         }
-    except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+    except (pa.ArrowException, OSError, UsageError, ValueError, IndexError) as error:
         raise run.damaged(COLUMNS_FILE, error) from error

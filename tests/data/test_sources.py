@@ -13,13 +13,17 @@ import pyarrow as pa
 import pytest
 from PIL import ExifTags, Image, UnidentifiedImageError
 from pyarrow import parquet as pq
+from ray.data.extensions.object_extension import ArrowPythonObjectType
 
 from mnist_ray.data import sources
 from mnist_ray.data.digests import digests_of
 from mnist_ray.data.sources import Parquet
 from mnist_ray.data.splits import splits_of
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.predictions.inputs import find_inputs
+from mnist_ray.report.columns import read_columns
 from mnist_ray.workload import Arrays, Data
+from tests.conftest import folder_at, mnist
 
 
 def encoded(image: np.ndarray, kind: str = "png") -> bytes:
@@ -225,6 +229,28 @@ def test_damaged_metadata_of_pandas_do_not_matter(metadata: bytes, tmp_path: Pat
     table = pa.table({"image": [1.0, 2.0], "label": LABELS[:2]}).replace_schema_metadata({b"pandas": metadata})
     pq.write_table(table, tmp_path / "some.parquet")
     assert arrays_of(tmp_path).targets.tolist() == [0, 1]
+
+
+def test_a_pickled_object_in_a_table_is_never_loaded(tmp_path: Path) -> None:
+    class Touches:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "it_ran",)
+
+    values = pa.ExtensionArray.from_storage(
+        ArrowPythonObjectType(), pa.array([pickle.dumps(Touches())], pa.large_binary())
+    )
+    nested = pa.StructArray.from_arrays([values], names=["deep"])
+    lists = pa.ListArray.from_arrays([0, 1], values)
+    for name, column in (("plain", values), ("nested", nested), ("lists", lists)):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"image": [b"1"], "y": column}), tmp_path / name / "predictions.parquet")
+        with pytest.raises(UsageError, match="column y holds pickled objects, which could run any code"):
+            sources.Parquet(tmp_path / name, decode=lambda row: (row["image"], 0))
+        with pytest.raises(JobError, match=r"predictions\.parquet is damaged: column y holds pickled objects"):
+            read_columns(folder_at(tmp_path / name))
+        with pytest.raises(UsageError, match="have no rows that can be read"):
+            find_inputs(str(tmp_path / name), mnist(), ("image",))
+    assert not (tmp_path / "it_ran").exists()
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
