@@ -44,21 +44,21 @@ _PLACES: dict[str, Callable[[Any], bool]] = {  # paths in the run's folder
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.ELOOP)  # full, or links that lead elsewhere
 _PROBE_BYTES = 2**20  # more than a checkpoint of MNIST, to notice a full disk
 
 
 def with_retries(action: Callable[[], T]) -> T:
     """Call ``action``; if storage fails, retry every second for half a minute, as servers restart and links recover.
 
-    Raises the last error; at once if a retry would fail too: the storage is full, or a folder has the file's name.
+    Raises the last error; at once if a retry would fail too.
     """
     end = time.monotonic() + _RETRIED_FOR_S
     while True:
         try:
             return action()
         except STORAGE_ERRORS as error:
-            is_lasting = isinstance(error, IsADirectoryError) or getattr(error, "errno", None) in _FULL
+            is_lasting = isinstance(error, IsADirectoryError) or getattr(error, "errno", None) in _LASTING
             if is_lasting or time.monotonic() >= end:
                 raise
             time.sleep(1)
@@ -185,18 +185,27 @@ class RunFolder:
 
         Several processes may do so at the same time.
         """
-        target = posixpath.join(self.path, file_name)
         try:
-            self._replace(target, content, f"{target}.{uuid4().hex}.tmp")
+            self._replace(posixpath.join(self.path, file_name), content)
         except STORAGE_ERRORS:
             return False
         return True
 
     def _write(self, target: str, content: bytes) -> None:
-        self.filesystem.create_dir(posixpath.dirname(target))
-        self._replace(target, content, target + ".tmp")
+        self.create_folder_of(target)
+        self._replace(target, content)
 
-    def _replace(self, target: str, content: bytes, temporary: str) -> None:
+    def create_folder_of(self, target: str) -> None:
+        """Create the folder of a file in this folder. Raises STORAGE_ERRORS, also if a link leads out of this one."""
+        folder = posixpath.dirname(target)
+        self.filesystem.create_dir(folder)
+        if isinstance(self.filesystem, fs.LocalFileSystem) and self.path:
+            below = posixpath.relpath(folder, self.path)
+            if os.path.realpath(folder) != os.path.normpath(os.path.join(os.path.realpath(self.path), below)):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
+
+    def _replace(self, target: str, content: bytes) -> None:
+        temporary = f"{target}.{uuid4().hex}.tmp"  # nobody can put a link there before
         try:
             with self.filesystem.open_output_stream(temporary) as stream:
                 stream.write(content)
@@ -213,7 +222,7 @@ class RunFolder:
 
     def _probe(self) -> None:
         name = f".probe-{uuid4().hex}"  # unique, as another job may probe at the same time
-        self._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
+        self.storage._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
         self.storage.delete_file(name)
 
     def write_files(self, contents: Mapping[str, Sequence[Any]]) -> None:
@@ -273,6 +282,21 @@ def position_of(name: str) -> tuple[int, ...]:
     """Return the epoch and step in a checkpoint's name, to sort by; for any other name, ``()``, which sorts first."""
     found = _CHECKPOINT_NAME.fullmatch(name)
     return tuple(map(int, found.groups())) if found else ()
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Return whether a local file or folder may be another user's: it, its folder, or a link that leads there.
+
+    Folders above are not asked: on a cluster, some belong to whoever has started Ray first.
+    """
+    if os.name != "posix":
+        return False
+    whole = Path(path).absolute()
+    for place in {whole, whole.parent, whole.resolve(), whole.resolve().parent}:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.lstat(place).st_uid not in (0, os.geteuid()):
+                return True
+    return False
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -49,6 +49,25 @@ def test_a_local_file_is_not_left_half_written(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "an older model")]
 
 
+def test_a_link_in_a_run_does_not_lead_what_is_written_elsewhere(run: RunFolder, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "keys").write_text("mine")
+    folder = Path(run.path)
+    folder.mkdir(parents=True)
+    for name in ("report.html", "report.html.tmp"):
+        (folder / name).symlink_to(own / "keys")
+    (folder / "pictures").symlink_to(own)
+    run.write_text("report.html", "theirs")
+    with pytest.raises(JobError, match=r"cannot write .*/pictures/keys: Too many levels of symbolic links"):
+        run.write_text("pictures/keys", "theirs")
+    assert (own / "keys").read_text() == "mine"
+    assert run.read_text("report.html") == "theirs"
+    (tmp_path / "link").symlink_to(folder)
+    locate(str(tmp_path), "link").write_text("more/a.txt", "a run's folder may itself be a link")
+    assert (folder / "more" / "a.txt").exists()
+
+
 def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.chdir(tmp_path)
@@ -187,7 +206,7 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
 
 def test_a_run_in_the_root_of_a_file_system_ends_the_search_for_the_outermost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "exists", lambda folder, name: True)
-    assert untrusted_folders(RunFolder("run", "/", fs.LocalFileSystem(), "/run"), "s3://b/runs") == [Path("/")]
+    assert untrusted_folders(RunFolder("run", "/", fs.LocalFileSystem(), "/run"), "s3://b/runs") == [Path("/")] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import io
 import lzma
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from mnist_ray.errors import UsageError, first_line
-from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, locate, split_query
 from mnist_ray.text import size_of
 
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}  # by the end of a file's name
@@ -24,8 +25,9 @@ MAX_BLOCK = 2**28  # bytes, to spare the memory
 def files_at(place: str, endings: tuple[str, ...], kind: str) -> tuple[fs.FileSystem, list[str]]:
     """Return the paths of the files at a path, a URI or a pattern with ``*``, sorted.
 
-    In a folder, these are the files below it with one of some endings; ``kind``: what messages call them. A folder's
-    hidden files are passed over. Raises UsageError and JobError.
+    In a folder, these are the files below it with one of some endings; ``kind``: what messages call them. What begins
+    with ``.`` or ``_`` in a folder is passed over, such as an index, or what Spark has not finished. Raises UsageError
+    and JobError.
     """
     base, query = split_query(place)
     above, star, _ = base.partition("*")
@@ -34,18 +36,42 @@ def files_at(place: str, endings: tuple[str, ...], kind: str) -> tuple[fs.FileSy
     pattern = glob.escape(folder.path + base[len(parent) :]).replace("[*]", "*")
 
     def is_wanted(path: str) -> bool:
-        is_hidden = posixpath.basename(path).startswith(".")  # such as an index
+        is_hidden = any(part.startswith((".", "_")) for part in path[len(folder.path) :].split("/"))
         return not is_hidden and (fnmatchcase(path, pattern) if star else path.endswith(endings))
 
     with in_one_line(f"{place} cannot be read"):
-        infos = [folder.info()]
-        if infos[0].type == fs.FileType.Directory:
-            infos = folder.filesystem.get_file_info(fs.FileSelector(infos[0].path, recursive=True))
-            infos = [info for info in infos if is_wanted(info.path)]
-    paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
+        info = folder.info()
+        paths = [info.path] if info.type == fs.FileType.File else []
+        if info.type == fs.FileType.Directory:
+            paths = sorted(path for path in _files_below(folder) if is_wanted(path))
     if not paths:
         raise UsageError(f"{place} has no {kind} files")
     return folder.filesystem, paths
+
+
+def _files_below(folder: RunFolder) -> Iterator[str]:
+    """Yield the paths of all files in a folder and below. Raises STORAGE_ERRORS."""
+    if not isinstance(folder.filesystem, fs.LocalFileSystem):
+        infos = folder.filesystem.get_file_info(fs.FileSelector(folder.path, recursive=True))
+        yield from (info.path for info in infos if info.type == fs.FileType.File)
+        return
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set[tuple[int, int]]()  # folders: Arrow would follow a link to a folder above without end
+    for place, folders, names in os.walk(folder.path, onerror=fail, followlinks=True):
+        found = os.stat(place)
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders.sort()
+        for path in (posixpath.join(place, name) for name in names):
+            if not path.isascii() and os.fsencode(path).decode(errors="replace") != path:
+                raise OSError(f"the name {path!a} is not UTF-8; rename the file")
+            if os.path.isfile(path):
+                yield path
 
 
 @contextlib.contextmanager

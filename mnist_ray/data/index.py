@@ -17,7 +17,7 @@ from pyarrow import fs
 from mnist_ray.data import files
 from mnist_ray.data.files import folder_of, version_of
 from mnist_ray.errors import JobError
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, is_foreign
 
 _FORMAT = 1  # to be raised if files are cut into blocks in another way
 _NUM_THREADS = 8  # that scan files
@@ -48,7 +48,8 @@ def entries_of(
     """
     folder, found, new = folder_of(paths), dict[str, Entry](), dict[str, Entry]()
     beside, in_cache = _homes(filesystem, folder, kind)
-    of_data, of_cache = _read(beside), _read(in_cache)
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    of_data, of_cache = {} if is_local and is_foreign(beside.path) else _read(beside), _read(in_cache)
 
     def look(path: str) -> None:
         name = path[len(folder) :].lstrip("/")

@@ -28,7 +28,7 @@ from mnist_ray.data.data import Blocks
 from mnist_ray.data.ranges import Ranges
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.sources import JsonLines, Tars
-from mnist_ray.errors import ExampleError, UsageError
+from mnist_ray.errors import ExampleError, JobError, UsageError
 from tests.data.test_block_batches import CONFIG, CPU, dataset_of, epochs
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -193,6 +193,41 @@ def test_a_place_is_a_file_a_folder_or_a_pattern(small: Path, place: str, number
     (small / "more" / "a-3.jsonl.gz").write_bytes(gzip.compress(lines_of([1])))
     for _ in range(2):  # the second time, the pattern may match the index
         assert len(JsonLines(f"{small}/{place}", decode=of_object)) == number
+
+
+def test_links_to_folders_lead_to_each_file_once(small: Path) -> None:
+    (small / "in" / "more").mkdir(parents=True)
+    (small / "elsewhere").mkdir()
+    for number, place in enumerate(("in/a.jsonl", "in/more/b.jsonl", "elsewhere/c.jsonl")):
+        (small / place).write_bytes(lines_of([number]))
+    for name, target in (("again", "in"), ("back", "in/more"), ("linked", "elsewhere")):
+        (small / "in" / name).symlink_to(small / target)
+    assert sorted(target for _, target in examples_of(JsonLines(small / "in", decode=of_object))) == [0, 1, 2]
+
+
+def test_what_spark_has_not_finished_is_passed_over(small: Path) -> None:
+    for number, place in enumerate(("a.jsonl", "_temporary/0/b.jsonl", "_c.jsonl", ".d/e.jsonl")):
+        (small / place).parent.mkdir(parents=True, exist_ok=True)
+        (small / place).write_bytes(lines_of([number]))
+    assert [target for _, target in examples_of(JsonLines(small, decode=of_object))] == [0]
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(small: Path) -> None:
+    Path(os.fsdecode(os.fsencode(small) + b"/a\xff.jsonl")).write_bytes(lines_of([1]))
+    with pytest.raises(JobError, match=r"cannot be read: the name '.*a\\udcff.jsonl' is not UTF-8; rename the file"):
+        JsonLines(small, decode=of_object)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_an_index_of_another_user_is_not_used(small: Path, scanned: list[str]) -> None:
+    (small / "a.jsonl").write_bytes(lines_of(range(9)))
+    JsonLines(small, decode=of_object)
+    (index,) = small.glob(".mnist_ray-*.json")
+    JsonLines(small, decode=of_object)
+    assert len(scanned) == 1
+    os.chown(index, 12345, 12345)
+    assert len(examples_of(JsonLines(small, decode=of_object))) == 9
+    assert len(scanned) == 2
 
 
 def test_empty_files_are_passed_over_unless_all_are_empty(small: Path) -> None:
