@@ -303,7 +303,7 @@ def _new_file(folder: RunFolder, name: str) -> Iterator[Any]:
     """Open a file, compressed as its name says, that gets its name at the end. Raises STORAGE_ERRORS."""
     target, temporary = (posixpath.join(folder.path, path) for path in (name, f"{_TEMPORARY}/{uuid4().hex}"))
     for path in (target, temporary):
-        folder.filesystem.create_dir(posixpath.dirname(path))
+        folder.create_folder_of(path)
     codec = CODECS.get(posixpath.splitext(name)[1])
     with folder.filesystem.open_output_stream(temporary, compression=codec) as stream:
         yield stream

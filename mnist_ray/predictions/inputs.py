@@ -17,11 +17,12 @@ import pyarrow as pa
 from pyarrow import fs
 from pyarrow import parquet as pq
 
-from mnist_ray.data.columns import REMEDY, arrays_of
+from mnist_ray.data.columns import REMEDY, arrays_of, check_kinds
 from mnist_ray.data.files import files_at, folder_of
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.predictions.outputs import LinesFile, ParquetFile
 from mnist_ray.predictions.predictor import PICTURES, Kind, Predictor, kind_of
+from mnist_ray.text import size_of
 from mnist_ray.workload.base import Workload
 
 _PACKED = ("", ".gz", ".bz2", ".zst")
@@ -39,7 +40,8 @@ _AT_ONCE = 256  # rows
 _VALUES = (  # kinds of columns that are pictures or texts, not numbers
     *(pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string),
 )
-_DAMAGE = (pa.ArrowException, csv.Error, UnicodeDecodeError, EOFError, FileNotFoundError)
+_DAMAGE = (pa.ArrowException, csv.Error, UnicodeDecodeError, EOFError, FileNotFoundError, UsageError, ValueError)
+_MAX_BYTES = 2**26  # of a picture, a text or a line
 _FITS: dict[Kind, tuple[Callable[[Any], bool], ...]] = {  # values of the input's column; the first kind found is taken
     "pictures": (lambda value: isinstance(value, (bytes, dict)), lambda value: isinstance(value, (list, np.ndarray))),
     "texts": (lambda value: isinstance(value, str),),
@@ -82,7 +84,7 @@ class Inputs:
                 some = files[start : start + _AT_ONCE]
                 yield Chunk(pa.table({"file": some}), [self._input_in(file, predictor) for file in some], some)
             return
-        for rows in _undamaged(self._chunks_of(part)):
+        for rows in self._undamaged(part):
             inputs = self._inputs_of(rows, predictor)
             yield Chunk(rows, inputs, [f"{part}, row {first + row}" for row in range(len(inputs))])
             first += len(inputs)
@@ -91,19 +93,32 @@ class Inputs:
         """Return the first row of a table. Raises UsageError if no table has one that can be read."""
         for part in self.parts:
             with contextlib.suppress(DamagedTableError):
-                for rows in _undamaged(self._chunks_of(part)):
+                for rows in self._undamaged(part):
                     for row in rows.slice(0, 1).to_pylist() if isinstance(rows, pa.Table) else rows:
                         if isinstance(row, dict):
                             return row
         raise UsageError(f"the {self.kind} files in {self.folder} have no rows that can be read")
 
-    def _chunks_of(self, part: str) -> Iterator[Any]:
-        return self._tables(part) if self.kind == "Parquet" else _some(self._rows(part))
+    def _undamaged(self, part: str) -> Iterator[Any]:
+        """Yield a table's rows, some at a time. Raises DamagedTableError, and STORAGE_ERRORS if the storage fails."""
+        try:
+            yield from self._tables(part) if self.kind == "Parquet" else _some(self._rows(part))
+        except (*_DAMAGE, OSError) as error:
+            if not isinstance(error, _DAMAGE):
+                self._read_through(part)  # Arrow's decompression raises such an error, too
+            raise DamagedTableError(f"the file cannot be read: {first_line(error)}") from error
+
+    def _read_through(self, part: str) -> None:
+        with self.filesystem.open_input_stream(posixpath.join(self.folder, part), compression=None) as stream:
+            while stream.read(2**20):
+                pass
 
     def _input_in(self, file: str, predictor: Predictor) -> Any:
         try:
             with self.filesystem.open_input_stream(posixpath.join(self.folder, file)) as stream:
-                content = bytes(stream.read())
+                content = bytes(stream.read(_MAX_BYTES + 1))
+            if len(content) > _MAX_BYTES:
+                return JobError(f"has more than {size_of(_MAX_BYTES)}")
             return predictor.decode(content.decode("utf-8") if self.kind == "texts" else content)
         except (FileNotFoundError, PermissionError) as error:
             return JobError(f"cannot be read: {error.strerror or 'it does not exist'}")
@@ -117,7 +132,13 @@ class Inputs:
         with self.filesystem.open_input_file(posixpath.join(self.folder, part)) as handle:
             # Otherwise, it would read a whole row group at once.
             file = pq.ParquetFile(handle, buffer_size=2**20, pre_buffer=False)
-            yield file.schema_arrow.empty_table()
+            check_kinds(file.schema_arrow)
+            names = file.schema_arrow.names
+            if missing := [name for name in self.columns if name not in names]:
+                raise UsageError(f"it has no column {missing[0]}")
+            if doubled := [name for name in names if names.count(name) > 1 or (self.columns and name in _ADDED)]:
+                raise UsageError(f"it has several columns {doubled[0]}, or one that predictions add: rename it")
+            yield pa.Table.from_batches([], file.schema_arrow)
             yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(_AT_ONCE))
 
     def _rows(self, part: str) -> Iterator[Any]:
@@ -125,15 +146,17 @@ class Inputs:
         path = posixpath.join(self.folder, part)
         with self.filesystem.open_input_stream(path, compression="detect") as stream:
             if self.kind == "JSON lines":
-                yield from (_object(line) for line in io.BufferedReader(stream) if not line.isspace())
+                yield from (_object(line) for line in _lines(io.BufferedReader(stream)) if not line.isspace())
                 return
-            lines = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
+            lines = csv.reader(_lines(io.TextIOWrapper(stream, "utf-8-sig", newline="")))
             names = next(lines, [])
             for cells in lines:
                 wrong = f"has {len(cells)} cells, and the header {len(names)}"
                 yield dict(zip(names, cells, strict=True)) if len(cells) == len(names) else JobError(wrong)
 
     def _inputs_of(self, rows: Any, predictor: Predictor) -> list[Any]:
+        if len(rows) == 0:
+            return []
         if not isinstance(rows, pa.Table):
             return [self._input_of(row, predictor) for row in rows]
         if any(is_kind(rows.schema.field(self.columns[0]).type) for is_kind in _VALUES):
@@ -150,6 +173,8 @@ class Inputs:
             return row
         try:
             values = [row[name] for name in self.columns]
+            if taken := [name for name in _ADDED if name in row]:
+                return JobError(f"already has a column {taken[0]}")
             if self.kind == "CSV" and predictor.takes != "texts":
                 values = [float(value) for value in values]
             return predictor.decode(values if len(values) > 1 else values[0])
@@ -216,17 +241,17 @@ def _some(rows: Iterator[Any]) -> Iterator[list[Any]]:
         yield some
 
 
-def _undamaged(rows: Iterator[Any]) -> Iterator[Any]:
-    """Yield the same. Raises DamagedTableError for errors while reading."""
-    try:
-        yield from rows
-    except _DAMAGE as error:
-        raise DamagedTableError(f"the file cannot be read: {first_line(error)}") from error
+def _lines(stream: Any) -> Iterator[Any]:
+    """Yield a stream's lines. Raises ValueError for one that is too long to hold in memory."""
+    while line := stream.readline(_MAX_BYTES + 1):
+        if len(line) > _MAX_BYTES:
+            raise ValueError(f"a line has more than {size_of(_MAX_BYTES)}")
+        yield line
 
 
 def _object(line: bytes) -> Any:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return JobError(f"no JSON: {error}")
     return row if isinstance(row, dict) else JobError(f"{type(row).__name__} instead of an object")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -22,6 +23,7 @@ from mnist_ray.predictions import at_scale, inputs
 from mnist_ray.predictions.inputs import find_inputs
 from mnist_ray.predictions.predictor import Predictor
 from mnist_ray.storage import locate
+from mnist_ray.text import size_of
 from mnist_ray.workload import Regression, Workload
 from tests.conftest import ROOT, mnist, run_main
 
@@ -226,6 +228,58 @@ def test_texts_are_continued(tmp_path: Path) -> None:
     predicted(Echo(), tmp_path / "in", tmp_path / "out")
     assert pd.read_parquet(tmp_path / "out").to_dict("records") == [{"file": "a.txt", "prediction": "abab"}]
     assert unreadable(tmp_path / "out") == {"b.txt": "no text in UTF-8"}
+
+
+def test_files_that_do_not_fit_into_memory_or_are_cut_do_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_MAX_BYTES", 1000)
+    line = '{"x": [1, 2]}\n'
+    contents = {
+        "a.jsonl": line.encode(),
+        "long.jsonl": (line + " " * 1001 + "\n").encode(),
+        "cut.jsonl.gz": gzip.compress(np.random.default_rng(0).bytes(9000))[:5000],
+        "deep.jsonl": f'{line}{{"x": {"[" * 990}\n'.encode(),
+        "taken.jsonl": (line + '{"x": [1, 2], "prediction": 3}\n').encode(),
+    }
+    (tmp_path / "in").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    predicted(Sums(), tmp_path / "in", tmp_path / "out")
+    reasons = unreadable(tmp_path / "out")
+    assert reasons["long.jsonl"] == f"the file cannot be read: a line has more than {size_of(1000)}"
+    assert reasons["cut.jsonl.gz"].startswith("the file cannot be read: ")
+    assert reasons["deep.jsonl, row 2"].startswith("no JSON: ")
+    assert reasons["taken.jsonl, row 2"] == "already has a column prediction"
+    assert (tmp_path / "out" / "a.jsonl").read_text() == '{"x": [1, 2], "prediction": 3.0}\n'
+    (tmp_path / "in" / "huge.txt").write_text("a" * 1001)
+    predicted(Echo(), tmp_path / "in" / "*.txt", tmp_path / "texts")
+    assert unreadable(tmp_path / "texts") == {"huge.txt": f"has more than {size_of(1000)}"}
+
+
+def test_tables_that_differ_have_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ones((2, 2), np.float32))
+    for name, columns in {
+        "a": {"x": tensors},
+        "b": {"y": tensors},
+        "c": {"x": tensors, "prediction": pa.array([1, 2])},
+    }.items():
+        pq.write_table(pa.table(columns), tmp_path / "in" / f"{name}.parquet")
+    predicted(Sums(), tmp_path / "in", tmp_path / "out", ("x",))
+    assert pq.read_table(tmp_path / "out" / "a.parquet")["prediction"].to_pylist() == [2.0, 2.0]
+    reasons = unreadable(tmp_path / "out")
+    assert reasons["b.parquet"] == "the file cannot be read: it has no column x"
+    assert "several columns prediction, or one that predictions add" in reasons["c.parquet"]
+
+
+def test_a_link_in_the_output_does_not_lead_elsewhere(scans: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "out" / "_temporary").symlink_to(tmp_path / "own")
+    with pytest.raises(JobError, match=r"^cannot predict part-00000\.parquet: Too many levels of symbolic links"):
+        predicted(mnist(), scans, tmp_path / "out")
+    assert not [*(tmp_path / "own").iterdir()]
 
 
 def test_a_failed_write_leaves_no_file_with_the_parts_name(
