@@ -153,7 +153,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         page = html.escape(self.folder.read_text(REPORT_FILE) or str(self))
-        return f'<iframe srcdoc="{page}" width="100%" height="{_REPORT_HEIGHT}" frameborder="0"></iframe>'
+        return f'<iframe sandbox srcdoc="{page}" width="100%" height="{_REPORT_HEIGHT}" frameborder="0"></iframe>'
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,6 +13,7 @@ from mnist_ray.config import CLASSES, OutputConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import Given, build, check_known, checked, declared
 from mnist_ray.settings_files import located, read_table
+from mnist_ray.storage import is_foreign
 
 FLAGS = "the flags"
 STORAGE_VARIABLE = "MNIST_RAY_STORAGE_PATH"
@@ -52,7 +53,7 @@ def defaults() -> tuple[dict[str, Given], list[str]]:
     """
     places, notes = dict[str, Given](), list[str]()
     for file in _project_files():
-        if os.name == "posix" and file.stat().st_uid not in (0, os.geteuid()):
+        if is_foreign(file):
             notes.append(f"{file} belongs to another user: its settings are ignored")
         elif (values := read_table(file, "tool", _TABLE)) is not None:
             places[str(file)] = located(values, file, *CLASSES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from pathlib import Path
 
 from pyarrow import fs
 
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.settings import path_of
-from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, RunFolder, locate, split_query
+from mnist_ray.storage import CONFIG_FILE, MEMBERS_FOLDER, STORAGE_ERRORS, RunFolder, locate, split_query
 from mnist_ray.text import command
 
 
@@ -44,13 +45,23 @@ def _newest_run(storage: RunFolder) -> RunFolder:
     return max(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0)
 
 
-def untrusted_folders(run: RunFolder, storage_path: str) -> list[Path]:
-    """Return the local folders whose code may come from somebody else: the run's folder, and the storage path.
+def untrusted_folders(run: RunFolder, storage_path: str, *, is_run: bool = True) -> list[Path]:
+    """Return the local folders whose code may come from somebody else: the run's, that around it, the storage path.
 
-    ``run`` may also be the folder of a checkpoint, or of a run within a sweep.
+    ``run`` may also be the folder of a checkpoint, or of a run within a sweep or a job of several runs. If it may be
+    another folder, as that of a settings file, the folder around it is left out.
     """
     outermost = run
-    while outermost.storage.path != outermost.path and outermost.storage.exists(CONFIG_FILE):
-        outermost = outermost.storage
-    own = [Path(outermost.path)] if isinstance(run.filesystem, fs.LocalFileSystem) else []
+    while (above := _run_around(outermost)) is not None:
+        outermost = above
+    is_local = isinstance(run.filesystem, fs.LocalFileSystem)
+    own = [Path(outermost.path), *[Path(outermost.storage.path)] * is_run] if is_local else []
     return own if "://" in storage_path else [*own, path_of(storage_path, "--storage-path")]
+
+
+def _run_around(run: RunFolder) -> RunFolder | None:
+    """Return the run in whose folder this one is, if there is one."""
+    above = run.storage
+    if posixpath.basename(above.path) == MEMBERS_FOLDER:
+        above = above.storage
+    return above if above.path != run.path and above.exists(CONFIG_FILE) else None

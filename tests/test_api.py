@@ -85,7 +85,7 @@ def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(r
     assert run.steps[-1]["epoch"] == 2
     assert (Path(run.checkpoint) / "model.safetensors").exists()
     assert Path(run.report).name == "report.html"
-    assert run._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
+    assert run._repr_html_().startswith('<iframe sandbox srcdoc="&lt;!doctype html&gt;')
     assert sum(parameter.numel() for parameter in run.load_model().parameters()) == 49_770
     assert mnist_ray.evaluate("one", storage_path=run.folder.storage_path, num_tasks=2) == run.metrics
     assert mnist_ray.evaluate(Path(run.folder.path), num_tasks=np.int64(1)) == run.metrics

@@ -67,6 +67,11 @@ def test_a_project_file_of_another_user_is_ignored_with_a_note(project: Path) ->
     file = written(project / "pyproject.toml", '[tool.mnist_ray]\nworkload = "steals.py"\n')
     os.chown(file, 12345, 12345)
     assert layers.defaults() == ({}, [f"{file} belongs to another user: its settings are ignored"])
+    Path(file).unlink()
+    Path(file).symlink_to(written(project.parent / "own.toml", '[tool.mnist_ray]\nworkload = "steals.py"\n'))
+    assert layers.defaults()[0] != {}
+    os.chown(project, 12345, 12345)  # relative paths start here
+    assert layers.defaults() == ({}, [f"{file} belongs to another user: its settings are ignored"])
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def _load_trusted(kind: str, run: RunFolder, flags: Given, files: Layers, file: 
         usual, home = layers.storage_path(flags.get("storage_path")), Path(file.path).expanduser().absolute().parent
         folder = storage.locate(str(home.parent), home.name)
         is_of_run = file.is_of_run or folder.exists(CONFIG_FILE) or folder.exists(ORIGIN_FILE)
-        folders += runs.untrusted_folders(folder if is_of_run else run, usual)
+        folders += runs.untrusted_folders(folder if is_of_run else run, usual, is_run=folder.exists(ORIGIN_FILE))
     for name, about in declared(*_classes(kind)).items():
         if about.code and name not in flags:
             for reference in about.checked(files.values.get(name)):

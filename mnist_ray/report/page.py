@@ -96,7 +96,7 @@ def write(
     pictures += drawn("plot of the time", lambda: _time_spent(record))
     pngs = {re.sub(r"[^\w.@-]", "_", picture.name): picture.png for picture in pictures}  # a "/" would name a folder
     for name, png in pngs.items():
-        run.inside(PICTURES_FOLDER).write_bytes(f"{name}.png", png)
+        run.write_bytes(f"{PICTURES_FOLDER}/{name}.png", png)
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
     trials = drawn("table of the trials", lambda: _trials(record)) if record.trials else []
     members = drawn("table of the runs", lambda: _members(record)) if record.members else []

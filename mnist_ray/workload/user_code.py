@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 from mnist_ray.errors import UsageError, with_place
 from mnist_ray.references import split_call
 from mnist_ray.settings import is_no_file, path_of
+from mnist_ray.storage import is_foreign
 
 
 @dataclass(frozen=True)
@@ -176,16 +177,18 @@ def check_trusted(reference: str, flag: str, file: str, folders: Iterable[Path])
 
 
 def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
-    """Return why code may have come with a run: its path is relative, or in one of ``folders``. Empty if neither.
+    """Return why code may be somebody else's: its path is relative, in one of ``folders``, or of another user.
 
-    ``folders`` hold runs or their storage; other people may write there.
+    ``folders`` hold runs or their storage; other people may write there. Empty if nothing is wrong.
     """
     code, _ = _split(reference)
     if code.endswith(".py") and not Path(code).is_absolute():
         return "a relative path"
     paths = [Path(code)] if code.endswith(".py") else _paths_of_module(code)
     untrusted = {folder.resolve() for folder in folders}
-    return "in a folder of runs" if any(untrusted & set(path.resolve().parents) for path in paths) else ""
+    if any(untrusted & set(path.resolve().parents) for path in paths):
+        return "in a folder of runs"
+    return "which belongs to another user" if any(map(is_foreign, paths)) else ""
 
 
 def _paths_of_module(name: str) -> list[Path]:
@@ -193,7 +196,7 @@ def _paths_of_module(name: str) -> list[Path]:
     package = name.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return []  # this package is loaded already
-    _add_to_path(Path.cwd())
+    _add_current_folder()
     try:
         found = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -210,6 +213,12 @@ def _split(reference: str) -> tuple[str, str]:
     """Split ``CODE:NAME``; a colon inside a path does not split it."""
     code, colon, name = reference.rpartition(":")
     return (code, name) if colon and name.isidentifier() else (reference, "")
+
+
+def _add_current_folder() -> None:
+    """Let Python find modules here, unless the folder is another user's: it imports optional modules by any name."""
+    if not is_foreign(Path.cwd()):
+        _add_to_path(Path.cwd())
 
 
 def _add_to_path(folder: Path) -> None:
@@ -260,7 +269,8 @@ def _other_module(path: str) -> str:
 
 def _import_module(name: str, flag: str) -> types.ModuleType:
     """Import a module, even from the current folder, like `python -m`."""
-    _add_to_path(Path.cwd())
+    if not name.startswith(f"{__name__.partition('.')[0]}."):
+        _add_current_folder()
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:

@@ -23,10 +23,11 @@ from mnist_ray.job.session import Session, Start, connected, ending_explained
 from mnist_ray.process import in_thread
 from mnist_ray.provenance import Surroundings
 from mnist_ray.record.recorder import write_settings
+from mnist_ray.runs import untrusted_folders
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training.callback import Callback
-from mnist_ray.workload import Data, Regression, user_code
+from mnist_ray.workload import Data, Regression, Workload, user_code
 from tests.conftest import ROOT, Numbers, callback_at, with_data, write_data_set
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")
@@ -121,6 +122,50 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     with pytest.raises(UsageError, match=message):
         read(*(flag.format(sent=sent) for flag in flags))
     assert not list(sent.parent.rglob("it_ran"))
+
+
+def test_code_beside_a_run_or_around_it_is_not_loaded_whatever_the_storage(
+    read: Any, sent: Path, tmp_path: Path
+) -> None:
+    member = sent / "members" / "seed-0"
+    member.mkdir(parents=True)
+    for folder in (sent, member):
+        (folder / "config.json").write_text("{}")
+    for place in (sent.parent, sent, sent / "members", member):
+        for run in (sent, member):
+            folders = untrusted_folders(locate(str(run.parent), run.name), str(tmp_path / "another"))
+            assert user_code.why_untrusted(str(place / "steals.py"), folders) == "in a folder of runs"
+    assert user_code.why_untrusted(str(tmp_path / "own.py"), folders) == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("given", ["steals.py", "", "link.py"])
+def test_code_of_another_user_is_not_loaded(read: Any, tmp_path: Path, given: str) -> None:
+    code, file = tmp_path / "code" / "steals.py", tmp_path / "settings.toml"
+    code.parent.mkdir()
+    code.write_text(STEALS)
+    (code.parent / "link.py").symlink_to(code)
+    os.chown(code.parent / given, 12345, 12345, follow_symlinks=False)
+    named = code.parent / (given or code.name)
+    file.write_text(f'workload = "{named}"')
+    with pytest.raises(UsageError, match="which belongs to another user: the code may have come with the run"):
+        read("--config", str(file))
+    assert not (code.parent / "it_ran").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_no_module_of_another_users_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stolen.py").write_text(STEALS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = [*sys.path]
+    assert user_code.find("mnist_ray.mnist", Workload) is not None
+    assert sys.path == before, "this package needs no other folder"
+    os.chown(tmp_path, 12345, 12345)
+    with pytest.raises(UsageError, match="--workload stolen: there is no such module"):
+        user_code.find("stolen", Workload)
+    assert sys.path == before
+    assert not (tmp_path / "it_ran").exists()
 
 
 def test_no_code_is_loaded_before_all_of_it_is_trusted(read: Any, sent: Path, tmp_path: Path) -> None:

@@ -140,8 +140,8 @@ def found_of(folder: Path, name: str) -> Found:
     job, data = with_data(read_job(given))
     try_batch(job.workload, data.train, job.train, [job.train.batch_size], Fraction(1))
     state = create_state(job.workload, job.train, len(data.train), Group())
-    snapshot(state, {"workload": job.workload.identity}).write(folder_at(folder / "checkpoint"))
-    return find(str(folder / "checkpoint"), str(folder / "runs"))
+    snapshot(state, {"workload": job.workload.identity}).write(folder_at(folder / "runs" / "checkpoint"))
+    return find(str(folder / "runs" / "checkpoint"), str(folder / "runs"))
 
 
 def test_a_program_takes_and_returns_several_tensors_of_sizes_that_vary(
@@ -187,4 +187,4 @@ def test_what_pytorch_refuses_is_one_line_and_leaves_the_file_as_it_was(
         export.export(found, ExportConfig(output=str(file)))
     assert capfd.readouterr() == ("", "")
     assert file.read_text() == "an older model"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "code", file.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code", file.name, "runs"]

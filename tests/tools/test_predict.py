@@ -120,7 +120,7 @@ def test_code_that_came_with_a_run_is_not_loaded(finished_run: Path, tmp_path: P
 def test_a_checkpoint_finds_its_class_and_says_that_the_file_has_changed(
     finished_run: Path, write: Any, tmp_path: Path, of_class: str
 ) -> None:
-    sent = tmp_path / "sent"
+    sent = tmp_path / "runs" / "sent"
     shutil.copytree(finished_run, sent)
     code = write("from mnist_ray.mnist import MNIST\nclass Mine(MNIST): pass\n", "elsewhere/changing.py")
     for file in sent.glob("checkpoint_*/state.json"):
