@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import bdb
 import contextlib
 import functools
@@ -183,8 +184,11 @@ COMMANDS: dict[str, Callable[[], int | None]] = {command.__name__: command for c
 
 def program() -> None:
     """Run the command that the first argument names: ``mnist-ray train`` and so on."""
-    parser = Parser("Train, tune and evaluate PyTorch models on Ray. Each command has --help.")
-    parser.add_argument("command", choices=COMMANDS)
+    lines = [f"  {name:<11} {command.__doc__}" for name, command in COMMANDS.items()]
+    about = "Train, tune and evaluate PyTorch models on Ray. Each command has --help, and is in jobs/, too."
+    parser = Parser("\n".join([about, "", "commands:", *lines]))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands above")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     if typed := words_to_complete():
         sys.argv = typed

@@ -45,7 +45,8 @@ def files_at(place: str, endings: tuple[str, ...], kind: str) -> tuple[fs.FileSy
         if info.type == fs.FileType.Directory:
             paths = sorted(path for path in _files_below(folder) if is_wanted(path))
     if not paths:
-        raise UsageError(f"{place} has no {kind} files")
+        is_missing = info.type == fs.FileType.NotFound
+        raise UsageError(f"{place} does not exist" if is_missing else f"{place} has no {kind} files")
     return folder.filesystem, paths
 
 

@@ -274,7 +274,7 @@ class _Watcher(tune.Callback):
             before, rung = rungs[number - 1], rungs[number]
             if rung:
                 going = f"{count(len(rung), 'trial')} {'go' if len(rung) > 1 else 'goes'} on"
-                self._say("rungs", f"rung {number + 1} of {len(epochs)}: {going} to epoch {epochs[number]:g}")
+                self._say("rungs", f"rung {number} of {len(epochs) - 1}: {going} to epoch {epochs[number]:g}")
                 left = [self._table.by_point[point] for point in before if point not in rung]
                 self._stop([record for record in left if record.state == WAITING])  # the others have failed or ended
         self._num_rungs = len(rungs)

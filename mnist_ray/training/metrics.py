@@ -20,7 +20,8 @@ class TrainingDivergedError(TrainingStoppedError):
     def text(self) -> str:
         """The message."""
         epoch, step = self.args
-        return f"loss or weights are not finite at step {step} of epoch {epoch}; lower --learning-rate or fix the data"
+        remedy = "lower --learning-rate, scale inputs and targets, or fix the data"
+        return f"loss or weights are not finite at step {step} of epoch {epoch}; {remedy}"
 
 
 # Names of sums beside those of the losses and measures of examples:

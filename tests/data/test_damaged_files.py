@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -242,9 +243,11 @@ def test_a_sample_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("kind", [".jsonl", ".tar"])
 def test_no_files_are_one_line(kind: str, tmp_path: Path) -> None:
     source: Any = JsonLines if kind == ".jsonl" else lambda place: Tars(place, of_sample)
-    for place in (tmp_path, tmp_path / "missing", f"{tmp_path}/*.x"):
-        with pytest.raises(UsageError, match=rf"has no \{kind} files$"):
+    for place, found in ((tmp_path, f"has no {kind} files"), (tmp_path / "missing", "missing does not exist")):
+        with pytest.raises(UsageError, match=f"{re.escape(found)}$"):
             source(place)
+    with pytest.raises(UsageError, match=rf"has no \{kind} files$"):
+        source(f"{tmp_path}/*.x")
     (tmp_path / f"some{kind}").mkdir()
     os.mkfifo(tmp_path / f"other{kind}")
     with pytest.raises(UsageError, match=rf"has no \{kind} files$"):

@@ -778,8 +778,8 @@ def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], Non
 
 def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
-    said = "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate or fix the data"
-    assert str(pickle.loads(pickle.dumps(outcome)).diverged) == said
+    said = "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate, scale inputs and targets, or "
+    assert str(pickle.loads(pickle.dumps(outcome)).diverged) == f"{said}fix the data"
     assert train_on_a_worker(monkeypatch, Mock(side_effect=StopWantedError)) == Outcome(is_stopped=True)
     assert train_on_a_worker(monkeypatch, Mock()) == Outcome()
 
