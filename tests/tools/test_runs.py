@@ -98,3 +98,5 @@ def test_the_completion_for_each_shell_is_printed(shell: str, part: str, capsys:
     said = capsys.readouterr().out
     assert part in said
     assert "mnist-ray" in said
+        ("mnist-ray train --config Make", {"Makefile"}),
+        ("mnist-ray train --workload examples/sha", {"examples/shapes.py", "examples/shards.py"}),
