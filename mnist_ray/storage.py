@@ -108,9 +108,16 @@ class RunFolder:
         return bool(self.info(file_name).type != fs.FileType.NotFound)
 
     def subfolders(self) -> list[str]:
-        """Return the sorted names of the subfolders; none if this folder does not exist. Raises STORAGE_ERRORS."""
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+        """Return the sorted names of the subfolders; none if this folder does not exist. Raises STORAGE_ERRORS.
+
+        Names that are not UTF-8 are left out: this package gives none, and pyarrow has no text for them.
+        """
+        found, names = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True)), list[str]()
+        for info in found:
+            with contextlib.suppress(UnicodeDecodeError):
+                if info.type == fs.FileType.Directory:
+                    names.append(info.base_name)
+        return sorted(names)
 
     def checkpoint_names(self) -> list[str]:
         """Return the names of the folder's checkpoints, the newest last. Raises STORAGE_ERRORS."""
