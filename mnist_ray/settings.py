@@ -282,7 +282,7 @@ _RENAMED = {
 
 def of_any_version(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a run has saved, with the present names. A file of version 1 has all of them."""
-    if not {"schedule", "recompute_activations"} <= saved.keys():
+    if not {"schedule", "recompute_activations", "num_chunks"} <= saved.keys():
         return dict(saved)
     return {_RENAMED.get(name, name): value for name, value in saved.items()} | {"num_streams": saved["num_chunks"]}
 
