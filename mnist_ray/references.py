@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_MAX_LETTERS = 4_096  # of a reference; each parenthesis in it is tried as the start of the arguments
+
 
 def references_of(value: Any) -> tuple[str, ...]:
     """Return references from one, from a list of them, or from a mapping to keyword arguments; none from None.
@@ -29,6 +31,8 @@ def references_of(value: Any) -> tuple[str, ...]:
 
 def split_call(reference: str) -> tuple[str, dict[str, Any]]:
     """Return a reference without its keyword arguments, and these. Raises ValueError if they are wrong."""
+    if len(reference) > _MAX_LETTERS:
+        raise ValueError(f"it has {len(reference):,} characters; {_MAX_LETTERS:,} are allowed")
     if not reference.endswith(")"):
         return reference, {}
     for start in (number for number, letter in enumerate(reference) if letter == "("):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from pathlib import Path
@@ -38,8 +39,11 @@ def find_run(place: str | None, storage_path: str) -> RunFolder:
 
 def _newest_run(storage: RunFolder) -> RunFolder:
     """Return the run with a checkpoint whose settings were written last."""
-    folders = [locate(storage.storage_path, name) for name in storage.subfolders()]
-    runs = [run for run in folders if run.exists(CONFIG_FILE) and run.checkpoint_names()]
+    runs = []
+    for run in (locate(storage.storage_path, name) for name in storage.subfolders()):
+        with contextlib.suppress(PermissionError):  # another user's
+            if run.exists(CONFIG_FILE) and run.checkpoint_names():
+                runs.append(run)
     if not runs:
         raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
     return max(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0)

@@ -282,7 +282,7 @@ _RENAMED = {
 
 def of_any_version(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a run has saved, with the present names. A file of version 1 has all of them."""
-    if not {"schedule", "recompute_activations"} <= saved.keys():
+    if not {"schedule", "recompute_activations", "num_chunks"} <= saved.keys():
         return dict(saved)
     return {_RENAMED.get(name, name): value for name, value in saved.items()} | {"num_streams": saved["num_chunks"]}
 
@@ -354,13 +354,16 @@ def words_to_complete() -> list[str]:
 
 
 def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:
-    """Return the flags of some classes as text, and the other words, before all flags are known."""
+    """Return the flags of some classes as text, and the other words, before all flags are known.
+
+    A word that a shell is to complete is not among them.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, about in declared(*config_classes).items():
         form = {key: value for key, value in about.form.items() if key in ("action", "nargs", "const")}
         parser.add_argument(flag(name), default=UNSET, **form)
     try:
-        found, others = parser.parse_known_args()
+        found, others = parser.parse_known_args(sys.argv[1:-1] if words_to_complete() else sys.argv[1:])
     except argparse.ArgumentError:  # reported when all flags are read
         return {}, []
     return vars(found), others

@@ -90,9 +90,12 @@ def _parsed(suffix: str, text: str, path: str) -> dict[str, Any]:
     parse = _WRITTEN.get(suffix, _from_json)
     kind = parse.__name__.removeprefix("_from_").upper()
     try:
-        return _as_object(parse(text), path)
+        values = parse(text)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not {kind}: {first_line(error)}") from error
+    return _as_object(values, path)
 
 
 def _as_object(values: Any, path: str) -> dict[str, Any]:
@@ -112,8 +115,13 @@ def _from_toml(text: str) -> Any:
 def _from_yaml(text: str) -> Any:
     from ruamel.yaml import YAML  # YAML 1.2, where 1e-3 is a number and `no` is a text
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.events import AliasEvent
 
     try:
+        for event in YAML(typ="safe", pure=True).parse(text):
+            if isinstance(event, AliasEvent):  # a few may stand for billions of values, or for what contains them
+                line = event.start_mark.line + 1
+                raise UsageError(f"line {line} has the alias *{event.anchor}; repeat the value instead")
         return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""

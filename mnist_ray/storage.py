@@ -28,18 +28,32 @@ REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "swee
 MEMBERS_FOLDER = "members"  # of a job of several runs
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
-_OPTIONAL = type(None)
-_MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are read from these files by name
-    CONFIG_FILE: {"num_epochs": (int, _OPTIONAL), "workload": (str, _OPTIONAL)},
-    SWEEP_FILE: {"num_epochs": (int, _OPTIONAL), "workload": (str, _OPTIONAL)},
-    ORIGIN_FILE: dict.fromkeys(("versions", "data", "metadata"), (dict, _OPTIONAL)),
-    RESULT_FILE: {"checkpoint": (str,), "seconds": (dict,), "members": (list, _OPTIONAL)},
+_OPTIONAL = type(...)  # the file may lack it
+_NULL = type(None)
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    **{"workload": (str, _OPTIONAL), "seed": (int, _OPTIONAL)},
+    **dict.fromkeys(("num_epochs", "fold"), (int, _NULL, _OPTIONAL)),
 }
-_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)", re.ASCII)
-_MEMBER = re.compile(rf"{MEMBERS_FOLDER}/seed-\d+(_fold-\d+)?", re.ASCII)
-_PLACES: dict[str, Callable[[Any], bool]] = {  # paths in the run's folder
+_MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are read from these files by name
+    CONFIG_FILE: _SETTINGS,
+    SWEEP_FILE: _SETTINGS,
+    ORIGIN_FILE: {
+        **{"versions": (dict, _OPTIONAL), "unused_settings": (list, _OPTIONAL)},
+        **dict.fromkeys(("data", "metadata"), (dict, _NULL, _OPTIONAL)),
+    },
+    RESULT_FILE: {
+        **{"checkpoint": (str,), "seconds": (dict,), "members": (list, _OPTIONAL)},
+        **dict.fromkeys(("formats", "spread"), (dict, _OPTIONAL)),
+    },
+}
+_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d{1,18})_step-(\d{1,18})", re.ASCII)
+_MEMBER = re.compile(rf"{MEMBERS_FOLDER}/seed-\d{{1,18}}(_fold-\d{{1,18}})?", re.ASCII)
+_FORM = re.compile(r"number|fraction|[ +-]?\d{0,2}[,_]?(\.\d{1,2})?[eEfFgG%]?", re.ASCII)
+_CHECKS: dict[str, Callable[[Any], bool]] = {  # of values with the right type; paths are in the run's folder
     "checkpoint": lambda path: bool(re.fullmatch(rf"({_MEMBER.pattern}/)?{_CHECKPOINT_NAME.pattern}", path, re.ASCII)),
-    "members": lambda paths: all(isinstance(path, str) and _MEMBER.fullmatch(path) for path in paths or ()),
+    "members": lambda paths: all(isinstance(path, str) and _MEMBER.fullmatch(path) for path in paths),
+    "formats": lambda forms: all(isinstance(form, str) and _FORM.fullmatch(form) for form in forms.values()),
+    "spread": lambda spread: all(isinstance(about, dict) and _is_interval(about) for about in spread.values()),
 }
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
@@ -108,9 +122,16 @@ class RunFolder:
         return bool(self.info(file_name).type != fs.FileType.NotFound)
 
     def subfolders(self) -> list[str]:
-        """Return the sorted names of the subfolders; none if this folder does not exist. Raises STORAGE_ERRORS."""
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+        """Return the sorted names of the subfolders; none if this folder does not exist. Raises STORAGE_ERRORS.
+
+        Names that are not UTF-8 are left out: this package gives none, and pyarrow has no text for them.
+        """
+        found, names = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True)), list[str]()
+        for info in found:
+            with contextlib.suppress(UnicodeDecodeError):
+                if info.type == fs.FileType.Directory:
+                    names.append(info.base_name)
+        return sorted(names)
 
     def checkpoint_names(self) -> list[str]:
         """Return the names of the folder's checkpoints, the newest last. Raises STORAGE_ERRORS."""
@@ -155,9 +176,10 @@ class RunFolder:
         if not values:
             raise self.damaged(file_name, "it is empty")
         for name, types in _MUST_HOLD.get(file_name, {}).items():
-            value = values.get(name)
-            if not isinstance(value, types) or not _PLACES.get(name, lambda value: True)(value):
-                raise self.damaged(file_name, f"{name} is {json.dumps(value):.40}")
+            value = values.get(name, ...)
+            is_right = isinstance(value, types) and (value is ... or _CHECKS.get(name, lambda value: True)(value))
+            if not is_right:
+                raise self.damaged(file_name, f"{name} is {'missing' if value is ... else json.dumps(value):.40}")
         return values
 
     def require_json(self, file_name: str) -> dict[str, Any]:
@@ -247,6 +269,10 @@ class RunFolder:
     def delete_file(self, file_name: str) -> None:
         """Delete a file. Raises STORAGE_ERRORS."""
         self.filesystem.delete_file(posixpath.join(self.path, file_name))
+
+
+def _is_interval(about: Mapping[str, Any]) -> bool:
+    return isinstance(about.get("interval"), list) and len(about["interval"]) == 2
 
 
 def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> RunFolder:

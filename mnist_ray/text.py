@@ -16,8 +16,10 @@ _USER = re.compile(
     r"(?<=:/)(/?)(?:[^\s/]*"  # user:password before the host, …
     r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … including an S3 key with unescaped slashes
 )
+_WORD = re.compile(r"\S+")
 _OPTION = re.compile(
-    r"([?&#;][\w.-]*(?:secret|token|pass|pwd|key|credential|signature|sig|auth)[\w.-]*=)"
+    r"([?&#;](?=[\w.-]*=[^&\s]*[^&\s'\")\],;:.])"  # a quick look: the rest would fail slowly
+    r"[\w.-]*(?:secret|token|pass|pwd|key|credential|signature|sig|auth)[\w.-]*=)"
     r"[^&\s]*[^&\s'\")\],;:.]",  # without the punctuation that follows a value
     re.IGNORECASE,
 )
@@ -25,7 +27,12 @@ _OPTION = re.compile(
 
 def masked(text: str) -> str:
     """Return a text in which users, passwords and secret options of URIs are replaced by ``***``."""
-    return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text))
+    return _OPTION.sub(r"\1***", _WORD.sub(_without_user, text))
+
+
+def _without_user(word: re.Match[str]) -> str:
+    before, at, after = word[0].rpartition("@")  # a search beyond the last @ would fail, in quadratic time
+    return _USER.sub(r"\1***@", before + at) + after
 
 
 def redact(text: object) -> str:

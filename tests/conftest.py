@@ -101,6 +101,18 @@ def folder_at(path: Path) -> RunFolder:
     return locate(str(path.parent), path.name)
 
 
+def close(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let a run's folder refuse its files, as another user's does, also to root."""
+    info = RunFolder.info
+
+    def refuse(run: RunFolder, file_name: str = "") -> Any:
+        if run.name == name and file_name:
+            raise PermissionError(13, "Permission denied")
+        return info(run, file_name)
+
+    monkeypatch.setattr(RunFolder, "info", refuse)
+
+
 def weights(run: Path) -> str:
     """Return the digest of a finished run's last weights."""
     last = max(run.glob("checkpoint_epoch*"))

@@ -142,6 +142,8 @@ def test_a_file_that_names_another_storage_does_not_make_the_code_in_the_real_on
         ("a.yaml", "a: !!python/object/apply:os.system ['id']\n", "is not YAML: could not determine a constructor"),
         ("a.yaml", "seed: 1\n---\nseed: 2\n", "is not YAML: but found another document (line 2)"),
         ("a.yaml", "seed:\t1\n", "is not YAML: found character"),
+        ("a.yaml", "seed: 1\ncallback: &a [*a]\n", "a.yaml: line 2 has the alias *a; repeat the value instead"),
+        ("a.yaml", 'workload: "a\\0b.py"\n', "a\x00b.py: embedded null byte"),
         ("a.yaml", "compile: yes\n", "--compile must be of type bool, not 'yes'"),
         ("a.yaml", "recipe: cake\n", "there is no recipe cake; known: default, notebook"),
         ("a.yaml", "config: b.yaml\n", "has unknown settings: config"),

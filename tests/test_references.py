@@ -42,6 +42,11 @@ def test_arguments_that_cannot_be_written_down_are_refused(value: Any) -> None:
         references_of(value)
 
 
+def test_a_reference_that_would_take_long_to_read_is_refused() -> None:
+    with pytest.raises(ValueError, match="it has 200,001 characters; 4,096 are allowed"):
+        split_call("(" * 200_000 + ")")
+
+
 @pytest.mark.parametrize("value", [5, [3], {"a.py": 3}, {3: {}}])
 def test_other_types_are_refused(value: Any) -> None:
     with pytest.raises(TypeError):

@@ -1,7 +1,9 @@
 import contextlib
 import dataclasses
+import json
 import os
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.storage import RunFolder, checkpoint_name, locate, position_of
+from mnist_ray.text import redact
+from tests.conftest import close
 
 
 def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path) -> None:
@@ -225,3 +229,56 @@ def test_an_unusable_place_is_refused(find: Callable[[str, str], RunFolder], giv
     with pytest.raises(UsageError) as raised:
         find(given, "run")
     assert (message in str(raised.value), "\n" in str(raised.value)) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "reason"),
+    [
+        ("config.json", {"workload": None}, "workload is null"),
+        ("config.json", {"seed": []}, "seed is []"),
+        ("origin.json", {"unused_settings": None}, "unused_settings is null"),
+        ("origin.json", {"versions": None}, "versions is null"),
+        ("result.json", {}, "checkpoint is missing"),
+        ("result.json", {"members": None}, "members is null"),
+        ("result.json", {"members": ["members/seed-" + "9" * 5000]}, 'members is ["members/seed-999'),
+        ("result.json", {"formats": None}, "formats is null"),
+        ("result.json", {"formats": {"test_loss": "99999999999.1f"}}, 'formats is {"test_loss": "999'),
+        ("result.json", {"formats": {"test_loss": "x"}}, 'formats is {"test_loss": "x"}'),
+        ("result.json", {"formats": {"test_loss": None}}, 'formats is {"test_loss": null}'),
+        ("result.json", {"spread": {"test_loss": 5}}, 'spread is {"test_loss": 5}'),
+        ("result.json", {"spread": {"test_loss": {"interval": "x"}}}, 'spread is {"test_loss": {"interval": "x"}'),
+    ],
+)
+def test_a_value_of_another_kind_than_its_readers_need_is_damage(
+    run: RunFolder, file: str, values: dict[str, Any], reason: str
+) -> None:
+    others = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}} if values else {"seconds": {}}
+    run.write_text(file, json.dumps({**others, **values}))
+    with pytest.raises(JobError) as raised:
+        run.read_json(file)
+    assert f"{file} is damaged: {reason}" in str(raised.value)
+
+
+@pytest.mark.parametrize("form", ["number", "fraction", ",.3f", ".4g", ".1%", "g", ",.0f"])
+def test_the_forms_of_figures_are_no_damage(run: RunFolder, form: str) -> None:
+    result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}, "formats": {"test_loss": form}}
+    run.write_text("result.json", json.dumps(result))
+    assert run.read_json("result.json") == result
+
+
+@pytest.mark.parametrize("text", [":/" * 200_000, "?" + "key" * 100_000 + "=;", "@" + ":/" * 200_000])
+def test_a_long_text_is_redacted_at_once(text: str) -> None:
+    began = time.process_time()
+    assert redact(text) == text
+    assert time.process_time() - began < 5  # it took minutes
+
+
+def test_the_newest_run_is_found_beside_folders_that_this_user_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("own", "private"):
+        (tmp_path / name / "checkpoint_epoch-001_step-000000").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    os.mkdir(os.fsencode(tmp_path) + b"/not utf-8 \xff")
+    close(monkeypatch, "private")
+    assert find_run(None, str(tmp_path)).name == "own"

@@ -329,14 +329,29 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
         document = json.loads(content)
         if document["sha256"][STATE_FILE] != digest_of(document):
             raise ValueError("its digest is wrong")
+        if document.get("format") != FORMAT:
+            found = f"checkpoint {folder.uri} has format {document.get('format')}"
+            raise UsageError(f"{found}; this version reads {FORMAT}")
         if position_of(folder.name) not in ((), (document["epoch"], document["step"])):
             raise ValueError(f"it is of epoch {document['epoch']}, step {document['step']}")
         left_out_by(document)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        for name in ("config", "tensors", "metrics"):
+            if not isinstance(document.get(name, {}), dict):
+                raise TypeError(f"{name} is {json.dumps(document[name]):.40}")
+        metrics = CheckpointMetrics.of(document.get("metrics", {}))
+        if not all(isinstance(number, (int, float)) for number in (metrics.epoch, metrics.epochs, metrics.score)):
+            raise TypeError("the metrics are not numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(folder, f"{STATE_FILE}: {first_line(error)}") from error
-    if document.get("format") != FORMAT:
-        raise UsageError(f"checkpoint {folder.uri} has format {document.get('format')}; this version reads {FORMAT}")
     return document
+
+
+def workload_in(folder: RunFolder, document: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry about the workload in a checkpoint's state.json. Raises DamagedCheckpointError."""
+    kinds, saved = {"reference": str, "sha256": str, "settings": dict, "metadata": dict}, document.get("workload")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
+        raise _damaged(folder, f"{STATE_FILE}: its workload is incomplete")
+    return saved
 
 
 def read_file(folder: RunFolder, name: str) -> bytes | None:

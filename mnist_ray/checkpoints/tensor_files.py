@@ -181,7 +181,8 @@ class TensorFiles:
             entry, shape = header[name], tuple(shape)
             dtype, stop = _DTYPES[entry["dtype"]], start + (entry["shape"][0] if shape else 1)
             numbers = (*shape, start, stop - start, digested_rows - 1)
-            if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            is_number = all(isinstance(number, int) and number >= 0 for number in numbers)
+            if not is_number or math.prod(max(1, size) for size in shape) * dtype.itemsize >= 2**63:  # torch's limit
                 raise DamagedFileError(f"{name} has no such rows")
             part = _Part(file_name, offset, range(start, stop), row_bytes(shape, dtype), digested_rows, list(digests))
             offset += (stop - start) * part.row_bytes

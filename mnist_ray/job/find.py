@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, left_out_from, read_state
+from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, left_out_from, read_state, workload_in
 from mnist_ray.checkpoints.saved_model import load_fitting, load_model, read_weights
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.config import Precision, TrainConfig
@@ -70,7 +70,7 @@ def find(
     with in_one_line(f"cannot read {run.uri}"):
         checkpoint = _checkpoint_of(run)
     document = read_state(checkpoint)
-    saved = document["workload"]
+    saved = workload_in(checkpoint, document)
     source = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, source, untrusted_folders(run, storage_path))
     now = workload_class.source.reference

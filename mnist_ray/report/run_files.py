@@ -77,8 +77,11 @@ def read_numbers(run: RunFolder, file_name: str, *columns: str, nouns: str = "")
 
 
 def number_of(value: object) -> float:
-    """Return a value of a JSON file as a number; NaN if it is null, missing or not a number."""
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    """Return a value of a JSON file as a number; NaN if it is null, missing, too large or not a number."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_header: bool = False) -> str:

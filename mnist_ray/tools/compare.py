@@ -12,7 +12,7 @@ import numpy as np
 from mnist_ray.errors import UsageError
 from mnist_ray.output import finite
 from mnist_ray.storage import RunFolder
-from mnist_ray.text import count, in_words
+from mnist_ray.text import count, in_words, redact
 from mnist_ray.tools.differences import lines_of
 from mnist_ray.tools.sides import Side, differences
 from mnist_ray.tools.verdict import Verdict, judge
@@ -48,9 +48,10 @@ class Comparison:
         return found
 
     def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
-        rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in self.table]
-        return "\n".join([*rows, *(f"{label:<10} {text}" for lines in self.lines for label, text in lines)])
+        table = [[*map(redact, row)] for row in self.table]  # a name in a run's files may hold a line that looks real
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        return "\n".join([*rows, *(f"{label:<10} {redact(text)}" for lines in self.lines for label, text in lines)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return all as values that JSON can hold: of each figure, the values of all members."""

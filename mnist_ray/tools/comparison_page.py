@@ -16,6 +16,7 @@ from mnist_ray.report.plots import Curve, curves_of
 from mnist_ray.report.run_files import METRICS_FILE, read_numbers, workload_of
 from mnist_ray.settings import build
 from mnist_ray.tools.compare import Comparison
+from mnist_ray.tools.differences import as_dict
 from mnist_ray.tools.sides import Side
 from mnist_ray.workload.base import Picture
 from mnist_ray.workload.calls import data_of, picture_of
@@ -105,8 +106,8 @@ def _images(
     is_train = side.has_folds or build(TrainConfig, member.config).overfit_batches
     data = data_of(workload)
     examples = Split(data.train if is_train else data.test)
-    if max(indices, default=0) >= len(examples):
-        raise UsageError(f"the data now have {len(examples):,} {workload.nouns}, and none with index {max(indices):,}")
+    if strange := [index for index in indices if not 0 <= index < len(examples)]:
+        raise UsageError(f"the data now have {len(examples):,} {workload.nouns}, and none with index {strange[0]:,}")
     images = {index: picture_of(workload, examples[index][0]) for index in indices}
     return {index: image for index, image in images.items() if image is not None}
 
@@ -135,7 +136,7 @@ def _at(side: Side, column: str, index: int) -> list[float]:
 
 def _named(side: Side, value: float) -> str:
     """Return a class by its name, or a number."""
-    names = (side.members[0].origin.get("metadata") or {}).get("class_names", [])
+    names = as_dict(side.members[0].origin.get("metadata")).get("class_names")
     if not side.members[0].has_classes:
         return formatted(value, "number")
-    return str(names[int(value)]) if int(value) < len(names) else str(value)
+    return str(names[int(value)]) if isinstance(names, list) and 0 <= value < len(names) else str(value)

@@ -130,7 +130,7 @@ def _settings(
         "run_name": f"{name}_again_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}",
         "storage_path": storage_path,
     }
-    saved, threads = settings_of(run), re.search(r"cpu with (\d+) thread", str(result.get("workers")))
+    saved, threads = settings_of(run), re.search(r"cpu with (\d{1,9}) thread", str(result.get("workers")))
     if config.num_workers is not None:
         given["num_workers"] = config.num_workers
     elif saved.get("num_workers") != 0 and isinstance(result.get("num_workers"), int):

@@ -79,15 +79,21 @@ def _names(storage_path: str) -> Iterator[str]:
 
 
 def _started(folder: RunFolder) -> float:
-    """Return when the run's settings were written, in seconds since 1970; 0 if the folder is no run."""
-    infos = [folder.info(name) for name in (SWEEP_FILE, CONFIG_FILE)]
+    """Return when the run's settings were written, in seconds since 1970; 0 if the folder is no run of this user."""
+    try:
+        infos = [folder.info(name) for name in (SWEEP_FILE, CONFIG_FILE)]
+    except PermissionError:
+        return 0.0
     return next((info.mtime_ns / 1e9 for info in infos if info.is_file and info.mtime_ns), 0.0)
 
 
 def _listed(folder: RunFolder, age_s: float) -> ListedRun:
-    kind = "tune" if folder.exists(SWEEP_FILE) else "train"
+    kind = "train"
     try:
-        result, progress = folder.read_json(RESULT_FILE), _progress(folder, kind)
+        with in_one_line(f"cannot read {folder.uri}"):
+            kind = "tune" if folder.exists(SWEEP_FILE) else kind
+            result, progress = folder.read_json(RESULT_FILE), _progress(folder, kind)
+            owner = None if result else owner_of(folder)
         values, forms, prefix = result or {}, (result or {}).get("formats", {}), "test_"
         if result is None and (rows := [row for row in read_csv(folder, METRICS_FILE) if row.get("val_loss")]):
             values, prefix = {name: float(text) for name, text in rows[-1].items() if text}, "val_"
@@ -95,7 +101,6 @@ def _listed(folder: RunFolder, age_s: float) -> ListedRun:
         metrics = {name: value for name, value in numbers.items() if value == value and name != "val_s"}
     except (JobError, ValueError) as error:
         return ListedRun(folder.name, kind, "damaged", "", {}, age_s, "", reason=str(error))
-    owner = None if result else owner_of(folder)
     state = "finished" if result else f"running on {owner}" if owner else "interrupted"
     output = OutputConfig(run_name=folder.name, storage_path=folder.storage_path)
     resume_with = resume_command(kind, output) if state == "interrupted" else ""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mnist_ray.errors import UsageError
-from mnist_ray.report.columns import read_columns
+from mnist_ray.report.columns import COLUMNS_FILE, read_columns
 from mnist_ray.report.run_files import number_of, settings_of
 from mnist_ray.storage import ORIGIN_FILE, RESULT_FILE, RunFolder
 from mnist_ray.tools.differences import Difference, as_dict, first_of, pairs_differ
@@ -36,9 +36,13 @@ class Member:
         config, result = settings_of(folder), folder.read_json(RESULT_FILE)
         if result is None:
             raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
-        columns = read_columns(folder)
+        found = read_columns(folder)
+        columns = {name: values for name, values in found.items() if values.ndim == 1 and values.dtype.kind in "biuf"}
+        for column in {"index", "loss", WEIGHT} & found.keys():
+            if column not in columns or (column == "index" and columns[column].dtype.kind not in "iu"):
+                raise folder.damaged(COLUMNS_FILE, f"its column {column} does not have a number for each example")
         order = np.argsort(columns.get("index", np.arange(0)))
-        flat = {name: values[order] for name, values in columns.items() if values.ndim == 1}
+        flat = {name: values[order] for name, values in columns.items()}
         return cls(name, folder, config, folder.read_json(ORIGIN_FILE) or {}, result, flat)
 
     @property

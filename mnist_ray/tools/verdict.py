@@ -98,6 +98,8 @@ def _why_not(first: Side, second: Side) -> str:
         return f"only {(first if first.has_folds else second).letter} is a cross-validation"
     if first.has_folds and [one.name for one in first.members] != [two.name for two in second.members]:
         return "their seeds or folds differ"
+    if first.has_folds and len(np.unique(first.indices)) * len(first.members) == len(first.indices):
+        return "all of their folds test the same examples"
     if other := sorted({*first.metrics} ^ {*second.metrics}):
         return f"their metrics differ: {', '.join(other)}"
     if first.members[0].has_classes != second.members[0].has_classes:

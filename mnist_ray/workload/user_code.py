@@ -169,6 +169,7 @@ def _check_arguments(user_class: type, name: str, method: types.FunctionType) ->
 
 def check_trusted(reference: str, flag: str, file: str, folders: Iterable[Path]) -> None:
     """Raise UsageError if the code that ``file`` names may have come with the file: see ``why_untrusted``."""
+    path_of(_split(reference)[0], f"{file}: {flag}")
     if reason := why_untrusted(reference, folders):
         raise UsageError(
             f"{file} names {flag} {reference}, {reason}: the code may have come with the run; if you trust it, "

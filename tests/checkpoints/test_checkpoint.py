@@ -19,6 +19,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.tensors import map_tensors
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
+from mnist_ray.job.find import find
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder
@@ -213,6 +214,19 @@ def rewrite(file: Path, change: Callable[[list], object]) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + len(header_of(content)) :])
 
 
+def insert_tensor(file: Path, shape: list[int]) -> None:
+    """Add a tensor without values to a file."""
+    content, header = file.read_bytes(), json.loads(header_of(file.read_bytes()))
+    rows = json.loads(header["__metadata__"]["rows"]) | {"more": [0, shape, 1, []]}
+    header["__metadata__"]["rows"] = json.dumps(rows)
+    header["more"] = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + len(header_of(content)) :])
+    state = json.loads((file.parent / "state.json").read_text())
+    state["tensors"]["model"] += 1
+    (file.parent / "state.json").write_text(json.dumps(state))
+
+
 def leave_out(folder: Path, file: str) -> None:
     state = json.loads((folder / "state.json").read_text())
     del state["sha256"][file]
@@ -228,6 +242,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a shape too large": lambda folder: rewrite(folder / "model.safetensors", lambda entry: entry[1].insert(0, 10**12)),
     "a later start": lambda folder: rewrite(folder / "model.safetensors", lambda entry: entry.__setitem__(0, 1)),
     "zero digested rows": lambda folder: rewrite(folder / "model.safetensors", lambda entry: entry.__setitem__(2, 0)),
+    "no rows, which are too long": lambda folder: insert_tensor(folder / "model.safetensors", [0, 2**63]),
     "half a row": lambda folder: rewrite(folder / "optimizer.safetensors", lambda entry: entry.__setitem__(0, 0.5)),
     "renamed": lambda folder: folder.rename(folder.with_name("checkpoint_epoch-001_step-000001")),
 }
@@ -256,6 +271,28 @@ def test_a_changed_state_file_is_damaged(saved: Path, tmp_path: Path, changes: d
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: state\.json: ") as raised:
         saved_model.load_model(folder_at(folder), mnist())
     assert "\n" not in str(raised.value)
+
+
+WORKLOAD = {"reference": "mnist_ray.mnist", "sha256": "", "settings": {}, "metadata": {}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: None} for name in ("config", "metrics", "tensors", "workload")),
+        {"metrics": {"val_score": "x"}},
+        {"metrics": {"val_score": 10**400}},
+        {"metrics": {"epoch": []}},
+        *({"workload": {**WORKLOAD, name: value}} for name, value in (("reference", None), ("settings", []))),
+        *({"workload": value} for value in ({}, {**WORKLOAD, "settings": None}, {**WORKLOAD, "metadata": 5})),
+    ],
+)
+def test_a_part_of_another_kind_in_the_state_file_is_damage(
+    saved: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), changes, is_signed=True)
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged: state\.json: .*; use another one$"):
+        find(str(folder), str(tmp_path))
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:

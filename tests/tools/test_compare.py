@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from mnist_ray import compare
 from mnist_ray.errors import JobError, UsageError
@@ -236,3 +239,55 @@ def test_a_page_has_rows_if_the_workload_cannot_be_loaded(tmp_path: Path) -> Non
     assert "examples are rows, not images: " in page
     assert "Lost by B to A: 30" in page
     assert f"<td>10</td><td>{LABELS[10]}</td><td>{LABELS[10]}</td><td>{(LABELS[10] + 1) % 3}</td>" in page
+
+
+def test_a_setting_of_a_run_makes_no_line_of_its_own(tmp_path: Path) -> None:
+    forged = {"x\nverdict    B is better": "\x1b[31m\u2028"}
+    comparison = compare(write_run(tmp_path / "a", classes([1])), write_run(tmp_path / "b", classes([1]), **forged))
+    assert r"settings: x\nverdict    B is better none in A, \x1b[31m\u2028 in B" in str(comparison)
+    assert str(comparison).isprintable() or {*str(comparison)} - {"\n"} <= {*filter(str.isprintable, str(comparison))}
+
+
+def damaged_columns(folder: Path, **columns: Any) -> Path:
+    """Write a run whose predictions.parquet has these columns instead of its own."""
+    run = write_run(folder, classes([1]))
+    table = parquet.read_table(run / "predictions.parquet")
+    for name, values in columns.items():
+        table = table.drop_columns(name) if name in table.column_names else table
+        table = table.append_column(name, pa.array(values))
+    parquet.write_table(table, run / "predictions.parquet")
+    return run
+
+
+STRANGE = {"lists": [[1]], "texts": ["a"], "structs": [{"a": 1}], "dates": [datetime.date(2026, 1, 1)]}
+
+
+@pytest.mark.parametrize("column", ["index", "loss", "weight"])
+@pytest.mark.parametrize("values", STRANGE.values(), ids=STRANGE)
+def test_a_column_without_numbers_is_damage_where_numbers_are_needed(
+    tmp_path: Path, column: str, values: list[Any]
+) -> None:
+    run = damaged_columns(tmp_path / "b", **{column: values * NUM_TEST})
+    with pytest.raises(JobError, match=f"predictions.parquet is damaged: its column {column} does not have a number"):
+        compare(write_run(tmp_path / "a", classes([1])), run)
+
+
+@pytest.mark.parametrize("column", ["label", "prediction", "target"])
+@pytest.mark.parametrize("values", [*STRANGE.values(), [-10]], ids=[*STRANGE, "a negative"])
+def test_other_columns_may_hold_anything(tmp_path: Path, column: str, values: list[Any]) -> None:
+    runs = [damaged_columns(tmp_path / name, **{column: values * NUM_TEST}) for name in ("a", "b")]
+    runs.append(write_run(tmp_path / "c", classes([2])))
+    assert "A  a" in str(compare(*runs, output=tmp_path / "page.html"))
+
+
+def test_predictions_that_would_not_fit_into_memory_are_not_read(tmp_path: Path) -> None:
+    run, values = write_run(tmp_path / "b", classes([1])), pa.array(np.zeros(10**6, np.int8))
+    table = pa.table({"loss": pa.chunked_array([values] * 300)})
+    parquet.write_table(table, run / "predictions.parquet", compression="zstd")
+    with pytest.raises(JobError, match=r"predictions\.parquet is damaged: it has 300,000,000 values"):
+        compare(write_run(tmp_path / "a", classes([1])), run)
+
+
+def test_a_single_fold_is_not_compared(tmp_path: Path) -> None:
+    runs = [write_members(tmp_path / name, {"seed-0_fold-1": classes([1])}) for name in ("a", "b")]
+    assert compare(*runs).verdicts[0].sentence.endswith("all of their folds test the same examples")

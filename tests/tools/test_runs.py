@@ -10,7 +10,7 @@ import pytest
 from mnist_ray import cli
 from mnist_ray.job.lease import owned
 from mnist_ray.text import VERSION
-from tests.conftest import folder_at, run_main
+from tests.conftest import close, folder_at, run_main
 
 
 @pytest.fixture
@@ -63,6 +63,30 @@ def test_a_run_that_a_job_owns_is_running_and_json_lists_the_newest(
     assert 0 <= listed[2]["metrics"]["val_accuracy"] <= 1
 
 
+def test_a_folder_that_cannot_be_read_does_not_end_the_list(
+    storage: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkdir(os.fsencode(storage) + b"/not utf-8 \xff")
+    (storage / ".interrupted.owner").mkdir()
+    close(monkeypatch, "finished")
+    run_main("runs", "--storage-path", str(storage), "--json")
+    listed = {run["name"]: run for run in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert {name: run["state"] for name, run in listed.items()} == {
+        "sweep": "interrupted",
+        "damaged": "damaged",
+        "interrupted": "damaged",
+    }
+    assert "cannot read " in listed["interrupted"]["reason"]
+
+
+def test_a_number_that_is_too_large_is_no_metric(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads((storage / "finished" / "result.json").read_text())
+    (storage / "finished" / "result.json").write_text(json.dumps({**result, "test_loss": 10**400}))
+    run_main("runs", "--storage-path", str(storage), "--json")
+    (finished,) = (run for run in map(json.loads, capsys.readouterr().out.splitlines()) if run["name"] == "finished")
+    assert (finished["state"], "test_loss" in finished["metrics"]) == ("finished", False)
+
+
 def test_the_program_has_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["mnist-ray", "--version"])
     with pytest.raises(SystemExit):
@@ -77,6 +101,8 @@ def test_the_program_has_its_version(capsys: pytest.CaptureFixture[str], monkeyp
         ("mnist-ray train --lr-sch", {"--lr-schedule"}),
         ("mnist-ray train --lr-schedule co", {"constant", "cosine"}),
         ("mnist-ray train --workload examples/shapes.py --noi", {"--noise"}),
+        ("mnist-ray train --config Make", {"Makefile"}),
+        ("mnist-ray train --workload examples/sha", {"examples/shapes.py", "examples/shards.py"}),
         ("mnist-ray completion ", {"bash", "zsh", "fish", "-h", "--help"}),
     ],
 )
