@@ -17,6 +17,7 @@ from mnist_ray.data.tensors import as_fp32, autocast, detached
 from mnist_ray.errors import UsageError
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.open_step import prepared
 from mnist_ray.training.parts import Parts, Schedules
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import check_numbers, placed
@@ -39,7 +40,7 @@ def check_augment(workload: Workload, model: nn.Module, batch: MicroBatch, confi
         return
     generator, name = torch.default_generator, type(workload).__name__
     with placed(workload, "augment"):
-        changed = workload.augment(workload.prepare(batch.inputs, generator), batch.targets, generator)
+        changed = prepared(workload, batch, generator)
     if not isinstance(changed, tuple) or len(changed) != 2:
         raise UsageError(f"{name}.augment must return inputs and targets, not {type(changed).__name__}")
     inputs, targets = changed
@@ -70,8 +71,7 @@ def check_parts(workload: Workload, model: nn.Module, batch: MicroBatch, optimiz
     for part, own in optimizer.optimizers.items():
         model.zero_grad()
         with placed(workload, f"losses of {part}"):
-            inputs = workload.prepare(batch.inputs, generator)
-            inputs, targets = workload.augment(inputs, batch.targets, generator)
+            inputs, targets = prepared(workload, batch, generator)
             with autocast(model, resolve_precision(config.precision, Group())):
                 losses = workload.losses(model, inputs, targets, part)
         check_numbers(f"{name}.losses of {part}", losses, batch.global_size)

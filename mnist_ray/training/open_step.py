@@ -66,7 +66,7 @@ def forward_open(
             copied = map_tensors(torch.clone, batch)  # ``prepare`` may change it in place
             outputs, targets = forward(workload, model, copied, config.precision, generator)
             loss_sum = workload.loss(outputs, targets).sum()
-        inputs, targets = _prepared(workload, batch, generator)
+        inputs, targets = prepared(workload, batch, generator)
         with autocast(model, config.precision):
             return outputs, batch.targets, loss_sum, workload.losses(model, inputs, targets, part).float().sum()
     outputs, learned = _augmented(workload, model, batch, config, generator)
@@ -87,16 +87,15 @@ def _augmented(
 ) -> tuple[Any, Any]:
     if type(workload).augment is Workload.augment:
         return forward(workload, model, batch, config.precision, generator)
-    inputs, targets = _prepared(workload, batch, generator)
+    inputs, targets = prepared(workload, batch, generator)
     with autocast(model, config.precision):
         return as_fp32(model(inputs)), targets
 
 
-def _prepared(workload: Workload, batch: MicroBatch, generator: torch.Generator) -> tuple[Any, Any]:
-    """Return inputs and targets for the loss to minimize; ``augment`` may change them in place."""
-    return workload.augment(
-        workload.prepare(batch.inputs, generator), map_tensors(torch.clone, batch.targets), generator
-    )
+def prepared(workload: Workload, batch: MicroBatch, generator: torch.Generator) -> tuple[Any, Any]:
+    """Return inputs and targets for the loss to minimize. ``augment`` may change them in place."""
+    targets = map_tensors(torch.clone, batch.targets)
+    return workload.augment(workload.prepare(batch.inputs, generator), targets, generator)
 
 
 def takes_closure(optimizer: Optimizer) -> bool:
