@@ -31,19 +31,26 @@ SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints;
 _OPTIONAL = type(...)  # the file may lack it
 _NULL = type(None)
 _SETTINGS: dict[str, tuple[type, ...]] = {
-    **{"workload": (str, _OPTIONAL), "seed": (int, _OPTIONAL)},
-    **dict.fromkeys(("num_epochs", "fold"), (int, _NULL, _OPTIONAL)),
+    "workload": (str, _OPTIONAL),
+    "seed": (int, _OPTIONAL),
+    "num_epochs": (int, _NULL, _OPTIONAL),
+    "fold": (int, _NULL, _OPTIONAL),
 }
 _MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are read from these files by name
     CONFIG_FILE: _SETTINGS,
     SWEEP_FILE: _SETTINGS,
     ORIGIN_FILE: {
-        **{"versions": (dict, _OPTIONAL), "unused_settings": (list, _OPTIONAL)},
-        **dict.fromkeys(("data", "metadata"), (dict, _NULL, _OPTIONAL)),
+        "versions": (dict, _OPTIONAL),
+        "unused_settings": (list, _OPTIONAL),
+        "data": (dict, _NULL, _OPTIONAL),
+        "metadata": (dict, _NULL, _OPTIONAL),
     },
     RESULT_FILE: {
-        **{"checkpoint": (str,), "seconds": (dict,), "members": (list, _OPTIONAL)},
-        **dict.fromkeys(("formats", "spread"), (dict, _OPTIONAL)),
+        "checkpoint": (str,),
+        "seconds": (dict,),
+        "members": (list, _OPTIONAL),
+        "formats": (dict, _OPTIONAL),
+        "spread": (dict, _OPTIONAL),
     },
 }
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d{1,18})_step-(\d{1,18})", re.ASCII)

@@ -141,6 +141,7 @@ def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
     """Return the sorted indices of the examples in random blocks: as many blocks as ``size`` holds, at least one."""
     sizes = sizes_in(split)
     assert sizes is not None
+    # The first that fit, as in all versions: a resumed run must have its split. (Groups pass over what does not fit.)
     order = [block for block in Shuffled(len(sizes), [seed])[:].tolist() if sizes[block]]
     number = max(1, int(np.searchsorted(np.cumsum(sizes[order]), size, side="right")))
     return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))

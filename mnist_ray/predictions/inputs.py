@@ -40,7 +40,7 @@ _AT_ONCE = 256  # rows
 _VALUES = (  # kinds of columns that are pictures or texts, not numbers
     *(pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string),
 )
-_DAMAGE = (pa.ArrowException, csv.Error, UnicodeDecodeError, EOFError, FileNotFoundError, UsageError, ValueError)
+_DAMAGE = (pa.ArrowException, csv.Error, EOFError, FileNotFoundError, UsageError, ValueError)
 _MAX_BYTES = 2**26  # of a picture, a text or a line
 _FITS: dict[Kind, tuple[Callable[[Any], bool], ...]] = {  # values of the input's column; the first kind found is taken
     "pictures": (lambda value: isinstance(value, (bytes, dict)), lambda value: isinstance(value, (list, np.ndarray))),

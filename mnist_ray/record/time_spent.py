@@ -98,8 +98,8 @@ def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, trai
     if is_large(saving_s, _MAX_SAVING):
         cause = "the storage is slow" if seconds[stopwatch.STORAGE] > saving_s / 2 else "the state is large"
         num_steps = job.train.total_steps(len(train))
-        rarely = f"--num-steps {num_steps} --validate-every {max(1, num_steps // 10)}"
-        notes.append(f"checkpoints {took(saving_s)}: {cause}, or epochs are short; {rarely} saves and validates rarely")
+        fewer = f"with --num-steps {num_steps} --validate-every {max(1, num_steps // 10)}, there would be fewer"
+        notes.append(f"checkpoints {took(saving_s)}: {cause}, or epochs are short; {fewer}")
     if is_large(callbacks_s, _MAX_CALLBACKS) and (job.callbacks or job.workload.callbacks):
         notes.append(f"callbacks {took(callbacks_s)}; do their work less often")
     return notes

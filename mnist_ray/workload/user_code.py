@@ -194,12 +194,11 @@ def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
 
 def _paths_of_module(name: str) -> list[Path]:
     """Return the paths of a module's package without importing it; none if it is missing, or is this package."""
-    package = name.partition(".")[0]
-    if package == __name__.partition(".")[0]:
+    if _is_own(name):
         return []  # this package is loaded already
     _add_current_folder()
     try:
-        found = importlib.util.find_spec(package)
+        found = importlib.util.find_spec(name.partition(".")[0])
     except (ImportError, ValueError):
         return []
     paths = (found.origin, *(found.submodule_search_locations or ())) if found else ()
@@ -214,6 +213,11 @@ def _split(reference: str) -> tuple[str, str]:
     """Split ``CODE:NAME``; a colon inside a path does not split it."""
     code, colon, name = reference.rpartition(":")
     return (code, name) if colon and name.isidentifier() else (reference, "")
+
+
+def _is_own(module: str) -> bool:
+    """Return whether a module is part of this package."""
+    return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _add_current_folder() -> None:
@@ -270,7 +274,7 @@ def _other_module(path: str) -> str:
 
 def _import_module(name: str, flag: str) -> types.ModuleType:
     """Import a module, even from the current folder, like `python -m`."""
-    if not name.startswith(f"{__name__.partition('.')[0]}."):
+    if not _is_own(name):
         _add_current_folder()
     try:
         return importlib.import_module(name)
