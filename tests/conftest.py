@@ -279,6 +279,21 @@ def quick(small_data: Path, tmp_path: Path) -> Flags:
     return lambda **others: as_flags({**QUICK, **paths, **others})
 
 
+def forget_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Forget the modules that were loaded from the tests' folders: another test may give a file the same name."""
+    path, folder = sys.path[:], str(tmp_path_factory.getbasetemp())
+    before = {*sys.modules}
+    yield
+    sys.path[:] = path
+    for name in {*sys.modules} - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
+            del sys.modules[name]
+
+
+_of_a_test = pytest.fixture(autouse=True)(forget_modules)
+_of_a_file = pytest.fixture(autouse=True, scope="module")(forget_modules)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -371,9 +386,8 @@ def finished_run(ray_address: str, small_data: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
-    """Write a file into the test's folder; what Python keeps of it once it is loaded goes with the test."""
-    monkeypatch.setattr(sys, "path", sys.path[:])
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a file into the test's folder."""
 
     def write_text(text: str, name: str = "problem.py") -> Path:
         file = tmp_path / name
@@ -381,10 +395,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         file.write_text(textwrap.dedent(text), encoding="utf-8")
         return file
 
-    yield write_text
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
+    return write_text
 
 
 CELL = """

@@ -157,7 +157,6 @@ def test_code_of_another_user_is_not_loaded(read: Any, tmp_path: Path, given: st
 def test_no_module_of_another_users_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stolen.py").write_text(STEALS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     before = [*sys.path]
     assert user_code.find("mnist_ray.mnist", Workload) is not None
     assert sys.path == before, "this package needs no other folder"

@@ -22,10 +22,8 @@ KINDS = ("images", "table", "text", "blank")
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, which is empty; another test's workload.py is forgotten."""
+    """The current folder, which is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "workload", raising=False)
     return tmp_path
 
 

@@ -73,9 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
     for words in (["init", "--quiet"], ["add", "."], [*author, "commit", "--quiet", "--message", "first"]):
         subprocess.run(["git", *words], cwd=project.code, check=True)
     flags = ["--workload", str(project.workload), "--storage-path", str(project.storage), "--run-name", "run"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", sys.path[:])
-        run_main("train", *flags, "--num-workers", "0", "--num-epochs", "1")
+    run_main("train", *flags, "--num-workers", "0", "--num-epochs", "1")
     return project
 
 
