@@ -9,7 +9,7 @@ from __future__ import annotations
 import ray
 from ray._private.state import state
 from ray._private.worker import global_worker
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
@@ -32,12 +32,21 @@ def remove_orphans() -> None:
 
 
 def _orphaned_placement_groups() -> list[PlacementGroup]:
-    """Return the placement groups of dead actors of this job; the public table does not name the actors."""
+    """Return the placement groups of dead actors of this job; the public table does not name the actors.
+
+    Only those that Ray has created: while it creates one, its removal may lose the resources.
+    """
     job_id, orphans = bytes.fromhex(ray.get_runtime_context().get_job_id()), []
     for serialized in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(serialized)
-        is_there = group.state != PlacementGroupTableData.REMOVED
+        is_created = group.state == PlacementGroupTableData.CREATED
         is_drivers = group.creator_actor_id.startswith(_NO_ACTOR)
-        if is_there and group.creator_actor_dead and not is_drivers and group.creator_job_id == job_id:
+        if is_created and not is_drivers and group.creator_job_id == job_id and _has_died(group.creator_actor_id):
             orphans.append(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
     return orphans
+
+
+def _has_died(actor_id: bytes) -> bool:
+    """Return whether an actor has died. Its groups say so, too, but not one whose request was on its way then."""
+    actor = state._connect_and_get_accessor().get_actor_info(ray.ActorID(actor_id))
+    return actor is None or ActorTableData.FromString(actor).state == ActorTableData.DEAD

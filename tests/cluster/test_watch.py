@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 import ray
 from ray._private.worker import global_worker
+from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
@@ -97,6 +98,40 @@ def test_only_a_dead_actors_placement_group_is_removed(ray_address: str) -> None
     for group in (kept, own):
         ray.util.remove_placement_group(group)
     ray.kill(alive)
+
+
+@pytest.mark.parametrize(
+    ("state", "actor", "is_removed"),
+    [
+        ("CREATED", "DEAD", True),
+        ("CREATED", "", True),  # Ray has forgotten it
+        ("CREATED", "ALIVE", False),
+        ("PENDING", "DEAD", False),
+        ("PREPARED", "DEAD", False),
+    ],
+)
+def test_a_dead_actors_placement_group_is_removed_once_it_is_created(
+    state: str, actor: str, is_removed: bool, ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, actor_id = bytes.fromhex(ray.get_runtime_context().get_job_id()), bytes(range(12))
+    group = PlacementGroupTableData(
+        placement_group_id=bytes(range(14)) + job_id,
+        state=PlacementGroupTableData.PlacementGroupState.Value(state),
+        creator_job_id=job_id,
+        creator_actor_id=actor_id + job_id,
+    )
+    info = ActorTableData(state=ActorTableData.ActorState.Value(actor)).SerializeToString() if actor else None
+    accessor = Mock(
+        **{
+            "get_placement_group_table.return_value": [group.SerializeToString()],
+            "get_actor_info.return_value": info,
+        }
+    )
+    removed = Mock()
+    monkeypatch.setattr("ray._private.state.state._connect_and_get_accessor", lambda: accessor)
+    monkeypatch.setattr(processes, "remove_placement_group", removed)
+    processes.remove_orphans()
+    assert removed.called == is_removed
 
 
 def test_a_thread_that_waits_for_a_silent_ray_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
