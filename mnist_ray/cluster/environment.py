@@ -15,8 +15,6 @@ from mnist_ray.ray_versions import must_ask_for_tokens
 
 IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # by Ray Train and PyTorch's optimizers, in running workers
 _SETTINGS = {
-    # How often Train's controller checks its workers. The end of a run waits for a check; the default is 2 s.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Tasks without GPUs keep CUDA_VISIBLE_DEVICES, as later versions of Ray will do. This avoids a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # How often Train looks for nodes that will be preempted. Notice may be short; the default is 5 s.

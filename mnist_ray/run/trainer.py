@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, with_retries
 
 _RESIZE_INTERVAL_S = 15.0  # between an elastic run's checks whether the cluster has room for more workers
+_FEW_STEPS = 100  # in an epoch
 
 
 def drop_rays_list(run: RunFolder) -> None:
@@ -28,6 +30,11 @@ def create_trainer(
     spec: LoopSpec, plan: WorkerPlan, max_failures: int, callbacks: Sequence[UserCallback] = ()
 ) -> TorchTrainer:
     """Return the trainer that runs ``spec`` on the planned workers."""
+    # How often Train's controller checks its workers; the default is 2 s. It takes one checkpoint from them at each
+    # check, so short epochs wait for it. On a cluster, each check asks many workers.
+    has_short_epochs = spec.job.train.steps_per_epoch(len(spec.train)) < _FEW_STEPS
+    interval_s = 0.05 if plan.is_local and has_short_epochs else 0.2
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(interval_s))
     trainer_class, callbacks = TorchTrainer, [*callbacks]
     if extras.is_on("trainer", plain=spec.job.workers.plain_ray):
         from mnist_ray.extras.trainer import Trainer
