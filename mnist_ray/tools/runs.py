@@ -38,11 +38,11 @@ class ListedRun:
 
     name: str
     kind: str  # train or tune
-    state: str  # finished, running on a host, interrupted, or damaged
+    state: str  # finished, running on a host, unfinished (interrupted, killed or failed), or damaged
     progress: str
     metrics: dict[str, float]  # on the test set; of an unfinished run, on the validation set
     age_s: float  # since the start
-    resume_with: str  # empty unless interrupted
+    resume_with: str  # empty unless unfinished
     forms: dict[str, str] = field(default_factory=dict)  # how to print the metrics
     reason: str = ""  # if it is damaged
 
@@ -101,9 +101,9 @@ def _listed(folder: RunFolder, age_s: float) -> ListedRun:
         metrics = {name: value for name, value in numbers.items() if value == value and name != "val_s"}
     except (JobError, ValueError) as error:
         return ListedRun(folder.name, kind, "damaged", "", {}, age_s, "", reason=str(error))
-    state = "finished" if result else f"running on {owner}" if owner else "interrupted"
+    state = "finished" if result else f"running on {owner}" if owner else "unfinished"
     output = OutputConfig(run_name=folder.name, storage_path=folder.storage_path)
-    resume_with = resume_command(kind, output) if state == "interrupted" else ""
+    resume_with = resume_command(kind, output) if state == "unfinished" else ""
     return ListedRun(folder.name, kind, state, progress, metrics, age_s, resume_with, forms)
 
 

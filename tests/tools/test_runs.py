@@ -37,8 +37,8 @@ def test_runs_are_listed_with_state_metrics_and_how_to_resume(
     head, *rows, resume_sweep, resume, last = capsys.readouterr().out.splitlines()
     assert head.split() == ["run", "kind", "state", "progress", "metrics", "age"]
     assert [row.split()[:3] for row in rows[:3:2]] == [
-        ["sweep", "tune", "interrupted"],
-        ["interrupted", "train", "interrupted"],
+        ["sweep", "tune", "unfinished"],
+        ["interrupted", "train", "unfinished"],
     ]
     assert rows[1].split()[:3] == ["damaged", "train", "damaged"]
     assert "result.json is damaged: " in rows[1]
@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_read_does_not_end_the_list(
     run_main("runs", "--storage-path", str(storage), "--json")
     listed = {run["name"]: run for run in map(json.loads, capsys.readouterr().out.splitlines())}
     assert {name: run["state"] for name, run in listed.items()} == {
-        "sweep": "interrupted",
+        "sweep": "unfinished",
         "damaged": "damaged",
         "interrupted": "damaged",
     }
