@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
 import ray.train
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.train import UserCallback
+from ray.util.queue import Empty, Queue
 
 from mnist_ray.checkpoints.checkpoint import Restored
 from mnist_ray.checkpoints.summary import CheckpointMetrics
@@ -22,12 +25,15 @@ from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.job import Job
 from mnist_ray.job.retention import drop_earlier, drop_worse
 from mnist_ray.parallel.group import Group
+from mnist_ray.process import in_thread
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
 from mnist_ray.run.trainer import create_trainer, drop_rays_list
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.space import Point
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over
+
+_WAIT_S = 0.1  # for a report, before looking whether the training has ended
 
 
 @dataclass(frozen=True)
@@ -70,16 +76,36 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 
 
 def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
-    """Train a trial as a ``TorchTrainer`` run."""
+    """Train a trial as a ``TorchTrainer`` run, whose reports this thread passes on to Tune.
+
+    Ray's own ``TuneReportCallback`` lets another thread report: both wait forever if this one reports an error then.
+    """
     drop_rays_list(loop_spec.job.run)
-    callbacks = [TuneReportCallback(), FailureCallback(None)]
+    reports = Queue(actor_options={"num_cpus": 0})
+    callbacks = [_ReportCallback(reports), FailureCallback(None)]
+    fitted = in_thread(create_trainer(loop_spec, plan, max_failures=0, callbacks=callbacks).fit)
     try:
-        result = create_trainer(loop_spec, plan, max_failures=0, callbacks=callbacks).fit()
+        while not fitted.done() or not reports.empty():
+            with contextlib.suppress(Empty):
+                tune.report(reports.get(timeout=_WAIT_S))
+        fitted.result()
+    except SystemExit:  # Tune stops the trial, and will end this process with all that it has started
+        wait([fitted])
+        raise
     except ray.train.TrainingFailedError as error:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
     drop_worse(loop_spec.job.run)
-    tune.report(result.metrics)  # again, in case the trial was killed before the sweep recorded it
+
+
+class _ReportCallback(UserCallback):
+    """Puts what rank 0 reports into a queue."""
+
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._reports.put(metrics[0])
 
 
 class TuneReporter(Reporter):
