@@ -115,7 +115,7 @@ class Server:
                 prediction = await self.predict_batch(decoded)
             except (UsageError, JobError):  # which may be about another input of the batch
                 (prediction,) = await asyncio.to_thread(self.predictor.predict, [decoded])
-        except (UsageError, JobError) as error:
+        except (UsageError, JobError, RecursionError) as error:
             raise HTTPException(422, f"{place}: {first_line(error)}") from None
         return {**prediction.to_dict("prediction", PredictionConfig().threshold), "file": place}
 

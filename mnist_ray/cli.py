@@ -18,7 +18,7 @@ from mnist_ray import api, config, layers, signals
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
-from mnist_ray.job.job import Job, read_job, resume_command
+from mnist_ray.job.job import Job, load_trusted, read_job, resume_command
 from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
 from mnist_ray.repeats.train import train as train_job
@@ -26,7 +26,7 @@ from mnist_ray.report.run_files import result_of, workload_of
 from mnist_ray.runs import find_run
 from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek, words_to_complete
 from mnist_ray.settings_files import read_settings, toml_lines
-from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE
+from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE, locate
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.text import PROGRAM, VERSION
@@ -92,9 +92,11 @@ def predict() -> None:
 def view() -> None:
     """Show examples of a workload's data."""
     early = peek(config.SourceConfig)[0]
+    file = read_settings(early["config"]) if "config" in early else None
     places = _places(early)
-    early = _over(places, early, config.SourceConfig)
-    workload_class = loading.load(early.get("workload") or loading.DEFAULT)
+    _over(places, early, config.SourceConfig)  # checks them
+    storage = locate(layers.storage_path(), "")
+    workload_class = load_trusted("train", storage, early, layers.Layers(places), file)
     parser = Parser(view.__doc__ or "", config.ViewConfig, workload_class.Settings)
     _add_workload(parser, "MNIST")
     _add_config(parser)
@@ -216,9 +218,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     os._exit(status)  # all files are closed; unloading torch and Ray would take most of a second
 
 
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError("the current folder has been deleted; change to another one") from error
+
+
 def status_of(main: Callable[[], int | None]) -> int:
     """Run a command; print its error, if any, and return the exit status. Only a bug prints a traceback."""
     try:
+        _check_current_folder()
         status = main() or 0
         with writing():
             sys.stdout.flush()

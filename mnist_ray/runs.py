@@ -11,7 +11,17 @@ from pyarrow import fs
 
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.settings import path_of
-from mnist_ray.storage import CONFIG_FILE, MEMBERS_FOLDER, STORAGE_ERRORS, RunFolder, locate, split_query
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    MEMBERS_FOLDER,
+    RESULT_FILE,
+    STORAGE_ERRORS,
+    SWEEP_FILE,
+    TRIALS_FOLDER,
+    RunFolder,
+    locate,
+    split_query,
+)
 from mnist_ray.text import command
 
 
@@ -38,11 +48,11 @@ def find_run(place: str | None, storage_path: str) -> RunFolder:
 
 
 def _newest_run(storage: RunFolder) -> RunFolder:
-    """Return the run with a checkpoint whose settings were written last."""
+    """Return the run with a checkpoint whose settings were written last; members' checkpoints are in their folders."""
     runs = []
     for run in (locate(storage.storage_path, name) for name in storage.subfolders()):
         with contextlib.suppress(PermissionError):  # another user's
-            if run.exists(CONFIG_FILE) and run.checkpoint_names():
+            if run.exists(CONFIG_FILE) and (run.checkpoint_names() or run.exists(RESULT_FILE)):
                 runs.append(run)
     if not runs:
         raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
@@ -66,6 +76,9 @@ def untrusted_folders(run: RunFolder, storage_path: str, *, is_run: bool = True)
 def _run_around(run: RunFolder) -> RunFolder | None:
     """Return the run in whose folder this one is, if there is one."""
     above = run.storage
-    if posixpath.basename(above.path) == MEMBERS_FOLDER:
+    if posixpath.basename(above.storage.path) == TRIALS_FOLDER:  # of a trial's checkpoint
         above = above.storage
-    return above if above.path != run.path and above.exists(CONFIG_FILE) else None
+    if posixpath.basename(above.path) in (MEMBERS_FOLDER, TRIALS_FOLDER):
+        above = above.storage
+    is_run = above.exists(CONFIG_FILE) or above.exists(SWEEP_FILE)
+    return above if is_run and above.path != run.path else None

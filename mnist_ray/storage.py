@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json", "origin.json", "result.json"
 REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "sweep.png"
-MEMBERS_FOLDER = "members"  # of a job of several runs
+MEMBERS_FOLDER, TRIALS_FOLDER = "members", "trials"  # of a job of several runs, and of a sweep
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
 _OPTIONAL = type(...)  # the file may lack it
@@ -66,6 +66,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {  # of values with the right type; 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.ELOOP)  # full, or links that lead elsewhere
+_MAX_TEXT_BYTES = 2**30  # of a file
 _PROBE_BYTES = 2**20  # more than a checkpoint of MNIST, to notice a full disk
 
 
@@ -163,6 +164,8 @@ class RunFolder:
     def read_text(self, file_name: str) -> str | None:
         """Return a file's text; None if there is no file. Raises JobError."""
         with in_one_line(f"cannot read {self.inside(file_name).uri}"):
+            if (self.info(file_name).size or 0) > _MAX_TEXT_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             content = self.read_bytes(file_name)
         try:
             return None if content is None else content.decode("utf-8")
@@ -233,6 +236,13 @@ class RunFolder:
             if os.path.realpath(folder) != os.path.normpath(os.path.join(os.path.realpath(self.path), below)):
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
 
+    def check_subfolders(self, name: str) -> None:
+        """Raise JobError if a link leads a folder in this one, or a folder in that, somewhere else."""
+        with in_one_line(f"cannot write to {self.inside(name).uri}"):
+            if self.exists(name):
+                for folder in ("", *self.inside(name).subfolders()):
+                    self.create_folder_of(posixpath.join(self.path, name, folder, "-"))
+
     def _replace(self, target: str, content: bytes) -> None:
         temporary = f"{target}.{uuid4().hex}.tmp"  # nobody can put a link there before
         try:
@@ -257,12 +267,14 @@ class RunFolder:
     def write_files(self, contents: Mapping[str, Sequence[Any]]) -> None:
         """Write files in the given order, with retries but not atomically. Raises STORAGE_ERRORS.
 
-        A file's content is a sequence of bytes, or of buffers with them.
+        A file's content is a sequence of bytes, or of buffers with them. No link leads it out of the outer folder.
         """
 
         def write() -> None:
-            self.filesystem.create_dir(self.path)
+            self.storage.create_folder_of(posixpath.join(self.path, "-"))
             for file_name, pieces in contents.items():
+                if isinstance(self.filesystem, fs.LocalFileSystem) and os.path.islink(f"{self.path}/{file_name}"):
+                    self.delete_file(file_name)
                 with self.filesystem.open_output_stream(posixpath.join(self.path, file_name)) as stream:
                     for piece in pieces:
                         stream.write(piece)

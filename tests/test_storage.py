@@ -72,6 +72,33 @@ def test_a_link_in_a_run_does_not_lead_what_is_written_elsewhere(run: RunFolder,
     assert (folder / "more" / "a.txt").exists()
 
 
+def test_a_link_does_not_lead_a_checkpoint_or_a_member_elsewhere(run: RunFolder, tmp_path: Path) -> None:
+    own, checkpoint = tmp_path / "own", run.inside("checkpoint_epoch-001_step-000000")
+    (Path(run.path) / "members").mkdir(parents=True)
+    own.mkdir()
+    (own / "keys").write_text("mine")
+    Path(checkpoint.path).symlink_to(own)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        checkpoint.write_files({"keys": [b"theirs"]})
+    os.unlink(checkpoint.path)
+    os.mkdir(checkpoint.path)
+    (Path(checkpoint.path) / "keys").symlink_to(own / "keys")
+    checkpoint.write_files({"keys": [b"theirs"]})
+    assert checkpoint.read_bytes("keys") == b"theirs"
+    run.check_subfolders("members")
+    (Path(run.path) / "members" / "seed-0").symlink_to(own)
+    with pytest.raises(JobError, match=r"cannot write to .*/members: Too many levels of symbolic links"):
+        run.check_subfolders("members")
+    assert (own / "keys").read_text() == "mine"
+
+
+def test_a_text_that_is_too_large_is_not_read(run: RunFolder) -> None:
+    run.write_text("metrics.csv", "")
+    os.truncate(Path(run.path) / "metrics.csv", 2**40)  # a sparse file takes no room
+    with pytest.raises(JobError, match=r"cannot read .*metrics\.csv: File too large"):
+        run.read_text("metrics.csv")
+
+
 def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.chdir(tmp_path)
@@ -204,6 +231,10 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
         if name != "c_empty":
             (tmp_path / name / "checkpoint_epoch-001_step-000000").mkdir()
     assert find_run(None, str(tmp_path)).name == "a_new"
+    several = locate(str(tmp_path), "d_several")  # the checkpoints of a job of several runs are in its members' folders
+    several.write_text("config.json", "{}")
+    several.write_text("result.json", "{}")
+    assert find_run(None, str(tmp_path)).name == "d_several"
     with pytest.raises(UsageError, match=r"no run in .* has a checkpoint to use; python jobs/train\.py makes one$"):
         find_run(None, str(tmp_path / "c_empty"))
 

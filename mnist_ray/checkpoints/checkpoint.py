@@ -23,6 +23,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ from mnist_ray.training.state import TrainingState
 STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
 FORMAT = 2
+_FILE_NAME = re.compile(r"[\w-]+\.(safetensors|pt|json)", re.ASCII)
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "ends")
 """Fields of a TrainingState, stored unchanged."""
 
@@ -335,6 +337,8 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
         if position_of(folder.name) not in ((), (document["epoch"], document["step"])):
             raise ValueError(f"it is of epoch {document['epoch']}, step {document['step']}")
         left_out_by(document)
+        if wrong := [name for name in document["sha256"] if not _FILE_NAME.fullmatch(name)]:
+            raise ValueError(f"{wrong[0]} is not the name of one of its files")
         for name in ("config", "tensors", "metrics"):
             if not isinstance(document.get(name, {}), dict):
                 raise TypeError(f"{name} is {json.dumps(document[name]):.40}")
@@ -413,6 +417,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFol
 def left_out_by(document: dict[str, Any]) -> LeftOut:
     """Return the frozen parameters that a checkpoint does not hold, from its state.json. Raises if that is damaged."""
     saved = document.get("frozen")
+    if saved and not all(isinstance(name, str) for name in saved["names"]):
+        raise TypeError("the names of its frozen parameters are not texts")
     return LeftOut(tuple(saved["names"]), saved["sha256"]) if saved else LeftOut()
 
 

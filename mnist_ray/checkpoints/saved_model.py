@@ -76,7 +76,9 @@ def read_weights(location: RunFolder) -> dict[str, Tensor]:
         with warnings.catch_warnings():  # torch warns about strange files
             warnings.simplefilter("ignore")
             weights = load(content) if location.name.endswith(".safetensors") else unpickled(content)
-            return {name: Rows.of(tensor).copied().values for name, tensor in weights.items()}  # tied ones apart
+        if (size := max((tensor.nbytes for tensor in weights.values()), default=0)) > len(content):
+            raise ValueError(f"a tensor has {size:,} bytes")  # an expanded one: stored, it takes no room
+        return {name: Rows.of(tensor).copied().values for name, tensor in weights.items()}  # tied ones apart
     except Exception as error:  # torch's own message would advise running the code
         remedy = "write .safetensors, or torch.save(model.state_dict(), 'FILE.pt')"
         raise UsageError(f"{location.uri} has no weights that can be read: {remedy}") from error

@@ -98,7 +98,11 @@ def _covers(runs: list[Run], size: int) -> bool:
     """Return whether the runs may be those of a file of ``size`` bytes: anybody may have written the index."""
     if not all(type(number) is int and number >= 0 for run in runs for number in run):
         return False
-    is_possible = all(run.examples <= run.parts and (run.size <= files.MAX_BLOCK or not run.examples) for run in runs)
+    is_possible = all(
+        run.examples <= run.parts <= max(run.size, files.MAX_BLOCK)
+        and (run.size <= files.MAX_BLOCK or not run.examples)
+        for run in runs
+    )
     return is_possible and sum(run.size for run in runs) == size
 
 

@@ -114,7 +114,7 @@ def read_job(given: Given | None = None, kind: str = "train", *, is_call: bool =
     defaults, notes = layers.defaults()
     layers.check_files({**defaults, **of_file}, _classes(kind))
     run, saved = _choose_run(kind, Layers({**defaults, **of_file, FLAGS: early}).values)
-    workload_class = _load_trusted(kind, run, early, Layers({**defaults, **saved, **of_file}), file)
+    workload_class = load_trusted(kind, run, early, Layers({**defaults, **saved, **of_file}), file)
     flags = _read_flags(kind, workload_class, given)
     defaults, of_file = (
         layers.with_workload(places, _classes(kind), workload_class.Settings) for places in (defaults, of_file)
@@ -167,7 +167,7 @@ def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None
         raise UsageError(f"run {run.uri} already exists; add --resume to continue it, or give another --run-name")
 
 
-def _load_trusted(kind: str, run: RunFolder, flags: Given, files: Layers, file: SettingsFile | None) -> type[Workload]:
+def load_trusted(kind: str, run: RunFolder, flags: Given, files: Layers, file: SettingsFile | None) -> type[Workload]:
     """Return the workload. Raises UsageError if only a file names code that may have come with a run."""
     folders = runs.untrusted_folders(run, run.storage_path)
     if file is not None:
@@ -293,6 +293,8 @@ def _check_used(kind: str, job: Job) -> None:
     if kind == "tune" and job.train.is_several:
         remedy = "use --num-confirmed for seeds, and --folds with --fold for one fold"
         raise UsageError(f"a sweep has no --num-seeds and no --folds; {remedy}, then train the best with them")
+    if kind == "train" and "num_chunks" in job.given and not job.train.reproducible:
+        raise UsageError("--num-chunks has no effect without --reproducible; leave it out")
     if kind == "train" and type(job.workload).create_optimizer is Workload.create_optimizer:
         for name in sorted(job.given & job.train.unused):
             raise UsageError(f"{flag(name)} has no effect: {job.train.optimizer} does not use it; leave it out")

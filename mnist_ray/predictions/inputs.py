@@ -148,6 +148,7 @@ class Inputs:
             if self.kind == "JSON lines":
                 yield from (_object(line) for line in _lines(io.BufferedReader(stream)) if not line.isspace())
                 return
+            csv.field_size_limit(_MAX_BYTES)
             lines = csv.reader(_lines(io.TextIOWrapper(stream, "utf-8-sig", newline="")))
             names = next(lines, [])
             for cells in lines:

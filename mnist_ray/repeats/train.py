@@ -14,7 +14,7 @@ from mnist_ray.record.header import say_plan, say_result, say_run
 from mnist_ray.repeats.members import members_of
 from mnist_ray.report.console import RunConsole
 from mnist_ray.run import train as run
-from mnist_ray.storage import CONFIG_FILE
+from mnist_ray.storage import CONFIG_FILE, MEMBERS_FOLDER
 from mnist_ray.workload.calls import data_of, splits_for
 
 
@@ -53,6 +53,7 @@ def _train_several(job: Job, look_at: Callable[[Splits], object]) -> None:
                 return
             say_plan(session, plan)
             write_settings(session, plan, CONFIG_FILE, job.values)
+            job.run.check_subfolders(MEMBERS_FOLDER)
             with logs_named(session):
                 train_members(session, plan, data)
             summary.write(session, splits.test)

@@ -223,7 +223,9 @@ def _sweep_picture(record: RunRecord) -> list[Picture]:
     png = record.run.read_bytes(SWEEP_PICTURE_FILE)
     alt = f"Validation {record.workload.monitor.name} of {len(record.trials)} trials; the table has all values"
     caption = "Grey or hollow: stopped early. Black or ringed: the best configuration."
-    return [] if png is None else [Picture("sweep", "Trials", alt, png, caption, is_wide=True)]
+    if png is None or not png.startswith(b"\x89PNG"):  # a link may lead to another file
+        return []
+    return [Picture("sweep", "Trials", alt, png, caption, is_wide=True)]
 
 
 def _trials(record: RunRecord) -> list[Table]:

@@ -21,12 +21,20 @@ from mnist_ray.record.recorder import logs_named, recorded, write_settings
 from mnist_ray.run import fit
 from mnist_ray.run.evaluate import evaluate_fitted
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder, in_one_line
+from mnist_ray.storage import (
+    RESULT_FILE,
+    SWEEP_FILE,
+    SWEEP_PICTURE_FILE,
+    TRIALS_FILE,
+    TRIALS_FOLDER,
+    RunFolder,
+    in_one_line,
+)
 from mnist_ray.sweep.race import error_of_fraction
 from mnist_ray.sweep.ranking import find_best, result_of
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
-from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
+from mnist_ray.sweep.tuner import OnChange, run_sweep, trials_at_a_time
 from mnist_ray.text import count, format_settings
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import TrialEnded
@@ -42,6 +50,7 @@ def search(session: Session, sweep: Sweep, plan: WorkerPlan, concurrent: int, sh
     """
     job, data, run = sweep.job, session.data, sweep.job.run
     write_settings(session, plan, SWEEP_FILE, {**settings.values_of(sweep.config), **job.values})
+    run.check_subfolders(TRIALS_FOLDER)
     if run.exists(BEST_FILE):
         return sweep.table()
     train, validation = share(job.workload, data.train), share(job.workload, data.validation)

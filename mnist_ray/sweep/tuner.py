@@ -23,7 +23,7 @@ from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.retention import drop_trials
-from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line
+from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, TRIALS_FOLDER, in_one_line
 from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments
 from mnist_ray.sweep.proposals import Candidates
 from mnist_ray.sweep.ranking import find_best, may_be_tested, score_at
@@ -32,7 +32,7 @@ from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.text import count, masked
 
-TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"
+_TUNE_FOLDER = "tune"
 _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we handle Ctrl-C: a sweep resumes from sweep.csv and the trials' checkpoints
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files of each trial

@@ -61,6 +61,8 @@ def _check_class(workload_class: type[Workload]) -> None:
     for method in ("load_data", "create_model", "loss"):
         if getattr(workload_class, method) is getattr(Workload, method):
             raise UsageError(f"workload {name} has no method {method}")
+    if not isinstance(workload_class.noun, str):
+        raise UsageError(f"{name}.noun must be a text, not {workload_class.noun!r:.40}")
     with _checking(workload_class, "__init__"):
         inspect.signature(workload_class).bind(None, None)  # settings and metadata
     with _checking(workload_class, "metrics"):

@@ -178,18 +178,27 @@ def check_trusted(reference: str, flag: str, file: str, folders: Iterable[Path])
 
 
 def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
-    """Return why code may be somebody else's: its path is relative, in one of ``folders``, or of another user.
+    """Return why code may be somebody else's: a relative path, in one of ``folders``, of another user, or a program.
 
     ``folders`` hold runs or their storage; other people may write there. Empty if nothing is wrong.
     """
     code, _ = _split(reference)
-    if code.endswith(".py") and not Path(code).is_absolute():
+    if code.endswith(".py") and (not Path(code).is_absolute() or Path(code).parts[1] == "proc"):
         return "a relative path"
+    if _is_program(code):
+        return "a program of Python's"
     paths = [Path(code)] if code.endswith(".py") else _paths_of_module(code)
     untrusted = {folder.resolve() for folder in folders}
     if any(untrusted & set(path.resolve().parents) for path in paths):
         return "in a folder of runs"
     return "which belongs to another user" if any(map(is_foreign, paths)) else ""
+
+
+def _is_program(code: str) -> bool:
+    """Return whether a module acts when it is imported, perhaps on this command's arguments: not one with workloads."""
+    package, *inner = code.split(".")
+    has_main = any(name.startswith("__") for name in inner)  # such as IPython.__main__
+    return not code.endswith(".py") and (has_main or package in sys.stdlib_module_names)
 
 
 def _paths_of_module(name: str) -> list[Path]:

@@ -28,7 +28,7 @@ from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Data, Regression, Workload, user_code
-from tests.conftest import ROOT, Numbers, callback_at, with_data, write_data_set
+from tests.conftest import ROOT, Numbers, callback_at, run_main, with_data, write_data_set
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")
 
@@ -122,6 +122,41 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     with pytest.raises(UsageError, match=message):
         read(*(flag.format(sent=sent) for flag in flags))
     assert not list(sent.parent.rglob("it_ran"))
+
+
+@pytest.mark.parametrize("place", ["unittest.__main__", "pydoc", "/proc/self/cwd/steals.py"])
+def test_neither_programs_of_python_nor_disguised_relative_paths_are_loaded(
+    read: Any, sent: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(sent)
+    (sent / "__init__.py").write_text(STEALS)
+    (sent / "config.json").write_text(json.dumps({"workload": place}))
+    for resumed in (["--resume", "--run-name", "sent"], ["--config", "config.json"]):
+        with pytest.raises(UsageError, match="the code may have come with the run"):
+            read(*resumed)
+    assert not list(sent.rglob("it_ran"))
+
+
+def test_a_look_at_the_data_loads_no_code_that_came_with_a_run(sent: Path) -> None:
+    (sent / "config.json").write_text(json.dumps({"workload": f"{sent}/steals.py"}))
+    with pytest.raises(UsageError, match="the code may have come with the run"):
+        run_main("view", "--config", str(sent / "config.json"))
+    assert not list(sent.rglob("it_ran"))
+
+
+def test_code_around_a_trial_of_a_sweep_is_not_loaded(tmp_path: Path) -> None:
+    sweep = locate(str(tmp_path / "runs"), "sweep")
+    sweep.write_text("sweep.json", "{}")
+    trial = sweep.inside("trials").inside("one")
+    for place in (trial, trial.inside("checkpoint_epoch-001_step-000000")):
+        folders = untrusted_folders(place, str(tmp_path / "another"))
+        assert user_code.why_untrusted(f"{sweep.path}/steals.py", folders) == "in a folder of runs"
+
+
+def test_num_chunks_needs_reproducible(read: Any) -> None:
+    with pytest.raises(UsageError, match="--num-chunks has no effect without --reproducible; leave it out"):
+        read("--num-chunks", "4")
+    assert read("--num-chunks", "4", "--reproducible").train.num_chunks == 4
 
 
 def test_code_beside_a_run_or_around_it_is_not_loaded_whatever_the_storage(

@@ -203,6 +203,12 @@ def test_csv_keeps_its_cells_as_they_are_and_several_columns_are_one_input(tmp_p
     }
 
 
+def test_a_cell_of_csv_may_be_longer_than_pythons_own_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"x,y,note\n1,2,{'a' * 2**18}\n")
+    predicted(Sums(), tmp_path / "a.csv", tmp_path / "out", ("x", "y"))
+    assert (tmp_path / "out" / "a.csv").read_text().endswith("a,3.0\n")
+
+
 def test_parquet_keeps_types_and_names_and_rows_with_nulls_have_a_reason(tmp_path: Path) -> None:
     (tmp_path / "in" / "more").mkdir(parents=True)
     at = pa.array([1, 2, 3], pa.timestamp("us", "UTC"))

@@ -377,3 +377,9 @@ def test_a_file_that_trains_when_it_is_loaded_is_one_line(write: Write) -> None:
     message = message_of(file)
     assert "the file starts a job when it is loaded: put the call under if __name__ ==" in message
     assert message.endswith(f"(trains.py, line {len(DIGITS.splitlines()) + 3})")
+
+
+def test_a_noun_that_is_no_text_is_refused(write: Write) -> None:
+    text = "from mnist_ray.mnist import MNIST\nclass Wrong(MNIST):\n    noun = 5\n"
+    with pytest.raises(UsageError, match=r"Wrong\.noun must be a text, not 5"):
+        load(str(write(text)))
