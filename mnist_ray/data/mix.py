@@ -50,6 +50,9 @@ class _Concatenated:
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self._parts, self._ends = parts, [*itertools.accumulate(map(len, parts))]
+        self.classes = getattr(parts[0], "classes", None)  # of torchvision, in the order of their numbers
+        if any(getattr(part, "classes", None) != self.classes for part in parts):
+            raise UsageError("Mix: the sources differ in classes, or in the order of their classes")
 
     def __len__(self) -> int:
         return self._ends[-1]

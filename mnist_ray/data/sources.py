@@ -58,6 +58,7 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
         order, num_test = Shuffled(len(folders[0]), [_TEST_SEED])[:], max(1, len(folders[0]) // _TEST_PART)
         for folder, part in zip(folders, (order[num_test:], order[:num_test]), strict=True):
             folder.samples = [folder.samples[index] for index in np.sort(part)]
+            folder.targets = [target for _, target in folder.samples]
     files = [file for folder in folders for file, _ in folder.samples]
     name = f"{place.name}, pictures of {len(classes)} classes"
     train, test, validation = folders if len(folders) == 3 else (*folders, None)

@@ -77,7 +77,7 @@ class StreamBatches(ExampleBatches):
         assert self._items is not None
         example = next(self._items, _END)
         if example is _END:
-            self._items = iter(self.split.examples)
+            self._items = self.split.examples.restarted()
             self._rounds += 1
             example = next(self._items, _END)
         if example is _END:

@@ -22,6 +22,7 @@ class Streamed:
 
     def __init__(self, source: Any, decode: Callable[[Any], tuple[Any, Any]] | None = None) -> None:
         self.source, self.decode = source, decode
+        self._beginning = copy.deepcopy(source.state_dict()) if self.has_state else None
 
     @property
     def has_state(self) -> bool:
@@ -35,6 +36,12 @@ class Streamed:
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         items: Iterator[Any] = iter(self.source() if callable(self.source) else self.source)
         return items if self.decode is None else map(self.decode, items)
+
+    def restarted(self) -> Iterator[tuple[Any, Any]]:
+        """Return an iterator from the first example on: a source that has gone on somewhere may begin there again."""
+        if self.has_state:
+            self.source.load_state_dict(copy.deepcopy(self._beginning))
+        return iter(self)
 
     def first(self, number: int) -> list[tuple[Any, Any]]:
         """Return the first examples, or fewer if the stream ends before; a stream that knows its place is set back."""

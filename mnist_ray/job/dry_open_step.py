@@ -21,6 +21,7 @@ from mnist_ray.training.open_step import prepared
 from mnist_ray.training.parts import Parts, Schedules
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import check_numbers, placed
+from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.user_code import check_members
 
 
@@ -66,6 +67,8 @@ def check_parts(workload: Workload, model: nn.Module, batch: MicroBatch, optimiz
     name = type(workload).__name__
     if workload.compares_examples:
         raise UsageError(f"{name}: compares_examples does not work with several optimizers")
+    if type(workload).training_loss not in (Workload.training_loss, Classification.training_loss):
+        raise UsageError(f"{name}.training_loss has no effect with several optimizers, which minimize losses")
     model.train()
     generator = torch.default_generator
     for part, own in optimizer.optimizers.items():
@@ -90,5 +93,9 @@ def check_schedule(workload: Workload, scheduler: Any) -> None:
     of_parts = scheduler.schedules.values() if isinstance(scheduler, Schedules) else ()
     if any(isinstance(schedule, ReduceLROnPlateau) for schedule in of_parts):
         raise UsageError(f"{type(workload).__name__}: ReduceLROnPlateau does not work with several optimizers")
+    monitor = workload.monitor
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != monitor.mode:
+        found = f"{type(workload).__name__}: ReduceLROnPlateau has mode={scheduler.mode!r}"
+        raise UsageError(f"{found}, but looks at {monitor.name}; create it with mode={monitor.mode!r}")
     with placed(workload, "scheduler.step()"):
         scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))

@@ -39,6 +39,7 @@ from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.calls import check_numbers, picture_of, placed
+from mnist_ray.workload.figures import NOT_PREDICTED
 
 NUM_EXAMPLES = 16  # in that batch, or fewer if they are slow
 _MAX_S = 1.0  # for all passes together
@@ -154,6 +155,8 @@ def check_batch(
             forward(workload, model, batch, precision)
     evaluated, own_targets, columns = _evaluated(workload, model, batch, "predictions")
     _check_dict(f"{name}.predictions", columns)
+    if taken := {*NOT_PREDICTED} & columns.keys():
+        raise UsageError(f"{name}.predictions: the column {min(taken)} has another meaning; choose another name")
     for key, values in columns.items():
         if not isinstance(values, Tensor) or values.shape[:1] != (number,):
             raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
@@ -376,7 +379,8 @@ def _check_optimizer(
     content = "tensors, numbers and strings, as torch.optim returns them"
     with placed(workload, f"a checkpoint of the state_dict of optimizer and schedule ({content})"):
         check_kept(snapshot(TrainingState(model, optimizer, scheduler), {}).training)
-    return _OF_OPTIMIZER - used
+    without = {"label_smoothing"} if isinstance(optimizer, Parts) else set()  # each part has losses of its own
+    return (_OF_OPTIMIZER - used) | without
 
 
 def _recorded(config: TrainConfig) -> tuple[TrainConfig, set[str]]:

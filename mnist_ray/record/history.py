@@ -34,7 +34,6 @@ from mnist_ray.training.events import EpochFinished, Event, Progress, Started, V
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import RATE, Figure
 
-NOT_PREDICTED = ("index", "fold", "loss", "weight")  # columns of predictions.parquet that a workload does not define
 MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 
 

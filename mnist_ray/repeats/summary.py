@@ -13,7 +13,7 @@ from mnist_ray.data.data import Split
 from mnist_ray.job.session import Session
 from mnist_ray.output import finite
 from mnist_ray.provenance import origin
-from mnist_ray.record.history import NOT_PREDICTED, write_predictions
+from mnist_ray.record.history import write_predictions
 from mnist_ray.repeats.members import Member, members_of
 from mnist_ray.report import page
 from mnist_ray.report.columns import read_columns
@@ -22,7 +22,7 @@ from mnist_ray.report.run_files import number_of
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import MEMBERS_FOLDER, REPORT_FILE, RESULT_FILE
 from mnist_ray.text import count
-from mnist_ray.workload.figures import RATE
+from mnist_ray.workload.figures import NOT_PREDICTED, RATE
 
 Results = Mapping[str, Mapping[str, Any]]  # result.json of each member, by name
 
@@ -42,10 +42,12 @@ def write(session: Session, test: Split) -> None:
     if note := write_predictions(run, job.workload, predictions, others):
         console.say("note", note)
     session.clock.mark("runs")
+    of_sources = [name for name in results[kept.name] if name.startswith("test_loss.")]
     result = {
         **results[kept.name],
-        **_summary(config, results, [f"test_{metric.name}" for metric in job.workload.all_metrics]),
-        **({"num_test_examples": len(test), **job.workload.details(predictions)} if "fold" in columns else {}),
+        **_summary(config, results, [*(f"test_{metric.name}" for metric in job.workload.all_metrics), *of_sources]),
+        **({"num_test_examples": len(test)} if config.is_folded else {}),
+        **(job.workload.details(predictions) if "fold" in columns else {}),
         "members": [f"{MEMBERS_FOLDER}/{name}" for name in results],
         "checkpoint": f"{MEMBERS_FOLDER}/{kept.name}/{results[kept.name]['checkpoint']}",
         "seconds": session.clock.seconds(),

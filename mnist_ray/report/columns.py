@@ -27,12 +27,18 @@ def write_columns(run: RunFolder, columns: Mapping[str, np.ndarray]) -> str:
     while sum(values.nbytes for values in left.values()) > _MAX_BYTES:
         left_out.append(max(left, key=lambda name: left[name].nbytes))
         del left[left_out[-1]]
-    content = io.BytesIO()
-    parquet.write_table(pa.table({name: _as_arrow(values) for name, values in left.items()}), content)
+    arrays, content = {name: _as_arrow(values) for name, values in left.items()}, io.BytesIO()
+    fields = [pa.field(name, array.type, metadata=_about(left[name])) for name, array in arrays.items()]
+    parquet.write_table(pa.Table.from_arrays([*arrays.values()], schema=pa.schema(fields)), content)
     run.write_bytes(COLUMNS_FILE, content.getvalue())
     if not left_out:
         return ""
     return f"{COLUMNS_FILE} is without {', '.join(left_out)}: it would have more than {_MAX_BYTES // 2**20} MiB"
+
+
+def _about(values: np.ndarray) -> dict[str, str]:
+    """Return what a column's type does not say: tensors hold no truth values, but numbers."""
+    return {"dtype": str(values.dtype)}
 
 
 def _as_arrow(values: np.ndarray) -> Any:
@@ -57,10 +63,13 @@ def read_columns(run: RunFolder) -> dict[str, np.ndarray]:
         check_kinds(file.schema_arrow)
         table = file.read().combine_chunks()
         columns = {name: table.column(name).chunk(0) for name in table.column_names}
-        is_tensor = {name: isinstance(column.type, pa.FixedShapeTensorType) for name, column in columns.items()}
-        return {
-            name: column.to_numpy_ndarray() if is_tensor[name] else column.to_numpy(zero_copy_only=False)
-            for name, column in columns.items()
-        }
+        return {name: _as_array(column, table.field(name)) for name, column in columns.items()}
     except (pa.ArrowException, OSError, UsageError, ValueError, IndexError) as error:
         raise run.damaged(COLUMNS_FILE, error) from error
+
+
+def _as_array(column: Any, field: pa.Field) -> np.ndarray:
+    if not isinstance(column.type, pa.FixedShapeTensorType):
+        return column.to_numpy(zero_copy_only=False)
+    values = column.to_numpy_ndarray()
+    return values.astype(bool) if (field.metadata or {}).get(b"dtype") == b"bool" else values

@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from mnist_ray import settings
-from mnist_ray.config import SweepConfig
+from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.data.data import Splits
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.job import read_job
+from mnist_ray.job.job import Job, read_job
 from mnist_ray.job.job_data import check_against_data, load_splits
 from mnist_ray.job.session import opened, started
 from mnist_ray.record.header import say_data, say_result
@@ -25,9 +26,10 @@ from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.halving import rungs_of
 from mnist_ray.sweep.proposals import propose
 from mnist_ray.sweep.ranking import Averaged, find_best, ranked
-from mnist_ray.sweep.space import space_of
+from mnist_ray.sweep.space import Space, space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.text import command, count, format_settings, format_value, in_words, redact
+from mnist_ray.workload.base import Workload
 
 
 def read_sweep(given: Given | None = None) -> Sweep:
@@ -37,8 +39,9 @@ def read_sweep(given: Given | None = None) -> Sweep:
     space = space_of(type(job.workload), job.asked, fixed=job.given)
     if job.workers.num_workers == 0:
         raise UsageError("a sweep runs on Ray: leave --num-workers 0 out")
-    for point in propose(space, config, job.train.seed):  # raises if there are too few trials for a grid
-        job.with_values(point.values)  # raises if settings contradict each other
+    points = propose(space, config, job.train.seed)  # raises if there are too few trials for a grid
+    jobs = [job.with_values(point.values) for point in points]  # raises if settings contradict each other
+    _check_used(job, space, [each.train for each in jobs])
     if config.search_algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search-algorithm optuna needs Optuna: pip install -e '.[optuna]'")
     sweep = Sweep(config, space, job)
@@ -46,6 +49,17 @@ def read_sweep(given: Given | None = None) -> Sweep:
         remedy = f"{command('train')} --config {job.run.inside(BEST_FILE).uri}"
         raise JobError(f"{job.run.uri} has {BEST_FILE}, but no {TRIALS_FILE}; train the best with {remedy}")
     return sweep
+
+
+def _check_used(job: Job, space: Space, trials: Sequence[TrainConfig]) -> None:
+    """Raise UsageError if a searched or given setting has no effect in any trial."""
+    unused = set[str]()
+    if type(job.workload).create_optimizer is Workload.create_optimizer:
+        unused = set.intersection(*(train.unused for train in trials))
+    if not any(train.reproducible for train in trials):
+        unused |= {"num_chunks"}
+    for name in sorted(unused & {*space.spaces, *job.given}):
+        raise UsageError(f"{settings.flag(name)} has no effect: no trial uses it; leave it out")
 
 
 def check_sweep(sweep: Sweep, data: Splits) -> Sweep:
@@ -77,6 +91,9 @@ def tune(sweep: Sweep) -> Sweep:
             from mnist_ray.run.rehearsal import check_nodes_for  # torch is loaded by now
             from mnist_ray.sweep.search import plan_trials, search, train_chosen
 
+            if idle := sorted((session.own_unused or set()) & {*sweep.space.spaces}):
+                own = f"{type(sweep.job.workload).__name__}'s loss, optimizer and schedule"
+                raise UsageError(f"--sweep {idle[0]} has no effect: {own} do not use it; leave it out")
             plan, concurrent = plan_trials(session, sweep)
             if sweep.job.output.dry_run:
                 check_nodes_for(session, plan)

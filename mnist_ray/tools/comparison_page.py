@@ -103,7 +103,8 @@ def _images(
     """Return test examples as images by their indices; none if they are not images. Raises UsageError and JobError."""
     member = side.members[0]
     workload = workload_of(member.folder, reference, storage_path, side.run)
-    is_train = side.has_folds or build(TrainConfig, member.config).overfit_batches
+    config = build(TrainConfig, member.config)
+    is_train = side.has_folds or config.fold is not None or config.overfit_batches is not None
     data = data_of(workload)
     examples = Split(data.train if is_train else data.test)
     if strange := [index for index in indices if not 0 <= index < len(examples)]:

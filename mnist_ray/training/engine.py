@@ -43,6 +43,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import GRADIENT_NORM, Figure
 
 MAX_STEPS_UNSAVED = 1000  # without --checkpoint-every
+_MIN_LOSS_SCALE = 1e-4  # of fp16: it halves with each step that is skipped because gradients are not finite
 
 
 def create_state(
@@ -251,7 +252,7 @@ def _step_with_closure(
     callbacks: Sequence[Callback],
     group: Group,
 ) -> tuple[dict[str, Tensor], dict[Figure, Tensor]]:
-    """Let an optimizer compute the gradients as often as it needs them.
+    """Let an optimizer compute the gradients as often as it needs them; skip the step of a batch without weight.
 
     Returns the sums of the first time, and the largest of each figure.
     """
@@ -262,17 +263,28 @@ def _step_with_closure(
         # ``prepare`` may change a batch in place, and the optimizer may need it again.
         sums = gradients.compute([map_tensors(torch.clone, micro_batch) for micro_batch in micro_batches])
         if not gradients.has_weight:
-            gradients.clear()  # they are not numbers
+            raise _NoWeightError(sums)
         for callback in callbacks:
             callback.on_gradients(state)
-        clipped = _clip(state, config) if gradients.has_weight else {}
+        clipped = _clip(state, config)
         figures.update({name: torch.maximum(value, figures.get(name, value)) for name, value in clipped.items()})
         return sums, gradients.minimized
 
-    sums = open_step.step_with_closure(state.optimizer, compute, micro_batches[0].global_size, group)
+    try:
+        sums = open_step.step_with_closure(state.optimizer, compute, micro_batches[0].global_size, group)
+    except _NoWeightError as error:
+        return error.sums, {}
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)
     return sums, figures
+
+
+class _NoWeightError(Exception):
+    """All example weights of the global batch are 0: it has no gradient."""
+
+    def __init__(self, sums: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.sums = sums
 
 
 @torch.no_grad()
@@ -311,6 +323,8 @@ def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback
     """Let the callbacks validate and save: a worker's ``Reporter`` does. Raises TrainingDivergedError."""
     weights = [rows_here(tensor) for tensor in {*state.model.parameters(), *state.result.parameters()}]
     is_finite = torch.stack([rows.isfinite().all() for rows in weights]).all().int()  # a GPU is asked only once
+    if state.scaler.is_enabled() and state.scaler.get_scale() < _MIN_LOSS_SCALE:
+        is_finite.zero_()
     if state.is_sharded:
         dist.all_reduce(is_finite, dist.ReduceOp.MIN)
     if not is_finite:

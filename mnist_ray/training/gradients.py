@@ -52,9 +52,13 @@ class Gradients:
         self._of_model, groups = [*state.model.parameters()], state.optimizer.param_groups
         self._parameters = [*{*self._of_model, *itertools.chain(*(group["params"] for group in groups))}]
         self._prepare()
+        if group.world_size > 1 and not self._is_sharded and not isinstance(self._model, DistributedDataParallel):
+            for tensor in (*state.model.parameters(), *state.model.buffers()):  # as DDP does
+                dist.broadcast(tensor.detach(), 0)
 
     def _prepare(self) -> None:
         """Prepare to add up the gradients of the parameters that are trained now."""
+        self._state.left_out.check_frozen(self._state.model)
         self._trained = self._are_trained()
         state, config, group, has_unused = self._state, self._config, self._group, self._workload.has_unused_parameters
         self._chunks: Chunks | None = None
@@ -83,6 +87,8 @@ class Gradients:
         """
         if self._parts is None:
             self._follow_changes()
+        elif self._state.left_out.names:
+            self._state.left_out.check_frozen(self._state.model)
         sums = self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
         self.minimized = sums.pop(MINIMIZED, None)
         if self._ready_at is not None:

@@ -46,9 +46,11 @@ class Parts(Optimizer):
         trained = [parameter.requires_grad for parameter in every]
         for parameter in every:
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
-        yield
-        for parameter, is_trained in zip(every, trained, strict=True):
-            parameter.requires_grad_(is_trained)
+        try:
+            yield
+        finally:
+            for parameter, is_trained in zip(every, trained, strict=True):
+                parameter.requires_grad_(is_trained)
 
     def state_dict(self) -> dict[str, Any]:
         """Return one dict like that of a single optimizer: its parameters are counted through all parts."""
@@ -77,14 +79,14 @@ class Parts(Optimizer):
 def names_of_rates(optimizer: Optimizer) -> list[str]:
     """Return the names of the columns with the learning rates of the parameter groups.
 
-    A group may have an entry ``name``; otherwise its number is its name.
+    A group may have an entry ``name`` that no other has; otherwise its number is its name.
     """
-    parts = optimizer.optimizers if isinstance(optimizer, Parts) else {"": optimizer}
-    return [
-        ".".join(["learning_rate", *filter(None, [part, str(group.get("name", number))])])
-        for part, each in parts.items()
-        for number, group in enumerate(each.param_groups)
-    ]
+    names = list[str]()
+    for part, each in (optimizer.optimizers if isinstance(optimizer, Parts) else {"": optimizer}).items():
+        given = [group.get("name") for group in each.param_groups]
+        own = [str(name) if name and given.count(name) == 1 else str(number) for number, name in enumerate(given)]
+        names += [".".join(["learning_rate", *filter(None, [part, name])]) for name in own]
+    return names
 
 
 class Schedules(LRScheduler):

@@ -57,6 +57,7 @@ def formatted(value: float, form: str, places: int = 2) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
 
 
+NOT_PREDICTED = ("index", "fold", "loss", "weight")  # columns of predictions.parquet that a workload does not define
 RATE = "examples_per_s"  # of training, over all ranks
 LEARNING_RATE = Figure("learning_rate", ("step",), "last", "g", "learning rate")
 GRADIENT_NORM = Figure("gradient_norm", ("step", "epoch"), "max", label="gradient norm", needs="clip_grad_norm")

@@ -17,7 +17,7 @@ from torch import nn
 import mnist_ray
 from mnist_ray.checkpoints import checkpoint, saved_model
 from mnist_ray.checkpoints.checkpoint import DamagedCheckpointError, OtherModelError
-from mnist_ray.data.data import Arrays
+from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.job.find import read_initial
 from mnist_ray.job.job import Job, read_job
@@ -96,6 +96,16 @@ def test_the_loaded_model_is_whole_and_the_one_of_a_run_that_keeps_all(
     for other in (state.result.state_dict(), whole.result.state_dict()):
         assert loaded.keys() == other.keys()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in other.items())
+
+
+def test_a_callback_that_unfreezes_for_a_while_ends_the_run(few_images: Arrays) -> None:
+    def thaw(state: TrainingState) -> None:
+        if state.step:  # not at the end of an epoch, where a checkpoint is saved
+            state.model.get_parameter("1.weight").requires_grad_(state.step % 2 == 1)
+
+    state = engine.create_state(adapted(), CONFIG, len(few_images), Group())
+    with pytest.raises(TrainingStoppedError, match=r"a callback has unfrozen 1\.weight, which checkpoints leave out"):
+        engine.train(adapted(), state, Split(few_images), CONFIG, Group(), [Hooks(on_step=thaw)])
 
 
 def test_a_run_that_keeps_all_has_no_trace_of_it(few_images: Arrays, tmp_path: Path) -> None:

@@ -216,6 +216,12 @@ def test_weights_are_not_for_blocks_or_a_mix() -> None:
         loaded(Data(MIXED["arrays"], arrays(0, 9), weights=np.ones(450)))
 
 
+def of_classes(*names: str) -> Examples:
+    examples: Any = Examples(0, 5)
+    examples.classes = [*names]
+    return examples
+
+
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
@@ -227,6 +233,7 @@ def test_weights_are_not_for_blocks_or_a_mix() -> None:
             "must all be Arrays, or all Blocks, or all Datasets",
         ),
         ({"web": (arrays(0, 5), 1), "books": (Arrays(np.zeros((5, 2)), np.zeros(5)), 1)}, "differ in shape"),
+        ({name: (of_classes(*name.split()), 1) for name in ("cat dog", "dog cat")}, "differ in classes, or in the ord"),
     ],
 )
 def test_a_wrong_mix_is_one_line(sources: Any, message: str) -> None:

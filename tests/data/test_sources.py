@@ -353,6 +353,7 @@ def test_of_pictures_in_one_folder_a_fifth_is_the_test_and_grey_has_one_channel(
     data = sources.pictures(tmp_path / "all", size=16, is_grey=True)
     assert (len(data.train), len(data.test)) == (16, 4)  # type: ignore[arg-type]
     assert data.train[0][0].shape == (1, 16, 16)  # type: ignore[index]
+    assert data.train.targets == [data.train[index][1] for index in range(16)]  # type: ignore[union-attr, index]
 
 
 def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:

@@ -242,6 +242,14 @@ def test_label_smoothing_is_found_if_a_workloads_own_loss_does_not_use_it(
     assert unused == (None if is_used else {"label_smoothing", "momentum"})
 
 
+def test_several_optimizers_do_not_use_label_smoothing(write: Write) -> None:
+    body = PARTS.replace("LOSSES", "F.cross_entropy(model(inputs), targets, reduction='none')")
+    workload = load(f"{write(f'{RIGHT}class Wrong(Right):{body}')}:Wrong")()
+    unused = try_batch(workload, splits_of(data_of(workload), 0).train, FP32, [10], Fraction(1))
+    assert unused is not None
+    assert "label_smoothing" in unused
+
+
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16"), ("fp16", "torch.float16")]
 )
@@ -343,6 +351,10 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         (
             "def measure(self, outputs, targets): return {'accuracy': targets, 'minimized': targets}",
             ".measure: the minimized is already measured; choose another name",
+        ),
+        (
+            'def predictions(self, outputs, targets): return {"label": targets, "weight": targets}',
+            ".predictions: the column weight has another meaning; choose another name",
         ),
         (
             'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs.T}',
@@ -652,6 +664,16 @@ AUGMENT = "\n    def augment(self, inputs, targets, generator): return CHANGED\n
         (
             PARTS.replace("LOSSES", "model(inputs)[:, 0]") + "    compares_examples = True\n",
             "compares_examples does not work with several optimizers",
+        ),
+        (
+            PARTS.replace("LOSSES", "model(inputs)[:, 0]")
+            + "    def training_loss(self, outputs, targets, config): return outputs.mean(1)\n",
+            "Wrong.training_loss has no effect with several optimizers, which minimize losses",
+        ),
+        (
+            "\n    def create_scheduler(self, optimizer, *_):"
+            " return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)\n",
+            "ReduceLROnPlateau has mode='min', but looks at accuracy; create it with mode='max'",
         ),
         (
             "\n    def augment(self, inputs, targets, generator): return inputs\n",

@@ -24,7 +24,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.report.run_files import csv_text
 from mnist_ray.run.worker import LoopSpec, train_worker
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
-from mnist_ray.sweep import tuner
+from mnist_ray.sweep import trial, tuner
 from mnist_ray.sweep.ranking import finalists, find_best, may_be_tested, ranked, result_of
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trial import TuneReporter
@@ -34,6 +34,40 @@ from mnist_ray.training.state import StopWantedError
 from mnist_ray.workload import Regression, Workload, setting
 from tests.conftest import QUICK, mnist, with_data
 from tests.sweep.conftest import point
+
+
+def test_the_reports_of_a_trials_workers_come_from_its_own_thread(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported = list[tuple[int, int]]()
+
+    def create_trainer(spec: Any, plan: Any, max_failures: int, callbacks: Any) -> Any:
+        def fit() -> None:
+            for number in range(3):
+                callbacks[0].after_report(None, [{"number": number}, {}], None)
+
+        return Mock(fit=fit)
+
+    monkeypatch.setattr(trial, "create_trainer", create_trainer)
+    monkeypatch.setattr(tune, "report", lambda metrics: reported.append((threading.get_ident(), metrics["number"])))
+    for name in ("drop_rays_list", "drop_worse"):
+        monkeypatch.setattr(trial, name, lambda run: None)
+    trial.train_on_workers(Mock(), Mock())
+    assert reported == [(threading.get_ident(), number) for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sweep": ["momentum=0.5,0.9"]}, "--momentum has no effect: no trial uses it; leave it out"),
+        ({"sweep": ["learning_rate=0.1,0.2"], "momentum": 0.5}, "--momentum has no effect"),
+        ({"sweep": ["num_chunks=4,8"]}, "--num-chunks has no effect"),
+    ],
+)
+def test_what_no_trial_uses_is_not_searched(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_sweep({**settings, "optimizer": "adam", "storage_path": str(tmp_path)})
+    read_sweep({"sweep": ["momentum=0.5,0.9", "optimizer=adam,sgd"], "storage_path": str(tmp_path)})
 
 
 def table_with(*records: TrialRecord, workload: Any = None) -> TrialTable:

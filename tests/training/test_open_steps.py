@@ -22,6 +22,8 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import figures_of
+from mnist_ray.training.metrics import TrainingDivergedError
+from mnist_ray.training.parts import names_of_rates
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Workload
 from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
@@ -347,6 +349,9 @@ def test_each_parameter_group_has_a_column_with_its_learning_rate() -> None:
     assert {"learning_rate": 0.02, "learning_rate.first": 0.02, "learning_rate.1": 0.05} in rates
     assert {"learning_rate": 0.02, "learning_rate.judge.0": 0.02, "learning_rate.maker.0": 0.01} in rates
     assert {"learning_rate": 0.05} in rates
+    one, other = nn.Linear(1, 1).parameters()
+    of_one_name = torch.optim.SGD([{"params": [each], "name": "same"} for each in (one, other)])
+    assert names_of_rates(of_one_name) == ["learning_rate.0", "learning_rate.1"]
 
 
 def test_the_gradient_norm_is_the_largest_of_all_optimizers_and_rates_are_there_without_weight() -> None:
@@ -371,6 +376,32 @@ def test_the_gradient_norm_is_the_largest_of_all_optimizers_and_rates_are_there_
 class Weightless(Numbers):
     def weights(self, targets: Tensor) -> Tensor:
         return torch.zeros_like(targets)
+
+
+class WeightlessBySAM(Weightless, BySAM):
+    """Its optimizer has no gradient to read."""
+
+
+def test_a_closure_is_not_stepped_with_a_batch_without_weight() -> None:
+    for kind in (WeightlessBySAM, Weightless):
+        state = engine.create_state(kind(), CONFIG, NUM_EXAMPLES, Group())
+        before = [parameter.clone() for parameter in state.model.parameters()]
+        engine.train(kind(), state, Split(numbers()), CONFIG, Group())
+        assert all(map(torch.equal, before, state.model.parameters()))
+
+
+class NotFinite(Numbers):
+    """fp16's scaler skips every step."""
+
+    def training_loss(self, outputs: Tensor, targets: Tensor, config: TrainConfig) -> Tensor:
+        return outputs[:, 0] * 0 + (outputs[:, 0] * 0).sqrt()  # the root's gradient at 0 is infinite
+
+
+def test_a_run_in_fp16_whose_steps_are_all_skipped_has_diverged() -> None:
+    config = replace(CONFIG, precision="fp16")
+    state = engine.create_state(NotFinite(), config, NUM_EXAMPLES, Group())
+    with pytest.raises(TrainingDivergedError):
+        engine.train(NotFinite(), state, Split(numbers()), config, Group())
 
 
 def first_loss() -> float:
