@@ -321,6 +321,7 @@ WRONG_RUNS: list[Any] = [
     [[10**30, 50, 50]],
     [["SIZE", 50, 50]],  # too large for one block
     [["SIZE", 50, 51]],
+    [["SIZE", 10**15, 0]],
     [["SIZE", True, True]],
     [["SIZE", "50", "50"]],
     [["SIZE", 50.0, 50.0]],

@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_a_bad_file_is_refused(tmp_path: Path, name: str, content: bytes, messag
     (tmp_path / name.removesuffix(".gz")).unlink()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(JobError, match=message):
+        idx.load("train", tmp_path)
+
+
+def test_a_packed_file_is_not_unpacked_beyond_a_limit_and_a_fifo_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data_set(tmp_path, tiny(), tiny(), gzipped=True)
+    monkeypatch.setattr(idx, "_MAX_BYTES", 100)
+    with pytest.raises(JobError, match="should have 2,368 bytes according to its header, but has 100"):
+        idx.load("train", tmp_path)
+    (tmp_path / f"{IMAGES}.gz").unlink()
+    os.mkfifo(tmp_path / f"{IMAGES}.gz")
+    with pytest.raises(JobError, match=r"\.gz is not a file$"):
         idx.load("train", tmp_path)
 
 

@@ -263,6 +263,8 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     assert columns[:7] == ["trial", "batch size", "learning rate", "seed", "state", "epochs", "validation accuracy"]
     more = [*others, "validation loss", "training loss", "images/s", "seconds"]
     assert columns[7 : 7 + len(more)] == more
+    run.write_bytes("sweep.png", b"-----BEGIN OPENSSH PRIVATE KEY-----")  # a link in a foreign run
+    assert "sweep" not in write(run)
 
 
 @pytest.mark.parametrize(
