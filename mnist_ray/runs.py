@@ -48,7 +48,7 @@ def find_run(place: str | None, storage_path: str) -> RunFolder:
 
 
 def _newest_run(storage: RunFolder) -> RunFolder:
-    """Return the run with a checkpoint whose settings were written last; members' checkpoints are in their folders."""
+    """Return the run that was begun last, of those that have a checkpoint or, as a job of several runs, a result."""
     runs = []
     for run in (locate(storage.storage_path, name) for name in storage.subfolders()):
         with contextlib.suppress(PermissionError):  # another user's

@@ -28,17 +28,14 @@ def write_columns(run: RunFolder, columns: Mapping[str, np.ndarray]) -> str:
         left_out.append(max(left, key=lambda name: left[name].nbytes))
         del left[left_out[-1]]
     arrays, content = {name: _as_arrow(values) for name, values in left.items()}, io.BytesIO()
-    fields = [pa.field(name, array.type, metadata=_about(left[name])) for name, array in arrays.items()]
+    # Tensors hold no truth values, so these become numbers: the type is written beside them.
+    types = {name: {"dtype": str(values.dtype)} for name, values in left.items()}
+    fields = [pa.field(name, array.type, metadata=types[name]) for name, array in arrays.items()]
     parquet.write_table(pa.Table.from_arrays([*arrays.values()], schema=pa.schema(fields)), content)
     run.write_bytes(COLUMNS_FILE, content.getvalue())
     if not left_out:
         return ""
     return f"{COLUMNS_FILE} is without {', '.join(left_out)}: it would have more than {_MAX_BYTES // 2**20} MiB"
-
-
-def _about(values: np.ndarray) -> dict[str, str]:
-    """Return what a column's type does not say: tensors hold no truth values, but numbers."""
-    return {"dtype": str(values.dtype)}
 
 
 def _as_arrow(values: np.ndarray) -> Any:

@@ -78,7 +78,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     """Train a trial as a ``TorchTrainer`` run, whose reports this thread passes on to Tune.
 
-    Ray's own ``TuneReportCallback`` lets another thread report: both wait forever if this one reports an error then.
+    Ray's own ``TuneReportCallback`` reports from another thread. If this one reports at that moment, both wait forever.
     """
     drop_rays_list(loop_spec.job.run)
     reports = Queue(actor_options={"num_cpus": 0})

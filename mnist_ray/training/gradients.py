@@ -53,7 +53,7 @@ class Gradients:
         self._parameters = [*{*self._of_model, *itertools.chain(*(group["params"] for group in groups))}]
         self._prepare()
         if group.world_size > 1 and not self._is_sharded and not isinstance(self._model, DistributedDataParallel):
-            for tensor in (*state.model.parameters(), *state.model.buffers()):  # as DDP does
+            for tensor in (*state.model.parameters(), *state.model.buffers()):  # of rank 0, as DDP does
                 dist.broadcast(tensor.detach(), 0)
 
     def _prepare(self) -> None:

@@ -195,7 +195,7 @@ def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
 
 
 def _is_program(code: str) -> bool:
-    """Return whether a module acts when it is imported, perhaps on this command's arguments: not one with workloads."""
+    """Return whether the import of a module may run a program, with this command's arguments as its own."""
     package, *inner = code.split(".")
     has_main = any(name.startswith("__") for name in inner)  # such as IPython.__main__
     return not code.endswith(".py") and (has_main or package in sys.stdlib_module_names)
