@@ -74,8 +74,13 @@ def test_a_killed_worker_is_replaced(gate: Gate, form: list[str], trained: Path,
 
 
 def test_a_killed_driver_is_resumed(gate: Gate, form: list[str], trained: Path) -> None:
-    kill = gate.opened_after(lambda job: [process.kill() for process in [*job.children(), job]])
-    run_and_act({"started": kill}, *gate.flags(), *form, address="local", status=-signal.SIGKILL)
+    def kill(job: psutil.Process) -> None:
+        job.suspend()  # otherwise this process, the supervisor, may end by itself once the driver is killed
+        for process in [*job.children(), job]:
+            process.kill()
+
+    acts = {"started": gate.opened_after(kill)}
+    run_and_act(acts, *gate.flags(), *form, address="local", status=-signal.SIGKILL)
     done = run_job("train.py", *gate.flags(), *form, "--resume", timeout_s=_TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     assert weights(gate.run) == weights(trained)
