@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -214,6 +215,14 @@ class ThawingRivals(OfRivals):
     callbacks = (Thaw(first_step=17, names=("judge.weight",)),)
 
 
+class UnseededRivals(OfRivals):
+    def create_model(self) -> nn.Module:
+        model = Rivals()
+        if dist.is_initialized() and dist.get_rank():  # as if drawn with NumPy, whose seed the ranks do not share
+            nn.init.zeros_(model.maker.weight)
+        return model
+
+
 class SAMInPlace(BySAM):
     def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
         return inputs.mul_(0.5)
@@ -239,6 +248,8 @@ CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
     "rivals": (OfRivals, {}),
     "rivals in micro-batches": (OfRivals, {"micro_batch_size": 2, "ema_decay": 0.5}),
     "rivals in chunks": (OfRivals, {"reproducible": True, "num_chunks": 4}),
+    "rivals, unseeded": (UnseededRivals, {}),
+    "rivals, unseeded in chunks": (UnseededRivals, {"reproducible": True, "num_chunks": 4}),
     "rivals, thawing in chunks": (ThawingRivals, {"reproducible": True, "num_chunks": 4}),
     "SAM in place": (SAMInPlace, {}),
     "rivals in place": (RivalsInPlace, {}),
