@@ -20,13 +20,10 @@ from tests.conftest import callback_at, run_main
 WORKLOAD = '''
 import numpy as np
 from torch import nn
-from mnist_ray.workload import Arrays, Classification, Data, setting
+from mnist_ray.workload import Arrays, Classification, Data, Mix
 
 class Points(Classification):
     """Points on both sides of a line, with some labels wrong."""
-
-    class Settings:
-        __doc__ = "Points."
 
     recipes = {"default": {"num_epochs": 2, "batch_size": 10, "learning_rate": 0.05, "precision": "fp32"}}
 
@@ -39,6 +36,12 @@ class Points(Classification):
     def create_model(self):
         return nn.Linear(2, 2)
 
+class OfTwoSources(Points):
+    def load_data(self):
+        data = super().load_data()
+        sources = {name: (Arrays(*data.test[part]), 1) for name, part in [("near", slice(10)), ("far", slice(10, 30))]}
+        return Data(data.train, Mix(sources))
+
 class Alone(Points):
     """One fold of the points, divided by hand: the places in ALONE are the test set."""
 
@@ -46,7 +49,7 @@ class Alone(Points):
         data = super().load_data().train
         is_test = np.isin(np.arange(120), np.load(__file__ + ".npy"))
         return Data(Arrays(*data[~is_test]), Arrays(*data[is_test]))
-'''.replace('    class Settings:\n        __doc__ = "Points."\n\n', "")
+'''
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +187,13 @@ def test_seeds_train_also_without_ray_and_with_several_workers(
     assert [run.name for run in several.members] == ["seed-5", "seed-6"]
     assert digest(several.members[1]) == digest(alone)
     assert several.result["num_test_examples"] == 30
+
+
+def test_the_loss_on_a_source_is_the_mean_over_the_runs(where: dict[str, Any], points: Path) -> None:
+    several = train(**{**where, "workload": f"{points}:OfTwoSources"}, num_seeds=2, num_workers=0)
+    of_members = [member.result["test_loss.near"] for member in several.members]
+    assert several.result["test_loss.near"] == pytest.approx(np.mean(of_members), rel=1e-12)
+    assert of_members[0] != of_members[1]
 
 
 @pytest.mark.parametrize(

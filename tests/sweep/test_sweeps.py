@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 from torch import nn
 
 from mnist_ray.checkpoints.checkpoint import digest_of
@@ -422,6 +423,19 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
     assert (again.space, again.job.notes) == (sweep.space, ())
     with pytest.raises(UsageError, match="--sweep noise: load_data depends on it, and all trials have the same data"):
         with_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
+
+
+class Rigid(Noisy):
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), 0.01)
+
+
+def test_a_search_of_what_a_workloads_own_optimizer_does_not_use_is_refused(tmp_path: Path, ray_address: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"^--sweep learning_rate has no effect: Rigid's loss, optimizer and schedule "
+    ):
+        tune({"workload": Rigid, "storage_path": str(tmp_path), "sweep": ["learning_rate=0.1,0.2"]})
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
