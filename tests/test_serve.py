@@ -80,6 +80,7 @@ REJECTED = {
     "half of a JSON": (b'{"inputs": [[1, 2', JSON, 400),
     "no UTF-8": (b"\xff\xfe\x00", JSON, 400),
     "deep JSON": (b"[" * 10**6, JSON, 400),
+    "deep objects": (b'{"inputs": [%s1%s]}' % (b'{"a": ' * 900, b"}" * 900), JSON, 422),
     "a list": (b"[1, 2]", JSON, 422),
     "no inputs": (b'{"inputs": []}', JSON, 422),
     "too many inputs": (json.dumps({"inputs": [0] * 129}).encode(), JSON, 422),
