@@ -419,7 +419,7 @@ def first_loss() -> float:
     torch.manual_seed(CONFIG.seed)
     model = Numbers().create_model()
     inputs, targets = next(batches(CONFIG.batch_size))
-    return float(Numbers().loss(model(inputs), targets).mean())
+    return Numbers().loss(model(inputs), targets).mean().item()
 
 
 class Doubled(Numbers):
