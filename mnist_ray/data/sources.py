@@ -28,6 +28,7 @@ from mnist_ray.storage import STORAGE_ERRORS, in_one_line
 __all__ = ["JsonLines", "Parquet", "Tars", "open_picture", "pictures"]
 
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
+_MAX_NAMED = 5  # classes
 _NUM_THREADS = 16  # that read footers
 
 
@@ -36,16 +37,18 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
 
     Each image is scaled and cropped to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may have
     train/ and test/ (or val/) with these folders; with all three, val/ is for validation. Without them, a random fifth
-    is the test set. Raises UsageError.
+    is the test set. Hidden files and folders are ignored. Raises UsageError.
     """
-    from torchvision import datasets, transforms
+    from torchvision import transforms
+
+    from mnist_ray.data.image_folder import ImageFolder
 
     place = path_of(place, "the data's path")
     to_square = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
     transform = transforms.Compose([transforms.Grayscale(), *to_square] if is_grey else to_square)
     roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()]
     try:
-        folders = [datasets.ImageFolder(root, transform, loader=_opened_in_colour) for root in roots or [place, place]]
+        folders = [ImageFolder(root, transform, loader=_opened_in_colour) for root in roots or [place, place]]
     except OSError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
     if roots and (roots[0].name != "train" or len(roots) < 2):
@@ -60,7 +63,8 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
             folder.samples = [folder.samples[index] for index in np.sort(part)]
             folder.targets = [target for _, target in folder.samples]
     files = [file for folder in folders for file, _ in folder.samples]
-    name = f"{place.name}, pictures of {len(classes)} classes"
+    named = f" ({', '.join(classes)})" if len(classes) <= _MAX_NAMED else ""
+    name = f"{place.name}, pictures of {len(classes)} classes{named}"
     train, test, validation = folders if len(folders) == 3 else (*folders, None)
     return Data(train, test, validation, name=name, metadata={"class_names": classes}, files=files)
 

@@ -85,7 +85,7 @@ def _check_same_data(job: Job, splits: Splits) -> list[str]:
     if differing:
         raise UsageError(
             f"--resume: the data differ from those that run {job.run.name} was started with "
-            f"({', '.join(differing)} of {splits.name}); restore them, or start another run"
+            f"({', '.join(differing)}); restore them, or start another run"
         )
     if then and None in now.values():
         return ["cannot check that the data are unchanged: the workload does not list their files (Data.files)"]

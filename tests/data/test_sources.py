@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,18 @@ def test_of_pictures_in_one_folder_a_fifth_is_the_test_and_grey_has_one_channel(
     assert (len(data.train), len(data.test)) == (16, 4)  # type: ignore[arg-type]
     assert data.train[0][0].shape == (1, 16, 16)  # type: ignore[index]
     assert data.train.targets == [data.train[index][1] for index in range(16)]  # type: ignore[union-attr, index]
+
+
+def test_hidden_files_and_folders_are_neither_classes_nor_pictures(tmp_path: Path) -> None:
+    write_pictures(tmp_path / ".data", 3)
+    write_pictures(tmp_path / ".data", 1, names=(".ipynb_checkpoints", "red/.ipynb_checkpoints"))
+    data = sources.pictures(tmp_path / ".data")
+    assert data.metadata == {"class_names": ["blue", "red"]}
+    assert len(data.files) == 2 * 3
+    shutil.rmtree(tmp_path / ".data" / "blue")
+    shutil.rmtree(tmp_path / ".data" / "red")
+    with pytest.raises(UsageError, match="there are only hidden folders in "):
+        sources.pictures(tmp_path / ".data")
 
 
 def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:

@@ -626,7 +626,7 @@ def test_damaged_settings_of_a_run_are_one_line_with_the_file(read: Any, begun: 
 def test_a_run_is_not_resumed_with_other_data(read: Any, begun: Path, tmp_path: Path, few_images: Any) -> None:
     other = Arrays(few_images.inputs, np.roll(few_images.targets, 1))
     write_data_set(tmp_path / "data", few_images, other)
-    message = r"the data differ from those that run run was started with \(test of .*/data\); restore them"
+    message = r"the data differ from those that run run was started with \(test\); restore them"
     with pytest.raises(UsageError, match=message):
         with_data(read("--resume", "--run-name", "run"))
     origin = json.loads((begun / "origin.json").read_text())

@@ -191,6 +191,6 @@ def test_with_a_wheel_in_a_fresh_environment_a_new_project_trains_and_passes_its
     run(programs / "mnist-ray", "new", "birds", "--kind", "images")
     assert wheel.as_uri() in (tmp_path / "birds" / "pyproject.toml").read_text()
     trained = run("make", "train", folder=tmp_path / "birds")
-    assert " data, pictures of 3 classes: 65 images to train on, 7 for validation, 18 to test\n" in trained
+    assert "(circle, square, triangle): 65 images to train on, 7 for validation, 18 to test\n" in trained
     assert re.search(r"^test +accuracy (9\d|100)\.", trained, re.MULTILINE)
     assert " 2 passed" in run("make", "test", folder=tmp_path / "birds")
