@@ -108,7 +108,8 @@ def modules_below(folder: Path, but: Path) -> dict[str, str]:
         vars(module).get("__file__") for module in [*sys.modules.values()] if isinstance(module, types.ModuleType)
     ]
     files = {file for file in loaded if isinstance(file, str) and file.startswith(f"{folder}{os.sep}")}
-    installed = (os.path.dirname(os.__file__) + os.sep, *(f"{os.sep}{name}{os.sep}" for name in _OTHERS_CODE))
+    places = (os.path.dirname(os.__file__), os.path.join(sys.prefix, "bin"))  # the latter has mnist-ray itself
+    installed = (*(place + os.sep for place in places), *(f"{os.sep}{name}{os.sep}" for name in _OTHERS_CODE))
     own = sorted(file for file in files - {str(but)} if not any(place in file for place in installed))
     return {os.path.relpath(file, folder): fingerprint(Path(file)) for file in own}
 

@@ -119,6 +119,8 @@ def differences(first: Side, second: Side) -> dict[str, Difference]:
     origins = [side.members[0].origin for side in (first, second)]
     data, versions = ([as_dict(origin.get(name)) for origin in origins] for name in ("data", "versions"))
     codes = [_code(origin) for origin in origins]
+    if all(repositories := [_repository(origin) for origin in origins]):  # a submitted job does not know its own
+        codes = [code | repository for code, repository in zip(codes, repositories, strict=True)]
     return {
         "settings": pairs_differ(_settings(first), _settings(second), words=words),
         "data": first_of(_differing(*data)) if all(data) else None,
@@ -141,12 +143,17 @@ def _settings(side: Side) -> dict[str, Any]:
 def _code(origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return the digests of the code that origin.json has, by what they are of."""
     code = as_dict(origin.get("code"))
-    repository = as_dict(code.get("repository"))
     return {
         "the workload's file": origin.get("workload_sha256"),
         **as_dict(code.get("modules")),
         "the callbacks": code.get("callbacks"),
         "mnist_ray itself": code.get("package_sha256"),
+    }
+
+
+def _repository(origin: Mapping[str, Any]) -> dict[str, Any]:
+    repository = as_dict(as_dict(origin.get("code")).get("repository"))
+    return repository and {
         "the commit": repository.get("commit"),
         "uncommitted changes": repository.get("changes_sha256"),
     }

@@ -105,6 +105,17 @@ def test_one_run_a_side_is_decided_by_mcnemars_exact_test(tmp_path: Path) -> Non
     assert "B  second  1 seed   0.1475     97.50%         100             2.0" in str(comparison)
 
 
+def test_a_commit_that_one_side_does_not_know_is_no_difference(tmp_path: Path) -> None:
+    commits: list[str | None] = ["1", "2", None]
+    for number, commit in enumerate(commits):
+        folder = write_run(tmp_path / str(number), classes([1]))
+        code = {"package_sha256": "0", "repository": commit and {"commit": commit, "changes_sha256": None}}
+        (folder / "origin.json").write_text(json.dumps({"code": code}))
+    first, second, submitted = (tmp_path / str(number) for number in range(3))
+    assert ("differs", "code: the commit") in compare(first, second).lines[0]
+    assert not [line for line in compare(first, submitted).lines[0] if line[0] == "differs"]
+
+
 def test_a_worse_run_is_called_worse_and_a_small_difference_is_not_shown(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(wrong), classes(range(wrong))) for wrong in (10, 40, 42)]
     worse, none = (compare(*pair).verdicts[0].sentence for pair in (runs[:2], runs[1:]))

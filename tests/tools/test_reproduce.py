@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,13 @@ def project(trained: Project, monkeypatch: pytest.MonkeyPatch) -> Any:
         shutil.rmtree(folder)
         shutil.copytree(kept / folder.name, folder)
     shutil.rmtree(kept)
+
+
+def test_a_program_of_the_environment_is_no_module_of_a_workload(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = types.ModuleType("program")
+    program.__file__ = f"{sys.prefix}/bin/mnist-ray"
+    monkeypatch.setitem(sys.modules, "program", program)
+    assert provenance.modules_below(Path(sys.prefix), Path("none")) == {}
 
 
 def test_a_run_records_its_code_its_packages_and_its_repository(trained: Project) -> None:
