@@ -201,7 +201,7 @@ def supervise(work: Callable[[], int]) -> int:
 
 def _end_with_supervisor(from_supervisor: int) -> None:
     os.read(from_supervisor, 1)  # returns when the supervisor is gone
-    _exit("this job's supervisor, the process that was started first, was killed")
+    _exit("the command's own process, which watches over this job, was killed")
 
 
 def _ending(state: int) -> str:

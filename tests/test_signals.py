@@ -147,7 +147,7 @@ def test_if_the_supervisor_is_killed_the_work_ends_and_says_how_to_resume(start:
     process.kill()
     assert ending(process) == (
         -signal.SIGKILL,
-        "error: this job's supervisor, the process that was started first, was killed; to resume: this\n",
+        "error: the command's own process, which watches over this job, was killed; to resume: this\n",
     )
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 

@@ -152,11 +152,9 @@ def _code(origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _repository(origin: Mapping[str, Any]) -> dict[str, Any]:
-    repository = as_dict(as_dict(origin.get("code")).get("repository"))
-    return repository and {
-        "the commit": repository.get("commit"),
-        "uncommitted changes": repository.get("changes_sha256"),
-    }
+    if not (repository := as_dict(as_dict(origin.get("code")).get("repository"))):
+        return {}
+    return {"the commit": repository.get("commit"), "uncommitted changes": repository.get("changes_sha256")}
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
