@@ -101,15 +101,8 @@ def to_mnist(image: Image.Image) -> np.ndarray:
 
 
 def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Return a picture in grey, scaled to (width, height), as (H, W) from 0 to 255. Transparent pixels become paper."""
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
-    layers = image.convert("RGBA").convert("LA").resize(size, Image.Resampling.LANCZOS).split()
-    grey, alpha = (np.asarray(layer, np.float32) for layer in layers)
-    is_visible = alpha > 127
-    typical = np.median(grey[is_visible]) if is_visible.any() else 0
-    paper = typical if is_visible.mean() > 0.5 else 255 * (typical < 128)
-    return np.float32(paper + (grey - paper) * alpha / 255)
+    """Return a picture in grey, scaled to (width, height), as (H, W) from 0 to 255."""
+    return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
 
 
 def _ink(grey: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ from mnist_ray.job.job_data import load_splits
 from mnist_ray.mnist import MNIST
 from mnist_ray.storage import locate
 from mnist_ray.sweep.trials import Sweep
+from mnist_ray.workload import Data, Regression
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import prepared_forking
 from tests.conftest import CELL, QUICK, ROOT, callback_at
@@ -42,6 +43,24 @@ from tests.conftest import CELL, QUICK, ROOT, callback_at
 def run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     settings: dict[str, Any] = {**QUICK, "data_dir": small_data, "num_epochs": 2}
     return mnist_ray.train(**settings, storage_path=tmp_path_factory.mktemp("api"), run_name="one")
+
+
+class Still(Regression):
+    """Its validations are all alike."""
+
+    def load_data(self) -> Data:
+        zeros = Arrays(np.zeros((40, 1), np.float32), np.zeros(40))
+        return Data(zeros, zeros)
+
+    def create_model(self) -> torch.nn.Module:
+        return torch.nn.Linear(1, 1, bias=False)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_of_equal_epochs_the_first_is_tested(num_workers: int, ray_address: str, tmp_path: Path) -> None:
+    run = mnist_ray.train(Still, num_workers=num_workers, num_epochs=4, storage_path=tmp_path, quiet=True)
+    assert run.metrics["rmse"] == 0
+    assert run.checkpoint.rpartition("/")[2] == "checkpoint_epoch-001_step-000000"
 
 
 def children() -> set[int]:

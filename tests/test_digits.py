@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from examples.digits import Digits, augmented, to_mnist
 from mnist_ray.data.data import Arrays
+from mnist_ray.data.images import as_displayed
 from mnist_ray.errors import UsageError
 from mnist_ray.predictions.predictor import read_image
 
@@ -51,17 +52,13 @@ def on_a_blackboard(values: np.ndarray) -> Image.Image:
 
 
 def black_on_nothing(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.uint8(np.stack([0 * values] * 3 + [255 * values], axis=-1)))
-
-
-def white_on_nothing(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.uint8(255 * np.stack([1 + 0 * values] * 3 + [values], axis=-1)))
+    return as_displayed(Image.fromarray(np.uint8(np.stack([0 * values] * 3 + [255 * values], axis=-1))))
 
 
 def with_transparent_corners(values: np.ndarray) -> Image.Image:
     image = on_paper(values).convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 30, 30))
-    return image
+    return as_displayed(image)
 
 
 def in_uneven_light(values: np.ndarray) -> Image.Image:
@@ -87,7 +84,7 @@ def beside_the_table(values: np.ndarray) -> Image.Image:
 
 
 DRAWINGS = [
-    *(on_paper, on_a_blackboard, black_on_nothing, white_on_nothing, with_transparent_corners),
+    *(on_paper, on_a_blackboard, black_on_nothing, with_transparent_corners),
     *(in_uneven_light, with_a_shadow, with_specks, beside_the_table),
 ]
 

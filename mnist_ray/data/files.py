@@ -37,7 +37,7 @@ def files_at(place: str, endings: tuple[str, ...], kind: str) -> tuple[fs.FileSy
 
     def is_wanted(path: str) -> bool:
         is_hidden = any(part.startswith((".", "_")) for part in path[len(folder.path) :].split("/"))
-        return not is_hidden and (fnmatchcase(path, pattern) if star else path.endswith(endings))
+        return not is_hidden and (fnmatchcase(path, pattern) if star else path.lower().endswith(endings))
 
     with in_one_line(f"{place} cannot be read"):
         info = folder.info()

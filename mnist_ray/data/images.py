@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from mnist_ray.errors import UsageError
+
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the accepted formats. For some others, it would start a program: Ghostscript for PostScript."""
 
@@ -21,11 +23,17 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
 
 
 def as_displayed(picture: Image.Image) -> Image.Image:
-    """Return an image upright, as its EXIF data state, with 8 bits if it is grey with 16.
+    """Return an image upright, as its EXIF data state, with 8 bits if it is grey with 16, and on white if it has alpha.
 
-    Pillow's ``convert`` would make nearly all 16-bit values white.
+    Pillow's ``convert`` would make nearly all 16-bit values white, and most transparent pixels black. Raises UsageError
+    for 32 bits, whose white is unknown.
     """
-    has_more = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM")
+    has_more = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if picture.mode in ("I", "F") and not has_more:
+        raise UsageError("a grey of 32 bits, whose white is unknown; save it with 8 or 16 bits")
     with contextlib.suppress(Exception):  # damaged EXIF data may raise anything; a damaged picture raises later
         picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("L" if picture.mode == "LA" else "RGB")
     return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if has_more else picture

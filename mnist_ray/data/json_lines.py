@@ -181,7 +181,8 @@ def _is_nested(value: Any) -> bool:
     return True
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON as a dict. Raises UsageError if it has a name twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -193,4 +194,4 @@ def _refuse(name: str) -> None:
     raise UsageError(f"{name} is no JSON")
 
 
-_PARSER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+_PARSER = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_refuse)

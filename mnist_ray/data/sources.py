@@ -48,7 +48,9 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     transform = transforms.Compose([transforms.Grayscale(), *to_square] if is_grey else to_square)
     roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()]
     try:
-        folders: list[Any] = [ImageFolder(root, transform, loader=_opened_in_colour) for root in roots or [place, place]]
+        folders: list[Any] = [
+            ImageFolder(root, transform, loader=_opened_in_colour) for root in roots or [place, place]
+        ]
     except OSError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
     if roots and (roots[0].name != "train" or len(roots) < 2):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
 from mnist_ray.checkpoints.tensor_files import check_held
@@ -38,7 +39,7 @@ from mnist_ray.training.parts import Parts
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import forward
 from mnist_ray.workload import Classification, Regression, Workload
-from mnist_ray.workload.calls import check_numbers, picture_of, placed
+from mnist_ray.workload.calls import check_numbers, picture_of, placed, seeded_model
 from mnist_ray.workload.figures import NOT_PREDICTED
 
 NUM_EXAMPLES = 16  # in that batch, or fewer if they are slow
@@ -101,10 +102,8 @@ def new_model(workload: Workload, config: TrainConfig) -> nn.Module:
     name, left_out = type(workload).__name__, LeftOut()
     with placed(workload, "create_model"):
         if not workload.keeps_frozen:
-            torch.manual_seed(config.seed + 1)  # an evaluation has another seed, too
-            left_out = left_out_of(workload, workload.create_model())
-        torch.manual_seed(config.seed)
-        model = workload.create_model()
+            left_out = left_out_of(workload, seeded_model(workload, config.seed + 1))  # an evaluation has another seed
+        model = seeded_model(workload, config.seed)
     _check_model(name, model)
     if left_out != left_out_of(workload, model):
         found = f"{name}.create_model returns other frozen weights each time, so checkpoints must keep them"
@@ -171,6 +170,9 @@ def check_batch(
             check_columns([columns, _evaluated(workload, model, last, of_last)[-1]])
         for few in () if workload.compares_examples else fewer:
             _check_independence(workload, model, evaluated, own_targets, few, config)
+        if workload.compares_examples:
+            _check_rows(name, evaluated, forward(workload, model, fewer[0])[0])
+        _check_reloaded(workload, model, batch, config)
     unused = _check_optimizer(workload, model, batch, config, config.total_steps(num_examples))
     return idle | (unused or config.unused) if idle else unused
 
@@ -312,6 +314,26 @@ def _check_independence(
                 f"{type(workload).__name__}: an example's loss changes if other examples leave the batch, so it "
                 "depends on the number of workers; mask the padding, or set compares_examples = True if intended"
             )
+
+
+def _check_rows(name: str, outputs: Any, of_fewer: Any) -> None:
+    """Raise UsageError if an output has as many rows, whatever the batch: a slice could have that number, too."""
+    for leaf, few in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(of_fewer), strict=False):
+        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(few) > 1:
+            found = f"{name}: the model returns a tensor of {len(leaf)} rows for each batch, as if they were examples"
+            raise UsageError(f"{found}; with compares_examples, return it as (1, …)")
+
+
+def _check_reloaded(workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig) -> None:
+    """Raise UsageError if a checkpoint, loaded into another new model, computes something else."""
+    with placed(workload, "create_model"):
+        again = seeded_model(workload, config.seed + 1).eval()  # an evaluation has another seed, too
+    with placed(workload, "a checkpoint's weights in another new model"), torch.no_grad():
+        again.load_state_dict(model.state_dict())
+        losses = [workload.loss(*forward(workload, each, batch)) for each in (model, again, model)]
+    if torch.equal(losses[0], losses[2]) and not torch.allclose(losses[0], losses[1], rtol=1e-3, atol=1e-5):
+        found = f"{type(workload).__name__}: another new model computes something else with the same state_dict"
+        raise UsageError(f"{found}; make random tensors buffers, and keep layers in an nn.ModuleList")
 
 
 def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict[str, Tensor], number: int) -> None:

@@ -306,6 +306,8 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
         raise UsageError(f"--num-seeds {train.num_seeds}: the last seed would be above {2**31 - 1:,}; lower --seed")
     if train.fold is not None and train.fold > (train.folds or 0):
         raise UsageError(f"--fold {train.fold} needs at least as many --folds")
+    if train.fold is not None and train.num_seeds > 1:
+        raise UsageError("--num-seeds divides the folds by each seed: leave --fold out, and compare the means over all")
     if train.folds is not None and train.overfit_batches is not None:
         raise UsageError("--overfit-batches tests on the training examples; leave --folds out")
     if train.lr_schedule == "one-cycle" and train.warmup_steps:

@@ -29,6 +29,8 @@ def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) 
     notes = _check_same_data(job, data)
     if isinstance(data.train.examples, Streamed) and job.train.num_steps is None:
         raise UsageError(f"{type(job.workload).__name__} trains on a stream without a length: set --num-steps")
+    if (weights := data.train.weights) is not None and not weights.any():
+        raise UsageError("Data(weights=…): the examples to train on all have weight 0")
     if largest > num_train:
         notes += _check_batch_size(job, num_train, largest, is_of_sweep=len(batch_sizes) > 0)
         if job.train.batch_size > num_train:

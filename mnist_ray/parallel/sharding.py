@@ -22,6 +22,7 @@ from mnist_ray.data.tensors import is_sharded
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.parallel.group import Group
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import seeded_model
 
 _STATES = {"adam": 2, "adamw": 2, "sgd": 1}  # tensors that an optimizer keeps per parameter
 
@@ -55,9 +56,8 @@ def create_models(
 
 def create_model(workload: Workload, config: TrainConfig, *, with_memory: bool = True) -> nn.Module:
     """Return a new model; with ``--activation-checkpointing``, its units recompute theirs in the backward pass."""
-    torch.manual_seed(config.seed)
     with contextlib.nullcontext() if with_memory else torch.device("meta"):
-        model = workload.create_model()
+        model = seeded_model(workload, config.seed)
     if config.activation_checkpointing:
         _recompute(units_of(workload, model))
     return model

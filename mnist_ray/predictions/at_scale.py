@@ -256,7 +256,7 @@ class PartPredictor:
                     readable, columns, wrong = predicted(self._predictor, chunk)
                     writer.write(readable, columns)
                     totals["rows"] += len(readable)
-                    reasons += [json.dumps({"input": chunk.places[row], "reason": wrong[row]}) for row in wrong]
+                    reasons += [json.dumps({"input": chunk.places[row], "reason": wrong[row]}) for row in sorted(wrong)]
                     if "probability" in columns:
                         totals["unsure"] += int((columns["probability"] < self._threshold).sum())
                         if columns["prediction"].dtype.kind in "biuU":  # classes
@@ -293,6 +293,14 @@ def predicted(predictor: Predictor, chunk: Chunk) -> tuple[Any, dict[str, np.nda
         wrong |= failed
         rows = [row for row in rows if row not in failed]
         columns = predictor.columns(chunk.inputs[row] for row in rows)
+    is_number = np.ones(len(rows), bool)
+    for name in {"prediction", "probabilities"} & columns.keys():
+        if columns[name].dtype.kind == "f":
+            is_number &= np.isfinite(columns[name]).all(axis=tuple(range(1, columns[name].ndim)))
+    if not is_number.all():
+        wrong |= {rows[index]: "the prediction is not a finite number" for index in np.flatnonzero(~is_number)}
+        rows = [row for row in rows if row not in wrong]
+        columns = {name: values[is_number] for name, values in columns.items()}
     if isinstance(chunk.rows, pa.Table):
         return chunk.rows.take(pa.array(rows, pa.int64())), columns, wrong
     return [chunk.rows[row] for row in rows], columns, wrong

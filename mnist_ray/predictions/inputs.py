@@ -19,6 +19,7 @@ from pyarrow import parquet as pq
 
 from mnist_ray.data.columns import REMEDY, arrays_of, check_kinds
 from mnist_ray.data.files import files_at, folder_of
+from mnist_ray.data.json_lines import unique
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.predictions.outputs import LinesFile, ParquetFile
 from mnist_ray.predictions.predictor import PICTURES, Kind, Predictor, kind_of
@@ -27,7 +28,7 @@ from mnist_ray.workload.base import Workload
 
 _PACKED = ("", ".gz", ".bz2", ".zst")
 _ENDINGS: dict[str, tuple[str, ...]] = {  # of the files of each kind
-    "pictures": (*PICTURES, *map(str.upper, PICTURES)),
+    "pictures": PICTURES,
     "texts": (".txt",),
     "Parquet": (".parquet",),
     "JSON lines": tuple(f".jsonl{packed}" for packed in _PACKED),
@@ -45,7 +46,7 @@ _MAX_BYTES = 2**26  # of a picture, a text or a line
 _FITS: dict[Kind, tuple[Callable[[Any], bool], ...]] = {  # values of the input's column; the first kind found is taken
     "pictures": (lambda value: isinstance(value, (bytes, dict)), lambda value: isinstance(value, (list, np.ndarray))),
     "texts": (lambda value: isinstance(value, str),),
-    "arrays": (lambda value: isinstance(value, (list, np.ndarray)), lambda value: _is_number(value)),
+    "arrays": (lambda value: isinstance(value, (list, np.ndarray)), lambda value: _may_be_number(value)),
 }
 
 
@@ -149,8 +150,11 @@ class Inputs:
                 yield from (_object(line) for line in _lines(io.BufferedReader(stream)) if not line.isspace())
                 return
             csv.field_size_limit(_MAX_BYTES)
-            lines = csv.reader(_lines(io.TextIOWrapper(stream, "utf-8-sig", newline="")))
+            # Strict: a stray quote would make one cell of all that follows.
+            lines = csv.reader(_lines(io.TextIOWrapper(stream, "utf-8-sig", newline="")), strict=True)
             names = next(lines, [])
+            if len({*names}) < len(names):
+                raise UsageError(f"it has several columns {max(names, key=names.count)}")
             for cells in lines:
                 wrong = f"has {len(cells)} cells, and the header {len(names)}"
                 yield dict(zip(names, cells, strict=True)) if len(cells) == len(names) else JobError(wrong)
@@ -194,7 +198,7 @@ def find_inputs(place: str, workload: Workload, columns: Sequence[str]) -> Input
     """
     takes, name = kind_of(workload), type(workload).__name__
     filesystem, paths = files_at(place, sum(_ENDINGS.values(), ()), "picture, text, Parquet, JSON lines or CSV")
-    by_kind = {kind: [path for path in paths if path.endswith(endings)] for kind, endings in _ENDINGS.items()}
+    by_kind = {kind: [path for path in paths if path.lower().endswith(endings)] for kind, endings in _ENDINGS.items()}
     usable = [kind for kind, found in by_kind.items() if found and kind in (takes, *_TABLES)]
     if not usable:
         found = " and ".join(kind for kind, found in by_kind.items() if found) or "files of other kinds"
@@ -230,7 +234,10 @@ def _column_of(row: dict[str, Any], takes: Kind, where: str) -> str:
     raise UsageError(f"{where}, and no column fits: {', '.join(f'{k} ({type(v).__name__})' for k, v in row.items())}")
 
 
-def _is_number(value: Any) -> bool:
+def _may_be_number(value: Any) -> bool:
+    """Return whether a column with this value in its first row may hold numbers; there, it may be missing."""
+    if value is None or value == "":
+        return True
     try:
         return not isinstance(value, bool) and bool(np.isfinite(float(value)))
     except (TypeError, ValueError):
@@ -252,7 +259,7 @@ def _lines(stream: Any) -> Iterator[Any]:
 
 def _object(line: bytes) -> Any:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = json.loads(line, object_pairs_hook=unique)
+    except (ValueError, RecursionError, UsageError) as error:
         return JobError(f"no JSON: {error}")
     return row if isinstance(row, dict) else JobError(f"{type(row).__name__} instead of an object")

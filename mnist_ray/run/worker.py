@@ -38,7 +38,7 @@ from mnist_ray.training.by_source import loss_by_source
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together, evaluating
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
-from mnist_ray.training.metrics import score
+from mnist_ray.training.metrics import distinct, score
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.workload import user_code
@@ -298,6 +298,8 @@ class Reporter(Callback):
         values = {f"train_{name}": value for name, value in progress.so_far.items()}
         values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
         values |= self._validated(state) if is_due else {}
+        if is_epoch_end and is_due:
+            values["val_score"] = distinct(values["val_score"], state.scores)
         metrics = CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
         if is_epoch_end and metrics.is_validated:
             state.scores.append(metrics.score)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,13 @@ def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:
         if len(shapes) > 1:
             found = " and ".join(map(str, sorted(shapes, key=str)))
             raise UsageError(f"predictions: {name} differs in shape between examples, {found}; pad them to one")
+
+
+def distinct(score: float, earlier: Collection[float]) -> float:
+    """Return a score, slightly lower if an earlier epoch has the same: of equal ones, Ray would choose the last."""
+    while score in earlier:
+        score = math.nextafter(score, -math.inf)
+    return score
 
 
 def score(workload: Workload, values: Mapping[str, float]) -> float:

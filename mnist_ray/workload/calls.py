@@ -9,7 +9,7 @@ import json
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from mnist_ray.data.splits import Fold, splits_of, subset
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
 _API = str(Path(config.__file__).with_name("api.py"))
@@ -38,6 +41,19 @@ def data_of(workload: Workload) -> Data:
     with placed(workload, "check_data"):
         workload.check_data(data)
     return data
+
+
+def seeded_model(workload: Workload, seed: int) -> nn.Module:
+    """Return ``create_model()``, called with seeded generators of torch and NumPy; NumPy's is then restored."""
+    import torch
+
+    torch.manual_seed(seed)
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        return workload.create_model()
+    finally:
+        np.random.set_state(state)
 
 
 def splits_for(workload: Workload, data: Data, config: TrainConfig) -> Splits:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mnist_ray.config import TrainConfig
 
+_IGNORE_NONE = -(2**63)  # PyTorch by default ignores the target -100
 _NUM_TOP = 3
 _MAX_COLUMNS = 12  # with more classes, the console shows no confusion matrix
 _MAX_PROBABILITIES = 1000  # with more classes, predictions have no vectors, which need much memory
@@ -197,7 +198,9 @@ class Classification(Workload):
                 raise ExampleError(f"a batch has targets of type {targets.dtype}; class labels must be whole numbers")
         else:
             targets = targets.long()
-        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
+        return F.cross_entropy(
+            outputs, targets, ignore_index=_IGNORE_NONE, reduction="none", label_smoothing=label_smoothing
+        )
 
 
 def _class_names(data: Data) -> list[Any]:

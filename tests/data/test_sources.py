@@ -377,6 +377,28 @@ def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:
     assert sources.pictures(tmp_path, size=8).train[0][0].unique().tolist() == [100]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(mode: str, tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (0, 0, 4, 4))
+    picture = picture.quantize(8) if mode == "P" else picture.convert(mode)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "0.png")
+    pixels, _ = sources.pictures(tmp_path, size=4).train[0]  # type: ignore[index]
+    assert pixels.tolist() == [[[0, 0, 255, 255]] * 4] * 3
+    content = (tmp_path / "a" / "0.png").read_bytes()
+    (kept,) = arrays_of(written(tmp_path / "some.parquet", image=[content], label=[0])).inputs
+    assert kept.tolist() == [[0] * 4 + [255] * 4 if mode == "LA" else [[0] * 3] * 4 + [[255] * 3] * 4] * 4
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_greys_of_32_bits_are_refused(mode: str, tmp_path: Path) -> None:
+    Image.new(mode, (4, 4), 3).save(tmp_path / "a.tif")
+    with pytest.raises(UsageError, match="a grey of 32 bits, whose white is unknown; save it with 8 or 16 bits"):
+        sources.open_picture(tmp_path / "a.tif")
+
+
 def test_a_picture_in_another_format_is_not_opened(tmp_path: Path) -> None:
     for name in ("ants", "bees"):
         (tmp_path / name).mkdir()

@@ -54,6 +54,9 @@ class Pair(nn.Linear):
     def forward(self, inputs):
         return super().forward(inputs), inputs
 
+class Prototypes(nn.Linear):
+    def forward(self, inputs): return super().forward(inputs), self.weight
+
 class Reporting(nn.Linear):
     def forward(self, inputs): raise ValueError(super().forward(inputs).dtype)
 
@@ -90,6 +93,12 @@ class WithBuffer(nn.Linear):
 
 class Noisy(nn.Linear):
     def forward(self, inputs): return super().forward(inputs) + torch.randn(len(inputs), 10)
+
+class Drawing(nn.Linear):
+    def __init__(self, *sizes, draw):
+        super().__init__(*sizes)
+        self.scale = torch.as_tensor(draw(4)).float()  # no buffer
+    def forward(self, inputs): return super().forward(inputs * self.scale)
 
 class Tested(nn.Linear):
     def forward(self, inputs):
@@ -280,6 +289,11 @@ def test_a_workloads_own_schedule_is_tried_with_the_runs_steps_without_a_warning
 
 # --- wrong workloads
 
+RELOADED = (
+    ": another new model computes something else with the same state_dict; make random tensors buffers, and keep "
+    "layers in an nn.ModuleList"
+)
+
 
 @pytest.mark.parametrize(
     ("flag", "config"),
@@ -375,6 +389,18 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             ".summarize and Wrong.summarize_predictions return accuracy, auc, but Wrong.metrics names accuracy",
         ),
         ("def summarize(self, means): return {'accuracy': 'high'}", ": metric accuracy is 'high', not a number"),
+        ("def create_model(self): return Drawing(4, 10, draw=torch.rand)", RELOADED),
+        ("def create_model(self): return Drawing(4, 10, draw=np.random.rand)", RELOADED),
+        (
+            "compares_examples = True\n"
+            "    def create_model(self): return Prototypes(4, 10)\n"
+            "    def check_outputs(self, outputs, targets): ...\n"
+            "    def predictions(self, outputs, targets): return {}\n"
+            "    def measure(self, outputs, targets): return {'accuracy': 0 * targets}\n"
+            "    def loss(self, outputs, targets): return outputs[0].sum(1) + outputs[1].sum()",
+            ": the model returns a tensor of 10 rows for each batch, as if they were examples; with compares_examples, "
+            "return it as (1, …)",
+        ),
         ("metrics = ()", ".summarize returns accuracy, but Wrong.metrics names none"),
         ('metrics = (Metric("top5", "max"),)', ".summarize returns accuracy, but Wrong.metrics names top5"),
     ],

@@ -431,6 +431,22 @@ def test_early_stopping_is_noted_if_the_learning_rate_would_not_come_down(
     assert [note.startswith(f"the {schedule} schedule spans all epochs: if") for note in job.notes] == [True] * noted
 
 
+class Weightless(Regression):
+    def load_data(self) -> Data:
+        some = Arrays(np.zeros((100, 1), np.float32), np.zeros(100))
+        return Data(some, some, weights=np.arange(100) == 99)
+
+    def create_model(self) -> Any:
+        raise AssertionError
+
+
+def test_a_part_of_the_data_without_any_weight_is_refused(tmp_path: Path) -> None:
+    given = {"workload": Weightless, "storage_path": str(tmp_path)}
+    with_data(read_job(given))
+    with pytest.raises(UsageError, match=r"^Data\(weights=…\): the examples to train on all have weight 0"):
+        with_data(read_job({**given, "limit": 0.1}))
+
+
 @pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])
 def test_a_run_on_less_data_resumes_on_the_same(read: Any, tmp_path: Path, few_images: Any, flags: list[str]) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)

@@ -167,7 +167,13 @@ def test_json_lines_keep_their_columns_and_lines_that_cannot_be_read_have_a_reas
         {"id": 9, "x": [1, [2]]},
         {"id": 10},
     ]
-    texts = [*map(json.dumps, lines), "{", '{"id": 11, "x": [1, 2, 3]}', '{"id": 12, "x": [NaN, 1]}']
+    texts = [
+        *map(json.dumps, lines),
+        "{",
+        '{"id": 11, "x": [1, 2, 3]}',
+        '{"x": [NaN, 1]}',
+        '{"x": [1, 2], "x": [3, 4]}',
+    ]
     place = tmp_path / "in" / ("a.jsonl.gz" if packed else "a.jsonl")
     place.parent.mkdir()
     place.write_bytes(gzip.compress("\n".join(texts).encode()) if packed else "\n".join(texts).encode())
@@ -177,14 +183,15 @@ def test_json_lines_keep_their_columns_and_lines_that_cannot_be_read_have_a_reas
     assert rows == [
         {**lines[0], "prediction": 3.5},
         {**lines[1], "prediction": 7.0},
-        {"id": 12, "x": [None, 1], "prediction": None},
     ]
     reasons = unreadable(tmp_path / "out")
-    assert [*reasons] == [f"{place.name}, row {row}" for row in (3, 4, 5, 6)]
+    assert [*reasons] == [f"{place.name}, row {row}" for row in range(3, 9)]
     assert reasons[f"{place.name}, row 3"] == "lists of different lengths are no input"
     assert reasons[f"{place.name}, row 4"] == "has no column x"
     assert reasons[f"{place.name}, row 5"].startswith("no JSON: ")
     assert reasons[f"{place.name}, row 6"].startswith("Sums, a prediction: RuntimeError")
+    assert reasons[f"{place.name}, row 7"] == "the prediction is not a finite number"
+    assert reasons[f"{place.name}, row 8"] == "no JSON: several columns x"
 
 
 def test_csv_keeps_its_cells_as_they_are_and_several_columns_are_one_input(tmp_path: Path) -> None:
@@ -201,6 +208,30 @@ def test_csv_keeps_its_cells_as_they_are_and_several_columns_are_one_input(tmp_p
         "a.csv, row 2": "holds no number: could not convert string to float: 'x'",
         "a.csv, row 3": "has 2 cells, and the header 4",
     }
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ('x,y,note\n1,2,"5 inch\n3,4,\n', "unexpected end of data"),
+        ('x,y,note\n1,2,"5 inch\n3,4,"7 inch\n', "',' expected after '\"'"),
+        ("x,y,x\n1,2,3\n", "it has several columns x"),
+    ],
+    ids=["quote", "quotes", "columns"],
+)
+def test_a_table_of_csv_that_is_ambiguous_is_not_predicted(tmp_path: Path, rows: str, reason: str) -> None:
+    for name, text in {"a.csv": "x,y\n1,2\n", "b.csv": rows}.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    predicted(Sums(), tmp_path / "in", tmp_path / "out", ("x", "y"))
+    assert unreadable(tmp_path / "out") == {"b.csv": f"the file cannot be read: {reason}"}
+    assert not (tmp_path / "out" / "b.csv").exists()
+
+
+def test_a_column_whose_first_cell_is_empty_may_be_the_input(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,x\n1,\n2,3\n")
+    with pytest.raises(UsageError, match=r"several columns fit \(id, x\): choose with --column"):
+        predicted(Sums(), tmp_path / "a.csv", tmp_path / "out")
 
 
 def test_a_cell_of_csv_may_be_longer_than_pythons_own_limit(tmp_path: Path) -> None:

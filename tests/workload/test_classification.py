@@ -67,6 +67,12 @@ def test_targets_may_be_whole_numbers_of_any_size(dtype: torch.dtype) -> None:
     assert problem.measure(outputs, others)["accuracy"].equal(problem.measure(outputs, targets)["accuracy"])
 
 
+def test_no_label_is_passed_over() -> None:
+    outputs, targets = map(torch.from_numpy, outputs_and_targets())
+    with pytest.raises(IndexError, match="Target -100 is out of bounds"):
+        workload().loss(outputs, torch.full_like(targets, -100))
+
+
 def test_a_label_that_is_no_whole_number_is_refused_in_any_batch() -> None:
     outputs, targets = map(torch.from_numpy, outputs_and_targets())
     with pytest.raises(ExampleError, match=r"targets of type torch\.float32; class labels must be whole numbers"):
