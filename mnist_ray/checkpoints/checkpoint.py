@@ -58,6 +58,7 @@ STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
 FORMAT = 2
 _FILE_NAME = re.compile(r"[\w-]+\.(safetensors|pt|json)", re.ASCII)
+_RESTORE = "restore the code and the settings; the run's workload.py is a copy"
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "ends")
 """Fields of a TrainingState, stored unchanged."""
 
@@ -244,7 +245,7 @@ class _Saved:
         training, left_out = self.training, left_out_by(self.document)
         if bool(left_out.names) != bool(state.left_out.names):
             found = f"checkpoint {folder.uri} does not fit the model: keeps_frozen has changed, or what is frozen"
-            raise OtherModelError(f"{found}; restore the code and the settings")
+            raise OtherModelError(f"{found}; {_RESTORE}")
         _check_same(left_out, state.left_out, folder)
         load_weights(state.result, left_out.completed(self.weights, state.result), folder)
         try:
@@ -410,7 +411,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFol
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        difference = f"{str(error).splitlines()[-1].strip()}; restore the code and the settings"
+        difference = f"{str(error).splitlines()[-1].strip()}; {_RESTORE}"
         raise OtherModelError(f"checkpoint {folder.uri} does not fit the model: {difference}") from error
 
 

@@ -27,7 +27,11 @@ class Clock:
             self._has_trained = True
             self.mark("start")
         if isinstance(event, (EpochFinished, Validated)):
-            self.mark("training" if isinstance(event, EpochFinished) else "validation")
+            self.mark("training")
+        if isinstance(event, Validated):  # events of a short epoch come together
+            own = min(event.seconds, self._parts["training"])
+            self._parts["training"] -= own
+            self._parts["validation"] = self._parts.get("validation", 0.0) + own
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each part, and the total."""

@@ -206,7 +206,10 @@ class Recorder:
         """Print which checkpoint is tested, unless it is that of the last epoch."""
         self._clock.mark("saving")
         if fitted.metrics.epoch < max(self._history.rows, default=0):
-            self._console.say("testing", f"the checkpoint of epoch {fitted.metrics.epoch}, the best by validation")
+            monitor = self._job.workload.monitor.name
+            is_known = not math.isnan(fitted.metrics.values.get(f"val_{monitor}", math.nan))
+            why = "the best by validation" if is_known else f"the first: {monitor} is NaN in each validation"
+            self._console.say("testing", f"the checkpoint of epoch {fitted.metrics.epoch}, {why}")
 
     def add_test(self, fitted: Fitted, tested: Evaluation) -> None:
         """Write and show the result on the test set."""
@@ -234,6 +237,7 @@ class Recorder:
             "checkpoint_metrics": fitted.metrics.to_dict(),
             RATE: rate,
             "seconds": self._clock.seconds(),
+            "is_resumed": self._job.is_resumed,
             "num_workers": self._history.num_workers,
             "workers": self._origin.get("workers"),
             **origin(),

@@ -43,7 +43,7 @@ class Comparison:
         first, found = self.sides[0], []
         for side, verdict in zip(self.sides[1:], self.verdicts, strict=True):
             differing = lines_of(differences(first, side), f"{first.letter} or {side.letter} has no record of it")
-            by = [("by", verdict.gain.how)] if verdict.gain else []
+            by = [("method", verdict.gain.how)] if verdict.gain else []
             found.append([*differing, ("verdict", verdict.sentence), *by])
         return found
 

@@ -91,7 +91,7 @@ def _changed(comparison: Comparison) -> Iterator[tuple[str, tuple[Side, Side], l
     """Yield the first indices of the examples that each side has won and lost, with a title and the two sides."""
     first, *others = comparison.sides
     for side, verdict in zip(others, comparison.verdicts, strict=True):
-        for title, indices in (("Won by {1} from {0}", verdict.won), ("Lost by {1} to {0}", verdict.lost)):
+        for title, indices in (("Better in {1} than in {0}", verdict.won), ("Worse in {1} than in {0}", verdict.lost)):
             if len(indices):
                 said = f"{title.format(first.letter, side.letter)}: {len(indices):,}"
                 yield said, (first, side), indices[:_MAX_EXAMPLES].tolist()

@@ -83,7 +83,9 @@ def _contents(name: str, config: ProjectConfig) -> dict[str, str]:
 def _class_name(name: str, workload: str) -> str:
     """Return a project's name in CamelCase. Raises UsageError if the name cannot be used with this workload."""
     if not re.fullmatch(r"[A-Za-z]([_-]?[A-Za-z0-9])*", name):
-        raise UsageError(f"{name} is no name of a project; use ASCII letters, digits, _ and -, and begin with a letter")
+        raise UsageError(
+            f"{name} is not a valid project name; use ASCII letters, digits, _ and -, and begin with a letter"
+        )
     module = name.replace("-", "_")
     class_name = "".join(word[0].upper() + word[1:] for word in module.split("_"))
     if module in ("workload", "tests") or _is_known(module) or _is_installed(name):

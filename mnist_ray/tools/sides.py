@@ -99,7 +99,7 @@ class Side:
 
     def values(self, figure: str) -> list[float]:
         """Return a figure of each member; NaN if it is unknown. Seconds are those until the test."""
-        results = [{**member.result, SECONDS: member.result[SECONDS].get("total")} for member in self.members]
+        results = [{**member.result, SECONDS: _seconds(member.result)} for member in self.members]
         return [number_of(result.get(figure)) for result in results]
 
     def by_example(self, values: Callable[[Member], np.ndarray]) -> np.ndarray:
@@ -127,6 +127,10 @@ def differences(first: Side, second: Side) -> dict[str, Difference]:
         "code": first_of(_differing(*codes)) if all(any(code.values()) for code in codes) else None,
         "versions": pairs_differ(versions[0], versions[1], words=words) if all(versions) else None,
     }
+
+
+def _seconds(result: Mapping[str, Any]) -> Any:
+    return None if result.get("is_resumed") else result[SECONDS].get("total")  # since the last start only
 
 
 def _settings(side: Side) -> dict[str, Any]:

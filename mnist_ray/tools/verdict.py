@@ -80,7 +80,7 @@ def _sentence(gain: Gain, letters: tuple[str, str], changed: tuple[int, int] | N
     numbers = (abs(gain.value), *sorted((sign * gain.low, sign * gain.high)))
     size, low, high = (formatted(value, ".2f" if changed else "number") for value in numbers)
     words = ("better than", "worse than") if gain.is_sure else ("ahead of", "behind")
-    said = "" if gain.is_sure else "no difference is shown: "
+    said = "" if gain.is_sure else "no significant difference: "
     said += f"{letters[1]} is {words[sign < 0]} {letters[0]} by {size} {'points' if changed else 'in loss'}"
     said += f" (95 %: {low} to {high})"
     if changed:

@@ -90,7 +90,7 @@ def _reliability(columns: Mapping[str, np.ndarray]) -> Picture:
     caption += f"the more predictions. Expected calibration error: {error:.2%}."
     said = "; ".join(f"{100 * part.confidence:.0f}% sure: {part.accuracy:.0%} right" for part in bins)
     alt = f"Predictions that are {said}"
-    return Picture("reliability", "How sure, and how often right", alt, png_of(figure), caption)
+    return Picture("reliability", "Calibration", alt, png_of(figure), caption)
 
 
 def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:

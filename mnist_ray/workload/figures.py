@@ -52,7 +52,7 @@ def formatted(value: float, form: str, places: int = 2) -> str:
         return f"{value:.{places}%}"
     if form != "number":
         return format(value, form)
-    if 0 < abs(value) < 1e-3:
+    if 0 < abs(value) < 1e-3 or abs(value) >= 1e9:
         return f"{value:.2e}"
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
 

@@ -42,6 +42,26 @@ def test_a_run_stops_early(quick: Flags, tmp_path: Path, capsys: pytest.CaptureF
     assert "<td>early_stopping_patience</td><td>1 (default: None)</td>" in page
 
 
+class Lost(Regression):
+    """Its validation has a NaN."""
+
+    def load_data(self) -> Data:
+        zeros = Arrays(np.zeros((40, 1), np.float32), np.zeros(40))
+        return Data(zeros, zeros, validation=Arrays(zeros.inputs, np.full(40, np.nan)))
+
+    def create_model(self) -> nn.Module:
+        return nn.Linear(1, 1, bias=False)
+
+
+def test_a_run_whose_validations_are_nan_tests_the_first_checkpoint_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(Lost, num_workers=0, num_epochs=2, storage_path=tmp_path)
+    said = capsys.readouterr().out
+    assert "note       rmse is NaN, so the checkpoint of epoch 2 counts as the worst" in said
+    assert "testing    the checkpoint of epoch 1, the first: rmse is NaN in each validation" in said
+
+
 COUNTS = """
 import torch
 from mnist_ray.training.callback import Callback

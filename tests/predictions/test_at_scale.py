@@ -36,6 +36,7 @@ def scans(tmp_path: Path, mnist_test: Arrays, monkeypatch: pytest.MonkeyPatch) -
     (folder / "more").mkdir(parents=True)
     for index in range(23):
         Image.fromarray(mnist_test.inputs[index]).save((folder / "more" if index > 20 else folder) / f"{index:02}.png")
+    (folder / "20.png").rename(folder / "20.Png")
     (folder / "damaged.png").write_bytes((folder / "00.png").read_bytes()[:60])
     return folder
 
@@ -96,7 +97,7 @@ def test_a_folder_is_predicted_on_ray_with_the_bits_of_single_files_and_goes_on_
         (single,) = mnist_ray.predict(scans / file, finished_run)
         assert (prediction, float(probability)) == single.top[0]
         assert predictor.predict([predictor.decode(scans / file)])[0].top == single.top
-    assert [*rows.file] == [*(f"{index:02}.png" for index in range(21)), "more/21.png", "more/22.png"]
+    assert [*rows.file] == [*(f"{n:02}.png" for n in range(20)), "20.Png", "more/21.png", "more/22.png"]
     assert unreadable(output).keys() == {"damaged.png"}
     assert "pictures in 3 parts\n" in said
     assert re.search(r"^predicted +23 images, 1 unreadable$", said, re.MULTILINE)

@@ -101,7 +101,7 @@ def test_one_run_a_side_is_decided_by_mcnemars_exact_test(tmp_path: Path) -> Non
     assert sorted(verdict.won) == [*range(26)]
     unknown = "the spread between seeds of A and B is unknown: train with --num-seeds 6"
     assert lines[0] == ("differs", "settings: learning_rate none in A, 0.1 in B")
-    assert lines[-2:] == [("verdict", said), ("by", f"McNemar's exact test, p = 0.00019; {unknown}")]
+    assert lines[-2:] == [("verdict", said), ("method", f"McNemar's exact test, p = 0.00019; {unknown}")]
     assert "B  second  1 seed   0.1475     97.50%         100             2.0" in str(comparison)
 
 
@@ -116,12 +116,20 @@ def test_a_commit_that_one_side_does_not_know_is_no_difference(tmp_path: Path) -
     assert not [line for line in compare(first, submitted).lines[0] if line[0] == "differs"]
 
 
+def test_the_seconds_of_a_resumed_run_are_unknown(tmp_path: Path) -> None:
+    first, second = (write_run(tmp_path / name, classes([1])) for name in ("a", "b"))
+    result = json.loads((second / "result.json").read_text())
+    (second / "result.json").write_text(json.dumps({**result, "is_resumed": True}))
+    table = str(compare(first, second)).splitlines()
+    assert [line.split()[-1] for line in table if line.startswith(("A  ", "B  "))] == ["2.0", "-"]
+
+
 def test_a_worse_run_is_called_worse_and_a_small_difference_is_not_shown(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(wrong), classes(range(wrong))) for wrong in (10, 40, 42)]
     worse, none = (compare(*pair).verdicts[0].sentence for pair in (runs[:2], runs[1:]))
     assert worse.startswith("B is worse than A by 7.50 points (95 %: ")
     assert worse.endswith("; 30 examples changed: 0 won, 30 lost")
-    assert none.startswith("no difference is shown: B is behind A by 0.50 points (95 %: -")
+    assert none.startswith("no significant difference: B is behind A by 0.50 points (95 %: -")
 
 
 def test_the_spread_between_seeds_decides_if_both_sides_have_several(tmp_path: Path) -> None:
@@ -248,7 +256,7 @@ def test_a_page_has_rows_if_the_workload_cannot_be_loaded(tmp_path: Path) -> Non
     compare(*runs, output=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "examples are rows, not images: " in page
-    assert "Lost by B to A: 30" in page
+    assert "Worse in B than in A: 30" in page
     assert f"<td>10</td><td>{LABELS[10]}</td><td>{LABELS[10]}</td><td>{(LABELS[10] + 1) % 3}</td>" in page
 
 
