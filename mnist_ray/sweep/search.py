@@ -117,8 +117,10 @@ def _write_best(session: Session, sweep: Sweep, table: TrialTable) -> Job:
     run.write_bytes(SWEEP_PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
     console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {SWEEP_PICTURE_FILE}")
     console.say("best", f"{monitor.format(chosen.val_monitor)} validation {monitor.name}, {chosen.seeds_text}")
-    if monitor.is_fraction and (error := error_of_fraction(chosen.val_monitor, sweep.num_validation)) > _LARGE_ERROR:
-        few = count(sweep.num_validation, sweep.job.workload.noun)
+    number = sweep.num_validation
+    fraction = (chosen.val_monitor * number + 1) / (number + 2)  # else 100 % of few would have no error
+    if monitor.is_fraction and (error := error_of_fraction(fraction, number)) > _LARGE_ERROR:
+        few = count(number, sweep.job.workload.noun)
         console.say(
             "note", f"on {few} of validation, configurations that differ by less than {error:.0%} may be as good"
         )

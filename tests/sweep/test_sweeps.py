@@ -425,6 +425,32 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
         with_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 
 
+EASY = """
+import numpy as np
+from torch import nn
+from mnist_ray.workload import Arrays, Classification, Data
+
+class Easy(Classification):
+    def load_data(self):
+        targets = np.arange(40) % 2
+        some = Arrays(np.float32(2 * targets[:, None] - 1), targets)
+        return Data(some, some)
+
+    def create_model(self):
+        return nn.Linear(1, 2)
+"""
+
+
+def test_few_examples_decide_little_even_if_all_are_right(
+    trained: Mock, write: Callable[..., Path], tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = {"sweep": ["learning_rate=0.5,1"], "batch_size": 4, "num_epochs": 2, "num_confirmed": 0}
+    tune({"workload": str(write(EASY)), "storage_path": str(tmp_path / "runs"), "validation_size": 8, **quick})
+    said = capsys.readouterr().out
+    assert "100.00% validation accuracy" in said
+    assert "on 8 examples of validation, configurations that differ by less than 11% may be as good" in said
+
+
 class Rigid(Noisy):
     def create_optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), 0.01)
