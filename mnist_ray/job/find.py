@@ -19,7 +19,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.settings import build, check_known, declared
-from mnist_ray.storage import RESULT_FILE, RunFolder, in_one_line, with_retries
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, in_one_line, with_retries
 from mnist_ray.training.evaluation import precision_of
 from mnist_ray.training.frozen import left_out_of
 from mnist_ray.workload import loading, user_code
@@ -118,6 +118,8 @@ def _checkpoint_of(run: RunFolder) -> RunFolder:
             raise UsageError(f"run {run.uri} no longer has {chosen.name}; name one of its other checkpoints")
         return chosen
     if not run.checkpoint_names():
+        if run.exists(CONFIG_FILE):
+            raise UsageError(f"run {run.uri} has no checkpoint yet")
         raise UsageError(f"{run.uri} is neither a checkpoint nor a run with a checkpoint")
     return best_of(run).checkpoint
 

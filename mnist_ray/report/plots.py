@@ -111,6 +111,7 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
     low, high = min(drawn, default=1.0), max(drawn, default=1.0)
     if low <= _LINEAR_ABOVE if metric.is_fraction else metric.name == "loss" and low > 0:
         axes.set_yscale("log")
+        axes.set_ylabel(f"{axes.get_ylabel()}, log scale")
         label_log_axis(axes.yaxis, low, high)
     if metric.is_fraction:
         axes.invert_yaxis()

@@ -134,7 +134,7 @@ class SweepConsole(RunConsole):
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
         elif ended is not None and not (self._has_rungs and ended.state == STOPPED):  # it had a line as "waiting"
-            *_, epochs, monitor, _, state = self._row(table, ended, find_best(table))
+            *_, epochs, monitor, _, state = self._row(table, ended, None)  # the summary names the best
             tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}: {table.workload.monitor.name}"
             line = f"{tried} {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
             self.say(f"trial {ended.trial}", line)
@@ -171,8 +171,8 @@ class SweepConsole(RunConsole):
         )
 
     def _summary(self, table: TrialTable) -> str:
-        done, stopped, failed = table.count(DONE), table.count(STOPPED), table.count(FAILED, LOST)
-        text = f"{done} done, {stopped} stopped early, {failed} failed"
+        counts = {"done": table.count(DONE), STOPPED: table.count(STOPPED), "failed": table.count(FAILED, LOST)}
+        text = ", ".join(f"{number} {state}" for state, number in counts.items() if number or state == "done")
         if best := find_best(table):
             text += f"; best {table.workload.monitor.format(best.val_monitor)} ({best.seeds_text})"
         return text

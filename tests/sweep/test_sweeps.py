@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep import search
 from mnist_ray.sweep.trial import TrialSpec, run_trial
-from mnist_ray.sweep.trials import Sweep
-from mnist_ray.sweep.tune import check_sweep, read_sweep, say_sweep
+from mnist_ray.sweep.trials import Sweep, TrialRecord, TrialTable
+from mnist_ray.sweep.tune import SweepConsole, check_sweep, read_sweep, say_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
 from tests.conftest import ROOT, as_flags, callback_at, folder_at, mnist, run_main, write_data_set
@@ -158,7 +159,7 @@ def test_a_confirmed_sweep_keeps_the_checkpoint_of_its_choice_and_the_reason_of_
     tune({**where, **rates(1e20, 3e-3, 2e-5), "num_epochs": 1, "num_confirmed": 2})
     said = capsys.readouterr().out
     failed, *done = rows(tmp_path / "run")
-    assert said.count(" done, 0 stopped early, 1 failed") == len(done) + 1
+    assert said.count(" done, 1 failed") == len(done) + 1
     assert failed["state"] == "failed"
     assert "loss or weights are not finite at step 2 of epoch 1" in failed["reason"]
     assert {row["state"] for row in done} == {"done"}
@@ -342,8 +343,17 @@ def test_storage_that_fails_while_a_trial_ends_is_one_line_and_the_sweep_goes_on
     assert [row["state"] for row in rows(tmp_path / "run")] == ["done"] * 2
 
 
-def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
-    tune({**where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 6.0})
+def test_a_time_budget_stops_trials(
+    trained: Mock, where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed_s = [0]
+    monkeypatch.setattr("ray.tune.stopper.timeout.time", Mock(time=lambda: time.time() + passed_s[0]))
+
+    def let_time_pass(console: SweepConsole, table: TrialTable, ended: TrialRecord | None = None) -> None:
+        passed_s[0] = 3600 * any(record.epochs for record in table.by_point.values())
+
+    monkeypatch.setattr(SweepConsole, "show_table", let_time_pass)
+    tune({**where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 3000.0})
     trials = rows(tmp_path / "run")
     assert 0 < max(float(row["epochs"]) for row in trials) < 1_000_000
     assert {row["state"] for row in trials} == {"stopped early"}
