@@ -58,7 +58,7 @@ STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
 FORMAT = 2
 _FILE_NAME = re.compile(r"[\w-]+\.(safetensors|pt|json)", re.ASCII)
-_RESTORE = "restore the code and the settings; the run's workload.py is a copy"
+_RESTORE = "restore the code and the settings (the run's workload.py is a copy of the code)"
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "ends")
 """Fields of a TrainingState, stored unchanged."""
 

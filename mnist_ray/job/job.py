@@ -307,7 +307,7 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     if train.fold is not None and train.fold > (train.folds or 0):
         raise UsageError(f"--fold {train.fold} needs at least as many --folds")
     if train.fold is not None and train.num_seeds > 1:
-        raise UsageError("--num-seeds divides the folds by each seed: leave --fold out, and compare the means over all")
+        raise UsageError("--fold: each seed of --num-seeds divides the folds anew; leave one of the two out")
     if train.folds is not None and train.overfit_batches is not None:
         raise UsageError("--overfit-batches tests on the training examples; leave --folds out")
     if train.lr_schedule == "one-cycle" and train.warmup_steps:

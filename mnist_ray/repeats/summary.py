@@ -51,6 +51,7 @@ def write(session: Session, test: Split) -> None:
         "members": [f"{MEMBERS_FOLDER}/{name}" for name in results],
         "checkpoint": f"{MEMBERS_FOLDER}/{kept.name}/{results[kept.name]['checkpoint']}",
         "seconds": session.clock.seconds(),
+        "is_resumed": job.is_resumed,
         **origin(),
     }
     run.write_text(RESULT_FILE, json_lines(finite(result)))
