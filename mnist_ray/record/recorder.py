@@ -172,7 +172,10 @@ class Recorder:
         if isinstance(event, Started):
             worker = f"{event.device} with {count(event.threads, 'thread')}, {event.precision}"
             place = f"{event.processor} on {', '.join(dict.fromkeys(event.hosts))}"
-            self._origin["workers"] = f"{event.num_workers} × {worker} ({place})"
+            before = self._origin.get("precision", event.precision)
+            if event.total_step and before != event.precision:
+                self._warn(f"the run has trained in {before}, and continues in {event.precision} (--precision auto)")
+            self._origin |= {"workers": f"{event.num_workers} × {worker} ({place})", "precision": event.precision}
             self._job.run.write_text(ORIGIN_FILE, json_lines(self._origin))
         self._clock.note(event)
         self._history.add(event)

@@ -99,6 +99,19 @@ def test_a_resumed_run_keeps_the_choice_of_one_thread(
     assert notes == 2
 
 
+def test_a_run_that_resumes_in_another_precision_says_so(
+    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = callback_at(tmp_path / "fails.py", "on_step(self, state)", "1 / (state.total_step - 50)")
+    monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: True)
+    with pytest.raises(ZeroDivisionError):
+        train(None, **{**here, "precision": "auto"}, callback=str(callback))
+    callback_at(callback, "on_step(self, state)", "...")
+    monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: False)
+    train(None, run_name="run", storage_path=str(tmp_path), callback=str(callback), resume=True)
+    assert "the run has trained in bf16, and continues in fp32 (--precision auto)" in capsys.readouterr().out
+
+
 def test_interrupted_in_the_last_step_it_ends_as_interrupted(here: dict[str, Any], tmp_path: Path) -> None:
     interrupt = "if state.total_step == 96: os.kill(os.getpid(), signal.SIGINT)"
     callback = callback_at(tmp_path / "interrupts.py", "on_step(self, state)", interrupt)
