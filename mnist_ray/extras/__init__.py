@@ -114,6 +114,13 @@ EXTRAS = {
         ),
         is_of_train=True,
     ),
+    "groups": Extra(
+        "sweeps that lose no CPUs",
+        "a sweep may lose count of CPUs",
+        "2.51",
+        ("ray.air.execution.resources.placement_group:PlacementGroupResourceManager",),
+        is_of_train=True,
+    ),
     "preemption": Extra(
         "news of workers that leave a node",
         "no line reports that workers are replaced because their node is preempted",

@@ -17,6 +17,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from mnist_ray import extras
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
 from mnist_ray.cluster.waiting import Waiting
@@ -106,8 +107,13 @@ def _run_segments(
             verbose=0,
         ),
     )
+    safely: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if extras.is_on("groups", plain=watcher.sweep.job.workers.plain_ray):
+        from mnist_ray.extras import groups
+
+        safely = groups.cancelled_once_created()
     try:
-        with in_one_line("the storage has failed"):
+        with in_one_line("the storage has failed"), safely:
             tuner.fit()
     except tune.TuneError as error:  # the text is a traceback
         known = watcher.failure or error.__context__
