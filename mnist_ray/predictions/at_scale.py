@@ -293,17 +293,22 @@ def predicted(predictor: Predictor, chunk: Chunk) -> tuple[Any, dict[str, np.nda
         wrong |= failed
         rows = [row for row in rows if row not in failed]
         columns = predictor.columns(chunk.inputs[row] for row in rows)
-    is_number = np.ones(len(rows), bool)
-    for name in {"prediction", "probabilities"} & columns.keys():
-        if columns[name].dtype.kind == "f":
-            is_number &= np.isfinite(columns[name]).all(axis=tuple(range(1, columns[name].ndim)))
-    if not is_number.all():
+    if not (is_number := _are_numbers(columns)).all():
         wrong |= {rows[index]: "the prediction is not a finite number" for index in np.flatnonzero(~is_number)}
         rows = [row for row in rows if row not in wrong]
         columns = {name: values[is_number] for name, values in columns.items()}
     if isinstance(chunk.rows, pa.Table):
         return chunk.rows.take(pa.array(rows, pa.int64())), columns, wrong
     return [chunk.rows[row] for row in rows], columns, wrong
+
+
+def _are_numbers(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return whether each prediction, and all of its probabilities, are finite, (N,); texts are, too."""
+    is_number = np.ones(len(columns["prediction"]), bool)
+    for values in (columns["prediction"], columns.get("probabilities", is_number)):
+        if values.dtype.kind == "f":
+            is_number &= np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    return is_number
 
 
 @contextlib.contextmanager
