@@ -8,9 +8,11 @@ import json
 import os
 import posixpath
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -316,6 +318,11 @@ def split_query(path: str) -> tuple[str, str]:
     """Split a URI before its ``?``, where the file system's options begin. A file's name comes before the options."""
     base, mark, query = path.partition("?") if "://" in path else (path, "", "")
     return base, mark + query
+
+
+def new_name(start: str) -> str:
+    """Return a new run's name: ``start``, the time, and 32 random bits, since many jobs may start in one second."""
+    return f"{start}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(4)}"
 
 
 def checkpoint_name(epoch: int, step: int) -> str:

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pyarrow import fs
 from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import find_run, untrusted_folders
-from mnist_ray.storage import RunFolder, checkpoint_name, locate, position_of
+from mnist_ray.storage import RunFolder, checkpoint_name, locate, new_name, position_of
 from mnist_ray.text import redact
 from tests.conftest import close
 
@@ -171,6 +172,12 @@ def test_a_full_storage_is_not_retried_and_may_lack_inodes(run: RunFolder, monke
     monkeypatch.setattr(RunFolder, "_write", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(JobError, match=r"^cannot write .*\.csv: No space left on device, or no inodes \(df -i\)$"):
         run.write_text("steps.csv", "")
+
+
+def test_a_new_runs_name_has_the_time_and_32_random_bits() -> None:
+    first, second = new_name("train"), new_name("train")
+    assert first != second
+    assert re.fullmatch(r"train_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[0-9a-f]{8}", first)
 
 
 def test_checkpoints_are_folders_with_epoch_and_step_sorted_by_them(run: RunFolder, tmp_path: Path) -> None:

@@ -6,11 +6,9 @@ import dataclasses
 import math
 import os
 import pkgutil
-import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +141,7 @@ def _choose_run(kind: str, early: Given) -> tuple[RunFolder, dict[str, Given]]:
     output, file = settings.build(OutputConfig, early), _FILES[kind]
     if output.resume != "no" and output.run_name is None:
         raise UsageError("--resume needs --run-name NAME")
-    new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # unique even within a second
-    run = storage.locate(output.storage_path, output.run_name or new_name)
+    run = storage.locate(output.storage_path, output.run_name or storage.new_name(kind))
     if output.resume == "no":
         return run, {}
     with storage.in_one_line(f"cannot read {run.uri}"):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,6 +28,7 @@ from mnist_ray.storage import (
     RESULT_FILE,
     SWEEP_FILE,
     RunFolder,
+    new_name,
     write_file,
 )
 from mnist_ray.text import command, count
@@ -127,7 +126,7 @@ def _settings(
     given: dict[str, Any] = {
         "config": file,
         "workload": workload.source.reference,
-        "run_name": f"{name}_again_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}",
+        "run_name": new_name(f"{name}_again"),
         "storage_path": storage_path,
     }
     saved, threads = settings_of(run), re.search(r"cpu with (\d{1,9}) thread", str(result.get("workers")))
