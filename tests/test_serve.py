@@ -24,7 +24,7 @@ import mnist_ray
 from mnist_ray.data.data import Arrays
 from tests.conftest import ROOT, as_flags, run_main
 
-pytestmark = pytest.mark.long  # Ray Serve starts processes of its own; CI runs this file, too
+pytestmark = pytest.mark.clusters
 
 example: Any = importlib.import_module("examples.serve")
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.ray_fork.conftest import ENVIRONMENT, ROOT, end, has_ended, wait_for
 
+pytestmark = pytest.mark.clusters
+
 HEAD = """\
 import ray, sys
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
