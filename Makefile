@@ -30,7 +30,7 @@ test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
 
 test-clusters: $(VENV)/installed-dev  ## run the tests that start a Ray of their own
-	$(BIN)/python -m pytest -m 'clusters and not long' --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
+	$(BIN)/python -m pytest -m 'clusters and not long and not browser' --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
 
 test-long: $(VENV)/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m 'long and not browser' $(ARGS)

@@ -229,8 +229,8 @@ def test_checkpoints_are_saved_at_good_moments_and_change_no_weight(few_images: 
 
 
 def test_without_a_good_moment_a_checkpoint_is_saved_every_thousand_steps(few_images: Arrays) -> None:
-    few = Arrays(few_images.inputs[:50], few_images.targets[:50])
-    config, pace = replace(CONFIG, num_steps=1100, validate_every=1100, num_epochs=1), Pace(Moments())
+    few = Arrays(few_images.inputs[:10], few_images.targets[:10])
+    config, pace = replace(CONFIG, batch_size=1, num_steps=1100, validate_every=1100, num_epochs=1), Pace(Moments())
     _, saves = weights_and_saves(few, config, pace)
     assert saves == [1000, 1100]
 
