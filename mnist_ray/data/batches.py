@@ -43,6 +43,7 @@ class MicroBatch(NamedTuple):
 
     inputs: Any  # in the form of the workload's data, (examples, ...), or as its ``collate`` returns them
     targets: Any  # likewise
+    num_examples: int  # in this micro-batch; a filler has one
     global_size: int  # number of examples in the whole batch, over all ranks
     ends_step: bool = True  # whether this is the rank's last micro-batch of the step
     is_filler: bool = False  # the rank has no examples of this batch; this one's loss does not count
@@ -50,7 +51,8 @@ class MicroBatch(NamedTuple):
 
 
 def _loaded(request: Request, inputs: Any, targets: Any) -> MicroBatch:
-    return MicroBatch(inputs, targets, request.global_size, request.ends_step, request.is_filler)
+    number = len(request.indices)
+    return MicroBatch(inputs, targets, number, request.global_size, request.ends_step, request.is_filler)
 
 
 class ArrayBatches(Dataset):

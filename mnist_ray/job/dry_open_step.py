@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
-from mnist_ray.data.tensors import as_fp32, autocast, detached
+from mnist_ray.data.tensors import as_fp32, autocast
 from mnist_ray.errors import UsageError
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.training.callback import Callback
@@ -35,10 +35,8 @@ def check_callbacks(workload: Workload) -> None:
         check_members(type(callback), Callback)
 
 
-def check_augment(workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig) -> None:
-    """Compute the loss to minimize after the workload's ``augment``, if it has one. Raises UsageError."""
-    if type(workload).augment is Workload.augment:
-        return
+def loss_of_augmented(workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig) -> Tensor:
+    """Return the loss to minimize after the workload's ``augment``, (N,). Raises UsageError."""
     generator, name = torch.default_generator, type(workload).__name__
     with placed(workload, "augment"):
         changed = prepared(workload, batch, generator)
@@ -47,10 +45,11 @@ def check_augment(workload: Workload, model: nn.Module, batch: MicroBatch, confi
     inputs, targets = changed
     with placed(workload, "the loss of what augment returns"):
         with autocast(model, resolve_precision(config.precision, Group())):
-            outputs = detached(as_fp32(model(inputs)))
+            outputs = as_fp32(model(inputs))
         minimized = workload.training_loss(outputs, targets, config)
         losses = workload.loss(outputs, targets) if minimized is None else minimized
-    check_numbers(f"{name}: the loss of what augment returns", losses, batch.global_size)
+    check_numbers(f"{name}: the loss of what augment returns", losses, batch.num_examples)
+    return losses
 
 
 def check_created(created: object, name: str) -> None:

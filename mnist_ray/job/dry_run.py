@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -27,7 +28,13 @@ from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import detached
 from mnist_ray.errors import UsageError, with_place
-from mnist_ray.job.dry_open_step import check_augment, check_callbacks, check_created, check_parts, check_schedule
+from mnist_ray.job.dry_open_step import (
+    check_callbacks,
+    check_created,
+    check_parts,
+    check_schedule,
+    loss_of_augmented,
+)
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
@@ -142,12 +149,17 @@ def check_batch(
         flag = "--reproducible" if config.reproducible else "--micro-batch-size"
         raise UsageError(f"{flag} cuts batches into parts, but {name}'s loss compares the examples of a batch")
     generator = torch.default_generator.manual_seed(config.seed)
+    before = {key: value.detach().clone() for key, value in model.named_parameters() if config.reproducible}
     with sharding.units_checked(workload, model, config, num_workers), _forward_placed(workload, model, batch):
         outputs, targets = forward(workload, model.train(), batch, precision, generator)
+    for key, value in before.items():
+        if not torch.equal(value, model.get_parameter(key)):
+            found = f"{name}: the forward pass changes the parameter {key}, once per chunk with --reproducible"
+            raise UsageError(f"{found}; make it a buffer, or change it in a callback")
+    _check_containers(name, outputs, of_all_ranks=workload.compares_examples)
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, targets)
-    idle = _check_losses(workload, model, outputs, targets, number, config)
-    check_augment(workload, model, batch, config)
+    idle = _check_losses(workload, model, batch, outputs, targets, config)
     model.eval()
     if config.evaluation_precision == "training":  # the checks below compare outputs, so they need fp32
         with _forward_placed(workload, model, batch), torch.no_grad():
@@ -171,7 +183,7 @@ def check_batch(
         for few in () if workload.compares_examples else fewer:
             _check_independence(workload, model, evaluated, own_targets, few, config)
         if workload.compares_examples:
-            _check_rows(name, evaluated, forward(workload, model, fewer[0])[0])
+            _check_rows(name, evaluated, number, forward(workload, model, fewer[0])[0], fewer[0].num_examples)
         _check_reloaded(workload, model, batch, evaluated, own_targets, config)
     unused = _check_optimizer(workload, model, batch, config, config.total_steps(num_examples))
     return idle | (unused or config.unused) if idle else unused
@@ -252,13 +264,26 @@ def _check_model(name: str, model: object) -> None:
             found = f"{name}: the model's state_dict holds {key}, of type {type(value).__name__}"
             raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
     check_held(model.state_dict())
+    if odd := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
+        raise UsageError(
+            f"{name}: the parameter {odd[0]} is not finite at the start; if it is a mask, make it a buffer"
+        )
+
+
+def _check_containers(name: str, outputs: Any, *, of_all_ranks: bool) -> None:
+    """Raise UsageError if a model returns tensors in an object into which neither this package nor PyTorch looks."""
+    for leaf in pytree.tree_leaves(outputs):
+        is_seen = isinstance(leaf, Tensor) or (is_dataclass(leaf) and not of_all_ranks)
+        if not is_seen and any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
+            found = f"{name}: the model returns tensors in a {type(leaf).__name__}, where they are not found"
+            raise UsageError(f"{found}; return tensors, or dicts, lists and tuples of them")
 
 
 def _check_losses(
-    workload: Workload, model: nn.Module, outputs: Any, targets: Any, number: int, config: TrainConfig
+    workload: Workload, model: nn.Module, batch: MicroBatch, outputs: Any, targets: Any, config: TrainConfig
 ) -> set[str]:
-    """Try the losses of ``number`` examples; return the settings that the workload's own losses do not use."""
-    name = type(workload).__name__
+    """Try the losses of a batch; return the settings that the workload's own losses do not use."""
+    name, number = type(workload).__name__, batch.num_examples
     with placed(workload, "loss"):
         losses = workload.loss(outputs, targets)
     check_numbers(f"{name}.loss", losses, number, '; use reduction="none", average other dimensions')
@@ -272,16 +297,22 @@ def _check_losses(
             remedy = "return super().loss(outputs, targets) * self.weights(targets)"
             raise UsageError(f"{name} has weights, so it needs a loss of its own that multiplies by them: {remedy}")
     recorded, used = _recorded(config)
-    with placed(workload, "training_loss"):
-        minimized = workload.training_loss(outputs, targets, recorded)
-    if minimized is not None:
-        check_numbers(f"{name}.training_loss", minimized, number)
+    minimized: Tensor | None
+    if _augments(workload):
+        minimized = loss_of_augmented(workload, model, batch, recorded)
+    else:
+        with placed(workload, "training_loss"):
+            minimized = workload.training_loss(outputs, targets, recorded)
+        if minimized is not None:
+            check_numbers(f"{name}.training_loss", minimized, number)
     if not losses.isfinite().all():
         raise UsageError(f"{name}.loss is not finite on the first {number} examples with the initial weights")
     losses = losses if minimized is None else minimized
     if not losses.requires_grad:
         raise UsageError(f"{name}.loss does not depend on the model's parameters: nothing would be learned")
     losses.sum().backward()  # type: ignore[no-untyped-call]
+    if sparse := [key for key, value in model.named_parameters() if value.grad is not None and value.grad.is_sparse]:
+        raise UsageError(f"{name}: the gradient of {sparse[0]} is sparse; create its layer without sparse=True")
     idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     has_parts = type(workload).losses is not Workload.losses  # each optimizer has losses of its own
     if idle and not workload.has_unused_parameters and not has_parts:
@@ -289,6 +320,10 @@ def _check_losses(
         remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
         raise UsageError(f"{name}: {found} not part of the loss; {remedy}")
     return {"label_smoothing"} - used
+
+
+def _augments(workload: Workload) -> bool:
+    return type(workload).augment is not Workload.augment
 
 
 def _check_independence(
@@ -301,7 +336,8 @@ def _check_independence(
     are_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-5)
 
     def losses(outputs: Any, targets: Any) -> Tensor:
-        minimized, reported = workload.training_loss(outputs, targets, config), workload.loss(outputs, targets)
+        reported = workload.loss(outputs, targets)
+        minimized = None if _augments(workload) else workload.training_loss(outputs, targets, config)
         return torch.stack([reported, reported if minimized is None else minimized], 1)
 
     def alone() -> Tensor:
@@ -316,12 +352,21 @@ def _check_independence(
             )
 
 
-def _check_rows(name: str, outputs: Any, of_fewer: Any) -> None:
-    """Raise UsageError if an output has as many rows, whatever the batch: a slice could have that number, too."""
+def _check_rows(name: str, outputs: Any, number: int, of_fewer: Any, fewer: int) -> None:
+    """Raise UsageError unless each output has a row per example, or is the same for any batch, like a temperature.
+
+    One that always has as many rows is no temperature: a slice could have that number of examples, too.
+    """
     for leaf, few in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(of_fewer), strict=False):
-        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(few) > 1:
+        if not isinstance(leaf, Tensor):
+            continue
+        is_same = leaf.shape == few.shape and torch.equal(leaf, few)
+        if is_same and leaf.dim() and len(leaf) > 1:
             found = f"{name}: the model returns a tensor of {len(leaf)} rows for each batch, as if they were examples"
             raise UsageError(f"{found}; with compares_examples, return it as (1, …)")
+        if not is_same and (leaf.shape[:1], few.shape) != ((number,), (fewer, *leaf.shape[1:])):
+            found = f"{name}: an output is {tuple(leaf.shape)} for {number} examples and {tuple(few.shape)} for {fewer}"
+            raise UsageError(f"{found}; with compares_examples, return a row per example, such as its views (N, 2, …)")
 
 
 def _check_reloaded(

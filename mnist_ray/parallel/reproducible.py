@@ -138,7 +138,7 @@ class Chunks:
         used = [True] * number
         if self._has_unused:
             vector, numbers = vector[:-number], vector[-number:]
-            used = (numbers > 0).tolist()
+            used = (numbers != 0).tolist()
         values = torch.split(vector, [tensor.numel() for tensor in tensors])
         shaped = [value.view_as(tensor) for value, tensor in zip(values, tensors, strict=True)]
         return shaped[:number], shaped[number:], used

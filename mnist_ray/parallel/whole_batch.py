@@ -25,9 +25,10 @@ class _Gathered(torch.autograd.Function):
         ctx.sizes, ctx.rank, ctx.shape = sizes, rank, own.shape
         padded = own.new_zeros(max(sizes), *own.shape[1:])
         padded[: sizes[rank]] = own[: sizes[rank]]
-        of_ranks = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(of_ranks, padded)
-        return torch.cat([rows[:size] for rows, size in zip(of_ranks, sizes, strict=True)])
+        data = padded.view(torch.uint8)  # as bytes: gloo does not know all types
+        of_ranks = [torch.empty_like(data) for _ in sizes]
+        dist.all_gather(of_ranks, data)
+        return torch.cat([rows.view(own.dtype)[:size] for rows, size in zip(of_ranks, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:

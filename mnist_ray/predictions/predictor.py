@@ -226,7 +226,7 @@ class Predictor:
                 )
                 at_the_end.callback(hook.remove)
             joined, targets = self._collated(batch)
-            loaded = to_device(MicroBatch(joined, targets, len(batch)), self.device)
+            loaded = to_device(MicroBatch(joined, targets, len(batch), len(batch)), self.device)
             outputs = forward(self.workload, self.model, loaded, self.precision)[0]
         if self.features is None:
             return outputs, None

@@ -17,7 +17,8 @@ class Callback(UserClass):
 
     Each worker creates an instance when it starts. State that a resumed run needs belongs in ``state_dict``. You may
     change ``state.model``, ``state.optimizer`` and ``state.scheduler``, alike on all ranks, and freeze or unfreeze
-    parameters in any method.
+    parameters in any method. An optimizer that needs a closure, or a schedule that looks at a metric, is there from the
+    start.
     """
 
     def on_start(self, state: TrainingState, group: Group) -> None:

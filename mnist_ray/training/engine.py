@@ -63,6 +63,9 @@ def create_state(
     total_steps = config.total_steps(num_examples)
     created = workload.create_optimizer(model, config)
     optimizer, scheduler = open_step.with_schedule(workload, created, config, total_steps)
+    if open_step.takes_closure(optimizer):
+        # LBFGS takes views of the gradients, whose layout is that of the weights.
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     scaler = GradScaler(group.device.type, enabled=config.precision == "fp16")
     return TrainingState(
         model,

@@ -28,7 +28,7 @@ from mnist_ray.training import open_step
 from mnist_ray.training.metrics import MINIMIZED, WEIGHT
 from mnist_ray.training.parts import Parts, add_over_ranks
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.step import forward, sums_of
+from mnist_ray.training.step import forward, summed, sums_of
 from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.workload import Workload
 
@@ -60,6 +60,8 @@ class Gradients:
         """Prepare to add up the gradients of the parameters that are trained now."""
         self._state.left_out.check_frozen(self._state.model)
         self._trained = self._are_trained()
+        if not any(self._trained):
+            raise TrainingStoppedError("all parameters are frozen; leave some trained, or end the training")
         state, config, group, has_unused = self._state, self._config, self._group, self._workload.has_unused_parameters
         self._chunks: Chunks | None = None
         if config.reproducible:
@@ -83,13 +85,15 @@ class Gradients:
         """Put the gradients into the model; return sums over this rank's slice: of the losses, measures and weights.
 
         Each is one number or, with ``--reproducible``, has one per chunk, 0 for chunks of other ranks. Raises
-        TrainingStoppedError, with ``--strategy fsdp``, if the set of trained parameters has changed.
+        TrainingStoppedError if all parameters are frozen or, with ``--strategy fsdp``, others than before.
         """
         if self._parts is None:
             self._follow_changes()
         elif self._state.left_out.names:
             self._state.left_out.check_frozen(self._state.model)
-        sums = self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
+        with self._parts.alone() if self._parts else contextlib.nullcontext():
+            chunks = self._chunks
+            sums = self._of_slice(micro_batches) if chunks is None else self._of_chunks(micro_batches, chunks)
         self.minimized = sums.pop(MINIMIZED, None)
         if self._ready_at is not None:
             self._state.watch.turn(WORKERS, self._ready_at)
@@ -235,11 +239,13 @@ def backward(
         outputs, targets, loss_sum, minimized = open_step.forward_open(workload, model, micro_batch, config, *own)
     else:
         outputs, targets = forward(workload, model, micro_batch, config.precision, generator)
-        loss_sum, minimized = workload.loss(outputs, targets).sum(), workload.training_loss(outputs, targets, config)
-        minimized = None if minimized is None else minimized.sum()
+        loss_sum = summed(workload, "loss", workload.loss(outputs, targets), micro_batch.num_examples)
+        minimized = workload.training_loss(outputs, targets, config)
+        if minimized is not None:
+            minimized = summed(workload, "training_loss", minimized, micro_batch.num_examples)
     loss = (loss_sum if minimized is None else minimized) * (0.0 if micro_batch.is_filler else factor)
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-    sums = sums_of(workload, outputs, targets, loss_sum)
+    sums = sums_of(workload, outputs, targets, loss_sum, micro_batch.num_examples)
     if minimized is not None:
         sums[MINIMIZED] = minimized.detach()
     return {name: torch.zeros_like(value) for name, value in sums.items()} if micro_batch.is_filler else sums

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils import _pytree as pytree
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
@@ -25,8 +24,9 @@ from mnist_ray.parallel.whole_batch import of_all_ranks
 from mnist_ray.training.evaluation import evaluating
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.training.parts import Parts, Schedules
-from mnist_ray.training.step import forward
+from mnist_ray.training.step import forward, summed
 from mnist_ray.workload import Workload
+from mnist_ray.workload.calls import check_numbers
 
 
 def with_schedule(
@@ -65,21 +65,25 @@ def forward_open(
         with evaluating(model):
             copied = map_tensors(torch.clone, batch)  # ``prepare`` may change it in place
             outputs, targets = forward(workload, model, copied, config.precision, generator)
-            loss_sum = workload.loss(outputs, targets).sum()
+            loss_sum = summed(workload, "loss", workload.loss(outputs, targets), batch.num_examples)
         inputs, targets = prepared(workload, batch, generator)
         with autocast(model, config.precision):
-            return outputs, batch.targets, loss_sum, workload.losses(model, inputs, targets, part).float().sum()
+            losses = workload.losses(model, inputs, targets, part)
+        return outputs, batch.targets, loss_sum, summed(workload, "losses", losses.float(), batch.num_examples)
     outputs, learned = _augmented(workload, model, batch, config, generator)
     seen, targets, own = outputs, batch.targets, slice(None)
     if workload.compares_examples and group.world_size > 1:
-        number = len(next(leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)))
-        together = of_all_ranks(outputs, (targets, learned), group, number, is_filler=batch.is_filler)
+        of_ranks = group, batch.num_examples
+        together = of_all_ranks(outputs, (targets, learned), *of_ranks, is_filler=batch.is_filler)
         seen, (targets, learned), own = together
     minimized = workload.training_loss(seen, learned, config)
     if minimized is None and learned is not targets:
         minimized = workload.loss(seen, learned)
-    loss_sum = workload.loss(seen, targets)[own].sum()
-    return outputs, batch.targets, loss_sum, None if minimized is None else minimized[own].sum()
+    losses = workload.loss(seen, targets)
+    number = batch.global_size if workload.compares_examples else batch.num_examples
+    for values in (losses, losses if minimized is None else minimized):
+        check_numbers(f"{type(workload).__name__}: the loss", values, number)
+    return outputs, batch.targets, losses[own].sum(), None if minimized is None else minimized[own].sum()
 
 
 def _augmented(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import TrainingStoppedError, UsageError
 
 
 class Parts(Optimizer):
@@ -21,10 +21,20 @@ class Parts(Optimizer):
     def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
         self.optimizers, self.part = dict(optimizers), ""
         self.defaults = {}
-        self.param_groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
         numbers = [id(parameter) for group in self.param_groups for parameter in group["params"]]
         if len(set(numbers)) < len(numbers):
             raise UsageError("create_optimizer: two optimizers have the same parameter; give each its own")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups of all optimizers."""
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise TrainingStoppedError: which optimizer should train it?"""
+        raise TrainingStoppedError(
+            "of several optimizers, add a parameter group to one: state.optimizer.optimizers[name]"
+        )
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -32,20 +42,24 @@ class Parts(Optimizer):
         return {key: value for optimizer in self.optimizers.values() for key, value in optimizer.state.items()}
 
     def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
-        """Let each optimizer step with the gradient of its losses; meanwhile, only its parameters require gradients."""
+        """Let each optimizer step with the gradient of its losses."""
         for part, optimizer in self.optimizers.items():
             self.part = part
-            with self._alone(optimizer):
-                closure()
-                optimizer.step()
+            closure()
+            optimizer.step()
 
     @contextlib.contextmanager
-    def _alone(self, optimizer: Optimizer) -> Iterator[None]:
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    def alone(self) -> Iterator[None]:
+        """Inside the block, which computes a gradient, only the parameters of the current part require one."""
+        groups = self.optimizers[self.part].param_groups
+        own = {id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad}
+        if not own:
+            found = f"all parameters of the optimizer {self.part} are frozen"
+            raise TrainingStoppedError(f"{found}; leave some trained, or set its learning rate to 0")
         every = [parameter for group in self.param_groups for parameter in group["params"]]
         trained = [parameter.requires_grad for parameter in every]
         for parameter in every:
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
+            parameter.requires_grad_(id(parameter) in own)
         try:
             yield
         finally:
@@ -73,7 +87,6 @@ class Parts(Optimizer):
             counted = [{**group, "params": [key - first for key in group["params"]]} for group in own]
             optimizer.load_state_dict({"state": state, "param_groups": counted})
             first += number
-        self.param_groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
 
 def names_of_rates(optimizer: Optimizer) -> list[str]:

@@ -13,6 +13,7 @@ from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.tensors import as_fp32, autocast, detached
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.workload import Classification, Regression, Workload
+from mnist_ray.workload.calls import check_numbers
 
 
 def forward(
@@ -31,15 +32,23 @@ def forward(
         return as_fp32(model(inputs)), batch.targets
 
 
-def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor) -> dict[str, Tensor]:
+def summed(workload: Workload, method: str, values: Tensor, number: int) -> Tensor:
+    """Return the sum of what a method returned. Raises UsageError unless it has a number for each of the examples."""
+    check_numbers(f"{type(workload).__name__}.{method}", values, number)
+    return values.sum()
+
+
+def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor, number: int) -> dict[str, Tensor]:
     """Return a batch's sums of the loss, of the workload's measures and of its example weights, on the device.
 
-    The sum of the example weights is NaN if one of them is negative.
+    The sum of the example weights is NaN if one of them is negative. Raises UsageError unless each of the ``number``
+    examples has its values.
     """
     measured, example_weights = workload.measure(detached(outputs), targets), workload.weights(targets)
     if example_weights is not None and type(workload).measure in (Classification.measure, Regression.measure):
         measured = {name: values * example_weights for name, values in measured.items()}  # these ignore weights
-    sums = {"loss": loss_sum.detach(), **{name: values.sum() for name, values in measured.items()}}
+    sums = {"loss": loss_sum.detach()}
+    sums |= {name: summed(workload, f"measure: {name}", values, number) for name, values in measured.items()}
     if example_weights is not None:
-        sums[WEIGHT] = torch.where(example_weights >= 0, example_weights, math.nan).sum()
+        sums[WEIGHT] = summed(workload, "weights", torch.where(example_weights >= 0, example_weights, math.nan), number)
     return sums

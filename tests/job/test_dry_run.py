@@ -26,6 +26,7 @@ RIGHT = """
 import math
 import numpy as np
 import torch
+from types import SimpleNamespace
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
@@ -56,6 +57,31 @@ class Pair(nn.Linear):
 
 class Prototypes(nn.Linear):
     def forward(self, inputs): return super().forward(inputs), self.weight
+
+class Formed(nn.Linear):
+    def __init__(self, form):
+        super().__init__(4, 10)
+        self.form = form
+    def forward(self, inputs): return self.form(super().forward(inputs))
+
+class Embedded(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 10)
+        self.table = nn.Embedding(4, 3, sparse=True)
+    def forward(self, inputs): return super().forward(self.table(inputs[:, 0].long()))
+
+class Masked(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 10)
+        self.mask = nn.Parameter(torch.full((3,), -torch.inf), requires_grad=False)
+
+class Teaching(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 10)
+        self.teacher = nn.Parameter(self.weight.detach() / 2, requires_grad=False)
+    def forward(self, inputs):
+        self.teacher.data.lerp_(self.weight.data, 0.1)
+        return super().forward(inputs)
 
 class Reporting(nn.Linear):
     def forward(self, inputs): raise ValueError(super().forward(inputs).dtype)
@@ -154,6 +180,11 @@ RARE = {
     "a loss of a batch": (
         "compares_examples = True\n    def loss(self, outputs, targets): return outputs.std(0).sum() + 0 * targets"
     ),
+    "targets of another kind for the loss to minimize": (
+        "def augment(self, inputs, targets, generator): return inputs, {'first': targets}\n"
+        "    def training_loss(self, outputs, targets, config): return super().loss(outputs, targets['first'])"
+    ),
+    "a teacher": "def create_model(self): return Teaching()",
     "noise": "def create_model(self): return Noisy(4, 10)",
     "no predictions": "def predictions(self, outputs, targets): return {}",
     "unsigned labels": (
@@ -407,6 +438,56 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
 )
 def test_a_workload_that_does_not_fit_is_refused_in_one_line(write: Write, body: str, expected: str) -> None:
     assert message_of(write, f"\n    {body}\n") == f"Wrong{expected}"
+
+
+@pytest.mark.parametrize(
+    ("form", "shapes"),
+    [
+        ("torch.cat([outputs, outputs])", "(32, 10) for 16 examples and (16, 10) for 8"),
+        ("outputs @ outputs.T", "(16, 16) for 16 examples and (8, 8) for 8"),
+        ("outputs[None]", "(1, 16, 10) for 16 examples and (1, 8, 10) for 8"),
+        ("outputs.sum()", "() for 16 examples and () for 8"),
+    ],
+)
+def test_outputs_that_ranks_cannot_join_are_refused_if_the_loss_compares_examples(
+    write: Write, form: str, shapes: str
+) -> None:
+    body = f"""
+    compares_examples = True
+    def create_model(self): return Formed(lambda outputs: {form})
+    def check_outputs(self, outputs, targets): ...
+    def predictions(self, outputs, targets): return {{}}
+    def measure(self, outputs, targets): return {{"accuracy": 0 * targets}}
+    def loss(self, outputs, targets): return outputs.sum() + 0 * targets
+"""
+    expected = f"an output is {shapes}; with compares_examples, return a row per example, such as its views (N, 2, …)"
+    assert message_of(write, body) == f"Wrong: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (
+            "Formed(lambda outputs: SimpleNamespace(logits=outputs))",
+            ": the model returns tensors in a SimpleNamespace, where they are not found; return tensors, or dicts, "
+            "lists and tuples of them",
+        ),
+        ("Embedded()", ": the gradient of table.weight is sparse; create its layer without sparse=True"),
+        ("Masked()", ": the parameter mask is not finite at the start; if it is a mask, make it a buffer"),
+    ],
+)
+def test_a_model_whose_tensors_the_training_cannot_use_is_refused(write: Write, model: str, expected: str) -> None:
+    assert message_of(write, f"\n    def create_model(self): return {model}\n") == f"Wrong{expected}"
+
+
+def test_a_parameter_that_the_forward_pass_changes_is_refused_if_it_would_be_changed_per_chunk(write: Write) -> None:
+    message = message_of(
+        write, "\n    def create_model(self): return Teaching()\n", config=TrainConfig(reproducible=True)
+    )
+    assert message == (
+        "Wrong: the forward pass changes the parameter teacher, once per chunk with --reproducible; make it a buffer, "
+        "or change it in a callback"
+    )
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_fillers_do_not_count_in_running_statistics(num_chunks: int) -> None:
     normalization: Any = state.model.get_submodule("0")
     assert normalization.running_mean.item() == pytest.approx(0.1 * inputs.mean())
     gradients = Gradients(Normalized(), state, replace(config, reproducible=False), Group())
-    filler = MicroBatch(torch.tensor(inputs[:1]), torch.zeros(1), 3, is_filler=True)
+    filler = MicroBatch(torch.tensor(inputs[:1]), torch.zeros(1), 1, 3, is_filler=True)
     before = normalization.running_mean.item()
     gradients.compute([filler])
     assert normalization.running_mean.item() == before

@@ -52,7 +52,8 @@ def test_evaluations_and_predictions_of_a_run_follow_its_evaluation_precision(
     assert run.metrics["loss"] == pytest.approx(in_fp32, rel=1e-2)
     images = mnist_test.inputs[:32]
     with torch.no_grad():
-        logits, _ = forward(run.workload, with_fast_layout(model), MicroBatch(torch.tensor(images), None, 32), "bf16")
+        batch = MicroBatch(torch.tensor(images), None, 32, 32)
+        logits, _ = forward(run.workload, with_fast_layout(model), batch, "bf16")
     expected = run.workload.top_predictions(logits)
     assert [list(prediction.top) for prediction in mnist_ray.predict(images, run)] == expected
 

@@ -19,9 +19,12 @@ from torch.nn import functional as F
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
+from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.whole_batch import of_all_ranks
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import figures_of
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.parts import names_of_rates
@@ -382,6 +385,111 @@ def test_the_gradient_norm_is_the_largest_of_all_optimizers_and_rates_are_there_
         optimizer.step()
     assert reported[0]["gradient_norm"] == pytest.approx(max(norms), rel=1e-4)
     assert reported[1]["learning_rate"] == CONFIG.learning_rate
+
+
+class WithConvolutions(ByLBFGS):
+    def create_model(self) -> nn.Module:
+        layers = nn.Conv2d(1, 4, 2, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 2)
+        return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), *layers, nn.Flatten(), nn.Linear(24, 1))
+
+
+def trained(workload: Workload, *callbacks: Callback, **settings: Any) -> TrainingState:
+    config = replace(CONFIG, num_steps=2, validate_every=2, **settings)
+    state = engine.create_state(workload, config, NUM_EXAMPLES, Group())
+    engine.train(workload, state, Split(numbers()), config, Group(), callbacks)
+    return state
+
+
+def test_lbfgs_trains_convolutions_whose_layout_would_be_another() -> None:
+    state = trained(WithConvolutions())
+    assert all(parameter.is_contiguous() for parameter in state.model.parameters())
+    assert state.total_step == 2
+
+
+def test_of_several_optimizers_one_is_frozen_where_a_callback_sees_the_gradients() -> None:
+    seen = list[bool]()
+
+    def freeze(state: TrainingState) -> None:
+        seen.append(state.model.get_parameter("judge.bias").requires_grad)
+        state.model.get_parameter("maker.bias").requires_grad_(False)
+
+    state = trained(OfRivals(), Hooks(on_gradients=freeze))
+    assert all(seen), "also while the other part's gradient is computed"
+    assert not state.model.get_parameter("maker.bias").requires_grad
+
+
+def freeze_all(state: TrainingState) -> None:
+    state.model.requires_grad_(False)
+
+
+def add_group(state: TrainingState) -> None:
+    state.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (Numbers, freeze_all, "^all parameters are frozen; leave some trained, or end the training$"),
+        (
+            OfRivals,
+            freeze_all,
+            "^all parameters of the optimizer judge are frozen; leave some trained, or set its learn",
+        ),
+        (
+            OfRivals,
+            add_group,
+            r"^of several optimizers, add a parameter group to one: state\.optimizer\.optimizers\[na",
+        ),
+    ],
+)
+def test_a_callback_that_leaves_nothing_to_train_or_no_optimizer_for_a_group_is_one_line(
+    kind: type[Workload], change: Callable[[TrainingState], None], message: str
+) -> None:
+    with pytest.raises(TrainingStoppedError, match=message):
+        trained(kind(), Hooks(on_step=change))
+
+
+class Unlabelled(Numbers):
+    """The loss leaves out examples without a label; the first ones have theirs."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets)[targets > -100]
+
+
+class UnlabelledParts(OfRivals):
+    def losses(self, model: Any, inputs: Tensor, targets: Tensor, part: str) -> Tensor:
+        return super().losses(model, inputs, targets, part)[targets > -100]
+
+
+@pytest.mark.parametrize(("kind", "method"), [(Unlabelled, "loss"), (UnlabelledParts, "losses")])
+def test_a_loss_without_a_number_for_each_example_ends_the_training_and_an_evaluation(
+    kind: type[Workload], method: str
+) -> None:
+    examples = numbers()
+    examples.targets[-20:] = -100
+    workload, config = kind(), replace(CONFIG, batch_size=NUM_EXAMPLES, num_steps=1)
+    state = engine.create_state(workload, config, NUM_EXAMPLES, Group())
+    message = rf"^{kind.__name__}\.{method} must be one number per example, \(70,\) here, not \(50,\)"
+    with pytest.raises(UsageError, match=message):
+        engine.train(workload, state, Split(examples), config, Group())
+    if method == "loss":
+        with pytest.raises(UsageError, match=message):
+            evaluate(workload, state.model, Split(examples), config)
+
+
+def gather(rank: int, folder: Path) -> None:
+    for world_size in WORLD_SIZES[1:]:
+        if rank < world_size:
+            with joined(rank, world_size, folder / f"store-{world_size}") as group:
+                for dtype in (torch.int16, torch.bool, torch.bfloat16):
+                    own = torch.full((rank + 1, 2), rank, dtype=dtype)
+                    whole, _, rows = of_all_ranks(own, own, group, rank + 1, is_filler=False)
+                    assert torch.equal(whole[rows], own)
+                    assert len(whole) == sum(range(1, world_size + 1))
+
+
+def test_tensors_of_any_type_are_gathered(ranks: ProcessPoolExecutor, tmp_path: Path) -> None:
+    call_on_ranks(ranks, gather, tmp_path)
 
 
 class Weightless(Numbers):

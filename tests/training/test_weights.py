@@ -260,7 +260,7 @@ def test_inherited_metrics_are_means_by_weight() -> None:
 
 
 def test_weights_without_a_loss_that_multiplies_by_them_are_refused_before_the_start() -> None:
-    batch = MicroBatch(torch.ones(16, 4), torch.arange(16) % 3, 16)
+    batch = MicroBatch(torch.ones(16, 4), torch.arange(16) % 3, 16, 16)
     workload = Classes(metadata={"class_names": [0, 1, 2]})
     with pytest.raises(UsageError, match=r"^Classes has weights, so it needs a loss of its own .*: return super\(\)"):
         check_batch(workload, workload.create_model(), batch, [batch, batch, batch], CONFIG, 16)
@@ -296,6 +296,6 @@ def test_wrong_weights_are_refused_before_the_start(weights: Any, message: str) 
             return result
 
     words = few_words(16)
-    batch = MicroBatch(torch.tensor(words.inputs), torch.tensor(words.targets), 16)
+    batch = MicroBatch(torch.tensor(words.inputs), torch.tensor(words.targets), 16, 16)
     with pytest.raises(UsageError, match=message):
         check_batch(Spoiled(), Spoiled().create_model(), batch, [batch, batch, batch], CONFIG, 16)

@@ -19,7 +19,7 @@ def values_of(predictions: np.ndarray, targets: np.ndarray, cuts: Sequence[int] 
     for some, their_targets in zip(np.split(predictions, cuts), np.split(targets, cuts), strict=True):
         outputs, on_them = torch.from_numpy(some), torch.from_numpy(their_targets)
         loss_sum = problem.loss(outputs, on_them).double().sum()
-        measured = sums_of(problem, outputs, on_them, loss_sum)
+        measured = sums_of(problem, outputs, on_them, loss_sum, len(some))
         sums = sums.plus({name: value.numpy()[None] for name, value in measured.items()}, len(some))
     return sums.values(problem)
 
