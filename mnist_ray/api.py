@@ -227,13 +227,15 @@ def evaluate(
     ``settings``: changes to the workload's settings, e.g. the path of different data. Raises UsageError and JobError.
     """
     several: list[Any] = [*run] if isinstance(run, (list, tuple)) else [run]
+    if not several:
+        raise UsageError("evaluate() got an empty list of runs; leave it out for the newest run")
     if ensemble:
         several = [member for each in several for member in _members(each, workload, storage_path)]
     config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu, "plain_ray": plain_ray})
     environment.prepare(verbose=False, plain=plain_ray)
     kept.end_unless_fit(WorkerConfig(plain_ray=plain_ray), verbose=False)
     with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
-        found, *others = (find(each, workload, storage_path, settings) for each in several or [None])
+        found, *others = (find(each, workload, storage_path, settings) for each in several)
         check_known(settings, declared(found.workload.Settings), "evaluate()")
 
         from mnist_ray.run.evaluate import evaluate_found

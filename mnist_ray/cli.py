@@ -62,7 +62,7 @@ def evaluate() -> None:
     with _one_object(config.EvaluationConfig) as shown:
         flags = _flags_of_run(evaluate, config.EvaluationConfig, nargs="*")
         flags.pop("json", None)
-        shown |= {f"test_{name}": value for name, value in api.evaluate(flags.pop("run"), **flags).items()}
+        shown |= {f"test_{name}": value for name, value in api.evaluate(flags.pop("run") or None, **flags).items()}
 
 
 def predict() -> None:
@@ -165,9 +165,9 @@ def reproduce() -> int:
     """Train a run again from its files, and compare the weights to the bit."""
     parser = _parser(reproduce, config.ReproductionConfig)
     parser.add_argument("run", metavar="RUN", help="the run's name, folder or URI")
-    flags = _over_files(parser.read_flags(), config.ReproductionConfig)
+    options = build(config.ReproductionConfig, typed := parser.read_flags())  # a project's are for other runs
+    flags = _over_files(typed)
     run, storage_path = find_run(flags["run"], flags["storage_path"]), flags["storage_path"]
-    options = build(config.ReproductionConfig, flags)
     status: int = _tool("reproduce")(run, storage_path, flags.get("workload"), options, train_job)
     return status
 

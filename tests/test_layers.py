@@ -190,6 +190,7 @@ def test_printed_settings_are_accepted_back_and_comments_survive_in_the_runs_cop
     text = capsys.readouterr().out
     assert "# passes over the training set\nnum_epochs = 1\n" in text
     assert '# ema_decay = "none"\n' in text
+    assert '# run_name = "…"\n' in text, "none would be a name"
     file = tmp_path / "all.toml"
     file.write_text(f"# why one epoch\n{text}")
     run_main("train", "--config", str(file), "--print-settings")
@@ -229,6 +230,10 @@ def test_with_resume_auto_a_run_starts_goes_on_and_at_the_end_prints_its_result(
     said = capsys.readouterr().out
     assert said.startswith(f"test       loss {json.loads(first)['test_loss']:.4f}, accuracy ")
     assert (tmp_path / "run" / "result.json").read_text() == again
+    (tmp_path / "other.toml").write_text("batch_size = 3")
+    message = r"run was started with --batch-size 128, not 3 as in .*other\.toml; leave that out, or start another run"
+    with pytest.raises(UsageError, match=message):
+        run_main("train", *flags, "--config", str(tmp_path / "other.toml"))
     with pytest.raises(UsageError, match="there is no run of tune in"):
         run_main("tune", "--storage-path", str(tmp_path), "--resume", "auto", "--run-name", "run")
     with pytest.raises(UsageError, match="--resume needs --run-name NAME"):

@@ -125,9 +125,9 @@ def read_job(given: Given | None = None, kind: str = "train", *, is_call: bool =
     if not saved:
         check_free(run, resume=job.output.resume)  # after all mistakes, and --help
         return job
+    _check_unchanged(kind, job, saved, ordered)
     if job.output.resume == "auto" and run.read_json(RESULT_FILE) is not None:
         return dataclasses.replace(job, is_finished=True)
-    _check_unchanged(kind, job, saved, ordered)
     return _with_origin(kind, job)
 
 
@@ -204,7 +204,7 @@ def _build_job(
 ) -> Job:
     """Return the job that the settings describe. Raises UsageError."""
     asked, given = ordered.values, frozenset(ordered.places[FLAGS])
-    train, workers = _in_steps(settings.build(TrainConfig, asked), given), settings.build(WorkerConfig, asked)
+    train, workers = _in_steps(settings.build(TrainConfig, asked), ordered), settings.build(WorkerConfig, asked)
     output = dataclasses.replace(settings.build(OutputConfig, asked), run_name=run.name, storage_path=run.storage_path)
     _check_together(train, workers)
     _find_code(output)
@@ -251,15 +251,19 @@ def _initial(train: TrainConfig, run: RunFolder, given: frozenset[str], *, is_re
     return masked(place.uri)
 
 
-def _in_steps(train: TrainConfig, given: frozenset[str]) -> TrainConfig:
+def _in_steps(train: TrainConfig, ordered: Layers) -> TrainConfig:
     """Return the settings, with the epochs that --num-steps makes, if it is set. Raises UsageError."""
     if train.num_steps is None:
         if train.validate_every is not None:
             raise UsageError("--validate-every needs --num-steps; without it, validation follows each pass")
         return train
-    if "num_epochs" in given:
-        both = "leave one of them out" if "num_steps" in given else "leave that out, or add --num-steps none"
-        raise UsageError(f"--num-steps {train.num_steps} replaces --num-epochs; {both}")
+    places, of_epochs, of_steps = [*ordered.places], *map(ordered.place_of, ("num_epochs", "num_steps"))
+    if of_epochs == of_steps == FLAGS:
+        raise UsageError(f"--num-steps {train.num_steps} replaces --num-epochs; leave one of them out")
+    if of_epochs and places.index(of_epochs) > places.index(of_steps):
+        where = "" if of_epochs == FLAGS else f" of {of_epochs}"
+        found = f"--num-steps {train.num_steps} replaces --num-epochs{where}"
+        raise UsageError(f"{found}; leave that out, or add --num-steps none")
     every = min(train.validate_every or math.ceil(train.num_steps / 10), train.num_steps)
     return dataclasses.replace(train, validate_every=every, num_epochs=math.ceil(train.num_steps / every))
 
@@ -342,11 +346,9 @@ def _check_unchanged(kind: str, job: Job, saved: Mapping[str, Given], ordered: L
             old, new = getattr(before, name), getattr(after, name)
             if name in named and about.decides_weights and old != new and not _has_moved(about, old, new):
                 then_and_now = [" ".join(value) or "none" if about.code else value for value in (old, new)]
-                raise UsageError(
-                    f"--resume: run {job.run.name} was started with {flag(name)} {then_and_now[0]}, "
-                    f"not {then_and_now[1]}; "
-                    "leave the flag out, or start another run"
-                )
+                found = f"--resume: run {job.run.name} was started with {flag(name)} {then_and_now[0]}"
+                where = "" if name in ordered.places[FLAGS] else f" as in {ordered.place_of(name)}"
+                raise UsageError(f"{found}, not {then_and_now[1]}{where}; leave that out, or start another run")
 
 
 def _has_moved(about: Setting, old: Any, new: Any) -> bool:

@@ -34,7 +34,8 @@ def forward(
 
 def summed(workload: Workload, method: str, values: Tensor, number: int) -> Tensor:
     """Return the sum of what a method returned. Raises UsageError unless it has a number for each of the examples."""
-    check_numbers(f"{type(workload).__name__}.{method}", values, number)
+    remedy = "; for examples that do not count, return 0, also from weights()"
+    check_numbers(f"{type(workload).__name__}.{method}", values, number, remedy)
     return values.sum()
 
 

@@ -124,7 +124,7 @@ def test_a_run_is_resumed_by_the_same_source_even_if_that_is_gone_but_not_by_ano
         if is_gone:
             shutil.rmtree(tmp_path / "source")
         assert read_job({**given, "resume": True}).values == started.values
-    with pytest.raises(UsageError, match=r"was started with --init-from .*/source, not .*/other; leave the flag out"):
+    with pytest.raises(UsageError, match=r"was started with --init-from .*/source, not .*/other; leave that out"):
         read_job({**given, "resume": True, "init_from": "other"})
 
 

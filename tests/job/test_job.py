@@ -578,7 +578,7 @@ def test_a_run_is_resumed_with_its_data_from_another_place(read: Any, begun: Pat
     (tmp_path / "other").mkdir()
     moved = (tmp_path / "data").rename(tmp_path / "other" / "data")
     with_data(read("--resume", "--run-name", "run", "--data-dir", str(moved)))
-    with pytest.raises(UsageError, match=r"was started with --data-dir .*/data, not .*/gone/data; leave the flag out"):
+    with pytest.raises(UsageError, match=r"was started with --data-dir .*/data, not .*/gone/data; leave that out"):
         read("--resume", "--run-name", "run", "--data-dir", str(tmp_path / "gone" / "data"))
 
 
@@ -586,7 +586,7 @@ def test_a_resumed_run_may_save_more_often_but_not_train_otherwise(read: Any, be
     resume = ("--resume", "--run-name", "run")
     assert read(*resume, "--checkpoint-every", "7").train.checkpoint_every == 7
     assert read(*resume, "--checkpoint-every", "auto").train.checkpoint_every is None
-    with pytest.raises(UsageError, match="run was started with --batch-size 128, not 64; leave the flag out"):
+    with pytest.raises(UsageError, match="run was started with --batch-size 128, not 64; leave that out"):
         read(*resume, "--batch-size", "64")
 
 
@@ -615,7 +615,7 @@ def test_a_file_that_decides_the_weights_may_move_but_not_be_another_of_the_same
     one, two = (str(tmp_path / name / "a.pt") for name in ("one", "two"))
     config = {"workload": str(tmp_path / "taught.py"), "teacher": one}
     (begun / "config.json").write_text(json_lines(config))
-    with pytest.raises(UsageError, match=f"was started with --teacher {one}, not {two}; leave the flag out"):
+    with pytest.raises(UsageError, match=f"was started with --teacher {one}, not {two}; leave that out"):
         read("--resume", "--run-name", "run", "--teacher", two)
     os.unlink(one)
     assert str(read("--resume", "--run-name", "run", "--teacher", two).workload.settings.teacher) == two

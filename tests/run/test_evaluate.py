@@ -107,6 +107,11 @@ class Scaled(Regression):
         return inputs.mul_(self.settings.scale)  # in place
 
 
+def test_no_run_at_all_is_not_the_newest_run() -> None:
+    with pytest.raises(UsageError, match=r"^evaluate\(\) got an empty list of runs; leave it out for the newest run$"):
+        mnist_ray.evaluate([])
+
+
 def test_each_member_of_an_ensemble_prepares_its_own_inputs(tmp_path: Path) -> None:
     members = []
     for scale in (1.0, 10.0):

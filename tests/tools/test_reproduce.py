@@ -184,6 +184,16 @@ def remove_repository(project: Project) -> None:
     shutil.rmtree(project.code / ".git")
 
 
+def test_a_projects_settings_are_not_those_of_the_run(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = callback_at(tmp_path / "doubles.py", "on_gradients(self, state)", "1 / 0")
+    (tmp_path / "pyproject.toml").write_text(f"[tool.mnist_ray]\ncallback = {str(callback)!r}\nnum_workers = 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert project.reproduce() == 0
+    assert "the same as run's, bit for bit" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("edit", "lines"),
     [

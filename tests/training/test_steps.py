@@ -225,10 +225,17 @@ def test_settings_of_steps_decide_the_epochs() -> None:
     [
         ({"validate_every": 10}, "--validate-every needs --num-steps"),
         ({"num_steps": 10, "num_epochs": 3}, "--num-steps 10 replaces --num-epochs; leave one of them out$"),
+        (
+            {"config": "NUM_EPOCHS"},
+            r"--num-steps 1000 replaces --num-epochs of .*three\.toml; leave that out",
+        ),
         ({"workload": GPT, "num_epochs": 3}, "--num-steps 1000 replaces .*; leave that out, or add --num-steps none$"),
     ],
 )
-def test_settings_of_steps_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
+def test_settings_of_steps_that_do_not_fit_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if "config" in given:
+        (tmp_path / "three.toml").write_text("num_epochs = 3")
+        given = {"workload": GPT, "config": str(tmp_path / "three.toml")}
     with pytest.raises(UsageError, match=message):
         read(**given)
 
