@@ -52,7 +52,8 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
     try:
         return load(saved)
     except UsageError as error:
-        raise UsageError(f"{error}; if the workload has moved, give its new location with --workload") from error
+        found = f"{error} (of {file})" if file else str(error)
+        raise UsageError(f"{found}; if the workload has moved, give its new location with --workload") from error
 
 
 def _check_class(workload_class: type[Workload]) -> None:

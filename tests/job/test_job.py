@@ -472,7 +472,7 @@ def test_help_shows_the_defaults_of_the_workloads_recipe(read: Any, capsys: pyte
 def test_a_config_of_a_missing_or_another_workload_is_refused(read: Any, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"workload": "/gone/problem.py"}))
-    with pytest.raises(UsageError, match=r"No such file .*; if the workload has moved, give its new location"):
+    with pytest.raises(UsageError, match=r"No such file .* \(of .*config\.json\); if the workload has moved, give its"):
         read("--config", str(file))
     file.write_text(json.dumps({"workload": "mnist_ray.mnist", "data_dir": "/x"}))
     with pytest.raises(UsageError, match=r"config\.json has unknown settings: data_dir"):

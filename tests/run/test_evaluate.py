@@ -107,6 +107,11 @@ class Scaled(Regression):
         return inputs.mul_(self.settings.scale)  # in place
 
 
+def test_a_run_is_no_ensemble_with_itself(finished_run: Path) -> None:
+    with pytest.raises(UsageError, match="^an ensemble has each run once; one is named twice$"):
+        mnist_ray.evaluate([finished_run, str(finished_run)])
+
+
 def test_no_run_at_all_is_not_the_newest_run() -> None:
     with pytest.raises(UsageError, match=r"^evaluate\(\) got an empty list of runs; leave it out for the newest run$"):
         mnist_ray.evaluate([])
