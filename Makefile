@@ -9,7 +9,7 @@ JOB ?= train
 # If there is a token, clusters require it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune new tensorboard submit test test-clusters test-long test-ray test-browser test-gpu gpu bench bench-quick chaos check format docs docs-serve clean
+.PHONY: train tune new tensorboard submit test test-processes test-long test-ray test-browser test-gpu gpu bench bench-quick chaos check format docs docs-serve clean
 
 train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
@@ -29,8 +29,8 @@ submit: $(VENV)/installed  ## run a job on a cluster: make submit ADDRESS=http:/
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
 
-test-clusters: $(VENV)/installed-dev  ## run the tests that start a Ray of their own
-	$(BIN)/python -m pytest -m 'clusters and not long and not browser' --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
+test-processes: $(VENV)/installed-dev  ## run the tests that start a Ray or a job in processes of their own
+	$(BIN)/python -m pytest -m 'processes and not long and not browser' --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
 
 test-long: $(VENV)/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m 'long and not browser' $(ARGS)

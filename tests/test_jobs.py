@@ -76,7 +76,7 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path) -
     assert (finished_run / "result.json").read_bytes() == before
 
 
-@pytest.mark.clusters
+@pytest.mark.processes
 def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(quick: Flags, tmp_path: Path) -> None:
     listening: dict[str, str] = {}
 
@@ -153,7 +153,7 @@ LONG_CASES = [
 ]
 
 
-@pytest.mark.clusters
+@pytest.mark.processes
 @pytest.mark.usefixtures("ctrl_c")  # which this test's children would ignore otherwise
 @pytest.mark.parametrize(
     ("number", "send", "when"), [*QUICK_CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)]
@@ -183,7 +183,7 @@ def assert_nothing_left(folder: Path) -> None:
     assert not [*folder.glob("mnist_ray-*"), *folder.glob("ray_fork-*")]
 
 
-@pytest.mark.clusters
+@pytest.mark.processes
 def test_an_evaluation_ends_the_ray_that_it_has_started(own_folder: Path, finished_run: Path) -> None:
     assert run_job("evaluate.py", str(finished_run)).returncode == 0
     assert_nothing_left(own_folder)
@@ -199,7 +199,7 @@ class Late(MNIST):
 """
 
 
-@pytest.mark.clusters
+@pytest.mark.processes
 def test_an_error_in_a_workload_ends_the_start_of_ray(own_folder: Path, quick: Flags, tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(FAILS_LATE)
     printed, errors = run_and_act({}, *quick(workload=tmp_path / "late.py"), address="local", status=2)
@@ -208,6 +208,7 @@ def test_an_error_in_a_workload_ends_the_start_of_ray(own_folder: Path, quick: F
     assert_nothing_left(own_folder)
 
 
+@pytest.mark.processes
 def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(
     quick: Flags,
     tmp_path: Path,

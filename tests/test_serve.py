@@ -24,7 +24,7 @@ import mnist_ray
 from mnist_ray.data.data import Arrays
 from tests.conftest import ROOT, as_flags, run_main
 
-pytestmark = pytest.mark.clusters
+pytestmark = pytest.mark.processes
 
 example: Any = importlib.import_module("examples.serve")
 

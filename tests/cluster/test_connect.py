@@ -152,7 +152,7 @@ def test_a_connection_that_is_of_no_use_is_one_line(
         pass
 
 
-@pytest.mark.clusters
+@pytest.mark.processes
 @pytest.mark.parametrize("cluster", ["token", "disabled"], indirect=True)
 def test_a_token_is_sent_only_to_a_cluster_that_wants_it(cluster: tuple[str, Path], temporary: Path) -> None:
     address, home = cluster
@@ -160,7 +160,7 @@ def test_a_token_is_sent_only_to_a_cluster_that_wants_it(cluster: tuple[str, Pat
     assert (done.stdout, done.stderr) == ("answered\n", "")
 
 
-@pytest.mark.clusters
+@pytest.mark.processes
 @pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
 def test_a_cluster_whose_node_here_is_another_users_is_one_line(cluster: tuple[str, Path], temporary: Path) -> None:
     address, home = cluster
@@ -171,7 +171,7 @@ def test_a_cluster_whose_node_here_is_another_users_is_one_line(cluster: tuple[s
     )
 
 
-@pytest.mark.clusters
+@pytest.mark.processes
 @pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
 def test_a_cluster_of_other_versions_is_one_line_with_all_versions(cluster: tuple[str, Path], temporary: Path) -> None:
     address, home = cluster

@@ -163,7 +163,7 @@ assert session() == own
 """
 
 
-@pytest.mark.clusters
+@pytest.mark.processes
 def test_calls_share_a_ray_until_one_fails_or_the_process_ends(small_data: Path, tmp_path: Path) -> None:
     fails = callback_at(tmp_path / "fails.py", "on_step(self, state)", "os.kill(int(os.environ['RAY_RAYLET_PID']), 9)")
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder:

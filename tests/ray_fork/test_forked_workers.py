@@ -14,7 +14,7 @@ import pytest
 
 from tests.ray_fork.conftest import ENVIRONMENT, ROOT, end, has_ended, wait_for
 
-pytestmark = pytest.mark.clusters
+pytestmark = pytest.mark.processes
 
 HEAD = """\
 import ray, sys

@@ -313,6 +313,7 @@ def test_a_run_that_a_callback_stops_says_how_to_resume(num_workers: int, quick:
     assert len(list(tmp_path.glob("run/checkpoint_epoch*"))) == 1
 
 
+@pytest.mark.processes
 def test_a_run_resumed_after_a_kill_and_damage_ends_with_the_same_weights(
     ray_address: str, finished_run: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -293,6 +293,7 @@ def test_blocks_that_are_lost_in_mid_run_are_one_line_with_the_way_on(
         train(Lost, **settings, storage_path=tmp_path, run_name="run")
 
 
+@pytest.mark.processes
 def test_a_class_without_a_file_is_trained(tmp_path: Path) -> None:
     done = run_text(CELL, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -309,6 +310,7 @@ LATE = """class Late(nn.Linear):
 class Signs"""
 
 
+@pytest.mark.processes
 def test_an_exception_of_the_users_code_is_raised_unchanged(tmp_path: Path) -> None:
     done = run_text(CELL.replace("class Signs", LATE).replace("nn.Linear(2, 2)", "Late(2, 2)"), tmp_path)
     assert done.stderr.splitlines()[-1] == "AssertionError: too late"
