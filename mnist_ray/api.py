@@ -237,8 +237,8 @@ def evaluate(
     with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
         found, *others = (find(each, workload, storage_path, settings) for each in several)
         check_known(settings, declared(found.workload.Settings), "evaluate()")
-        if len({each.checkpoint.uri for each in (found, *others)}) <= len(others):
-            raise UsageError("an ensemble has each run once; one is named twice")
+        if len({each.checkpoint.uri for each in (found, *others)}) < 1 + len(others):
+            raise UsageError("an ensemble needs different runs; one is named twice")
 
         from mnist_ray.run.evaluate import evaluate_found
 

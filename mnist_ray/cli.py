@@ -165,7 +165,8 @@ def reproduce() -> int:
     """Train a run again from its files, and compare the weights to the bit."""
     parser = _parser(reproduce, config.ReproductionConfig)
     parser.add_argument("run", metavar="RUN", help="the run's name, folder or URI")
-    options = build(config.ReproductionConfig, typed := parser.read_flags())  # a project's are for other runs
+    typed = parser.read_flags()
+    options = build(config.ReproductionConfig, typed)  # the callbacks and workers in a file are for new runs
     flags = _over_files(typed)
     run, storage_path = find_run(flags["run"], flags["storage_path"]), flags["storage_path"]
     status: int = _tool("reproduce")(run, storage_path, flags.get("workload"), options, train_job)

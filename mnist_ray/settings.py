@@ -74,6 +74,11 @@ class Setting:
     on_resume: Literal["saved", "given", "dropped"] = "saved"  # saved with the run; given again on resume; or neither
 
     @property
+    def has_word_for_none(self) -> bool:
+        """Whether ``unset`` stands for None. In a text, any word would be the value itself."""
+        return self.may_be_none and self.plain in (int, float)
+
+    @property
     def form(self) -> dict[str, Any]:
         """The flag's arguments for ``add_argument``."""
         if self.plain is bool:
@@ -82,7 +87,7 @@ class Setting:
             return {"action": "append", "metavar": self.metavar}
         if self.plain is tuple:
             return {"type": self.arguments[0], "nargs": "+", "action": "extend"}
-        if self.plain in (int, float) and not self.arguments and self.may_be_none:
+        if self.has_word_for_none and not self.arguments:
             return {"type": _or_none(self.plain, self.unset)}
         kind = str if self.plain is Path else self.plain  # Path("") would be the current folder
         number = {} if self.bare is None else {"nargs": "?", "const": self.bare}
@@ -98,7 +103,7 @@ class Setting:
 
     def checked(self, value: Any) -> Any:
         """Return a value in the setting's type. Raises UsageError for a wrong value."""
-        if self.may_be_none and (value is None or (value == self.unset and self.plain in (int, float))):
+        if (self.may_be_none and value is None) or (self.has_word_for_none and value == self.unset):
             return None
         if isinstance(value, bool) and {"yes", "no"} <= {*self.arguments}:
             value = "yes" if value else "no"

@@ -68,7 +68,7 @@ def toml_lines(values: Given, *classes: type) -> Iterator[str]:
             yield ""
             help_text = about.help + (f" ({', '.join(map(str, choices))})" if choices else "")
             yield from wrap(help_text, 100, initial_indent="# ", subsequent_indent="# ")
-            none = about.unset if about.plain in (int, float) else "…"  # of a text, any word would be its value
+            none = about.unset if about.has_word_for_none else "…"
             text = json.dumps(none if value is None else value, ensure_ascii=False, default=str)
             yield f"{'# ' if value is None else ''}{name} = {text}"
 

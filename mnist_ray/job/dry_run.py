@@ -298,7 +298,7 @@ def _check_losses(
             raise UsageError(f"{name} has weights, so it needs a loss of its own that multiplies by them: {remedy}")
     recorded, used = _recorded(config)
     minimized: Tensor | None
-    if _augments(workload):
+    if open_step.augments(workload):
         minimized = loss_of_augmented(workload, model, batch, recorded)
     else:
         with placed(workload, "training_loss"):
@@ -322,10 +322,6 @@ def _check_losses(
     return {"label_smoothing"} - used
 
 
-def _augments(workload: Workload) -> bool:
-    return type(workload).augment is not Workload.augment
-
-
 def _check_independence(
     workload: Workload, model: nn.Module, outputs: Any, targets: Any, fewer: MicroBatch, config: TrainConfig
 ) -> None:
@@ -337,7 +333,7 @@ def _check_independence(
 
     def losses(outputs: Any, targets: Any) -> Tensor:
         reported = workload.loss(outputs, targets)
-        minimized = None if _augments(workload) else workload.training_loss(outputs, targets, config)
+        minimized = None if open_step.augments(workload) else workload.training_loss(outputs, targets, config)
         return torch.stack([reported, reported if minimized is None else minimized], 1)
 
     def alone() -> Tensor:

@@ -257,7 +257,8 @@ def _in_steps(train: TrainConfig, ordered: Layers) -> TrainConfig:
         if train.validate_every is not None:
             raise UsageError("--validate-every needs --num-steps; without it, validation follows each pass")
         return train
-    places, of_epochs, of_steps = [*ordered.places], *map(ordered.place_of, ("num_epochs", "num_steps"))
+    places = [*ordered.places]
+    of_epochs, of_steps = ordered.place_of("num_epochs"), ordered.place_of("num_steps")
     if of_epochs == of_steps == FLAGS:
         raise UsageError(f"--num-steps {train.num_steps} replaces --num-epochs; leave one of them out")
     if of_epochs and places.index(of_epochs) > places.index(of_steps):

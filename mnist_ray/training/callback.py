@@ -17,8 +17,8 @@ class Callback(UserClass):
 
     Each worker creates an instance when it starts. State that a resumed run needs belongs in ``state_dict``. You may
     change ``state.model``, ``state.optimizer`` and ``state.scheduler``, alike on all ranks, and freeze or unfreeze
-    parameters in any method. An optimizer that needs a closure, or a schedule that looks at a metric, is there from the
-    start.
+    parameters in any method. An optimizer that needs a closure and a schedule that looks at a metric must be there from
+    the start: they are stepped in another way.
     """
 
     def on_start(self, state: TrainingState, group: Group) -> None:

@@ -21,7 +21,7 @@ from mnist_ray.errors import UsageError
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.training.metrics import WEIGHT, Evaluation, check_columns
-from mnist_ray.training.step import forward, summed, sums_of
+from mnist_ray.training.step import forward, per_example, sums_of
 from mnist_ray.workload.base import Workload
 
 MAX_OUTPUT_BYTES = 2**26  # of outputs computed at a time, unless the workload sets the batch size
@@ -138,9 +138,8 @@ def evaluate(
             on_batch(int(request.indices[0]))
             batch = to_device(loaded, device)
             outputs, targets = forward(workload, model, batch, precision)
-            loss = workload.loss(outputs, targets)
-            loss_sum = summed(workload, "loss", loss, batch.num_examples)
-            sums.append(sums_of(workload, outputs, targets, loss_sum, batch.num_examples))
+            loss = per_example(workload, "loss", workload.loss(outputs, targets), batch.num_examples)
+            sums.append(sums_of(workload, outputs, targets, loss.sum(), batch.num_examples))
             columns.append(workload.predictions(outputs, targets))
             weights = workload.weights(targets)
             losses.append({"loss": loss} if weights is None else {"loss": loss, WEIGHT: weights})

@@ -28,7 +28,7 @@ from mnist_ray.training import open_step
 from mnist_ray.training.metrics import MINIMIZED, WEIGHT
 from mnist_ray.training.parts import Parts, add_over_ranks
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.step import forward, summed, sums_of
+from mnist_ray.training.step import forward, per_example, sums_of
 from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.workload import Workload
 
@@ -61,7 +61,7 @@ class Gradients:
         self._state.left_out.check_frozen(self._state.model)
         self._trained = self._are_trained()
         if not any(self._trained):
-            raise TrainingStoppedError("all parameters are frozen; leave some trained, or end the training")
+            raise TrainingStoppedError("all parameters are frozen; keep some trainable, or end the training")
         state, config, group, has_unused = self._state, self._config, self._group, self._workload.has_unused_parameters
         self._chunks: Chunks | None = None
         if config.reproducible:
@@ -239,10 +239,10 @@ def backward(
         outputs, targets, loss_sum, minimized = open_step.forward_open(workload, model, micro_batch, config, *own)
     else:
         outputs, targets = forward(workload, model, micro_batch, config.precision, generator)
-        loss_sum = summed(workload, "loss", workload.loss(outputs, targets), micro_batch.num_examples)
+        loss_sum = per_example(workload, "loss", workload.loss(outputs, targets), micro_batch.num_examples).sum()
         minimized = workload.training_loss(outputs, targets, config)
         if minimized is not None:
-            minimized = summed(workload, "training_loss", minimized, micro_batch.num_examples)
+            minimized = per_example(workload, "training_loss", minimized, micro_batch.num_examples).sum()
     loss = (loss_sum if minimized is None else minimized) * (0.0 if micro_batch.is_filler else factor)
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     sums = sums_of(workload, outputs, targets, loss_sum, micro_batch.num_examples)

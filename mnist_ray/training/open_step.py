@@ -24,9 +24,8 @@ from mnist_ray.parallel.whole_batch import of_all_ranks
 from mnist_ray.training.evaluation import evaluating
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.training.parts import Parts, Schedules
-from mnist_ray.training.step import forward, summed
+from mnist_ray.training.step import forward, per_example
 from mnist_ray.workload import Workload
-from mnist_ray.workload.calls import check_numbers
 
 
 def with_schedule(
@@ -41,10 +40,12 @@ def with_schedule(
 
 def is_open(workload: Workload) -> bool:
     """Return whether ``forward_open`` computes the workload's losses, not ``forward``."""
-    of_class = type(workload)
-    return (
-        workload.compares_examples or of_class.augment is not Workload.augment or of_class.losses is not Workload.losses
-    )
+    return workload.compares_examples or augments(workload) or type(workload).losses is not Workload.losses
+
+
+def augments(workload: Workload) -> bool:
+    """Return whether the workload has an ``augment`` of its own."""
+    return type(workload).augment is not Workload.augment
 
 
 def forward_open(
@@ -65,31 +66,30 @@ def forward_open(
         with evaluating(model):
             copied = map_tensors(torch.clone, batch)  # ``prepare`` may change it in place
             outputs, targets = forward(workload, model, copied, config.precision, generator)
-            loss_sum = summed(workload, "loss", workload.loss(outputs, targets), batch.num_examples)
+            losses = per_example(workload, "loss", workload.loss(outputs, targets), batch.num_examples)
         inputs, targets = prepared(workload, batch, generator)
         with autocast(model, config.precision):
-            losses = workload.losses(model, inputs, targets, part)
-        return outputs, batch.targets, loss_sum, summed(workload, "losses", losses.float(), batch.num_examples)
+            of_part = per_example(workload, "losses", workload.losses(model, inputs, targets, part), batch.num_examples)
+        return outputs, batch.targets, losses.sum(), of_part.float().sum()
     outputs, learned = _augmented(workload, model, batch, config, generator)
     seen, targets, own = outputs, batch.targets, slice(None)
     if workload.compares_examples and group.world_size > 1:
-        of_ranks = group, batch.num_examples
-        together = of_all_ranks(outputs, (targets, learned), *of_ranks, is_filler=batch.is_filler)
+        together = of_all_ranks(outputs, (targets, learned), group, batch.num_examples, is_filler=batch.is_filler)
         seen, (targets, learned), own = together
     minimized = workload.training_loss(seen, learned, config)
     if minimized is None and learned is not targets:
         minimized = workload.loss(seen, learned)
     losses = workload.loss(seen, targets)
     number = batch.global_size if workload.compares_examples else batch.num_examples
-    for values in (losses, losses if minimized is None else minimized):
-        check_numbers(f"{type(workload).__name__}: the loss", values, number)
-    return outputs, batch.targets, losses[own].sum(), None if minimized is None else minimized[own].sum()
+    if minimized is not None:
+        minimized = per_example(workload, "loss to minimize", minimized, number)[own].sum()
+    return outputs, batch.targets, per_example(workload, "loss", losses, number)[own].sum(), minimized
 
 
 def _augmented(
     workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig, generator: torch.Generator
 ) -> tuple[Any, Any]:
-    if type(workload).augment is Workload.augment:
+    if not augments(workload):
         return forward(workload, model, batch, config.precision, generator)
     inputs, targets = prepared(workload, batch, generator)
     with autocast(model, config.precision):

@@ -32,9 +32,8 @@ class Parts(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise TrainingStoppedError: which optimizer should train it?"""
-        raise TrainingStoppedError(
-            "of several optimizers, add a parameter group to one: state.optimizer.optimizers[name]"
-        )
+        remedy = "add the parameter group to one of them, state.optimizer.optimizers[name]"
+        raise TrainingStoppedError(f"the run has several optimizers; {remedy}")
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -55,7 +54,7 @@ class Parts(Optimizer):
         own = {id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad}
         if not own:
             found = f"all parameters of the optimizer {self.part} are frozen"
-            raise TrainingStoppedError(f"{found}; leave some trained, or set its learning rate to 0")
+            raise TrainingStoppedError(f"{found}; keep some trainable, or set its learning rate to 0")
         every = [parameter for group in self.param_groups for parameter in group["params"]]
         trained = [parameter.requires_grad for parameter in every]
         for parameter in every:

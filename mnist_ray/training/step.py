@@ -32,11 +32,11 @@ def forward(
         return as_fp32(model(inputs)), batch.targets
 
 
-def summed(workload: Workload, method: str, values: Tensor, number: int) -> Tensor:
-    """Return the sum of what a method returned. Raises UsageError unless it has a number for each of the examples."""
+def per_example(workload: Workload, method: str, values: Tensor, number: int) -> Tensor:
+    """Return what a method has returned. Raises UsageError unless it has one number for each example, (number,)."""
     remedy = "; for examples that do not count, return 0, also from weights()"
     check_numbers(f"{type(workload).__name__}.{method}", values, number, remedy)
-    return values.sum()
+    return values
 
 
 def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor, number: int) -> dict[str, Tensor]:
@@ -49,7 +49,8 @@ def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor, nu
     if example_weights is not None and type(workload).measure in (Classification.measure, Regression.measure):
         measured = {name: values * example_weights for name, values in measured.items()}  # these ignore weights
     sums = {"loss": loss_sum.detach()}
-    sums |= {name: summed(workload, f"measure: {name}", values, number) for name, values in measured.items()}
+    sums |= {name: per_example(workload, f"measure: {name}", each, number).sum() for name, each in measured.items()}
     if example_weights is not None:
-        sums[WEIGHT] = summed(workload, "weights", torch.where(example_weights >= 0, example_weights, math.nan), number)
+        known = per_example(workload, "weights", example_weights, number)
+        sums[WEIGHT] = torch.where(known >= 0, known, math.nan).sum()
     return sums

@@ -420,6 +420,19 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             ".summarize and Wrong.summarize_predictions return accuracy, auc, but Wrong.metrics names accuracy",
         ),
         ("def summarize(self, means): return {'accuracy': 'high'}", ": metric accuracy is 'high', not a number"),
+        (
+            "def create_model(self): return Formed(lambda outputs: SimpleNamespace(logits=outputs))",
+            ": the model returns tensors in a SimpleNamespace, where they are not found; return tensors, or dicts, "
+            "lists and tuples of them",
+        ),
+        (
+            "def create_model(self): return Embedded()",
+            ": the gradient of table.weight is sparse; create its layer without sparse=True",
+        ),
+        (
+            "def create_model(self): return Masked()",
+            ": the parameter mask is not finite at the start; if it is a mask, make it a buffer",
+        ),
         ("def create_model(self): return Drawing(4, 10, draw=torch.rand)", RELOADED),
         ("def create_model(self): return Drawing(4, 10, draw=np.random.rand)", RELOADED),
         (
@@ -462,22 +475,6 @@ def test_outputs_that_ranks_cannot_join_are_refused_if_the_loss_compares_example
 """
     expected = f"an output is {shapes}; with compares_examples, return a row per example, such as its views (N, 2, …)"
     assert message_of(write, body) == f"Wrong: {expected}"
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (
-            "Formed(lambda outputs: SimpleNamespace(logits=outputs))",
-            ": the model returns tensors in a SimpleNamespace, where they are not found; return tensors, or dicts, "
-            "lists and tuples of them",
-        ),
-        ("Embedded()", ": the gradient of table.weight is sparse; create its layer without sparse=True"),
-        ("Masked()", ": the parameter mask is not finite at the start; if it is a mask, make it a buffer"),
-    ],
-)
-def test_a_model_whose_tensors_the_training_cannot_use_is_refused(write: Write, model: str, expected: str) -> None:
-    assert message_of(write, f"\n    def create_model(self): return {model}\n") == f"Wrong{expected}"
 
 
 def test_a_parameter_that_the_forward_pass_changes_is_refused_if_it_would_be_changed_per_chunk(write: Write) -> None:

@@ -108,7 +108,7 @@ class Scaled(Regression):
 
 
 def test_a_run_is_no_ensemble_with_itself(finished_run: Path) -> None:
-    with pytest.raises(UsageError, match=r"^an ensemble has each run once; one is named twice$"):
+    with pytest.raises(UsageError, match=r"^an ensemble needs different runs; one is named twice$"):
         mnist_ray.evaluate([finished_run, str(finished_run)])
 
 

@@ -344,11 +344,16 @@ def test_the_losses_are_those_of_a_plain_loop(runs: Path, case: str, world_size:
     assert losses[-1] != losses[0]
 
 
+def trained(workload: Workload, *callbacks: Callback, config: TrainConfig = CONFIG) -> TrainingState:
+    """Train a workload in this process."""
+    state = engine.create_state(workload, config, NUM_EXAMPLES, Group())
+    engine.train(workload, state, Split(numbers()), config, Group(), callbacks)
+    return state
+
+
 def test_the_reported_loss_has_the_true_targets() -> None:
     losses = list[float]()
-    state = engine.create_state(Doubled(), CONFIG, NUM_EXAMPLES, Group())
-    note = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses))
-    engine.train(Doubled(), state, Split(numbers()), CONFIG, Group(), [note])
+    trained(Doubled(), Hooks(on_progress=lambda state, progress: losses.extend(progress.losses)))
     assert losses[0] == pytest.approx(first_loss(), rel=1e-5)
     assert losses[-1] > 0.1, "the targets that are learned are others"
 
@@ -356,9 +361,7 @@ def test_the_reported_loss_has_the_true_targets() -> None:
 def test_each_parameter_group_has_a_column_with_its_learning_rate() -> None:
     reported = list[dict[str, float]]()
     for kind in (Thawing, OfRivals, Numbers):
-        state = engine.create_state(kind(), CONFIG, NUM_EXAMPLES, Group())
-        note = Hooks(on_progress=lambda state, progress: reported.append(figures_of(progress)))
-        engine.train(kind(), state, Split(numbers()), replace(CONFIG, num_epochs=1), Group(), [note])
+        trained(kind(), Hooks(on_progress=lambda state, progress: reported.append(figures_of(progress))))
     rates = [{name: value for name, value in figures.items() if "rate" in name} for figures in reported]
     assert {"learning_rate": 0.02, "learning_rate.first": 0.02, "learning_rate.1": 0.05} in rates
     assert {"learning_rate": 0.02, "learning_rate.judge.0": 0.02, "learning_rate.maker.0": 0.01} in rates
@@ -372,9 +375,8 @@ def test_the_gradient_norm_is_the_largest_of_all_optimizers_and_rates_are_there_
     reported = list[dict[str, float]]()
     config = replace(CONFIG, num_steps=1, validate_every=1, clip_grad_norm=1e9)
     for kind in (OfRivals, Weightless):
-        state = engine.create_state(kind(), config, NUM_EXAMPLES, Group())
         note = Hooks(on_progress=lambda state, progress: reported.append(figures_of(progress)))
-        engine.train(kind(), state, Split(numbers()), config, Group(), [note])
+        trained(kind(), note, config=config)
     torch.manual_seed(CONFIG.seed)
     workload, norms = OfRivals(), list[float]()
     model, (inputs, targets) = workload.create_model(), next(batches(CONFIG.batch_size))
@@ -393,17 +395,10 @@ class WithConvolutions(ByLBFGS):
         return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), *layers, nn.Flatten(), nn.Linear(24, 1))
 
 
-def trained(workload: Workload, *callbacks: Callback, **settings: Any) -> TrainingState:
-    config = replace(CONFIG, num_steps=2, validate_every=2, **settings)
-    state = engine.create_state(workload, config, NUM_EXAMPLES, Group())
-    engine.train(workload, state, Split(numbers()), config, Group(), callbacks)
-    return state
-
-
 def test_lbfgs_trains_convolutions_whose_layout_would_be_another() -> None:
     state = trained(WithConvolutions())
     assert all(parameter.is_contiguous() for parameter in state.model.parameters())
-    assert state.total_step == 2
+    assert state.total_step == NUM_STEPS
 
 
 def test_of_several_optimizers_one_is_frozen_where_a_callback_sees_the_gradients() -> None:
@@ -429,16 +424,17 @@ def add_group(state: TrainingState) -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        (Numbers, freeze_all, "^all parameters are frozen; leave some trained, or end the training$"),
+        (Numbers, freeze_all, "^all parameters are frozen; keep some trainable, or end the training$"),
         (
             OfRivals,
             freeze_all,
-            "^all parameters of the optimizer judge are frozen; leave some trained, or set its learn",
+            "^all parameters of the optimizer judge are frozen; keep some trainable, or set its learn",
         ),
         (
             OfRivals,
             add_group,
-            r"^of several optimizers, add a parameter group to one: state\.optimizer\.optimizers\[na",
+            r"^the run has several optimizers; add the parameter group to one of them, "
+            r"state\.optimizer\.optimizers\[name\]$",
         ),
     ],
 )
@@ -517,10 +513,8 @@ class NotFinite(Numbers):
 
 
 def test_a_run_in_fp16_whose_steps_are_all_skipped_has_diverged() -> None:
-    config = replace(CONFIG, precision="fp16")
-    state = engine.create_state(NotFinite(), config, NUM_EXAMPLES, Group())
     with pytest.raises(TrainingDivergedError):
-        engine.train(NotFinite(), state, Split(numbers()), config, Group())
+        trained(NotFinite(), config=replace(CONFIG, precision="fp16"))
 
 
 def first_loss() -> float:
