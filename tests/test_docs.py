@@ -2,10 +2,12 @@
 
 import importlib
 import re
+import site
 from pathlib import Path
 
 import pytest
 
+from mnist_ray.tools import new
 from tests.conftest import ROOT
 
 PAGES = [
@@ -62,6 +64,15 @@ def test_a_file_imports_only_from_its_room_and_from_rooms_that_the_tour_lists_be
         for module, name in imported:
             used = module if "." in module else f"{module}.{name}"
             assert floor_of(used) >= floor_of(own), f"{own} imports {used}"
+
+
+@pytest.mark.parametrize("package", ["mnist_ray", "ray_fork"])
+def test_each_source_file_that_a_package_names_by_its_path_exists(package: str) -> None:
+    places = [ROOT, ROOT / package, *map(Path, site.getsitepackages())]
+    for file in (ROOT / package).rglob("*.py"):
+        for path in re.findall(r"(?<![\w}])[\w./-]*/\w+\.py\b", file.read_text(encoding="utf-8")):
+            is_made = path in new._FILES  # in a project of its own
+            assert is_made or any((place / path.lstrip("/")).exists() for place in places), f"{file} names {path}"
 
 
 def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_ray.job.job import Job
+from mnist_ray.parallel import shared_memory
 from mnist_ray.process import end_if_hung
 from mnist_ray.training.events import Event, Note, WorkerAlive
 from mnist_ray.training.state import TrainingState
@@ -21,7 +22,7 @@ from mnist_ray.training.stopwatch import PARTS, START, STORAGE
 SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread with a timer that ends this process when it expires
 STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to --hang-timeout-s
 TOLD_EVERY_S = 5.0  # between two signs of life to the driver
-_WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/ray/", "/training/shared_memory.py")
+_WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/ray/", shared_memory.__file__)
 
 
 class Life:

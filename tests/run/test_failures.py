@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -47,6 +48,7 @@ from mnist_ray.job.find import best_of, find
 from mnist_ray.job.retention import drop_worse
 from mnist_ray.job.session import ending_explained
 from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.shared_memory import Exchange
 from mnist_ray.record.recorder import logs_named
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, life, reporter, worker
@@ -568,6 +570,26 @@ def test_a_worker_tells_where_it_is_when_half_of_its_time_limit_is_over(now: lis
     (note,) = [event.text for event in told if isinstance(event, Note)]
     said = "worker 1 has made no progress for 301 s of --hang-timeout-s 600: it is in "
     assert re.fullmatch(said + r"\w+ \(\w+\.py, line \d+\), data after step 4 of epoch 3", note)
+
+
+def test_a_worker_that_waits_in_shared_memory_tells_that_it_waits_for_another(
+    now: list[float], limits: list[float]
+) -> None:
+    told, memory = list[Event](), mmap.mmap(-1, 4096)
+    counters = np.frombuffer(memory, np.int64)[::8]  # a rank's stands in a line of the cache of its own
+
+    def wait() -> None:
+        Life(job_of(), 0, Mock(**{"put.remote": told.append}))
+        Exchange(memory, 0, [1, 1], 1)(torch.zeros(1, 1))
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait)
+        wait_for(lambda: counters[0] == 1)
+        now[0] = 301
+        wait_for(lambda: any(isinstance(event, Note) for event in told))
+        memory[64:72] = counters[:1].tobytes()  # the other rank arrives
+        waiting.result()
+    assert "it waits for another worker" in str(told)
 
 
 NEWEST, BEFORE = "checkpoint_epoch-001_step-000020", "checkpoint_epoch-001_step-000000"
