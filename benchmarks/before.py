@@ -38,15 +38,9 @@ BEFORE = "8619d03"
 """The last commit in which Ray starts the workers itself."""
 PARTS = ("one", "four", "restart", "sweep")
 """Runs of one worker, of four, and of two with one killed; a sweep whose trials have two workers."""
-MORE_PARTS = ("two", "bare", "calls", "submit")
-"""A run of two workers; the engine without Ray, in one process and in two; two calls of train() in one process; jobs of
-one worker and of four by ``ray job submit``."""
-CALLS = """
-import sys, mnist_ray
-for _ in range(2):
-    run = mnist_ray.train(storage_path=sys.argv[1], limit=0.2, num_epochs=1)
-    print("start", run.result["seconds"]["start"])
-"""
+MORE_PARTS = ("two", "bare", "submit")
+"""A run of two workers; the engine without Ray, in one process and in two; jobs of one worker and of four by
+``ray job submit``."""
 DASHBOARD = "http://127.0.0.1:8265"
 _INTERVAL_S = 0.05
 
@@ -242,10 +236,6 @@ def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Seque
         for number in (1, 2):
             bare = watch(root, "benchmarks/peers/bare.py", number, 1)
             figures[f"rate_bare_{number}"] = json.loads(bare.lines[-1][1])["images_per_s"]
-    if "calls" in parts:
-        calls = watch(root, "-c", CALLS, storage)
-        first, second = (float(line.split()[1]) for _, line in calls.lines if re.match(r"start [\d.]+$", line))
-        figures |= {"first_call_s": first, "second_call_s": second}
     if "submit" in parts:
         with cluster(num_cpus=4):
             for number in (1, 4):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mnist_ray import layers, process
-from mnist_ray.cluster import environment, kept
+from mnist_ray.cluster import environment
 from mnist_ray.config import (
     EvaluationConfig,
     ExportConfig,
@@ -166,7 +166,6 @@ class SweptRun(Run):
 
 
 @_listing(TrainConfig, WorkerConfig, OutputConfig, SourceConfig)
-@kept.for_next_call()
 @process.left_as_found()
 def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TrainKeywords]) -> Run:
     """Train, evaluate and report like ``jobs/train.py``; return the run.
@@ -181,7 +180,6 @@ def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unp
 
 
 @_listing(SweepConfig, TrainConfig, WorkerConfig, OutputConfig, SourceConfig)
-@kept.for_next_call()
 @process.left_as_found()
 def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TuneKeywords]) -> SweptRun:
     """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.
@@ -207,7 +205,6 @@ def _space_text(space: Any) -> str:
     return space if isinstance(space, str) else options_text(space if isinstance(space, Iterable) else [space])
 
 
-@kept.for_next_call()
 @process.left_as_found()
 def evaluate(
     run: Run | str | Path | Sequence[Run | str | Path] | None = None,
@@ -233,7 +230,6 @@ def evaluate(
         several = [member for each in several for member in _members(each, workload, storage_path)]
     config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu, "plain_ray": plain_ray})
     environment.prepare(verbose=False, plain=plain_ray)
-    kept.end_unless_fit(WorkerConfig(plain_ray=plain_ray), verbose=False)
     with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
         found, *others = (find(each, workload, storage_path, settings) for each in several)
         check_known(settings, declared(found.workload.Settings), "evaluate()")

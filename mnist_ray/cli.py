@@ -210,8 +210,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     with contextlib.suppress(OSError):  # a closed pipe or a full disk, already reported
         sys.stdout.flush()
     sys.stderr.flush()
-    if "mnist_ray.cluster.kept" in sys.modules:  # a command that calls the API has kept its local Ray for another call
-        sys.modules["mnist_ray.cluster.kept"].end()
     if "multiprocessing" in sys.modules:
         for process in sys.modules["multiprocessing"].active_children():  # of the user's code
             if process.daemon:  # as Python's own exit would

@@ -393,7 +393,7 @@ def test_a_call_leaves_its_process_as_it_found_it(small_data: Path, tmp_path: Pa
         'if os.environ["ENDS"] == "failing": raise ValueError',
     )
     command = [sys.executable, "calls.py", str(tmp_path / "runs"), str(small_data)]
-    variables = {**os.environ, "RAY_ADDRESS": "local", "MNIST_RAY_KEEP_S": "0"}  # a Ray that is kept has threads
+    variables = {**os.environ, "RAY_ADDRESS": "local"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ended", "finished", "failing", "interr"))]

@@ -16,9 +16,8 @@ from typing import Any
 import ray
 
 from mnist_ray import extras, network
-from mnist_ray.cluster import kept, nodes
+from mnist_ray.cluster import nodes
 from mnist_ray.cluster.connection import about_access, connected, join, start_local, start_worker
-from mnist_ray.cluster.environment import prepare_local
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.cluster.session_files import removed_unless_failed, sessions_folder
 from mnist_ray.cluster.watch import watched
@@ -41,15 +40,13 @@ def connect(
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
 
     If this process is already connected, use that connection and leave it open. A local Ray declares at least the CPUs
-    that the job asks for, so that more workers than cores can run. At the end, disconnect and shut a local Ray down; if
-    a call from Python succeeded, keep its local Ray for the next call. Remove a local Ray's files unless something
-    failed. Raises JobError if the cluster does not answer or a local Ray does not start, and UsageError if ``config``
-    or ``RAY_ADDRESS`` is impossible.
+    that the job asks for, so that more workers than cores can run. At the end, disconnect, shut a local Ray down, and
+    remove its files unless something failed. Raises JobError if the cluster does not answer or a local Ray does not
+    start, and UsageError if ``config`` or ``RAY_ADDRESS`` is impossible.
 
     ``meanwhile`` runs in a thread while Ray and a first worker start. Its exception ends the start, and is raised here.
     """
-    resources = kept.take(config, verbose=verbose)
-    if resources is None and ray.is_initialized():
+    if ray.is_initialized():
         with _own_connection(config, meanwhile) as cluster:
             yield cluster
         return
@@ -58,29 +55,16 @@ def connect(
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=r"ray\.")
     leaving = threading.Thread(target=ray.shutdown)
-    with resources or contextlib.ExitStack() as at_the_end:
-        if resources is None:
-            cluster = at_the_end.enter_context(_new_connection(config, forking, meanwhile, leaving, **options))
-        else:
-            prepare_local()
-            meanwhile()
-        with watched(plain=config.plain_ray) as stop_watching:
-            if resources is not None:
-                cluster = _describe(is_local=True)
-            keeps = cluster.is_local and kept.is_wanted(plain=config.plain_ray)
+    with (
+        _new_connection(config, forking, meanwhile, leaving, **options) as cluster,
+        watched(plain=config.plain_ray) as stop_watching,
+    ):
 
-            def leave() -> None:
-                stop_watching()
-                if not keeps:
-                    leaving.start()
+        def leave() -> None:
+            stop_watching()
+            leaving.start()
 
-            yield dataclasses.replace(cluster, leave=leave)
-        if keeps:
-            everything = contextlib.ExitStack()
-            if forking is not None:
-                everything.push(forking.at_the_end.pop_all())
-            everything.push(at_the_end.pop_all())
-            kept.keep(everything, config, verbose=verbose)
+        yield dataclasses.replace(cluster, leave=leave)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from mnist_ray import extras
-from mnist_ray.cluster import kept, nodes
+from mnist_ray.cluster import nodes
 from mnist_ray.cluster.environment import for_workers, prepare_local
 from mnist_ray.cluster.plan import local_cpus
 from mnist_ray.cluster.session_files import about_folder, sessions_here
@@ -87,17 +87,15 @@ def connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator[
 
     Raises Ray's own errors as one-line JobErrors, and errors in a task's code unchanged.
     """
-    node_id, logs, disconnect = "", Path(), ray.shutdown
+    logs, disconnect = Path(), ray.shutdown
     try:
         start()
-        node_id, logs = ray.get_runtime_context().get_node_id(), nodes.session_folder() / "logs"
+        logs = nodes.session_folder() / "logs"
         yield
     except RaySilentError as error:
         # While a part of Ray hangs, ray.shutdown would wait for its answer. If a part has died, Ray ends this process
         # a few seconds later unless it disconnects, even if the caller from Python has caught the error.
         disconnect = _disconnect_soon if error.has_died else lambda: None
-        if not error.has_died and kept.is_call():
-            error.hints += "; Ray may end this process within a minute"
         raise
     except ray.exceptions.RayTaskError:
         raise
@@ -106,7 +104,7 @@ def connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator[
     finally:
         if leaving.ident is not None:
             leaving.join()
-        elif not node_id or nodes.is_connected_to(node_id):  # else the user has connected to another Ray
+        else:
             disconnect()
 
 

@@ -28,11 +28,6 @@ def session_folder() -> Path:
     return Path(socket).parent.parent
 
 
-def is_connected_to(node_id: str) -> bool:
-    """Return whether this process is connected to Ray through the node."""
-    return ray.is_initialized() and ray.get_runtime_context().get_node_id() == node_id
-
-
 def num_nodes_here() -> int:
     """Return how many of Ray's nodes run on this machine, as far as this process can see."""
     return sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))

@@ -64,17 +64,6 @@ EXTRAS = {
         "2.51",
         ("ray._private.ray_constants:ENABLE_RAY_CLUSTER", "ray._raylet:Config.initialize(config_list)"),
     ),
-    "uses": Extra(
-        "a local Ray kept between calls",
-        "each call starts its own Ray",
-        "2.55",
-        (
-            "ray._private.ray_constants:KV_NAMESPACE_FUNCTION_TABLE",
-            "ray._private.worker:global_worker",
-            "ray._raylet:CoreWorker.get_all_reference_counts",
-            "ray._raylet:GcsClient",
-        ),
-    ),
     "processes": Extra(
         "a watch over Ray's processes",
         "a dead part of Ray is noticed only after a minute",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mnist_ray import extras, process, provenance
-from mnist_ray.cluster import environment, kept
+from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, threads_per_worker
 from mnist_ray.config import WorkerConfig
 from mnist_ray.data.data import Blocks, Split, Splits
@@ -75,7 +75,6 @@ def started(job: Job, preload: str, workers: WorkerConfig | None = None) -> Iter
         at_the_end.enter_context(ending_explained(job))
         forking = None
         if workers.num_workers != 0:
-            kept.end_unless_fit(workers, verbose=job.output.verbose)
             is_wanted = workers.fork_workers == "auto" and not workers.plain_ray
             prepared = prepared_forking(preload, *environment.IMPORTED_LATE, is_wanted=is_wanted)
             forking = at_the_end.enter_context(prepared)

@@ -278,18 +278,6 @@ def test_only_the_session_of_the_block_is_removed(tmp_path: Path) -> None:
     assert {*tmp_path.iterdir()} == {latest, another, earlier}
 
 
-def test_a_call_on_a_kept_ray_has_the_variables_of_a_local_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_TRAIN_")}
-    monkeypatch.setattr(os, "environ", others)
-    monkeypatch.setattr("mnist_ray.cluster.kept.take", lambda config, verbose: contextlib.ExitStack())
-    monkeypatch.setattr("mnist_ray.cluster.connect.watched", lambda plain: contextlib.nullcontext(lambda: None))
-    monkeypatch.setattr("mnist_ray.cluster.nodes.current_nodes", tuple)
-    monkeypatch.setattr("mnist_ray.cluster.nodes.session_folder", Path)
-    with connect(WorkerConfig()) as cluster:
-        assert cluster.is_local
-        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
-
-
 def test_a_plain_job_joins_only_what_ray_address_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

@@ -24,7 +24,7 @@ from mnist_ray import extras, ray_versions
 from mnist_ray.cli import status_of
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.data import Arrays, Split
-from mnist_ray.extras import EXTRAS, is_on, listed, loopback, note, small, uses
+from mnist_ray.extras import EXTRAS, is_on, listed, loopback, note, processes, small
 from mnist_ray.job.job import read_job
 from mnist_ray.run.rendezvous import WorkerGroupConfig
 from mnist_ray.run.trainer import create_trainer
@@ -100,7 +100,7 @@ def test_the_note_names_what_is_missing_and_what_that_costs_once(monkeypatch: py
     )
 
 
-@pytest.mark.parametrize("without", ["trainer", "preemption", "processes", "uses"])
+@pytest.mark.parametrize("without", ["trainer", "preemption", "processes"])
 def test_a_job_trains_the_same_without_an_extra(
     without: str, finished_run: Path, quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,8 +133,8 @@ def test_no_module_outside_of_the_extras_imports_a_private_name() -> None:
 def test_an_extra_that_fails_is_one_line_with_the_way_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uses, "global_worker", object())
-    assert status_of(lambda: len(uses.uses_of_ray())) == 1
+    monkeypatch.setattr(processes, "global_worker", object())
+    assert status_of(lambda: len(processes.dead_processes())) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: Ray {ray.__version__} does not work here: ")
     assert said.endswith("; use --plain-ray\n")
