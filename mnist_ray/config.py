@@ -86,12 +86,6 @@ class TrainConfig:
     precision: Precision = setting(
         "auto", "number format of forward and backward passes; auto: bf16 if supported, else fp32; fp16 scales the loss"
     )
-    evaluation_precision: Literal["fp32", "training"] = setting(
-        "fp32",
-        "number format of forward passes in validations, tests and predictions; training: that of --precision; exports "
-        "stay in fp32",
-        is_searchable=False,
-    )
     validation_size: int | None = setting(
         None,
         "training examples held out for validation; 0: train on all and keep the last checkpoint; default: the "

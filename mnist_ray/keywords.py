@@ -33,7 +33,6 @@ class TrainKeywords(TypedDict, total=False):
     ema_decay: float | None
     early_stopping_patience: int | None
     precision: Precision
-    evaluation_precision: Literal["fp32", "training"]
     validation_size: int | None
     init_from: Run | str | Path | None
     seed: int

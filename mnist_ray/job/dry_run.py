@@ -161,9 +161,6 @@ def check_batch(
         workload.check_outputs(outputs, targets)
     idle = _check_losses(workload, model, batch, outputs, targets, config)
     model.eval()
-    if config.evaluation_precision == "training":  # the checks below compare outputs, so they need fp32
-        with _forward_placed(workload, model, batch), torch.no_grad():
-            forward(workload, model, batch, precision)
     evaluated, own_targets, columns = _evaluated(workload, model, batch, "predictions")
     _check_dict(f"{name}.predictions", columns)
     if taken := {*NOT_PREDICTED} & columns.keys():

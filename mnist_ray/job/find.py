@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
-import torch
 from safetensors.torch import save
 
 from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, left_out_from, read_state, workload_in
 from mnist_ray.checkpoints.saved_model import load_fitting, load_model, read_weights
 from mnist_ray.checkpoints.summary import CheckpointMetrics
-from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.settings import build, check_known, declared
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, in_one_line, with_retries
-from mnist_ray.training.evaluation import precision_of
 from mnist_ray.training.frozen import left_out_of
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
@@ -43,11 +40,6 @@ class Found:
     config: Mapping[str, Any]  # settings of the training
     metrics: CheckpointMetrics  # of the training
     notes: tuple[str, ...]  # for the user
-
-    @property
-    def precision(self) -> Precision:
-        """The precision of predictions, which CPUs compute."""
-        return precision_of(build(TrainConfig, self.config), torch.device("cpu"))
 
     def load_model(self) -> Any:
         """Return the checkpoint's model, in evaluation mode. Raises JobError if the checkpoint is damaged."""

@@ -21,14 +21,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from mnist_ray import process
-from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.data.batches import MicroBatch, to_device
 from mnist_ray.data.images import as_displayed, open_picture
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.find import Found
-from mnist_ray.settings import build, is_no_file
-from mnist_ray.training.evaluation import precision_of
+from mnist_ray.settings import is_no_file
 from mnist_ray.training.step import forward
 from mnist_ray.workload import Classification, Regression
 from mnist_ray.workload.base import Workload
@@ -93,7 +91,6 @@ class Predictor:
     workload: Workload
     model: nn.Module  # on the device, in evaluation mode
     checkpoint: str = ""  # path or URI
-    precision: Precision = "fp32"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     features: str | None = None  # the name of a layer in the model, as ``named_modules`` has it
 
@@ -115,8 +112,7 @@ class Predictor:
             model = with_fast_layout(model.to(device))
         except (AssertionError, RuntimeError) as error:  # the first if PyTorch was built without CUDA
             raise UsageError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
-        precision = precision_of(build(TrainConfig, found.config), device)
-        return cls(found.workload, model, found.checkpoint.uri, precision, device, features)
+        return cls(found.workload, model, found.checkpoint.uri, device, features)
 
     @property
     def name(self) -> str:
@@ -227,7 +223,7 @@ class Predictor:
                 at_the_end.callback(hook.remove)
             joined, targets = self._collated(batch)
             loaded = to_device(MicroBatch(joined, targets, len(batch), len(batch)), self.device)
-            outputs = forward(self.workload, self.model, loaded, self.precision)[0]
+            outputs = forward(self.workload, self.model, loaded)[0]
         if self.features is None:
             return outputs, None
         if not kept or not isinstance(kept[-1], Tensor) or kept[-1].shape[:1] != (len(batch),):

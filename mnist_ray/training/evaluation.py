@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import batch_loader, batches_of, checked, to_device
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request, split_bounds
 from mnist_ray.errors import UsageError
 from mnist_ray.parallel import sharding
-from mnist_ray.parallel.group import Group, resolve_precision
+from mnist_ray.parallel.group import Group
 from mnist_ray.training.metrics import WEIGHT, Evaluation, check_columns
 from mnist_ray.training.step import forward, per_example, sums_of
 from mnist_ray.workload.base import Workload
@@ -80,13 +80,6 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def precision_of(config: TrainConfig, device: torch.device) -> Precision:
-    """Return the precision of evaluations on a device, with a training's ``config``, whose own may be ``auto``."""
-    if config.evaluation_precision == "fp32":
-        return "fp32"
-    return resolve_precision(config.precision, Group(device=device))
-
-
 def batch_size_of(
     workload: Workload, model: nn.Module, split: Split, config: TrainConfig, num_loader_processes: int = 0
 ) -> int:
@@ -103,7 +96,7 @@ def batch_size_of(
     batches = batches_of(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
     (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_loader_processes))
     with evaluating(model), _not_compiled(model):
-        outputs, _ = forward(workload, model, to_device(first, device), precision_of(config, device))
+        outputs, _ = forward(workload, model, to_device(first, device))
     num_bytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
     limit = min(size, config.micro_batch_size or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
     return next(number for number in range(max(1, limit), 0, -1) if size % number == 0)
@@ -118,13 +111,12 @@ def evaluate(
     on_batch: Callable[[int], object] = lambda num_done: None,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Evaluate a model on its device in fixed batches.
+    """Evaluate a model on its device in fp32, in fixed batches.
 
-    ``config`` is the training's; if its precision is ``auto``, the device decides. ``on_batch`` is called before each
-    batch, with the number of examples that are done. Raises UsageError if the columns are too large.
+    ``config`` is the training's. ``on_batch`` is called before each batch, with the number of examples that are done.
+    Raises UsageError if the columns are too large.
     """
     device = _device_of(model)
-    precision = precision_of(config, device)
     batch_size = batch_size or batch_size_of(workload, model, split, config, num_loader_processes)
     requests = [Request(np.arange(*bounds)) for bounds in split_bounds(len(split), len(split), batch_size)]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
@@ -137,7 +129,7 @@ def evaluate(
         for request, loaded in zip(requests, loader, strict=True):
             on_batch(int(request.indices[0]))
             batch = to_device(loaded, device)
-            outputs, targets = forward(workload, model, batch, precision)
+            outputs, targets = forward(workload, model, batch)
             loss = per_example(workload, "loss", workload.loss(outputs, targets), batch.num_examples)
             sums.append(sums_of(workload, outputs, targets, loss.sum(), batch.num_examples))
             columns.append(workload.predictions(outputs, targets))

@@ -126,11 +126,6 @@ class Drawing(nn.Linear):
         self.scale = torch.as_tensor(draw(4)).float()  # no buffer
     def forward(self, inputs): return super().forward(inputs * self.scale)
 
-class Tested(nn.Linear):
-    def forward(self, inputs):
-        outputs, gathered = super().forward(inputs), torch.zeros(len(inputs), 10)
-        return outputs if self.training else gathered.index_put((torch.arange(len(inputs)),), outputs)
-
 class Spare(nn.Linear):
     def __init__(self, *names):
         super().__init__(4, 10)
@@ -296,13 +291,6 @@ def test_several_optimizers_do_not_use_label_smoothing(write: Write) -> None:
 def test_the_model_is_tried_in_the_precision_of_the_training(write: Write, precision: Precision, dtype: str) -> None:
     body = "\n    def create_model(self): return Reporting(4, 10)\n"
     assert f"ValueError: {dtype}" in message_of(write, body, config=TrainConfig(precision=precision))
-
-
-def test_an_evaluation_in_the_trainings_precision_is_tried(write: Write) -> None:
-    body = "\n    def create_model(self): return Tested(4, 10)\n"
-    dry_run_of(write, body, config=TrainConfig(precision="bf16"))
-    config = TrainConfig(precision="bf16", evaluation_precision="training")
-    assert "the model: RuntimeError: Index put requires" in message_of(write, body, config=config)
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_row_has_the_same_bits_whatever_is_computed_with_it(
-    finished_run: Path, mnist_test: Arrays, precision: Any
-) -> None:
-    predictor = replace(mnist_ray.load_predictor(finished_run, device="cpu"), precision=precision)
+def test_a_row_has_the_same_bits_whatever_is_computed_with_it(finished_run: Path, mnist_test: Arrays) -> None:
+    predictor = mnist_ray.load_predictor(finished_run, device="cpu")
     every = predictor.predict(mnist_test.inputs[:130])
     for size in (1, 2, 5, 17, 63):
         assert [one.top for one in predictor.predict(mnist_test.inputs[:size])] == [one.top for one in every[:size]]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
@@ -24,27 +24,6 @@ def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (few_images.targets, logits.argmax(1).numpy()), 1)
     assert mnist().details(evaluation.columns)["confusion_matrix"] == expected.tolist()
-
-
-@pytest.mark.parametrize(
-    ("precision", "has_bf16", "is_bf16"), [("bf16", False, True), ("auto", True, True), ("auto", False, False)]
-)
-def test_an_evaluation_in_the_trainings_precision_is_one_under_autocast(
-    precision: Precision, has_bf16: bool, is_bf16: bool, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: has_bf16)
-    model, config = mnist().create_model(), TrainConfig(precision=precision, evaluation_precision="training")
-    found = evaluate(mnist(), model, Split(few_images), config)
-    images, labels = mnist().prepare(torch.tensor(few_images.inputs), None), torch.tensor(few_images.targets).long()
-    sums = []
-    for of_batch, targets in zip(images.split(100), labels.split(100), strict=True):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            logits = model(of_batch).float()
-        sums.append(F.cross_entropy(logits, targets, reduction="none").sum().item())
-    assert [one["loss"] for one in found.batch_sums] == sums
-    in_fp32 = evaluate(mnist(), model, Split(few_images), TrainConfig(precision=precision))  # the default
-    assert (found.batch_sums == in_fp32.batch_sums) is not is_bf16
-    assert found.values(mnist())["loss"] == pytest.approx(in_fp32.values(mnist())["loss"], rel=1e-2)
 
 
 def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
