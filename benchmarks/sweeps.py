@@ -2,7 +2,7 @@
 
     python benchmarks/sweeps.py                                    # about 9 minutes on two cores
     python benchmarks/sweeps.py --before COMMIT                    # about 25 minutes
-    python benchmarks/sweeps.py --schedulers halving asha none     # about 35 minutes
+    python benchmarks/sweeps.py --schedulers halving none          # about half an hour
 
 Guards the choice of a sweep: trials that are stopped early save epochs, and cost no accuracy of the best configuration.
 

@@ -389,8 +389,8 @@ class SweepConfig:
     )
     num_trials: int = setting(16, "configurations to try, including the default one", **within(1, 10_000))
     search_algorithm: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
-    scheduler: Literal["halving", "asha", "none"] = setting(
-        "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs; asha: Ray's"
+    scheduler: Literal["halving", "none"] = setting(
+        "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs"
     )
     num_confirmed: int = setting(
         3, "how many of the best configurations race with up to two more seeds; 0: one seed decides", **at_least(0)

@@ -46,12 +46,12 @@ def climb(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[list[
     return rungs
 
 
-def segments(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_race: bool = True) -> list[Segment]:
+def segments(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[Segment]:
     """Return what can be trained now, or is being trained."""
     rungs, epochs = climb(sweep, table, candidates), rungs_of(sweep)
     last, epoch = rungs[-1], epochs[len(rungs) - 1]
     missing = unreached(table, last, epoch)
-    if with_race and len(rungs) == len(epochs) and not candidates.num_unknown:
+    if len(rungs) == len(epochs) and not candidates.num_unknown:
         # Before all trials have reached the end, the finalists are known only if no trial has to drop out.
         in_time = last if len(last) <= sweep.config.num_confirmed else []
         racing = in_time if missing else finalists(table, sweep.config.num_confirmed, sweep.job.train.seed)

@@ -71,7 +71,6 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
         return
     except TrainingStoppedError as error:
         reason = str(error)
-    # The scheduler ranks NaN last.
     tune.report({f"val_{spec.job.workload.monitor.name}": math.nan, "reason": reason})
 
 

@@ -23,7 +23,6 @@ from mnist_ray.record.header import say_data, say_result
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import Given
 from mnist_ray.storage import TRIALS_FILE
-from mnist_ray.sweep.halving import rungs_of
 from mnist_ray.sweep.proposals import propose
 from mnist_ray.sweep.ranking import Averaged, find_best, ranked
 from mnist_ray.sweep.space import Space, space_of
@@ -127,13 +126,12 @@ class SweepConsole(RunConsole):
     def __init__(self, sweep: Sweep) -> None:
         job = sweep.job
         super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
-        self._has_rungs = len(rungs_of(sweep)) > 1
 
     def show_table(self, table: TrialTable, ended: TrialRecord | None = None) -> None:
         """Show the trials after one of them has ``ended`` or reported."""
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
-        elif ended is not None and not (self._has_rungs and ended.state == STOPPED):  # it had a line as "waiting"
+        elif ended is not None and ended.state != STOPPED:  # it had a line as "waiting"
             *_, epochs, monitor, _, state = self._row(table, ended, None)  # the summary names the best
             tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}: {table.workload.monitor.name}"
             line = f"{tried} {monitor} after {epochs} epochs, {state} · {self._summary(table)}"

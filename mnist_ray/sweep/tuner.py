@@ -14,7 +14,6 @@ from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from mnist_ray import extras
@@ -37,7 +36,6 @@ _TUNE_FOLDER = "tune"
 _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we handle Ctrl-C: a sweep resumes from sweep.csv and the trials' checkpoints
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files of each trial
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # within an epoch, checkpoints are not validated
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's new output prints a box with its configuration even with verbose=0
 }
 OnChange = Callable[[TrialTable, TrialRecord | None], None]  # gets the changed table, and the trial that ended, if any
@@ -61,8 +59,6 @@ def run_sweep(
     config, table, begun = sweep.config, sweep.table(), time.monotonic()
     deadline = begun + (config.time_budget_s or math.inf)
     watcher = _Watcher(sweep, table, on_change, say)
-    if config.scheduler == "asha":
-        _run_segments(watcher, spec, concurrent, deadline, with_asha=True)
     _run_segments(watcher, spec, concurrent, deadline)
     if watcher.failure is None and find_best(table) is not None:
         watcher.end()
@@ -80,21 +76,17 @@ def run_sweep(
     return table
 
 
-def _run_segments(
-    watcher: _Watcher, spec: TrialSpec, concurrent: int, deadline: float, *, with_asha: bool = False
-) -> None:
-    """Let Tune run the segments until there are no more, or until the deadline; ``with_asha``, without the race."""
-    next_segments = functools.partial(watcher.segments, with_race=not with_asha)
+def _run_segments(watcher: _Watcher, spec: TrialSpec, concurrent: int, deadline: float) -> None:
+    """Let Tune run the segments until there are no more, or until the deadline."""
     run, seconds = watcher.sweep.job.run, deadline - time.monotonic()
-    if seconds <= 0 or next(next_segments(), None) is None:
+    if seconds <= 0 or next(watcher.segments(), None) is None:
         return
     run.inside(_TUNE_FOLDER).delete()  # an interrupted sweep has left it; it is never read
     tuner = tune.Tuner(
         tune.with_resources(functools.partial(run_trial, spec=spec), _reserved(spec.plan)),
         tune_config=tune.TuneConfig(
-            search_alg=_SegmentSearcher(next_segments, concurrent),
+            search_alg=_SegmentSearcher(watcher.segments, concurrent),
             num_samples=-1,  # until no segments are left
-            scheduler=_asha(watcher.sweep) if with_asha else FIFOScheduler(),
             time_budget_s=None if math.isinf(seconds) else seconds,
             reuse_actors=spec.plan.num_workers == 1 and not spec.plan.use_gpu,  # an error may leave CUDA unusable
         ),
@@ -130,13 +122,6 @@ def _reserved(plan: WorkerPlan) -> tune.PlacementGroupFactory:
     resources = {"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}
     labels = {"bundle_label_selector": [dict(plan.labels)]} if plan.labels else {}
     return tune.PlacementGroupFactory([resources], **labels)
-
-
-def _asha(sweep: Sweep) -> TrialScheduler:
-    """Return ASHA (https://arxiv.org/abs/1810.05934): at each rung the worse half of the trials so far stops."""
-    monitor, num_epochs = sweep.job.workload.monitor, sweep.job.train.num_epochs
-    goal = {"metric": f"val_{monitor.name}", "mode": monitor.mode}
-    return ASHAScheduler("epochs", **goal, max_t=num_epochs, grace_period=1, reduction_factor=2)
 
 
 class _SegmentSearcher(Searcher):
@@ -186,11 +171,11 @@ class _Watcher(tune.Callback):
         """Pickle nothing: Tune pickles callbacks for its own restore, which is never used."""
         return tune.Callback, ()
 
-    def segments(self, *, with_race: bool = True) -> Iterator[Segment]:
+    def segments(self) -> Iterator[Segment]:
         """Yield what can be trained now, or is being trained; a point is only proposed if the caller takes it."""
         if self.failure is not None:
             return
-        known = functools.partial(segments, self.sweep, self._table, self._candidates, with_race=with_race)
+        known = functools.partial(segments, self.sweep, self._table, self._candidates)
         yield from known()
         if self._candidates.num_unknown:
             yield from self._proposed()
@@ -240,8 +225,8 @@ class _Watcher(tune.Callback):
             record.state = FAILED
         elif CheckpointMetrics.of(trial.last_result or {}).is_over:
             record.state = DONE
-        else:  # it waits for its rung, or ASHA has stopped it
-            record.state = WAITING if len(rungs_of(self.sweep)) > 1 else STOPPED
+        else:
+            record.state = WAITING
         self._segment_ended(trial, record)
         with self.failure_noted():
             _drop_checkpoints(self.sweep, self._table, self.sweep.config.num_confirmed)

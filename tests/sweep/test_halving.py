@@ -184,7 +184,6 @@ def test_the_race_adds_a_seed_at_a_time_and_a_lost_trial_is_out_until_the_sweep_
         ({}, [0.25, 0.5, 1, 2]),
         ({"num_epochs": 3}, [0.375, 0.75, 1.5, 3]),
         ({"scheduler": "none"}, [2]),
-        ({"scheduler": "asha"}, [2]),
     ],
 )
 def test_rungs_are_parts_of_all_epochs(settings: dict[str, Any], rungs: list[float], tmp_path: Path) -> None:

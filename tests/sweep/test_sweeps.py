@@ -202,16 +202,6 @@ def test_trials_of_two_workers_start_from_given_weights_and_report_to_the_sweep(
     assert float(trial["val_accuracy"]) == before["val_accuracy"]
 
 
-@pytest.mark.long
-def test_asha_stops_a_hopeless_trial_but_not_the_race(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
-    tune({**where, **rates(3e-3, 2e-3, 10.0), "scheduler": "asha", "num_epochs": 2, "num_confirmed": 2})
-    first, second, hopeless, *race = rows(tmp_path / "run")
-    assert (hopeless["learning_rate"], hopeless["state"], hopeless["epochs"]) == ("10.0", "stopped early", "1.0")
-    done = [row["learning_rate"] for row in (first, second) if row["state"] == "done"]
-    racing = {(rate, "done") for rate in done} if len(done) > 1 else set()
-    assert {(row["learning_rate"], row["state"]) for row in race} == racing
-
-
 ONE = {"num_workers": 1, "cpus_per_worker": 1}
 
 

@@ -306,17 +306,16 @@ def test_a_failed_trials_reason_is_kept_without_secrets_and_printed_escaped(
     assert row.rstrip().endswith(reason)
 
 
-@pytest.mark.parametrize(("scheduler", "lines"), [("halving", 1), ("asha", 2)])
 def test_the_console_has_a_line_for_each_end_but_not_again_for_a_trial_that_its_rung_stops(
-    scheduler: str, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = table_of((1e-3, 0, WAITING, 0.5))
     (some,) = table.by_point.values()
-    with SweepConsole(read_sweep({"storage_path": str(tmp_path), "scheduler": scheduler})) as console:
+    with SweepConsole(read_sweep({"storage_path": str(tmp_path)})) as console:
         console.show_table(table, some)
         some.state = STOPPED
         console.show_table(table, some)
-    assert capsys.readouterr().out.count("trial 1 ") == lines
+    assert capsys.readouterr().out.count("trial 1 ") == 1
 
 
 def test_a_setting_with_the_name_of_another_column_is_not_searched() -> None:
