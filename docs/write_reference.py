@@ -34,7 +34,6 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the comman
     "view": ("[FLAGS]", (config.ViewConfig,)),
     "report": ("[RUN] [FLAGS]", ()),
     "export": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.ExportConfig,)),
-    "reproduce": ("RUN [FLAGS]", (config.ReproductionConfig,)),
     "runs": ("[FLAGS]", (config.RunsConfig,)),
     "new": ("NAME [FLAGS]", (config.ProjectConfig,)),
 }

@@ -161,18 +161,6 @@ def export() -> None:
     _tool("export")(found, build(config.ExportConfig, flags))
 
 
-def reproduce() -> int:
-    """Train a run again from its files, and compare the weights to the bit."""
-    parser = _parser(reproduce, config.ReproductionConfig)
-    parser.add_argument("run", metavar="RUN", help="the run's name, folder or URI")
-    typed = parser.read_flags()
-    options = build(config.ReproductionConfig, typed)  # the callbacks and workers in a file are for new runs
-    flags = _over_files(typed)
-    run, storage_path = find_run(flags["run"], flags["storage_path"]), flags["storage_path"]
-    status: int = _tool("reproduce")(run, storage_path, flags.get("workload"), options, train_job)
-    return status
-
-
 def new() -> None:
     """Make a folder with a project of your own that uses this package."""
     parser = Parser(new.__doc__ or "", config.ProjectConfig)
@@ -181,8 +169,8 @@ def new() -> None:
     _tool("new")(flags["name"], build(config.ProjectConfig, flags))
 
 
-_ALL = (train, tune, evaluate, compare, predict, view, report, runs, export, reproduce, new, completion)
-COMMANDS: dict[str, Callable[[], int | None]] = {command.__name__: command for command in _ALL}
+_ALL = (train, tune, evaluate, compare, predict, view, report, runs, export, new, completion)
+COMMANDS: dict[str, Callable[[], None]] = {command.__name__: command for command in _ALL}
 
 
 def program() -> None:
@@ -202,7 +190,7 @@ def program() -> None:
     run(COMMANDS[name])
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit with its status: 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     signals.take_signals()
     prepare_output()
@@ -338,7 +326,7 @@ def run_among(words: Sequence[str]) -> str | None:
     return next((word for _, word in pairs), None)
 
 
-def _parser(command: Callable[[], int | None], *classes: type) -> Parser:
+def _parser(command: Callable[[], None], *classes: type) -> Parser:
     """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
     _add_storage(parser)

@@ -340,15 +340,6 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReproductionConfig:
-    """How to train again."""
-
-    num_workers: int | None = setting(None, "training processes; default: as many as the run had", **at_least(0))
-    callback: tuple[str, ...] = _code("the run's Callback, if it has moved", "mnist_ray.training.callback:Callback")
-    dry_run: bool = setting(False, "train nothing; only compare this machine with the run's files")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ProjectConfig:
     """New project."""
 
@@ -415,7 +406,6 @@ CLASSES: tuple[type, ...] = (
         ScaleConfig,
         RunsConfig,
         ExportConfig,
-        ReproductionConfig,
         ProjectConfig,
         EvaluationConfig,
     ),

@@ -1,4 +1,4 @@
-"""The origin of a result: versions and packages, command line, code and its repository, processor."""
+"""The origin of a result: versions, command line, code and its repository, processor."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import platform
 import re
 import shlex
 import sys
-import time
 import types
-from dataclasses import dataclass, field
-from importlib.metadata import distributions, version
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mnist_ray import repository
 from mnist_ray.errors import first_line
-from mnist_ray.repository import Repository, fingerprint
+from mnist_ray.repository import Repository
 from mnist_ray.text import PROGRAM, VERSION, masked
 
-PACKAGES_FILE, CHANGES_FILE = "packages.txt", "changes.diff"
+CHANGES_FILE = "changes.diff"
 _OTHERS_CODE = ("site-packages", "dist-packages")
 
 
@@ -71,10 +70,9 @@ def git_commit() -> str | None:
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
-    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     with contextlib.suppress(repository.GitError, OSError):
-        found = repository.run_git(root, describe, time.monotonic() + repository.TIME_LIMIT_S, 1000)
-        return found.kept.decode("utf-8", "replace").strip() or None
+        found = repository.run_git(root, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+        return found.decode("utf-8", "replace").strip() or None
     return None
 
 
@@ -82,25 +80,12 @@ def package_sha256() -> str:
     """Return one digest of this package's code, which may have changed since its commit or its installation."""
     root, digest = Path(__file__).parent, hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)} {fingerprint(file)}\n".encode())
+        digest.update(f"{file.relative_to(root)} {_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
-def packages() -> dict[str, str]:
-    """Return the versions of all installed distributions by their names, like ``pip freeze``."""
-    found: dict[str, str] = {}
-    for distribution in distributions():
-        with contextlib.suppress(OSError, ValueError):  # a damaged installation
-            # Only the first lines: parsing all of 200 files would take a sixth of a second.
-            text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
-            pair = [re.search(rf"^{field}: *(\S+)", text, re.MULTILINE) for field in ("Name", "Version")]
-            if pair[0] and pair[1]:
-                found.setdefault(pair[0][1], pair[1][1])  # Python imports the first of two
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
-
-
 def modules_below(folder: Path, but: Path) -> dict[str, str]:
-    """Return fingerprints of the modules that are imported from a folder, by path within it; without ``but``.
+    """Return the digests of the modules that are imported from a folder, by path within it; without ``but``.
 
     Installed packages and Python's own modules do not count.
     """
@@ -111,35 +96,35 @@ def modules_below(folder: Path, but: Path) -> dict[str, str]:
     places = (os.path.dirname(os.__file__), os.path.join(sys.prefix, "bin"))  # the latter has mnist-ray itself
     installed = (*(place + os.sep for place in places), *(f"{os.sep}{name}{os.sep}" for name in _OTHERS_CODE))
     own = sorted(file for file in files - {str(but)} if not any(place in file for place in installed))
-    return {os.path.relpath(file, folder): fingerprint(Path(file)) for file in own}
+    return {os.path.relpath(file, folder): _sha256(Path(file)) for file in own}
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:  # it was deleted after its import
+        return "not readable"
 
 
 @dataclass(frozen=True)
 class Surroundings:
     """What a run finds around its code."""
 
-    packages: dict[str, str] = field(default_factory=dict)  # versions by name
     package_sha256: str | None = None  # of this package's code
     repository: Repository | None = None
     note: str = ""  # why something is unknown
 
-    @property
-    def packages_text(self) -> str:
-        """The installed packages in the form of ``pip freeze``."""
-        return "".join(f"{name}=={version}\n" for name, version in self.packages.items())
-
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the packages and the diff, which have files of their own."""
+        """Return all but the diff, which has a file of its own."""
         state = dataclasses.asdict(self.repository) if self.repository else None
         kept = state and {name: state[name] for name in state if name != "changes"}
         return {"package_sha256": self.package_sha256, "repository": kept, "note": self.note}
 
 
 def surroundings(folder: Path) -> Surroundings:
-    """Return the installed packages, and the state of a folder's repository. Whatever fails becomes a note."""
+    """Return the digest of this package, and the state of a folder's repository. Whatever fails becomes a note."""
     found: dict[str, Any] = {}
     try:
-        found["packages"] = packages()
         found["package_sha256"] = package_sha256()
         found["repository"] = repository.state_of(folder)
     except Exception as error:  # must not end the run

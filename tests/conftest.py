@@ -119,11 +119,11 @@ def weights(run: Path) -> str:
     return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
 
 
-def run_main(job: str, *flags: str) -> int | None:
-    """Run a job in this process, on the Ray that it is connected to; return the exit status, if it gives one."""
+def run_main(job: str, *flags: str) -> None:
+    """Run a job in this process, on the Ray that it is connected to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [f"jobs/{job}.py", *flags])
-        return cli.COMMANDS[job]()
+        cli.COMMANDS[job]()
 
 
 def callback_at(file: Path, method: str, *lines: str) -> Path:

@@ -97,10 +97,8 @@ class Job:
         return dataclasses.replace(self, workload=changed, train=train)
 
 
-def read_job(given: Given | None = None, kind: str = "train", *, is_call: bool = True) -> Job:
+def read_job(given: Given | None = None, kind: str = "train") -> Job:
     """Read the settings of ``train`` or ``tune`` from ``given``, or from the command line if it is None.
-
-    A job that is given, but not by a Python call, is resumed by a command: ``is_call`` is False.
 
     Choose the run, check that its code is trusted, read flags and files into layers, build the job. Later layers win:
     recipes, the project, the environment, a resumed run's own settings, the file of --config, flags. Raises UsageError
@@ -119,7 +117,7 @@ def read_job(given: Given | None = None, kind: str = "train", *, is_call: bool =
     )
     _check_saved(saved, _classes(kind, workload_class.Settings))
     ordered = layers.in_order(workload_class.recipes, defaults, saved, of_file, flags)
-    job = _build_job(kind, run, workload_class, ordered, is_resumed=bool(saved), is_call=given is not None and is_call)
+    job = _build_job(kind, run, workload_class, ordered, is_resumed=bool(saved), is_call=given is not None)
     job = dataclasses.replace(job, settings_file=file, notes=tuple(notes))
     _check_used(kind, job)
     if not saved:

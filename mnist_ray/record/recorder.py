@@ -23,7 +23,7 @@ from mnist_ray.errors import JobError, with_place
 from mnist_ray.job.find import Fitted, read_initial
 from mnist_ray.job.session import Session
 from mnist_ray.output import finite
-from mnist_ray.provenance import CHANGES_FILE, PACKAGES_FILE, Surroundings, arithmetic, modules_below, origin
+from mnist_ray.provenance import CHANGES_FILE, Surroundings, modules_below, origin
 from mnist_ray.record.header import say_plan
 from mnist_ray.record.history import History, write_predictions
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
@@ -102,7 +102,6 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
             "data_name": session.data.name,
             "data": digests_of(session.data),
             "unused_settings": sorted(session.unused),
-            "arithmetic": arithmetic(),
             "code": _write_code(session),
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
@@ -113,10 +112,9 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
 
 
 def _write_code(session: Session) -> dict[str, Any]:
-    """Write the list of packages and the diff of the user's repository; return what else is known about the code."""
+    """Write the diff of the user's repository; return what else is known about the code."""
     run, source = session.job.run, session.job.workload.source
     around = known_surroundings(session)
-    run.write_text(PACKAGES_FILE, around.packages_text)
     if around.repository and around.repository.changes:
         run.write_text(CHANGES_FILE, around.repository.changes)
     callbacks = [code.sha256 for code in session.job.callbacks]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 from mnist_ray.data.data import Splits
 from mnist_ray.job.job import Job
@@ -18,15 +17,18 @@ from mnist_ray.storage import CONFIG_FILE, MEMBERS_FOLDER
 from mnist_ray.workload.calls import data_of, splits_for
 
 
-def train(job: Job, look_at: Callable[[Splits], object] = lambda data: None) -> None:
-    """Train what the settings ask for: one run, or a run for each seed and fold. Arguments as for ``run.train.train``.
+def train(job: Job) -> None:
+    """Train what the settings ask for: one run, or a run for each seed and fold.
 
     Raises UsageError, JobError, KeyboardInterrupt with one-line texts.
     """
-    (_train_several if job.train.is_several else run.train)(job, look_at)
+    if job.train.is_several:
+        _train_several(job)
+    else:
+        run.train(job)
 
 
-def _train_several(job: Job, look_at: Callable[[Splits], object]) -> None:
+def _train_several(job: Job) -> None:
     """Train and test a run for each seed and fold, several at a time; report their mean and its interval.
 
     If the job is interrupted and resumed, its finished runs stay as they are.
@@ -38,7 +40,6 @@ def _train_several(job: Job, look_at: Callable[[Splits], object]) -> None:
     with started(job, preload="mnist_ray.repeats.member") as start:
         data = data_of(job.workload)
         splits = splits_for(job.workload, data, job.train)
-        look_at(splits)
         job = check_against_data(job, splits)
         console = console_of(job)
         with opened(start, job, splits, console, functools.partial(say_several, console, job, splits)) as session:

@@ -1,17 +1,15 @@
 """A training run, step by step."""
 
 import functools
-from collections.abc import Callable
 
-from mnist_ray.data.data import Splits
 from mnist_ray.job.job import Job
 from mnist_ray.job.job_data import check_against_data, load_splits
 from mnist_ray.job.session import console_of, opened, started
 from mnist_ray.record.header import say_result, say_run
 
 
-def train(job: Job, look_at: Callable[[Splits], object] = lambda data: None) -> None:
-    """Load data, let the caller ``look_at`` them, start Ray, train, test, report.
+def train(job: Job) -> None:
+    """Load data, start Ray, train, test, report.
 
     Raises UsageError, JobError, KeyboardInterrupt with one-line texts.
     """
@@ -20,7 +18,6 @@ def train(job: Job, look_at: Callable[[Splits], object] = lambda data: None) -> 
         return
     with started(job, preload="mnist_ray.run.fit") as start:
         data = load_splits(job)
-        look_at(data)
         job = check_against_data(job, data)
         console = console_of(job)
         with opened(start, job, data, console, functools.partial(say_run, console, job, data)) as session:
