@@ -25,7 +25,7 @@ from mnist_ray.repeats.train import train as train_job
 from mnist_ray.report.run_files import result_of, workload_of
 from mnist_ray.runs import find_run
 from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek, words_to_complete
-from mnist_ray.settings_files import read_settings, toml_lines
+from mnist_ray.settings_files import read_settings
 from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE, locate
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
@@ -40,21 +40,15 @@ def train() -> None:
         spin_briefly_if_busy(usable_cores())  # before this process imports torch, as the workload's file may
     with _one_object(config.OutputConfig) as shown:
         job = read_job()
-        if job.asked.get("print_settings"):
-            _print_settings(job)
-        else:
-            train_job(job)
-            shown |= _result_of(job)
+        train_job(job)
+        shown |= _result_of(job)
 
 
 def tune() -> None:
     """Search settings with Ray Tune, train the best configuration and evaluate it once."""
     with _one_object(config.OutputConfig) as shown:
         sweep = read_sweep()
-        if sweep.job.asked.get("print_settings"):
-            _print_settings(sweep.job, config.SweepConfig)
-        else:
-            shown |= {"trials": tune_sweep(sweep).table().rows, **_result_of(sweep.job)}
+        shown |= {"trials": tune_sweep(sweep).table().rows, **_result_of(sweep.job)}
 
 
 def evaluate() -> None:
@@ -306,14 +300,6 @@ def _result_of(job: Job) -> dict[str, Any]:
     """Return what ``--json`` prints of a run; nothing after ``--dry-run``."""
     result = result_of(job.run, job.workload)
     return {} if result is None else {"run": job.run.uri, **result}
-
-
-def _print_settings(job: Job, *classes: type) -> None:
-    """Print all settings of a job as a TOML file."""
-    say("# All settings, with the values that they have now, to be edited and given with --config.")
-    kinds = (*classes, config.TrainConfig, type(job.workload.settings), config.WorkerConfig, config.OutputConfig)
-    for line in toml_lines({**job.asked, **job.values}, config.SourceConfig, *kinds):
-        say(line)
 
 
 def run_among(words: Sequence[str]) -> str | None:

@@ -40,7 +40,6 @@ class SourceConfig:
     config: str | None = setting(
         None, "settings in TOML, YAML or JSON, such as a run's config.json", metavar="FILE", is_single=True, **_DROPPED
     )
-    print_settings: bool = setting(False, "print all settings as a TOML file for --config, and exit", **_DROPPED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from mnist_ray.storage import is_foreign
 
 FLAGS = "the flags"
 STORAGE_VARIABLE = "MNIST_RAY_STORAGE_PATH"
-ONLY_FLAGS = {"print_settings", "json"}  # neither in files nor in calls
+ONLY_FLAGS = {"json"}  # neither in files nor in calls
 _PROJECT_FILE, _TABLE = "pyproject.toml", "mnist_ray"
 
 

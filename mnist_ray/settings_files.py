@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 from mnist_ray.config import CLASSES
 from mnist_ray.errors import UsageError, first_line
-from mnist_ray.settings import Given, declared, is_no_file, of_any_version, path_of, title_of
+from mnist_ray.settings import Given, declared, is_no_file, of_any_version, path_of
 
 _MAX_BYTES = 2**20
 
@@ -52,25 +50,6 @@ def read_table(file: Path, *names: str) -> dict[str, Any] | None:
             return None
         table = _as_object(table[name], f"[{'.'.join(names[:number])}] of {file}")
     return dict(table)
-
-
-def toml_lines(values: Given, *classes: type) -> Iterator[str]:
-    """Yield the lines of a TOML file with the settings of some classes, except for those of a single start.
-
-    Their help is comments, as are settings without a value, in ``values`` or by default.
-    """
-    for config_class in classes:
-        yield from ("", f"# --- {title_of(config_class)}")
-        for name, about in declared(config_class).items():
-            if about.on_resume == "dropped":
-                continue
-            value, choices = values.get(name, about.default), about.arguments if about.plain is not tuple else ()
-            yield ""
-            help_text = about.help + (f" ({', '.join(map(str, choices))})" if choices else "")
-            yield from wrap(help_text, 100, initial_indent="# ", subsequent_indent="# ")
-            none = about.unset if about.has_word_for_none else "…"
-            text = json.dumps(none if value is None else value, ensure_ascii=False, default=str)
-            yield f"{'# ' if value is None else ''}{name} = {text}"
 
 
 def _text_of(file: Path, path: str) -> str:

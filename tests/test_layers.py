@@ -8,7 +8,6 @@ from PIL import Image
 from mnist_ray import layers
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job, read_job
-from mnist_ray.settings_files import read_settings
 from tests.conftest import run_main
 
 WORKLOAD = "from mnist_ray.mnist.problem import MNIST\nclass Mine(MNIST): pass\n"
@@ -182,23 +181,18 @@ def test_a_wrong_project_file_is_one_line(project: Path, monkeypatch: pytest.Mon
         assert file in str(raised.value)
 
 
-def test_printed_settings_are_accepted_back_and_comments_survive_in_the_runs_copy(
-    tmp_path: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_keeps_a_copy_of_its_settings_file_with_the_comments_and_a_config_that_is_accepted_back(
+    tmp_path: Path, small_data: Path
 ) -> None:
-    flags = ["--storage-path", str(tmp_path), "--num-epochs", "1", "--num-workers", "0", "--data-dir", str(small_data)]
-    run_main("train", *flags, "--print-settings")
-    text = capsys.readouterr().out
-    assert "# passes over the training set\nnum_epochs = 1\n" in text
-    assert '# ema_decay = "none"\n' in text
-    assert '# run_name = "…"\n' in text, "none would be a name"
-    file = tmp_path / "all.toml"
-    file.write_text(f"# why one epoch\n{text}")
-    run_main("train", "--config", str(file), "--print-settings")
-    assert capsys.readouterr().out == text
-    run_main("train", "--config", str(file), "--run-name", "run")
+    file = tmp_path / "own.toml"
+    file.write_text("# why one epoch\nnum_epochs = 1\nnum_workers = 0\n")
+    where = ["--storage-path", str(tmp_path), "--data-dir", str(small_data)]
+    run_main("train", *where, "--config", str(file), "--run-name", "run")
     assert (tmp_path / "run" / "settings.toml").read_text() == file.read_text()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["num_epochs"] == 1
-    assert read_settings(str(tmp_path / "run" / "settings.toml")).values["num_workers"] == 0
+    run_main("train", *where, "--config", str(tmp_path / "run" / "config.json"), "--run-name", "again")
+    first, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("run", "again"))
+    assert again == first
+    assert (first["num_epochs"], first["num_workers"]) == (1, 0)
 
 
 def test_a_command_on_a_run_takes_its_own_settings_from_files_but_not_the_workloads(

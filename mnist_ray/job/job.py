@@ -284,8 +284,8 @@ def _check_used(kind: str, job: Job) -> None:
     """Raise UsageError if a given setting has no effect, or this version of Ray lacks it."""
     for name in sorted(job.given & _OF_RAY) if job.workers.num_workers == 0 else ():
         raise UsageError(f"{flag(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
-    if job.output.json and (job.output.dry_run or job.asked.get("print_settings")):
-        raise UsageError("--json prints a result, but --dry-run and --print-settings have none; leave it out")
+    if job.output.json and job.output.dry_run:
+        raise UsageError("--json prints a result, but --dry-run has none; leave it out")
     if job.train.strategy == "fsdp" and job.workload.has_unused_parameters:
         remedy = "call every expert, also on no rows, and leave has_unused_parameters out"
         raise UsageError(f"--strategy fsdp needs all parameters in each step: {remedy}")
