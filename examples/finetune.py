@@ -82,15 +82,6 @@ class Finetuning(Workload):
         }
     }
 
-    @property
-    def keeps_frozen(self) -> bool:
-        """Checkpoints leave out what LoRA freezes, since the folder has it; a new model's weights are random."""
-        return not self._has_weights
-
-    @property
-    def _has_weights(self) -> bool:
-        return any(self.settings.model_folder.glob("*.safetensors"))
-
     def load_data(self) -> Data:
         """Return every tenth text for the test, the others to train on."""
         if not self.settings.texts.is_file():
@@ -112,7 +103,7 @@ class Finetuning(Workload):
         """Return the folder's model, in fp32; with LoRA, only the added matrices are trained."""
         folder = self.settings.model_folder
         logging.disable_progress_bar()  # each worker creates the model
-        if self._has_weights:
+        if any(folder.glob("*.safetensors")):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import mnist_ray
 from mnist_ray.data.data import Arrays
@@ -217,8 +216,6 @@ def test_a_model_of_hugging_face_is_fine_tuned_and_loaded_again(
     ours = mnist_ray.load_run(run).load_model()
     assert torch.equal(loaded(**inputs).logits, ours(inputs))
     assert (tmp_path / "saved" / "adapter_config.json").exists() == bool(lora_rank)
-    kept = load_file(Path(mnist_ray.load_run(run).checkpoint) / "model.safetensors")
-    assert all("lora_" in name for name in kept) == bool(lora_rank), "the folder has the others"
 
 
 def test_an_audit_finds_the_wrong_labels_and_the_duplicates(

@@ -6,9 +6,6 @@ optimizer.safetensors  the optimizer's tensors
 training.pt            the rest of the state: position, sums, scores, optimizer, schedule, loss scale, callbacks
 state.json             format, position, counts of tensors, metrics, config, workload, versions; SHA-256 of all files
 
-With ``keeps_frozen = False``, the first two lack what ``create_model`` returns frozen; state.json has its names and
-digest.
-
 With ``--strategy fsdp``, each worker writes its rows of the tensors into files of its own, such as
 ``model-00001-of-00004.safetensors``; any number of workers can read them. Loading runs no code: ``training.pt`` is read
 with ``weights_only``.
@@ -50,7 +47,6 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, position_of, with_retries
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.frozen import LeftOut
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.state import TrainingState
 
@@ -150,10 +146,9 @@ def snapshot(
     checkpoint cannot hold the state.
     """
     rank, num_parts = (group.rank, group.world_size) if group and state.is_sharded else (0, 1)
-    state.left_out.check_frozen(state.model)
     tensors, optimizer = _apart(state.optimizer)
-    trained = {} if state.average is None else state.left_out.kept(state.model.state_dict())
-    of_kinds = {MODEL: state.left_out.kept(state.result.state_dict()), TRAINED: trained, OPTIMIZER: tensors}
+    trained = {} if state.average is None else state.model.state_dict()
+    of_kinds = {MODEL: state.result.state_dict(), TRAINED: trained, OPTIMIZER: tensors}
     own = {file_name(kind, rank, num_parts): _own_rows(tensors, rank) for kind, tensors in of_kinds.items()}
     training = {
         **{name: getattr(state, name) for name in _COUNTERS},
@@ -167,8 +162,7 @@ def snapshot(
         training["read_to"] = _checked_position(state.read_to)
     position = {"format": FORMAT, "epoch": state.epoch, "step": state.step}
     counts = {kind: len(found) for kind, found in of_kinds.items()}
-    left_out = {"frozen": dataclasses.asdict(state.left_out)} if state.left_out.names else {}
-    document = copy.deepcopy({**position, "tensors": counts, **left_out, **about})
+    document = copy.deepcopy({**position, "tensors": counts, **about})
     return Snapshot(own, map_tensors(_copied, training) if rank == 0 else None, document)
 
 
@@ -242,15 +236,11 @@ class _Saved:
 
     def load_into(self, state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
         """Put everything into a newly created ``state``. Raises OtherModelError."""
-        training, left_out = self.training, left_out_by(self.document)
-        if bool(left_out.names) != bool(state.left_out.names):
-            found = f"checkpoint {folder.uri} does not fit the model: keeps_frozen has changed, or what is frozen"
-            raise OtherModelError(f"{found}; {_RESTORE}")
-        _check_same(left_out, state.left_out, folder)
-        load_weights(state.result, left_out.completed(self.weights, state.result), folder)
+        training = self.training
+        load_weights(state.result, self.weights, folder)
         try:
             if state.average is not None:
-                state.model.load_state_dict(left_out.completed(self.trained, state.model))
+                state.model.load_state_dict(self.trained)
             state.optimizer.load_state_dict(training["optimizer"])
             state.scheduler.load_state_dict(training["scheduler"])
             state.scaler.load_state_dict(training["scaler"])
@@ -337,7 +327,6 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
             raise UsageError(f"{found}; this version reads {FORMAT}")
         if position_of(folder.name) not in ((), (document["epoch"], document["step"])):
             raise ValueError(f"it is of epoch {document['epoch']}, step {document['step']}")
-        left_out_by(document)
         if wrong := [name for name in document["sha256"] if not _FILE_NAME.fullmatch(name)]:
             raise ValueError(f"{wrong[0]} is not the name of one of its files")
         for name in ("config", "tensors", "metrics"):
@@ -413,27 +402,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFol
     except RuntimeError as error:
         difference = f"{str(error).splitlines()[-1].strip()}; {_RESTORE}"
         raise OtherModelError(f"checkpoint {folder.uri} does not fit the model: {difference}") from error
-
-
-def left_out_by(document: dict[str, Any]) -> LeftOut:
-    """Return the frozen parameters that a checkpoint does not hold, from its state.json. Raises if that is damaged."""
-    saved = document.get("frozen")
-    if saved and not all(isinstance(name, str) for name in saved["names"]):
-        raise TypeError("the names of its frozen parameters are not texts")
-    return LeftOut(tuple(saved["names"]), saved["sha256"]) if saved else LeftOut()
-
-
-def left_out_from(document: dict[str, Any], model: nn.Module, folder: RunFolder) -> LeftOut:
-    """Return what a checkpoint leaves out of a new model. Raises OtherModelError if the model has other values."""
-    saved = left_out_by(document)
-    _check_same(saved, LeftOut.of(model.state_dict(), saved.names), folder)
-    return saved
-
-
-def _check_same(saved: LeftOut, own: LeftOut, folder: RunFolder) -> None:
-    if saved != own:
-        changed = f"the frozen weights that create_model returns have changed since checkpoint {folder.uri}"
-        raise OtherModelError(f"{changed}, which does not hold them; restore the files and code that they come from")
 
 
 def check_kept(values: object) -> None:

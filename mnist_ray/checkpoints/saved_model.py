@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from mnist_ray.checkpoints.checkpoint import (
     MODEL,
     STATE_FILE,
-    left_out_by,
-    left_out_from,
     load_weights,
     read_file,
     read_state,
@@ -32,12 +30,8 @@ from mnist_ray.workload.calls import placed
 
 
 def weights_digest(document: dict[str, Any]) -> str:
-    """Return the digest of a checkpoint's weights from its state.json; it depends on the number of files.
-
-    It also depends on the frozen weights that the checkpoint does not hold, if there are any.
-    """
+    """Return the digest of a checkpoint's weights from its state.json; it depends on the number of files."""
     digests = [document["sha256"][name] for name in files_of(document["sha256"], MODEL)]
-    digests += filter(None, [left_out_by(document).sha256])
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -54,15 +48,14 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
         raise JobError(f"{needed}, and {size_of(free)} are free here; use a larger machine")
     with placed(workload, "create_model"):
         model = workload.create_model()
-    left_out = left_out_from(document, model, folder)
-    own = left_out.kept(model.state_dict())
+    own = model.state_dict()
     is_sharded = len(files_of(document["sha256"], MODEL)) > 1
     with reading(folder):
         if is_sharded and files.shapes == {name: tuple(tensor.shape) for name, tensor in own.items()}:
             for name, tensor in own.items():  # one by one: a second copy of a sharded model may not fit into memory
                 tensor.copy_(files.read(name))
         else:
-            load_weights(model, left_out.completed(files.read_all(), model), folder)
+            load_weights(model, files.read_all(), folder)
     return model.eval()
 
 

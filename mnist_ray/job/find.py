@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, left_out_from, read_state, workload_in
+from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, read_state, workload_in
 from mnist_ray.checkpoints.saved_model import load_fitting, load_model, read_weights
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.errors import JobError, UsageError
@@ -18,7 +18,6 @@ from mnist_ray.job.job import Job
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.settings import build, check_known, declared
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, in_one_line, with_retries
-from mnist_ray.training.frozen import left_out_of
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 
@@ -85,12 +84,8 @@ def read_initial(job: Job) -> tuple[bytes, str]:
     with in_one_line("cannot read the weights of --init-from"):
         place = find_run(job.asked["init_from"], job.run.storage_path)
         place = place if place.info().is_file else _checkpoint_of(place)
-    weights, created = read_weights(place), left_out_of(job.workload, model)
-    left_out = left_out_from(read_state(place) if place.exists(STATE_FILE) else {}, model, place)
-    lacking, own = left_out.kept(dict.fromkeys(load_fitting(model, weights))), model.state_dict()
-    if left_out_of(job.workload, model) != created:
-        found = f"--init-from {place.uri} has other frozen weights than create_model returns"
-        raise UsageError(f"{found}; load them in create_model, or leave keeps_frozen = False out")
+    weights = read_weights(place)
+    lacking, own = load_fitting(model, weights), model.state_dict()
     if len(lacking) == len(own):
         names = " against ".join(shorten(", ".join(names), 100) for names in (weights, own))
         raise UsageError(f"--init-from {place.uri}: nothing fits the model by name and shape: {names}")

@@ -201,6 +201,5 @@ def held_bytes(model: nn.Module, workload: Workload, config: TrainConfig, num_wo
     is_own = type(workload).create_optimizer is not Workload.create_optimizer
     is_divided, copies = is_wanted(config, num_workers), 0 if config.ema_decay is None else 1
     of_trained = 2 + (2 if is_own else _STATES[config.optimizer]) + copies
-    of_frozen = 1 + (copies if workload.keeps_frozen or is_divided else 0)  # else the EMA shares them
-    total = sum(p.nbytes * (of_trained if p.requires_grad else of_frozen) for p in model.parameters())
+    total = sum(p.nbytes * (of_trained if p.requires_grad else 1 + copies) for p in model.parameters())
     return total // num_workers if is_divided else total

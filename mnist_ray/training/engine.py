@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,7 +34,6 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training import open_step
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.frozen import LeftOut, left_out_of
 from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState, is_over, learning_rates
@@ -59,7 +59,7 @@ def create_state(
     other weights into the new model.
     """
     watch = Stopwatch(is_on_gpu=group.device.type == "cuda")
-    model, average, left_out = _create_models(workload, config, group, load_initial)
+    model, average = _create_models(workload, config, group, load_initial)
     total_steps = config.total_steps(num_examples)
     created = workload.create_optimizer(model, config)
     optimizer, scheduler = open_step.with_schedule(workload, created, config, total_steps)
@@ -73,7 +73,6 @@ def create_state(
         scheduler,
         scaler=scaler,
         average=average,
-        left_out=left_out,
         steps_per_epoch=config.steps_per_epoch(num_examples),
         total_steps=total_steps,
         watch=watch,
@@ -82,22 +81,14 @@ def create_state(
 
 def _create_models(
     workload: Workload, config: TrainConfig, group: Group, load_initial: Callable[[nn.Module], object]
-) -> tuple[nn.Module, nn.Module | None, LeftOut]:
-    """Return the model, with ``--ema-decay`` a copy of it for the EMA, and what checkpoints leave out."""
-    left_out = [LeftOut()]
-
-    def load(model: nn.Module) -> None:
-        load_initial(model)
-        left_out[0] = left_out_of(workload, model)
-
+) -> tuple[nn.Module, nn.Module | None]:
+    """Return the model and, with ``--ema-decay``, a copy of it for the EMA."""
     if sharding.is_wanted(config, group.world_size):
-        model, average = sharding.create_models(workload, config, group, load)
-        dist.broadcast_object_list(left_out)  # only rank 0 may have had the whole model
-        return model, average, left_out[0]
+        return sharding.create_models(workload, config, group, load_initial)
     model = sharding.create_model(workload, config)
-    load(model)
+    load_initial(model)
     model = with_fast_layout(model.to(group.device))
-    return model, None if config.ema_decay is None else left_out[0].copy_of(model), left_out[0]
+    return model, None if config.ema_decay is None else copy.deepcopy(model)
 
 
 def train(

@@ -58,7 +58,6 @@ class Gradients:
 
     def _prepare(self) -> None:
         """Prepare to add up the gradients of the parameters that are trained now."""
-        self._state.left_out.check_frozen(self._state.model)
         self._trained = self._are_trained()
         if not any(self._trained):
             raise TrainingStoppedError("all parameters are frozen; keep some trainable, or end the training")
@@ -89,8 +88,6 @@ class Gradients:
         """
         if self._parts is None:
             self._follow_changes()
-        elif self._state.left_out.names:
-            self._state.left_out.check_frozen(self._state.model)
         with self._parts.alone() if self._parts else contextlib.nullcontext():
             chunks = self._chunks
             sums = self._of_slice(micro_batches) if chunks is None else self._of_chunks(micro_batches, chunks)

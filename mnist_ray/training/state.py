@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.tensors import is_sharded
-from mnist_ray.training.frozen import LeftOut
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.stopwatch import Pace, Stopwatch
 
@@ -46,7 +45,6 @@ class TrainingState:
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step that ends the trial's segment, or the training; the worker sets it
-    left_out: LeftOut = field(default_factory=LeftOut)  # frozen parameters that no checkpoint holds
     learning_rates: list[float] = field(default_factory=list)  # of the last step, of each parameter group
     watch: Stopwatch = field(default_factory=Stopwatch)
     pace: Pace = field(default_factory=Pace)

@@ -75,8 +75,6 @@ class Workload(UserClass):
     """Whether the loss compares the examples of a batch: it then sees those of all workers."""
     has_unused_parameters: ClassVar[bool] = False
     """Whether some steps use only a part of the parameters, such as some of the experts."""
-    keeps_frozen: ClassVar[bool] = True
-    """Whether checkpoints keep the parameters that ``create_model`` returns frozen. If not, they must never change."""
     callbacks: Sequence[UserClass] = ()
     """Its own ``Callback``s, called before those of ``--callback``. Each worker copies them."""
     prompt: ClassVar[str] = ""

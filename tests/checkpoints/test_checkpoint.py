@@ -284,7 +284,6 @@ WORKLOAD = {"reference": "mnist_ray.mnist", "sha256": "", "settings": {}, "metad
         {"metrics": {"val_score": 10**400}},
         {"metrics": {"epoch": []}},
         {"sha256": {"../copy/training.pt": ""}},  # a sweep would copy it beside its own folder
-        {"frozen": {"names": [1, {}], "sha256": ""}},
         *({"workload": {**WORKLOAD, name: value}} for name, value in (("reference", None), ("settings", []))),
         *({"workload": value} for value in ({}, {**WORKLOAD, "settings": None}, {**WORKLOAD, "metadata": 5})),
     ],

@@ -98,27 +98,6 @@ class Frozen(Words):
         return model
 
 
-class Constant(Frozen):
-    """What is frozen is the same each time."""
-
-    value = 0.5
-
-    def create_model(self) -> nn.Module:
-        model = super().create_model()
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                nn.init.constant_(parameter, self.value)
-        return model
-
-
-class LeftOut(Constant):
-    keeps_frozen = False
-
-
-class Changed(LeftOut):
-    value = 0.25
-
-
 class Masked(Words):
     """Its model cannot be created without memory: its mask is not saved."""
 
@@ -221,13 +200,6 @@ def train_cases(rank: int, folder: Path) -> None:
         run, config = locate(storage, f"varying-{world_size}"), replace(CONFIG, activation_checkpointing=True)
         trained(Varying(), config, group, run)
         trained(Varying(), CONFIG, group, locate(storage, f"resumed varying-{world_size}"), only_middle(run, group))
-        for kind in (Constant, LeftOut):
-            trained(kind(), config_of("frozen"), group, locate(storage, f"{kind.__name__}-{world_size}"))
-        for before in range(1, world_size + 1):
-            cut = only_middle(locate(storage, f"LeftOut-{before}"), group)
-            trained(LeftOut(), config_of("frozen"), group, locate(storage, f"{before} to {world_size}"), cut)
-            with pytest.raises(checkpoint.OtherModelError, match=r"^the frozen weights .* have changed"):
-                trained(Changed(), config_of("frozen"), group, locate(storage, "changed"), cut)
         if rank == 0:
             (folder / f"losses-{world_size}.json").write_text(json.dumps([losses, norms]))
         if world_size == 2:
@@ -393,19 +365,6 @@ def test_a_resumed_run_has_the_same_bits_with_as_many_ranks(runs: Path, world_si
     for resumed, whole in [*pairs, (f"resumed varying-{world_size}", f"varying-{world_size}")]:
         found, expected = weights_in(runs / resumed), weights_in(runs / whole)
         assert all(torch.equal(found[name], value) for name, value in expected.items()), resumed
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_sharded_checkpoints_leave_frozen_weights_out(runs: Path, world_size: int) -> None:
-    kept, found = (weights_in(runs / f"{kind}-{world_size}") for kind in ("Constant", "LeftOut"))
-    assert kept.keys() - found.keys() == {"head.bias", *(name for name in kept if name.startswith("blocks.0."))}
-    assert all(torch.equal(kept[name], value) for name, value in found.items())
-    for before in range(1, world_size + 1):
-        resumed, tolerance = weights_in(runs / f"{before} to {world_size}"), 0.0 if before == world_size else 1e-4
-        assert all(torch.allclose(found[name], value, rtol=0, atol=tolerance) for name, value in resumed.items())
-    loaded = saved_model.load_model(folder_at(runs / f"LeftOut-{world_size}" / END), LeftOut()).state_dict()
-    assert loaded.keys() == kept.keys()
-    assert all(torch.equal(kept[name], value) for name, value in loaded.items())
 
 
 def test_each_rank_writes_its_rows_as_torch_chunk_divides_them(runs: Path) -> None:
