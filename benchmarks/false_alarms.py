@@ -124,9 +124,9 @@ def pair(number: int) -> tuple[list[bool], list[bool], list[float], list[float]]
 
 def is_called_different(first: str, second: str) -> bool:
     """Return the verdict of compare on two runs."""
-    gain = compare(first, second).verdicts[0].gain
-    assert gain is not None
-    return gain.is_sure
+    verdict = compare(first, second).verdict
+    assert verdict.gain is not None, verdict.sentence
+    return verdict.is_sure
 
 
 def check_files() -> None:

@@ -15,8 +15,7 @@ from mnist_ray import cli, config, errors, settings
 from mnist_ray.api import Run, SweptRun
 from mnist_ray.predictions.predictor import Prediction, Predictor
 from mnist_ray.settings import Choice, Range, Setting, declared, flag, title_of
-from mnist_ray.tools.compare import Comparison
-from mnist_ray.tools.verdict import Gain, Verdict
+from mnist_ray.tools.compare import Comparison, Verdict
 from mnist_ray.trackers import Ending, Tracker
 from mnist_ray.training import events
 from mnist_ray.training.callback import Callback
@@ -29,7 +28,7 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the comman
     "train": ("[FLAGS]", TRAINING),
     "tune": ("[FLAGS]", (config.SweepConfig,)),
     "evaluate": ("[CHECKPOINT_OR_RUN …] [FLAGS]", (config.EvaluationConfig,)),
-    "compare": ("RUN RUN … [FLAGS]", (config.ComparisonConfig,)),
+    "compare": ("RUN RUN [FLAGS]", (config.ComparisonConfig,)),
     "predict": ("IMAGE_OR_FOLDER … [--run CHECKPOINT_OR_RUN] [FLAGS]", (config.PredictionConfig, config.ScaleConfig)),
     "view": ("[FLAGS]", (config.ViewConfig,)),
     "report": ("[RUN] [FLAGS]", ()),
@@ -142,7 +141,6 @@ def python() -> str:
         SweptRun,
         Comparison,
         Verdict,
-        Gain,
         Prediction,
         Predictor,
         errors.UsageError,

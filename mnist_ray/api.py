@@ -39,8 +39,8 @@ from mnist_ray.report.run_files import (
     workload_of,
 )
 from mnist_ray.runs import find_run
-from mnist_ray.settings import build, check_known, declared, path_of, values_of
-from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder, write_file
+from mnist_ray.settings import build, check_known, declared, values_of
+from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.sweep.space import options_text
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
 from mnist_ray.sweep.tune import read_sweep
@@ -250,27 +250,13 @@ def _members(run: Run | str | Path | None, workload: AnyWorkload, storage_path: 
     return loaded.members
 
 
-def compare(
-    *runs: Run | str | Path,
-    workload: AnyWorkload = None,
-    storage_path: str | Path | None = None,
-    output: str | Path | None = None,
-) -> Comparison:
-    """Compare runs, each with the first, like ``jobs/compare.py``; ``print`` shows the comparison.
-
-    ``workload``: the first run's, if it has moved. ``output``: the page to write, if any. Raises UsageError, JobError.
-    """
+def compare(first: Run | str | Path, second: Run | str | Path, *, storage_path: str | Path | None = None) -> Comparison:
+    """Compare two runs like ``mnist-ray compare``; ``print`` shows the comparison. Raises UsageError, JobError."""
     from mnist_ray.tools import compare as tool
 
     storage_path = layers.storage_path(storage_path)
-    folders = [run.folder if isinstance(run, Run) else find_run(str(run), storage_path) for run in runs]
-    comparison = tool.compare(folders)
-    if output is not None:
-        from mnist_ray.tools.comparison_page import page  # imports matplotlib
-
-        reference = None if workload is None else reference_of(workload)
-        write_file(path_of(str(output), "--output"), page(comparison, reference, storage_path).encode())
-    return comparison
+    folders = [run.folder if isinstance(run, Run) else find_run(str(run), storage_path) for run in (first, second)]
+    return tool.compare(*folders)
 
 
 def predict(

@@ -113,18 +113,17 @@ def report() -> None:
 
 
 def compare() -> None:
-    """Compare runs: what differs, their figures, and which is better on the same test set."""
+    """Compare two runs: what differs, their figures, and which is better on the same test set."""
     with _one_object(config.ComparisonConfig) as shown:
-        parser = _parser(compare, config.ComparisonConfig)
-        parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's name, folder or URI; the first is A")
+        parser = Parser(compare.__doc__ or "", config.ComparisonConfig)
+        _add_storage(parser)
+        parser.add_argument("first", metavar="RUN", help="a run's name, folder or URI: A")
+        parser.add_argument("second", metavar="RUN", help="the run to compare with it: B")
         flags = _over_files(parser.read_flags(), config.ComparisonConfig)
-        output = build(config.ComparisonConfig, flags).output
-        places = {name: flags.get(name) for name in ("workload", "storage_path")}
-        comparison = api.compare(*flags["runs"], output=output, **places)
+        comparison = api.compare(flags["first"], flags["second"], storage_path=flags["storage_path"])
         for line in str(comparison).splitlines():
             say(line)
-        say(f"page       {output}")
-        shown |= {**comparison.to_dict(), "page": output}
+        shown |= comparison.to_dict()
 
 
 def runs() -> None:

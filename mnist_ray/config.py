@@ -334,7 +334,6 @@ class ExportConfig:
 class ComparisonConfig:
     """Output of a comparison."""
 
-    output: str = setting("comparison.html", "page to write", **_ending(".html"))
     json: bool = setting(False, _JSON)
 
 

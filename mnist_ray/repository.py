@@ -13,8 +13,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from mnist_ray.errors import first_line
 from mnist_ray.text import masked
 
+CHANGES_FILE = "changes.diff"
 TIME_LIMIT_S = 5.0  # of a call of git
 _MAX_DIFF_BYTES = 2**20
 _MAX_LINE = 2_000  # characters; secrets are not searched for in longer lines, which would take long
@@ -47,13 +49,24 @@ class Repository:
     """The state of a repository."""
 
     folder: str
-    commit: str | None  # None before the first commit
-    changes: str  # the diff of uncommitted changes, with secrets masked; empty if it is larger than 1 MiB
-    changes_sha256: str | None  # of the whole diff; None if there are no changes
+    commit: str | None = None  # None before the first commit
+    changes: str = ""  # the diff of uncommitted changes, with secrets masked; empty if it is larger than 1 MiB
+    changes_sha256: str | None = None  # of the whole diff; None if there are no changes
+    note: str = ""  # why the rest is unknown
 
 
 def state_of(folder: Path) -> Repository | None:
-    """Return the state of the repository that holds a folder; None if there is none, or no git. Raises GitError."""
+    """Return the state of the repository that holds a folder; None if there is none, or no git.
+
+    Whatever fails becomes a note.
+    """
+    try:
+        return _read(folder)
+    except Exception as error:  # must not end the run
+        return Repository(folder=str(folder), note=masked(first_line(error)))
+
+
+def _read(folder: Path) -> Repository | None:
     try:
         root = Path(os.fsdecode(run_git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
     except FileNotFoundError:  # git itself, or the folder

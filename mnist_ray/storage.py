@@ -45,6 +45,7 @@ _MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are re
         "versions": (dict, _OPTIONAL),
         "unused_settings": (list, _OPTIONAL),
         "data": (dict, _NULL, _OPTIONAL),
+        "repository": (dict, _NULL, _OPTIONAL),
         "metadata": (dict, _NULL, _OPTIONAL),
     },
     RESULT_FILE: {

@@ -2,15 +2,12 @@
 
 import os
 import subprocess
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mnist_ray import repository
-from mnist_ray.provenance import modules_below, package_sha256, surroundings
 from mnist_ray.repository import Repository, state_of
 
 Git = Callable[..., str]
@@ -58,13 +55,7 @@ def program_at(file: Path, *lines: str) -> Path:
 
 def test_a_clean_repository_has_a_commit_and_no_changes_also_seen_from_a_folder_in_it(git: Git, root: Path) -> None:
     (root / "inner").mkdir()
-    known = {"folder": str(root), "commit": git("rev-parse", "HEAD"), "changes_sha256": None}
-    assert surroundings(root / "inner").to_dict() == {
-        "package_sha256": package_sha256(),
-        "repository": known,
-        "note": "",
-    }
-    assert known_state(root).changes == ""
+    assert state_of(root / "inner") == Repository(folder=str(root), commit=git("rev-parse", "HEAD"))
 
 
 def test_changes_are_a_diff_without_secrets_that_also_identifies_binary_files(git: Git, root: Path) -> None:
@@ -146,7 +137,7 @@ def test_a_git_that_hangs_is_killed_with_its_children(
     program_at(tmp_path / "bin" / "git", "sleep 1000 &", "sleep 1000")  # the first one holds git's output, too
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     monkeypatch.setattr(repository, "TIME_LIMIT_S", 0.5)
-    assert surroundings(root).note == f"git rev-parse took longer than 0.5 s in {root}"
+    assert known_state(root).note == f"git rev-parse took longer than 0.5 s in {root}"
 
 
 def test_git_cannot_ask_for_a_password(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,19 +152,5 @@ def test_git_cannot_ask_for_a_password(root: Path, tmp_path: Path, monkeypatch: 
 def test_somebody_elses_repository_is_not_read(root: Path) -> None:
     for path in (root, root / ".git"):
         os.chown(path, 12345, 12345)
-    around = surroundings(root)
-    assert around.repository is None
-    assert around.note.startswith(f"git rev-parse failed in {root}: fatal: detected dubious ownership in repository")
-
-
-def test_modules_of_a_workloads_folder_have_digests_and_programs_of_the_environment_do_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, file in (("helper", tmp_path / "helper.py"), ("program", Path(sys.prefix) / "bin" / "mnist-ray")):
-        module = types.ModuleType(name)
-        module.__file__ = str(file)
-        monkeypatch.setitem(sys.modules, name, module)
-    (tmp_path / "helper.py").touch()
-    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    assert modules_below(tmp_path, Path("none")) == {"helper.py": empty}
-    assert modules_below(Path(sys.prefix), Path("none")) == {}
+    said = f"git rev-parse failed in {root}: fatal: detected dubious ownership in repository"
+    assert known_state(root).note.startswith(said)

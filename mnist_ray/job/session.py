@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mnist_ray import extras, process, provenance
+from mnist_ray import extras, process
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, threads_per_worker
 from mnist_ray.config import WorkerConfig
@@ -21,8 +21,8 @@ from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
 from mnist_ray.process import usable_cores
-from mnist_ray.provenance import Surroundings
 from mnist_ray.report.console import RunConsole
+from mnist_ray.repository import Repository, state_of
 from mnist_ray.settings import flag
 from mnist_ray.signals import if_ended, take_signals
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
@@ -50,7 +50,7 @@ class Session:
     console: RunConsole
     clock: Clock
     cluster: Cluster
-    surroundings: Future[Surroundings]  # of the user's code
+    repository: Future[Repository | None]  # that of the user's code
     own_unused: set[str] | None  # settings that the workload's own optimizer and schedule do not use, if it has any
 
     @property
@@ -118,7 +118,7 @@ def connected(
     An error in the user's code ends the start of Ray. Raises UsageError and JobError.
     """
     folder = job.workload.source.place
-    surroundings = process.in_thread(lambda: provenance.surroundings(folder))
+    repository = process.in_thread(lambda: state_of(folder))
     unused, reason = None, _too_large(job) if job.train.strategy == "fsdp" else ""
     if reason:
         console.say("note", f"skipping the trial batch: {reason}")
@@ -133,7 +133,7 @@ def connected(
     if start.workers.num_workers == 0:
         meanwhile()
         cluster = Cluster(is_local=True, nodes=(), log_folder="")
-        yield Session(job, start.workers, data, console, start.clock, cluster, surroundings, unused)
+        yield Session(job, start.workers, data, console, start.clock, cluster, repository, unused)
         return
     with process.without_collector():
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
@@ -145,7 +145,7 @@ def connected(
             from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
 
             cluster = without_unusable_gpus(cluster, functools.partial(console.say, "note"))
-        yield Session(job, start.workers, data, console, start.clock, cluster, surroundings, unused)
+        yield Session(job, start.workers, data, console, start.clock, cluster, repository, unused)
 
 
 @contextlib.contextmanager

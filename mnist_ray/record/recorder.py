@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import math
@@ -11,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from mnist_ray.checkpoints.checkpoint import read_state
@@ -23,12 +23,12 @@ from mnist_ray.errors import JobError, with_place
 from mnist_ray.job.find import Fitted, read_initial
 from mnist_ray.job.session import Session
 from mnist_ray.output import finite
-from mnist_ray.provenance import CHANGES_FILE, Surroundings, modules_below, origin
+from mnist_ray.provenance import origin
 from mnist_ray.record.header import say_plan
 from mnist_ray.record.history import History, write_predictions
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.report.run_files import FORMAT_VERSION
-from mnist_ray.repository import TIME_LIMIT_S
+from mnist_ray.repository import CHANGES_FILE, TIME_LIMIT_S, Repository
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
@@ -102,7 +102,7 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
             "data_name": session.data.name,
             "data": digests_of(session.data),
             "unused_settings": sorted(session.unused),
-            "code": _write_code(session),
+            "repository": _write_changes(session),
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
         run.write_text(_WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
@@ -111,20 +111,23 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
     if_ended(f"; to resume: {job.resume_with}")
 
 
-def _write_code(session: Session) -> dict[str, Any]:
-    """Write the diff of the user's repository; return what else is known about the code."""
-    run, source = session.job.run, session.job.workload.source
-    around = known_surroundings(session)
-    if around.repository and around.repository.changes:
-        run.write_text(CHANGES_FILE, around.repository.changes)
-    callbacks = [code.sha256 for code in session.job.callbacks]
-    return {"modules": modules_below(source.home, Path(source.path)), "callbacks": callbacks, **around.to_dict()}
+def _write_changes(session: Session) -> dict[str, Any] | None:
+    """Write the diff of the user's repository; return what else is known of it, if there is one."""
+    state = known_repository(session)
+    if state is None:
+        return None
+    about = dataclasses.asdict(state)
+    if changes := about.pop("changes"):
+        session.job.run.write_text(CHANGES_FILE, changes)
+    return about
 
 
-def known_surroundings(session: Session) -> Surroundings:
-    """Return what is known of the code's surroundings; waits for git, but not for long."""
-    wait([session.surroundings], 2 * TIME_LIMIT_S)
-    return session.surroundings.result() if session.surroundings.done() else Surroundings(note="git does not end")
+def known_repository(session: Session) -> Repository | None:
+    """Return the state of the repository of the user's code; waits for git, but not for long."""
+    wait([session.repository], 2 * TIME_LIMIT_S)
+    if session.repository.done():
+        return session.repository.result()
+    return Repository(folder=str(session.job.workload.source.place), note="git does not end")
 
 
 def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event) -> None:

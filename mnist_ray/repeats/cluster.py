@@ -18,7 +18,7 @@ from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.data.data import Data, Split
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.job.session import Session, console_of
-from mnist_ray.record.recorder import known_surroundings
+from mnist_ray.record.recorder import known_repository
 from mnist_ray.repeats.member import MemberSpec, train_here, train_member
 from mnist_ray.repeats.members import Member, members_of
 from mnist_ray.report.run_files import METRICS_FILE, number_of, read_numbers
@@ -36,7 +36,7 @@ def train_members(session: Session, plan: WorkerPlan, data: Data) -> None:
     """
     members = [member for member in members_of(session.job) if not member.is_finished]
     cluster = Cluster(session.cluster.is_local, session.cluster.nodes, session.cluster.log_folder)
-    spec = MemberSpec(plan, cluster, known_surroundings(session), session.own_unused, tuple(sys.argv))
+    spec = MemberSpec(plan, cluster, known_repository(session), session.own_unused, tuple(sys.argv))
     if session.is_here:
         for member in members:
             session.console.say("", "")

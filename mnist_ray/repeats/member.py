@@ -14,9 +14,9 @@ from mnist_ray.data.data import Data
 from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job
 from mnist_ray.job.session import Session
-from mnist_ray.provenance import Surroundings
 from mnist_ray.record.recorder import recorded
 from mnist_ray.report.console import RunConsole
+from mnist_ray.repository import Repository
 from mnist_ray.run.evaluate import evaluate_fitted
 from mnist_ray.run.failures import code_failures_placed
 from mnist_ray.run.fit import fit
@@ -30,7 +30,7 @@ class MemberSpec:
 
     plan: WorkerPlan
     cluster: Cluster
-    surroundings: Surroundings
+    repository: Repository | None  # that of the user's code
     own_unused: set[str] | None  # as in a Session
     command_line: tuple[str, ...]
     stored: ray.ObjectRef | None = None  # the workload's Data, if other processes can take them
@@ -52,10 +52,10 @@ def train_member(job: Job, spec: MemberSpec) -> list[str]:
 
 def train_here(job: Job, spec: MemberSpec, data: Data, console: RunConsole) -> None:
     """Train and test one member from this process, from its last checkpoint. Raises like ``train``."""
-    surroundings = Future[Surroundings]()
-    surroundings.set_result(spec.surroundings)
+    repository = Future[Repository | None]()
+    repository.set_result(spec.repository)
     splits = splits_for(job.workload, data, job.train)
-    session = Session(job, job.workers, splits, console, Clock(), spec.cluster, surroundings, spec.own_unused)
+    session = Session(job, job.workers, splits, console, Clock(), spec.cluster, repository, spec.own_unused)
     with recorded(session, spec.plan) as record:
         fitted = (fit_here if session.is_here else fit)(session, spec.plan, record.on_event)
         evaluate_fitted(session, spec.plan, record, fitted, is_last=False)

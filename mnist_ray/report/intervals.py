@@ -11,8 +11,6 @@ import numpy as np
 _LEVEL = 0.95
 _NUM_POINTS = 10_000  # of an integral: quantiles are right to five digits
 _WIDEST = 10.0  # of t in standard deviations, if there are many degrees of freedom
-_MANY = 1e6  # degrees of freedom: Student's distribution is then the normal one
-_NUM_SAMPLES = 2000  # of a bootstrap
 
 
 @functools.cache
@@ -50,25 +48,6 @@ def mcnemar(won: int, lost: int) -> float:
     whole = math.lgamma(number + 1) - number * math.log(2)
     logs = (whole - math.lgamma(k + 1) - math.lgamma(number - k + 1) for k in range(fewer + 1))
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
-
-
-def share_interval(won: int, lost: int, number: int) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two models' shares of right answers to the same questions.
-
-    Source: Bonett and Price, Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired
-    Data, Journal of Educational and Behavioral Statistics 37 (2012).
-    """
-    gain, loss = (won + 1) / (number + 2), (lost + 1) / (number + 2)
-    half = t_quantile(_MANY) * math.sqrt((gain + loss - (gain - loss) ** 2) / (number + 2))
-    return max(-1.0, gain - loss - half), min(1.0, gain - loss + half)
-
-
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of (N,) values, from means of samples of them; always the same."""
-    rng = np.random.default_rng(0)
-    means = [float(values[rng.integers(len(values), size=len(values))].mean()) for _ in range(_NUM_SAMPLES)]
-    low, high = np.quantile(means, ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2))
-    return float(low), float(high)
 
 
 def seeds_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:

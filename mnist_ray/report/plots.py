@@ -42,9 +42,9 @@ def smoothed(curve: Curve, min_steps: float) -> Curve:
     return replace(curve, steps=ends[1:], values=(np.diff(sums) / np.diff(ends)).tolist())
 
 
-def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | None) -> bytes:
-    """Draw a metric over steps, with epochs along the top; with None, the curves' steps are themselves epochs."""
-    figure, axes = new_plot("step" if steps_per_epoch else "epoch")
+def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float) -> bytes:
+    """Draw a metric over steps, with epochs along the top."""
+    figure, axes = new_plot("step")
     for curve in curves:
         values = [on_axis(metric, value) for value in curve.values]
         points = [point for point in zip(curve.steps, values, strict=True) if math.isfinite(point[1])]
@@ -54,11 +54,10 @@ def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | 
     if axes.lines:
         axes.legend(fontsize="small")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-    if steps_per_epoch:
-        to_epochs, to_steps = (functools.partial(np.multiply, by) for by in (1 / steps_per_epoch, steps_per_epoch))
-        epochs = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
-        epochs.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-        epochs.set_xlabel("epoch")
+    to_epochs, to_steps = (functools.partial(np.multiply, by) for by in (1 / steps_per_epoch, steps_per_epoch))
+    epochs = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
+    epochs.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    epochs.set_xlabel("epoch")
     scale_axis(axes, metric)
     return png_of(figure)
 

@@ -2,6 +2,7 @@ import json
 import os
 import shlex
 import sys
+from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,8 @@ from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job, read_job, resume_command
 from mnist_ray.job.job_data import load_splits
 from mnist_ray.job.session import Session, Start, connected, ending_explained
-from mnist_ray.process import in_thread
-from mnist_ray.provenance import Surroundings
 from mnist_ray.record.recorder import write_settings
+from mnist_ray.repository import Repository
 from mnist_ray.runs import untrusted_folders
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
@@ -47,8 +47,9 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def begin(job: Job, data: Splits) -> None:
     """Write what a run's folder has before the first step."""
     cluster = Cluster(is_local=True, nodes=(), log_folder="")
-    around = in_thread(Surroundings)
-    session = Session(job, job.workers, data, Mock(), Clock(), cluster, around, own_unused=None)
+    nowhere: Future[Repository | None] = Future()
+    nowhere.set_result(None)
+    session = Session(job, job.workers, data, Mock(), Clock(), cluster, nowhere, own_unused=None)
     write_settings(session, Mock(), "config.json", job.values)
 
 

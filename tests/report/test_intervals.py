@@ -5,14 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mnist_ray.report.intervals import (
-    bootstrap_interval,
-    mcnemar,
-    mean_interval,
-    seeds_interval,
-    share_interval,
-    t_quantile,
-)
+from mnist_ray.report.intervals import mcnemar, mean_interval, seeds_interval, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -46,20 +39,6 @@ def test_mcnemars_test_is_the_exact_binomial_one_and_takes_large_numbers() -> No
         fewer = sum(math.comb(won + lost, number) for number in range(min(won, lost) + 1))
         assert mcnemar(won, lost) == pytest.approx(min(1, 2 * fewer / 2 ** (won + lost)))
     assert mcnemar(50_000, 49_000) == pytest.approx(0.0014980826)
-
-
-def test_the_interval_of_shares_is_bonett_and_prices_and_covers_the_difference() -> None:
-    assert share_interval(26, 5, 400) == pytest.approx((0.02470, 0.07978), abs=1e-5)
-    rng, number = np.random.default_rng(0), 300
-    answers = rng.multinomial(number, (0.08, 0.03, 0.89), size=2000)
-    intervals = [share_interval(won, lost, number) for won, lost, _ in answers.tolist()]
-    assert 0.93 < np.mean([low <= 0.05 <= high for low, high in intervals]) < 0.97
-
-
-def test_a_bootstrap_is_always_the_same_and_near_students_interval() -> None:
-    values = np.random.default_rng(0).normal(size=500)
-    assert bootstrap_interval(values) == bootstrap_interval(values)
-    assert bootstrap_interval(values) == pytest.approx(mean_interval(values.tolist()), abs=0.01)
 
 
 def test_the_interval_of_seeds_is_welchs_if_all_examples_are_alike() -> None:
