@@ -27,7 +27,7 @@ TRAINING = (config.TrainConfig, config.WorkerConfig, config.OutputConfig, config
 COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the command's name, and its settings
     "train": ("[FLAGS]", TRAINING),
     "tune": ("[FLAGS]", (config.SweepConfig,)),
-    "evaluate": ("[CHECKPOINT_OR_RUN …] [FLAGS]", (config.EvaluationConfig,)),
+    "evaluate": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.EvaluationConfig,)),
     "compare": ("RUN RUN [FLAGS]", (config.ComparisonConfig,)),
     "predict": ("IMAGE_OR_FOLDER … [--run CHECKPOINT_OR_RUN] [FLAGS]", (config.PredictionConfig, config.ScaleConfig)),
     "view": ("[FLAGS]", (config.ViewConfig,)),

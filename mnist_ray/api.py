@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -207,47 +207,29 @@ def _space_text(space: Any) -> str:
 
 @process.left_as_found()
 def evaluate(
-    run: Run | str | Path | Sequence[Run | str | Path] | None = None,
+    run: Run | str | Path | None = None,
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path | None = None,
     num_tasks: int | None = EvaluationConfig().num_tasks,
     use_gpu: str = EvaluationConfig().use_gpu,
     plain_ray: bool = False,
-    ensemble: bool = EvaluationConfig().ensemble,
     **settings: Any,
 ) -> dict[str, float]:
     """Evaluate a run's checkpoint on the test set, like ``jobs/evaluate.py``; return loss and metrics.
 
-    ``run``: a run, its name, or a checkpoint's path; default: the newest run; several are evaluated as an ensemble,
-    and so are the members of a job of several seeds or folds with ``ensemble``.
+    ``run``: a run, its name, or a checkpoint's path; default: the newest run.
     ``settings``: changes to the workload's settings, e.g. the path of different data. Raises UsageError and JobError.
     """
-    several: list[Any] = [*run] if isinstance(run, (list, tuple)) else [run]
-    if not several:
-        raise UsageError("evaluate() got an empty list of runs; leave it out for the newest run")
-    if ensemble:
-        several = [member for each in several for member in _members(each, workload, storage_path)]
     config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu, "plain_ray": plain_ray})
     environment.prepare(verbose=False, plain=plain_ray)
     with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
-        found, *others = (find(each, workload, storage_path, settings) for each in several)
+        found = find(run, workload, storage_path, settings)
         check_known(settings, declared(found.workload.Settings), "evaluate()")
-        if len({each.checkpoint.uri for each in (found, *others)}) < 1 + len(others):
-            raise UsageError("an ensemble needs different runs; one is named twice")
 
         from mnist_ray.run.evaluate import evaluate_found
 
-        return evaluate_found(found, config, forking, others).values(found.workload)
-
-
-def _members(run: Run | str | Path | None, workload: AnyWorkload, storage_path: str | Path | None) -> list[Run]:
-    loaded = run if isinstance(run, Run) else load_run(run, workload=workload, storage_path=storage_path)
-    if not loaded.members:
-        raise UsageError(
-            f"--ensemble: {loaded.name} is a single run; train with --num-seeds or --folds, or name several"
-        )
-    return loaded.members
+        return evaluate_found(found, config, forking).values(found.workload)
 
 
 def compare(first: Run | str | Path, second: Run | str | Path, *, storage_path: str | Path | None = None) -> Comparison:

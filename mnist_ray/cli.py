@@ -54,9 +54,9 @@ def tune() -> None:
 def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
     with _one_object(config.EvaluationConfig) as shown:
-        flags = _flags_of_run(evaluate, config.EvaluationConfig, nargs="*")
+        flags = _flags_of_run(evaluate, config.EvaluationConfig)
         flags.pop("json", None)
-        shown |= {f"test_{name}": value for name, value in api.evaluate(flags.pop("run") or None, **flags).items()}
+        shown |= {f"test_{name}": value for name, value in api.evaluate(flags.pop("run"), **flags).items()}
 
 
 def predict() -> None:
@@ -239,11 +239,8 @@ def _tool(name: str) -> Callable[..., Any]:
     return function
 
 
-def _flags_of_run(command: Callable[[], None], config_class: type, nargs: str = "?") -> dict[str, Any]:
-    """Return the flags of a command that loads a run's data; the settings of the run's workload are flags, too.
-
-    ``nargs``: how many runs the command takes, for argparse.
-    """
+def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, Any]:
+    """Return the flags of a command that loads a run's data; the settings of the run's workload are flags, too."""
     early, words = peek(config.SourceConfig, config.OutputConfig, config_class)
     workload_class = loading.load(early.get("workload", loading.DEFAULT))
     if "workload" not in early:
@@ -255,7 +252,7 @@ def _flags_of_run(command: Callable[[], None], config_class: type, nargs: str = 
             run_folder = known[0] if known else find_run(None, storage_path)
             workload_class = type(workload_of(run_folder, None, storage_path))
     parser = _parser(command, config_class, workload_class.Settings)
-    _add_run(parser, "run", nargs=nargs)
+    _add_run(parser, "run", nargs="?")
     return _over_files(parser.read_flags(), config_class)
 
 

@@ -362,7 +362,6 @@ class EvaluationConfig:
         **at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
-    ensemble: bool = setting(False, "average the predictions of all members of a job with --num-seeds or --folds")
     plain_ray: bool = setting(False, _PLAIN)
     json: bool = setting(False, _JSON)
 

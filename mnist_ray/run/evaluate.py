@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,14 +35,12 @@ from mnist_ray.settings import build, flag
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder
 from mnist_ray.text import count
-from mnist_ray.training.ensemble import ensemble_of
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
 from ray_fork.starting import Forking
 
-Member = tuple[RunFolder, Workload]  # a checkpoint, and the workload that creates its model
 _TASK_PAYS_S = 2.0  # of work: a process of its own takes about as long to start
 _TOLD_EVERY_S = 1.0
 
@@ -53,14 +51,8 @@ if TYPE_CHECKING:  # the process of an evaluation does not need these
     from mnist_ray.record.recorder import Recorder
 
 
-def evaluate_found(
-    found: Found, config: EvaluationConfig, forking: Forking, others: Sequence[Found] = ()
-) -> Evaluation:
-    """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``.
-
-    ``others``: runs whose models form an ensemble with the first one's.
-    """
-    _check_alike(found, others)
+def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
+    """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, data_of(found.workload)
     test = Split(data.test, origin="test")
     workers = WorkerConfig(plain_ray=config.plain_ray)
@@ -71,29 +63,15 @@ def evaluate_found(
         for name, whole in (("limit", 1.0), ("overfit_batches", None), ("fold", None)):
             if (part := found.config.get(name, whole)) != whole:
                 console.say("note", f"the run was tested with {flag(name)} {part}; this is the whole test set")
-        for each in (found, *others):
-            console.say("checkpoint", each.checkpoint.path)
+        console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
         places = sum(node.num_gpus if use_gpu else node.num_cpus > 0 for node in cluster.nodes)
         number = config.num_tasks or num_paying(found.metrics, len(test), places)
         free = int(ray.available_resources().get("CPU", 0)) // number  # another job may have the others
         tasks = Tasks(number, max(1, min(cpus_for_each(cluster.nodes, number, None, use_gpu) or 1, free)), use_gpu)
-        members = [(each.checkpoint, each.workload) for each in others]
-        tested = evaluate_in_tasks(workload, found.checkpoint, test, tasks, 0, console, members)
+        tested = evaluate_in_tasks(workload, found.checkpoint, test, tasks, 0, console)
         console.show_evaluation(tested)
         return tested
-
-
-def _check_alike(found: Found, others: Sequence[Found]) -> None:
-    """Raise UsageError if runs cannot be evaluated together."""
-    for other in others:
-        kinds = [type(each.workload).__name__ for each in (found, other)]
-        classes = [each.workload.metadata.get("class_names") for each in (found, other)]
-        if kinds[0] != kinds[1] or classes[0] != classes[1]:
-            what = " and ".join(kinds) if kinds[0] != kinds[1] else "other classes"
-            raise UsageError(
-                f"{found.checkpoint.path} and {other.checkpoint.path} have {what}; choose runs of one problem"
-            )
 
 
 def evaluate_fitted(
@@ -147,9 +125,8 @@ def evaluate_in_tasks(
     tasks: Tasks,
     loader_workers: int,
     console: RunConsole,
-    others: Sequence[Member] = (),
 ) -> Evaluation:
-    """Evaluate a checkpoint, with ``others`` as an ensemble, on the test set in tasks, and show the progress.
+    """Evaluate a checkpoint on the test set in tasks, and show the progress.
 
     The result does not depend on the number of tasks, because each evaluates whole batches. Raises a task's exception,
     or JobError if a task's node or the storage is lost.
@@ -159,8 +136,7 @@ def evaluate_in_tasks(
     selector = {"label_selector": dict(tasks.labels)} if tasks.labels else {}
     task = ray.remote(num_cpus=tasks.cpus, num_gpus=int(tasks.use_gpu), **selector)(_evaluate_split)
     bounds = split_bounds(len(test), tasks.number, workload.evaluation_batch_size(on_gpu=tasks.use_gpu))
-    given = loader_workers, tasks.cpus, [*others]
-    streams = [task.remote(checkpoint, shared, start, stop, *given) for start, stop in bounds]
+    streams = [task.remote(checkpoint, shared, start, stop, loader_workers, tasks.cpus) for start, stop in bounds]
     waiting = Waiting(str(tasks), functools.partial(console.say, "note"))
     done, parts = dict.fromkeys(streams, 0), dict[Any, Evaluation]()
     try:
@@ -192,13 +168,7 @@ def _import_this() -> None:
 
 
 def _evaluate_split(
-    checkpoint: RunFolder,
-    shared: RemoteSplit,
-    start: int,
-    stop: int,
-    loader_workers: int,
-    cpus: int,
-    others: Sequence[Member] = (),
+    checkpoint: RunFolder, shared: RemoteSplit, start: int, stop: int, loader_workers: int, cpus: int
 ) -> Iterator[Evaluation | int]:
     """Yield the number of examples that are done, at the start and then every second; last, the evaluation."""
     done = 0
@@ -210,7 +180,7 @@ def _evaluate_split(
     def evaluate_split() -> Evaluation:
         torch.set_num_threads(min(cpus, usable_cores()))
         split = shared.open().between(start, stop)
-        return evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here(), note, others)
+        return evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here(), note)
 
     yield done
     result = in_thread(evaluate_split)
@@ -226,16 +196,12 @@ def evaluate_here(
     loader_workers: int,
     device: str | torch.device = "cpu",
     on_batch: Callable[[int], object] = lambda num_done: None,
-    others: Sequence[Member] = (),
 ) -> Evaluation:
-    """Evaluate a checkpoint, with ``others`` as an ensemble, in this process. Calls ``on_batch`` like ``evaluate``."""
+    """Evaluate a checkpoint in this process. Calls ``on_batch`` like ``evaluate``."""
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     try:
         with placed(workload, "an evaluation"):
             model: torch.nn.Module = load_model(checkpoint, workload)
-            if others:
-                members = [(own, load_model(folder, own)) for folder, own in others]
-                workload, model = ensemble_of([(workload, model), *members])
             model = with_fast_layout(model.to(device))
             config = build(TrainConfig, read_state(checkpoint).get("config", {}))
             return evaluate(workload, model, split, config, loader_workers, on_batch)

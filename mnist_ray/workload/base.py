@@ -271,10 +271,6 @@ class Workload(UserClass):
         """Return a few predictions per input with their probabilities, the most probable first."""
         raise UsageError(f"{type(self).__name__} defines no top_predictions(): it can only be evaluated and exported")
 
-    def average(self, outputs: Sequence[Any]) -> Any:
-        """Return the outputs of an ensemble from those of each of its models, for the same batch."""
-        raise UsageError(f"{type(self).__name__} defines no average(): its models cannot be evaluated together")
-
     def complete(self, model: nn.Module, prompt: str) -> str:
         """Return a language model's continuation of a text, without random numbers. The model is in evaluation mode."""
         raise UsageError(f"{type(self).__name__} defines no complete(): it cannot continue a text")

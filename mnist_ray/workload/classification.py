@@ -176,12 +176,6 @@ class Classification(Workload):
 
         return drawing.of_classification(self, self.class_names, result, rows, test, columns)
 
-    def average(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Return logits whose probabilities are the means of the models' probabilities."""
-        from torch import stack
-
-        return stack([each.log_softmax(1) for each in outputs]).logsumexp(0) - math.log(len(outputs))
-
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""
         # Of equal ones, the first is the best, as for ``max``; ``topk`` would return any.

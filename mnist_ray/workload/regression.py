@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -63,12 +63,6 @@ class Regression(Workload):
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return each example's target and prediction."""
         return {"target": targets, "prediction": _flat(outputs)}
-
-    def average(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Return the mean of the models' predictions."""
-        from torch import stack
-
-        return stack([*outputs]).mean(0)
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the number predicted for each example; it has no probability."""

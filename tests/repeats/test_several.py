@@ -119,14 +119,6 @@ def test_the_kept_run_is_the_best_by_validation(crossed: Run) -> None:
     assert evaluate(crossed) == evaluate(best)
 
 
-def test_the_members_together_are_an_ensemble(crossed: Run, where: dict[str, Any]) -> None:
-    together = evaluate(crossed, ensemble=True)
-    assert together == evaluate([*crossed.members])
-    assert together != evaluate(crossed)
-    with pytest.raises(UsageError, match="--ensemble: seed-0_fold-1 is a single run; train with --num-seeds"):
-        evaluate(crossed.members[0], ensemble=True)
-
-
 def test_the_report_has_bands_a_row_for_each_run_and_the_interval(crossed: Run) -> None:
     page = crossed.folder.read_text("report.html") or ""
     assert "finished: 6 of 6 runs, tested on 120" in page
