@@ -11,7 +11,6 @@ import numpy as np
 from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.errors import ExampleError, UsageError
 from mnist_ray.workload.base import CsvRows, Picture, Workload
-from mnist_ray.workload.calibration import bins_of, calibration_error
 from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
 from mnist_ray.workload.figures import ACCURACY, Metric
 
@@ -133,7 +132,7 @@ class Classification(Workload):
         return readable
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return the accuracy per class (None without examples), the confusion matrix, and the calibration error.
+        """Return the accuracy per class (None without examples) and the confusion matrix.
 
         The matrix has a row per label; with very many classes, it is left out. Without a column of labels, there are no
         details.
@@ -145,8 +144,6 @@ class Classification(Workload):
         totals, right = (np.bincount(numbers, minlength=self.num_classes).tolist() for numbers in (labels, hits))
         accuracies = [part / total if total else None for part, total in zip(right, totals, strict=True)]
         found: dict[str, Any] = {"test_accuracy_per_class": accuracies}
-        if "probability" in columns and len(labels):
-            found["calibration_error"] = calibration_error(bins_of(columns["probability"], labels == predictions))
         if self.num_classes <= _MAX_ROWS:
             counts = np.zeros((self.num_classes, self.num_classes), int)
             np.add.at(counts, (labels, predictions), 1)
@@ -171,10 +168,10 @@ class Classification(Workload):
     def pictures(
         self, result: Mapping[str, Any], rows: CsvRows, test: Split | None, columns: Mapping[str, np.ndarray]
     ) -> list[Picture]:
-        """Return the confusion matrix, a reliability plot, and examples with their predictions."""
+        """Return the confusion matrix, and examples with their predictions."""
         from mnist_ray.workload import drawing  # imports matplotlib
 
-        return drawing.of_classification(self, self.class_names, result, rows, test, columns)
+        return drawing.of_classification(self, self.class_names, result, rows, test)
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""

@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont
 from mnist_ray.data.data import Split
 from mnist_ray.text import escaped
 from mnist_ray.workload.base import CsvRows, Picture, Workload
-from mnist_ray.workload.calibration import bins_of, calibration_error
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
 _SIZE = (4.8, 4.0)  # inches: fits on a phone; plots side by side on a page have the same height
@@ -67,30 +66,11 @@ def of_classification(
     result: Mapping[str, Any],
     rows: CsvRows,
     test: Split | None,
-    columns: Mapping[str, np.ndarray],
 ) -> list[Picture]:
-    """Return the confusion matrix, if there is one, a reliability plot, and some examples, if they are images."""
+    """Return the confusion matrix, if there is one, and some examples, if they are images."""
     examples = _examples(workload, rows, test) if rows and test is not None else []
     plots = [_confusion(classes, result)] if "confusion_matrix" in result else []
-    return [*plots, *([_reliability(columns)] if "probability" in columns else []), *examples]
-
-
-def _reliability(columns: Mapping[str, np.ndarray]) -> Picture:
-    """Plot how often predictions are right against how sure they are; the size of a point is their number."""
-    bins = bins_of(columns["probability"], columns["label"] == columns["prediction"])
-    figure, axes = new_plot("probability of the prediction (%)", "right predictions (%)")
-    axes.plot([0, 100], [0, 100], color="grey", linewidth=1)
-    sizes = [10 + 190 * math.sqrt(part.number / len(columns["label"])) for part in bins]
-    sure, right = ([100 * part[place] for part in bins] for place in (1, 2))
-    axes.plot(sure, right, color="C0", linewidth=1)
-    axes.scatter(sure, right, sizes, color="C0", zorder=2)
-    axes.grid(alpha=0.3)
-    error = calibration_error(bins)
-    caption = "On the line, predictions are as often right as they are sure; above it, more often. The larger a point, "
-    caption += f"the more predictions. Expected calibration error: {error:.2%}."
-    said = "; ".join(f"{100 * part.confidence:.0f}% sure: {part.accuracy:.0%} right" for part in bins)
-    alt = f"Predictions that are {said}"
-    return Picture("reliability", "Calibration", alt, png_of(figure), caption)
+    return [*plots, *examples]
 
 
 def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:

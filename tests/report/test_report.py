@@ -41,7 +41,7 @@ PHOTOS = ["predictions", "mistakes"]
 METRICS = [metric.name for metric in mnist().all_metrics]
 OF_TRAINING = [*METRICS, "learning_rate"]
 OF_STEPS = ["learning_rate", "gradient_norm"]
-RUN_PICTURES = [*METRICS, "confusion", "reliability", *PHOTOS, "learning_rate"]
+RUN_PICTURES = [*METRICS, "confusion", *PHOTOS, "learning_rate"]
 
 
 class Page:
@@ -376,7 +376,7 @@ def test_figures_of_steps_have_a_curve_and_those_of_epochs_a_column(tested_run: 
     for event in (progress, EpochFinished(progress)):
         history.add(event)
     history.write_steps()
-    assert [name for name in write(tested_run) if name not in METRICS] == ["confusion", "reliability", *OF_STEPS]
+    assert [name for name in write(tested_run) if name not in METRICS] == ["confusion", *OF_STEPS]
     text = tested_run.read_text("report.html") or ""
     assert "Gradient norm over the steps. It ends at 3.2500" in text
     (header, *rows) = [row for row in Page(text).rows if len(row) == 8 and row[0] in ("epoch", "1", "2")]

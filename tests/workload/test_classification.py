@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, UsageError
 from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
-from mnist_ray.workload.calibration import bins_of, calibration_error
 from mnist_ray.workload.drawing import confusion_matrix, drawable, image_grid
 
 SMOOTHED = TrainConfig(label_smoothing=0.2)
@@ -251,19 +250,3 @@ def test_a_split_with_other_classes_is_refused(classes: list[str], named: str) -
 def test_names_with_dollars_are_no_formulas_and_long_captions_are_drawn(few_images: Arrays) -> None:
     assert confusion_matrix(np.eye(2, dtype=int), ["$\\wrong$", "$0-$50"]).startswith(b"\x89PNG")
     assert image_grid([few_images.inputs[0]], ["x" * 1000]).startswith(b"\x89PNG")
-
-
-def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy() -> None:
-    columns = {"label": np.zeros(10, int), "prediction": np.array([0] * 8 + [1] * 2), "probability": np.full(10, 0.9)}
-    assert workload().details(columns)["calibration_error"] == pytest.approx(0.1)
-    columns["probability"] = np.array([0.99] * 8 + [0.21] * 2)
-    assert workload().details(columns)["calibration_error"] == pytest.approx(0.8 * 0.01 + 0.2 * 0.21)
-    assert "calibration_error" not in workload().details(COLUMNS)
-
-
-def test_predictions_that_are_as_often_right_as_they_are_sure_have_no_calibration_error() -> None:
-    rng = np.random.default_rng(0)
-    probabilities = rng.random(200_000)
-    bins = bins_of(probabilities, rng.random(200_000) < probabilities)
-    assert sum(part.number for part in bins) == 200_000
-    assert calibration_error(bins) < 0.005
