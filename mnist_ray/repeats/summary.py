@@ -38,7 +38,7 @@ def write(session: Session, test: Split) -> None:
     kept = max(members, key=lambda member: _metrics_of(results[member.name]).score)
     columns = _of_folds(members, config.seed) if config.is_folded else read_columns(kept.job.run)
     predictions = {name: values for name, values in columns.items() if name not in NOT_PREDICTED}
-    others = {name: columns[name] for name in columns.keys() - predictions.keys()}
+    others = {name: values for name, values in columns.items() if name in NOT_PREDICTED}
     if note := write_predictions(run, job.workload, predictions, others):
         console.say("note", note)
     session.clock.mark("runs")

@@ -93,6 +93,7 @@ def test_a_member_has_the_weights_of_a_run_on_the_same_examples_divided_by_hand(
 
 def test_every_example_is_predicted_once_by_a_run_that_has_not_seen_it(crossed: Run) -> None:
     columns, labels = read_columns(crossed.folder), read_columns(crossed.folder)["label"]
+    assert [*columns][:3] == ["fold", "index", "loss"]
     assert columns["index"].tolist() == [*range(120)]
     assert len((crossed.folder.read_text("predictions.csv") or "").splitlines()) == 121
     for fold, member in enumerate(crossed.members[:3], 1):
