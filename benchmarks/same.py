@@ -1,220 +1,156 @@
 """Check that this version does the same as an earlier version.
 
-    python benchmarks/same.py COMMIT     # 20 minutes on two cores
+    python benchmarks/same.py COMMIT             # 25 minutes on two cores
+    python benchmarks/same.py COMMIT --quick     # six of the set-ups: 6 minutes
+    python benchmarks/same.py --prove            # that each set-up notices a fault: 15 minutes
 
 Guards the weights: a change that is not about the training leaves those of every run the same, bit for bit.
 
-Runs both versions on this machine, one after the other. Compares the last weights of ten set-ups by SHA-256; a sweep's
-table and choice, without times; the output of train, tune and evaluate, with times masked and lines sorted; and the
-keys of every JSON file. Prints a line for each, and the differences. Exits with status 1 if weights, table or choice
-differ.
+Runs both versions on this machine, one after the other, in each set-up of ``setups.py``. Compares the last weights and
+optimizer state, predictions by SHA-256; tables, results and a sweep's choice, without times; the output of commands,
+with times masked and lines sorted; and the keys of every JSON file. Prints a line for each set-up, and the differences.
+Exits with status 1 if weights, predictions, tables, results or the choice differ. Consoles and keys may.
+
+With ``--prove``, compares this version with copies of it that have the faults of ``faults.py``, each in its set-up.
+Exits with status 1 if a set-up does not notice its fault. With ``--cache``, what the earlier version does is kept in a
+folder, for the next call.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
+import dataclasses
 import difflib
 import hashlib
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-from before import ROOT, checked_out
-from safetensors.torch import load_file
-
-ONE_EPOCH = ["--num-epochs", "1"]
-TWO_WORKERS = ["--num-workers", "2", "--cpus-per-worker", "1", *ONE_EPOCH]
-KILLED = "killed and resumed"
-SETUPS: dict[str, list[str]] = {
-    "fp32": ["--precision", "fp32"],
-    "bf16": ["--precision", "bf16", *ONE_EPOCH],
-    "2 workers, shared memory": TWO_WORKERS,
-    "2 workers, gloo": TWO_WORKERS,
-    "reproducible, 1 worker": ["--reproducible", *ONE_EPOCH],
-    "reproducible, 2 workers": ["--reproducible", *TWO_WORKERS],
-    "shapes.py": ["--workload", "examples/shapes.py", *ONE_EPOCH],
-    "diabetes.py": ["--workload", "examples/diabetes.py"],
-    KILLED: ["--checkpoint-every", "50"],
-    "sgd, EMA, clipping, micro-batches": [
-        *("--optimizer", "sgd", "--learning-rate", "0.05", "--ema-decay", "0.99"),
-        *("--clip-grad-norm", "1", "--micro-batch-size", "50", *ONE_EPOCH),
-    ],
-}
-SWEEP = ["--num-trials", "4", "--max-concurrent-trials", "1", "--num-confirmed", "1", "--limit", "0.2", *ONE_EPOCH]
-TIMES = ("images_per_s", "examples_per_s", "train_s")
-"""Columns of sweep.csv that differ from sweep to sweep."""
-MASKS = {
-    r"^seconds .*": "seconds",
-    r"\d+\.\d+ s\b": "SECONDS",
-    r"[\d,]+ \w+/s": "RATE",
-    r"[\d,]+ (?=done|stopped)": "RATE ",
-    r"about [\d:]+ left": "TIME left",
-}
-# Turns shared memory off: is_supported() in training/shared_memory.py requires x86_64.
-WITHOUT_SHARED_MEMORY = "import platform\nplatform.machine = lambda: 'unknown'\n"
+from before import ROOT, checked_out, this_version
+from faults import FAULTS, Fault, faulty_copy
+from setups import SETUPS, SMALL, Setup, write_inputs
+from versions import Lines, Seen, Version
 
 
-@dataclass(frozen=True)
-class Seen:
-    """The results of one version."""
-
-    weights: dict[str, str]
-    """SHA-256 by set-up."""
-    trials: list[str]
-    """The rows of sweep.csv without times, and the chosen settings."""
-    consoles: dict[str, list[str]]
-    """Masked and sorted lines by command."""
-    keys: dict[str, set[str]]
-    """Keys by the name of the JSON file; nested keys as ``outer.inner``."""
+def is_same(name: str, before: Seen, now: Seen) -> bool:
+    """Print the comparison of a set-up; return whether the facts are equal."""
+    is_equal = before.facts == now.facts
+    print(f"{'equal' if is_equal else 'DIFFERENT'}: {name}, {len(now.facts)} facts", flush=True)
+    print_differences("", before.facts, now.facts)
+    print_differences("console of ", before.consoles, now.consoles)
+    print_differences("keys of ", before.keys, now.keys)
+    return is_equal
 
 
-class Version:
-    """One version's code, with separate storage."""
-
-    def __init__(self, root: Path, folder: Path, *more: str) -> None:
-        self._root, self._more = root, more
-        self._storage = folder / "runs"
-        self._hooks = folder / "hooks"
-        self._hooks.mkdir()
-        (self._hooks / "sitecustomize.py").write_text(WITHOUT_SHARED_MEMORY)
-
-    def see(self) -> Seen:
-        """Run all set-ups, a sweep and an evaluation."""
-        weights, consoles = {}, {}
-        for setup, flags in SETUPS.items():
-            name = re.sub(r"\W+", "-", setup)
-            consoles[f"train, {setup}"] = self._train(name, setup, flags)
-            weights[setup] = self._weights(name)
-        consoles.pop(f"train, {KILLED}")  # where it resumes depends on the moment of the kill
-        consoles["tune"] = self._run("tune", *SWEEP, "--run-name", "sweep")
-        consoles["evaluate"] = self._run("evaluate", "fp32")
-        return Seen(weights, list(self._trials()), consoles, self._keys())
-
-    def _train(self, name: str, setup: str, flags: Sequence[str]) -> list[str]:
-        named = ["--run-name", name, *flags]
-        if setup != KILLED:
-            return self._run("train", *named, shares_memory="gloo" not in setup)
-        with self._started("train", *named) as job:
-            for line in job.stdout or ():
-                if re.match(r"epoch 1/2 +finished", line):
-                    break
-            job.kill()
-        return self._run("train", "--run-name", name, "--resume")
-
-    def _run(self, command: str, *flags: str, shares_memory: bool = True) -> list[str]:
-        with self._started(command, *flags, shares_memory=shares_memory) as job:
-            lines = [masked(line, self._storage) for line in job.stdout or () if not is_progress(line)]
-        if job.returncode != 0:
-            raise RuntimeError(f"{command} {flags} failed: {lines[-5:]}")
-        return sorted(lines)
-
-    def _started(self, command: str, *flags: str, shares_memory: bool = True) -> subprocess.Popen[str]:
-        path = [str(self._root)] if shares_memory else [str(self._hooks), str(self._root)]
-        return subprocess.Popen(
-            [sys.executable, f"jobs/{command}.py", "--storage-path", str(self._storage), *flags, *self._more],
-            cwd=self._root,
-            env={**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": os.pathsep.join(path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def _weights(self, name: str) -> str:
-        *_, last = sorted((self._storage / name).glob("checkpoint_*/model.safetensors"))
-        digest = hashlib.sha256()  # not of the file, whose header has changed
-        for key, tensor in sorted(load_file(last).items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def _trials(self) -> Iterator[str]:
-        with (self._storage / "sweep" / "sweep.csv").open() as file:
-            rows = [*csv.DictReader(file)]
-        for row in rows:
-            yield " ".join(f"{name}={value}" for name, value in row.items() if name not in TIMES)
-        best = json.loads((self._storage / "sweep" / "best.json").read_text())
-        yield " ".join(f"{name}={best[name]}" for name in rows[0] if name in best)  # the searched settings
-
-    def _keys(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for file in self._storage.rglob("*.json"):
-            found.setdefault(file.name, set()).update(keys_of(json.loads(file.read_text())))
-        return found
+def print_differences(kind: str, before: Lines, now: Lines) -> None:
+    """Print the lines that differ, with the name of what they are in."""
+    for name in sorted(before.keys() | now.keys()):
+        then, there = before.get(name, []), now.get(name, [])
+        if then != there:
+            print(f"    {kind}{name}")
+        for line in difflib.unified_diff(then, there, lineterm="", n=0):
+            if not line.startswith(("---", "+++", "@@")):
+                print(f"        {line}", flush=True)
 
 
-def is_progress(line: str) -> bool:
-    """Return whether a line reports progress; these come by the clock."""
-    return line.rstrip().endswith(" left")
+def cached(see: Callable[[str, Setup], Seen], name: str, setup: Setup, commit: str, folder: Path | None) -> Seen:
+    """Return what a commit does in a set-up: from an earlier call with this folder, if there was one."""
+    if folder is None:
+        return see(name, setup)
+    key = hashlib.sha256(f"{commit} {name} {setup} {SMALL.read_text()}".encode()).hexdigest()
+    file = folder / f"{key[:16]}.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(dataclasses.asdict(see(name, setup))))
+    return Seen(**json.loads(file.read_text()))
 
 
-def masked(line: str, storage: Path) -> str:
-    """Mask everything in a line that differs from run to run: times, rates, folders."""
-    line = line.rstrip().replace(str(storage), "STORAGE")
-    for pattern, name in MASKS.items():
-        line = re.sub(pattern, name, line)
-    return line
+@contextlib.contextmanager
+def opened(root: Path | None, inputs: Path, more: Sequence[str] = ()) -> Iterator[Version]:
+    """Yield a version whose files are removed at the end."""
+    assert root is not None
+    with tempfile.TemporaryDirectory() as folder:
+        yield Version(root, Path(folder) / "version", inputs, more)
 
 
-def keys_of(value: object, outer: str = "") -> Iterator[str]:
-    """Yield the paths of all keys in a JSON value."""
-    if isinstance(value, list):
-        for item in value:
-            yield from keys_of(item, outer)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield f"{outer}{key}"
-            yield from keys_of(item, f"{outer}{key}.")
+def compare(commit: str, names: Sequence[str], inputs: Path, cache: Path | None, more: Sequence[str]) -> bool:
+    """Run both versions in some set-ups; return whether all facts are equal."""
+    results = []
+    with (
+        checked_out(commit) as earlier,
+        checked_out(this_version()) as current,
+        opened(earlier, inputs) as before,
+        opened(current, inputs, more) as now,
+    ):
+        for name in names:
+            try:
+                then = cached(before.see, name, SETUPS[name], commit, cache)
+                results.append(is_same(name, then, now.see(name, SETUPS[name])))
+            except RuntimeError as error:
+                print(f"FAILED: {name}: {error}", flush=True)
+                results.append(False)
+    print(f"{sum(results)} of {len(results)} set-ups are equal")
+    return all(results)
 
 
-def compare(before: Seen, now: Seen) -> bool:
-    """Print the comparison; return whether weights, table and choice are equal."""
-    is_same = True
-    for setup, digest in before.weights.items():
-        equal = now.weights[setup] == digest
-        is_same &= equal
-        print(f"weights  {setup}: {'equal' if equal else 'DIFFERENT'} {now.weights[setup][:16]}")
-    equal = before.trials == now.trials
-    is_same &= equal
-    print(f"sweep    table and choice: {'equal' if equal else 'DIFFERENT'}")
-    print_difference(before.trials, now.trials)
-    for command, lines in before.consoles.items():
-        print(f"console  {command}: {'equal' if lines == now.consoles[command] else 'different'}")
-        print_difference(lines, now.consoles[command])
-    for name in sorted(before.keys.keys() | now.keys.keys()):
-        then, there = sorted(before.keys.get(name, ())), sorted(now.keys.get(name, ()))
-        print(f"keys     {name}: {'equal' if then == there else 'different'}")
-        print_difference(then, there)
-    return is_same
+def prove(names: Sequence[str], inputs: Path) -> bool:
+    """Run this version without and with the faults of some set-ups; return whether the set-ups notice all of them."""
+    results = []
+    with checked_out(this_version()) as root, opened(root, inputs) as right:
+        assert root is not None
+        for name in names:
+            expected = right.see(name, SETUPS[name])
+            for fault in FAULTS[name]:
+                noticed = noticed_by(fault, root, inputs, name, expected)
+                results.append(noticed != "")
+                print(f"{name}: {fault}: {f'noticed by {noticed}' if noticed else 'NOT NOTICED'}", flush=True)
+    print(f"{sum(results)} of {len(results)} faults are noticed")
+    return all(results)
 
 
-def print_difference(before: Sequence[str], now: Sequence[str]) -> None:
-    """Print the lines that differ."""
-    for line in difflib.unified_diff(before, now, lineterm="", n=0):
-        if not line.startswith(("---", "+++", "@@")):
-            print(f"         {line}")
+def noticed_by(fault: Fault, root: Path, inputs: Path, name: str, expected: Seen) -> str:
+    """Return the first facts that a fault changes; empty if none, or if a command fails, which proves nothing."""
+    with faulty_copy(root, fault) as copy, opened(copy, inputs) as wrong:
+        try:
+            found = wrong.see(name, SETUPS[name])
+        except RuntimeError as error:
+            print(error)
+            return ""
+    different = [fact for fact, lines in expected.facts.items() if lines != found.facts.get(fact)]
+    return ", ".join(different[:3])
 
 
 def main() -> None:
-    """Run both versions and compare."""
+    """Compare, or prove that faults are noticed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="commit of the earlier version")
+    parser.add_argument("commit", nargs="?", help="commit of the earlier version")
+    parser.add_argument("--quick", action="store_true", help="only some of the set-ups")
+    parser.add_argument("--only", nargs="+", choices=SETUPS, metavar="SET-UP", help="only these set-ups")
+    parser.add_argument("--prove", action="store_true", help="check that each set-up notices a fault")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what the earlier version does")
     parser.add_argument("--plain-ray", action="store_true", help="run this version with --plain-ray")
     arguments = parser.parse_args()
-    commit, more = arguments.commit, ["--plain-ray"] if arguments.plain_ray else []
-    with checked_out(commit) as root, tempfile.TemporaryDirectory() as then, tempfile.TemporaryDirectory() as there:
-        if root is None:
-            parser.error(f"commit {commit} is not in this repository")
-        before = Version(root, Path(then)).see()
-        now = Version(ROOT, Path(there), *more).see()
-    sys.exit(0 if compare(before, now) else 1)
+    names = arguments.only or [name for name, setup in SETUPS.items() if setup.is_quick or not arguments.quick]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder)
+        write_inputs(inputs)
+        if arguments.prove:
+            is_right = prove([name for name in names if name in FAULTS], inputs)
+        else:
+            asked = ["git", "-C", str(ROOT), "rev-parse", "--verify", f"{arguments.commit}^{{commit}}"]
+            commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+            if not commit:
+                parser.error(f"commit {arguments.commit} is not in this repository")
+            more = ["--plain-ray"] if arguments.plain_ray else []
+            is_right = compare(commit, names, inputs, arguments.cache, more)
+    print(f"{(time.monotonic() - start) / 60:.1f} minutes")
+    sys.exit(0 if is_right else 1)
 
 
 if __name__ == "__main__":
