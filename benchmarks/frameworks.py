@@ -120,11 +120,6 @@ class StepsInMnistRay(MnistRay):
 class GptInMnistRay(MnistRay):
     """This project, with the example."""
 
-    @property
-    def text(self) -> str:
-        """The example."""
-        return EXAMPLE.read_text(encoding="utf-8")
-
     def outcome(self, printed: str, folder: Path) -> Figures:
         """Read the run's files. The first epoch, a tenth of the steps, is not timed."""
         _, *warm = epochs(folder / "run")
@@ -162,7 +157,7 @@ MNIST = (
 GPT = (
     GptInMnistRay(
         "mnist_ray",
-        PEERS / "gpt_mnist_ray.py",
+        EXAMPLE,
         shared=frozenset({"Settings", "Block", "GPT", "corpus_of", "load_data", "create_model", "create_optimizer"}),
         data_flag="--text-folder",
     ),

@@ -4,7 +4,8 @@ python jobs/train.py --workload examples/gpt.py                              # 1
 python jobs/train.py --workload examples/gpt.py --text-folder ~/my_texts
 python jobs/train.py --workload examples/gpt.py --num-workers 4 --strategy fsdp
 python jobs/tune.py --workload examples/gpt.py --num-steps 200 --sweep learning_rate=log:1e-4:3e-3 dropout=0,0.1
-python jobs/predict.py --run RUN "def main("                                 # continues your text
+python jobs/train.py --workload examples/gpt.py --callback examples/gpt.py:Sample --verbose   # writes after each epoch
+mnist-ray predict --run RUN "def main("                                      # continues your text
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.sharding import resharded
+from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import evaluating
+from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Arrays, Data, Metric, Range, Workload, at_least, fraction, setting
 
 NUM_BYTES = 256  # the vocabulary
@@ -95,7 +102,6 @@ class Gpt(Workload):
     Settings = Settings
     noun = "window"
     metrics = (Metric("bits_per_byte", "min"),)
-    prompt = "class Test"
     search = {"learning_rate": Range(1e-4, 3e-3, log=True)}
     recipes = {
         "default": {
@@ -149,13 +155,35 @@ class Gpt(Workload):
         return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=True)
 
     def complete(self, model: nn.Module, prompt: str) -> str:
-        """Return the prompt with the most probable next bytes, one after another (greedy)."""
-        device = next(model.parameters()).device
-        text = torch.tensor([list(prompt.encode() or b"\n")], device=device)
-        for _ in range(NUM_CONTINUED):
-            logits = model(text[:, -self.settings.length :])
-            text = torch.cat([text, logits[:, -1:].argmax(2)], 1)
-        return bytes(text[0].tolist()).decode(errors="replace")
+        """Return the prompt with its continuation."""
+        return continued(model, prompt)
+
+
+class Sample(Callback):
+    """Prints after each validation how the model continues a text."""
+
+    def __init__(self, prompt: str = "class Test") -> None:
+        self.prompt = prompt
+
+    def on_start(self, state: TrainingState, group: Group) -> None:
+        """Learn which rank this is."""
+        self.is_first = group.rank == 0
+
+    def on_validation(self, state: TrainingState, values: dict[str, float]) -> None:
+        """Let all ranks continue the text, since a sharded model gathers its weights; print it once."""
+        with resharded(state.result), evaluating(state.result):
+            text = continued(state.result, self.prompt)
+        if self.is_first:
+            print(f"after epoch {state.epoch}, it writes: {text!r}")
+
+
+def continued(model: Any, prompt: str) -> str:
+    """Return a prompt with the most probable next bytes, one after another (greedy)."""
+    text = torch.tensor([list(prompt.encode() or b"\n")], device=next(model.parameters()).device)
+    for _ in range(NUM_CONTINUED):
+        logits = model(text[:, -model.places.num_embeddings :])
+        text = torch.cat([text, logits[:, -1:].argmax(2)], 1)
+    return bytes(text[0].tolist()).decode(errors="replace")
 
 
 def corpus_of(folder: Path | None) -> Path:

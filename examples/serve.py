@@ -140,7 +140,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         serve.start(http_options=listen)
     if given.host not in (None, "127.0.0.1", "::1", "localhost"):
         click.echo(f"listens on {given.host}: whoever reaches this machine can use the model")
-    example = predictor.workload.prompt and json.dumps(predictor.workload.prompt)
+    example = json.dumps("The ")  # of a text
     if predictor.takes == "arrays":
         with contextlib.suppress(Exception):  # the data need not be here, and JSON need not be able to hold them
             example = json.dumps(np.asarray(predictor.workload.load_data().test[0][0]).tolist())

@@ -163,9 +163,6 @@ def check_batch(
             raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
     _check_metrics(workload, detached(outputs), targets, columns, number)
     if others:
-        if workload.prompt:
-            with placed(workload, "complete"), torch.no_grad():
-                workload.complete(model, workload.prompt)
         *fewer, last = others
         of_last = f"predictions for the last {number} examples"
         with placed(workload, of_last):

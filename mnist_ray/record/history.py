@@ -5,7 +5,6 @@ steps.csv        a row about every half second of training, with the mean over t
                  long run, rows are merged, since all are written at each checkpoint
 predictions.csv  a row per test example, in the data set's order; written when the run is tested, beside
                  predictions.parquet, which has the columns as arrays
-samples.csv      a row per validation of a language model: its continuation of the workload's prompt
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from mnist_ray.job.find import checkpoints_of
 from mnist_ray.report.run_files import (
     METRICS_FILE,
     PREDICTIONS_FILE,
-    SAMPLES_FILE,
     STEPS_FILE,
     csv_text,
     read_csv,
@@ -69,8 +67,6 @@ class History:
                 self._update(last.epoch, {**joined(rows, self.figures), **figures_of(event)})
             case Validated():
                 self._update(event.epoch, figures_of(event))
-                if event.sample:
-                    self._add_sample(event.epoch, event.sample)
 
     def _fill(self, last_epoch: int) -> None:
         """Add values from checkpoints for epochs whose events did not reach the job before it was killed."""
@@ -87,11 +83,6 @@ class History:
         rows = [self.rows[epoch] for epoch in sorted(self.rows)]
         of_sources = dict.fromkeys(name for row in rows for name in row if name.startswith("val_loss."))
         self._run.write_text(METRICS_FILE, csv_text([*self._columns, *of_sources], rows, has_header=True))
-
-    def _add_sample(self, epoch: int, sample: str) -> None:
-        before = [row for row in read_csv(self._run, SAMPLES_FILE, ["epoch"]) if int(row["epoch"]) < epoch]
-        rows: list[dict[str, Any]] = [*before, {"epoch": epoch, "text": sample}]
-        self._run.write_text(SAMPLES_FILE, csv_text(["epoch", "text"], rows, has_header=True))
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.epoch_steps, 5)

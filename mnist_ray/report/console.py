@@ -114,8 +114,6 @@ class RunConsole:
             case events.Validated():
                 values = self._workload.format(event.values)
                 self.say("", f"validation after epoch {event.epoch}: {values} ({event.seconds:.1f} s)")
-                if event.sample:
-                    self.say("", f"it writes: {event.sample}".replace("\n", "↵"))
                 if math.isnan(event.values[(monitor := self._workload.monitor.name)]):
                     self.say("note", f"{monitor} is NaN, so the checkpoint of epoch {event.epoch} counts as the worst")
             case events.StoppedEarly(epoch, best_epoch):

@@ -21,7 +21,7 @@ from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.output import say
 from mnist_ray.report.columns import read_columns
 from mnist_ray.report.plots import Curve, bands_of, curves_of, smoothed, stacked_bars
-from mnist_ray.report.run_files import SAMPLES_FILE, RunRecord, number_of, read_csv, settings_of, workload_of
+from mnist_ray.report.run_files import RunRecord, number_of, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.text import in_words, redact
@@ -100,7 +100,7 @@ def write(
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
     trials = drawn("table of the trials", lambda: _trials(record)) if record.trials else []
     members = drawn("table of the runs", lambda: _members(record)) if record.members else []
-    tables = [*trials, *members, *_samples(run), *_epochs(record), *_settings(record), *seconds]
+    tables = [*trials, *members, *_epochs(record), *_settings(record), *seconds]
     page = page_of(
         title=run.name,
         status=_status(record, resume_with, is_running),
@@ -302,12 +302,6 @@ def _epochs(record: RunRecord) -> list[Table]:
         for row in record.epochs
     ]
     return [Table("Epochs", ["epoch", *(figure.label for figure in shown)], rows)]
-
-
-def _samples(run: RunFolder) -> list[Table]:
-    """Return the model's continuations of the workload's prompt, epoch by epoch."""
-    rows = [(row["epoch"], row["text"]) for row in read_csv(run, SAMPLES_FILE, ["epoch", "text"])]
-    return [Table("What the model writes", ["epoch", "text"], rows)] if rows else []
 
 
 def _settings(record: RunRecord) -> list[Table]:

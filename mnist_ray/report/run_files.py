@@ -28,7 +28,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import RATE
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
-SAMPLES_FILE, TIMES_FILE = "samples.csv", "times.csv"
+TIMES_FILE = "times.csv"
 FORMAT_VERSION = 2  # of the files
 
 T = TypeVar("T")

@@ -28,7 +28,6 @@ from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
-from mnist_ray.parallel.sharding import resharded
 from mnist_ray.process import in_thread, keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
@@ -36,7 +35,7 @@ from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, positi
 from mnist_ray.training import engine, threads
 from mnist_ray.training.by_source import loss_by_source
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.evaluation import batch_size_of, evaluate_together, evaluating
+from mnist_ray.training.evaluation import batch_size_of, evaluate_together
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import distinct, score
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
@@ -304,7 +303,7 @@ class Reporter(Callback):
         if is_epoch_end and metrics.is_validated:
             state.scores.append(metrics.score)
             self._after_validation(state, metrics)
-            self.send_validation(state.epoch, metrics, self._sample(state))
+            self.send_validation(state.epoch, metrics)
         return replace(metrics, is_over=is_over(state, self._config))
 
     def _after_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
@@ -340,18 +339,10 @@ class Reporter(Callback):
         rate = len(split) / seconds / self._group.world_size  # of one worker
         return {**of_metrics, "val_score": score(workload, values), "val_s": seconds, "val_examples_per_s": rate}
 
-    def _sample(self, state: TrainingState) -> str:
-        """Return the model's continuation of the workload's prompt, if it has one; all ranks must call this."""
-        workload = self._job.workload
-        if not workload.prompt:
-            return ""
-        with state.watch.on(VALIDATION), resharded(state.result), evaluating(state.result):
-            return workload.complete(state.result, workload.prompt)
-
-    def send_validation(self, epoch: int, metrics: CheckpointMetrics, sample: str = "") -> None:
-        """Report the validation of an epoch, and the model's continuation of the prompt."""
+    def send_validation(self, epoch: int, metrics: CheckpointMetrics) -> None:
+        """Report the validation of an epoch."""
         known = metrics.values
         of_sources = [name.removeprefix("val_") for name in known if name.startswith("val_loss.")]
         names = [*(metric.name for metric in self._job.workload.all_metrics), *of_sources]
         values = {name: known.get(f"val_{name}", math.nan) for name in names}  # an older checkpoint may have fewer
-        self.send(Validated(epoch, values, known.get("val_s", math.nan), sample))
+        self.send(Validated(epoch, values, known.get("val_s", math.nan)))

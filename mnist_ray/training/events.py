@@ -134,7 +134,6 @@ class Validated(Event):
     epoch: int  # counted from 1
     values: Mapping[str, float]  # loss and metrics
     seconds: float
-    sample: str = ""  # how the model continues the workload's prompt
 
 
 @dataclass(frozen=True)

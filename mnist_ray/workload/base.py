@@ -77,8 +77,6 @@ class Workload(UserClass):
     """Whether some steps use only a part of the parameters, such as some of the experts."""
     callbacks: Sequence[UserClass] = ()
     """Its own ``Callback``s, called before those of ``--callback``. Each worker copies them."""
-    prompt: ClassVar[str] = ""
-    """A text that ``complete`` continues after each validation, for the console and the report."""
     noun: ClassVar[str] = "example"  # the word for an example in all output, such as ``image``
     prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
 
@@ -272,7 +270,7 @@ class Workload(UserClass):
         raise UsageError(f"{type(self).__name__} defines no top_predictions(): it can only be evaluated and exported")
 
     def complete(self, model: nn.Module, prompt: str) -> str:
-        """Return a language model's continuation of a text, without random numbers. The model is in evaluation mode."""
+        """Return a language model's continuation of a text, for ``predict``. The model is in evaluation mode."""
         raise UsageError(f"{type(self).__name__} defines no complete(): it cannot continue a text")
 
     # --- derived
