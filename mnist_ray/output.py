@@ -55,20 +55,6 @@ def one_object(*, is_wanted: bool) -> Iterator[dict[str, Any]]:
         sys.stdout.write(json.dumps(finite(values)) + "\n")
 
 
-@contextlib.contextmanager
-def without_stderr() -> Iterator[None]:
-    """Discard what this process, including its C++ code, writes to stderr in the block."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values that JSON can hold: with null for NaN and infinity."""
     return dict(json.loads(json.dumps(values), parse_constant=lambda name: None))

@@ -1,4 +1,4 @@
-"""Predicts the rows of many files with Ray Data; started again after any interruption, it does what is missing.
+"""Predicts the rows of many files in Ray actors; started again after any interruption, it does what is missing.
 
 Parts are facts: which rows a part has is written down before anything is predicted, and a part's predictions are one
 file, which gets its name when it is whole. So a part is done or not, whatever was killed, and each row is there once.
@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
-import logging
 import math
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 from uuid import uuid4
 
@@ -26,8 +25,7 @@ import pyarrow as pa
 import ray
 import torch
 from pyarrow import fs
-from ray.data import ActorPoolStrategy, DataContext, from_items
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from mnist_ray import extras
 from mnist_ray.checkpoints.checkpoint import read_state
@@ -39,11 +37,11 @@ from mnist_ray.config import ScaleConfig, WorkerConfig
 from mnist_ray.data.files import CODECS
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.job.find import Found
-from mnist_ray.output import without_stderr
 from mnist_ray.predictions.inputs import Chunk, DamagedTableError, Inputs, find_inputs
 from mnist_ray.predictions.predictor import Predictor
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
+from mnist_ray.signals import if_ended
 from mnist_ray.storage import RunFolder, in_one_line, locate
 from mnist_ray.text import clock_time, count
 from mnist_ray.workload.base import Workload
@@ -54,6 +52,8 @@ _DONE, _UNREADABLE, _TEMPORARY = "_done", "_unreadable", "_temporary"
 _NUMBERS = ("rows", "unreadable", "unsure")
 _NUM_THREADS = 16  # that read small files
 _MAX_COUNTS = 20  # predictions in the summary
+_MAX_RETRIES = 3  # of a part whose actors die
+_RESUME = "; rerun the same command to resume"
 
 
 def predict_at_scale(
@@ -81,10 +81,13 @@ def predict_at_scale(
         already = f", {len(done):,} already predicted" if done else ""
         console.say("input", f"{config.input}: {inputs.kind} in {count(len(inputs.parts), 'part')}{already}{column}")
         if parts:
+            if_ended(_RESUME)
             try:
                 done |= _predicted(found, left, folder, config, threshold, forking, console)
             except KeyboardInterrupt as interrupt:
-                raise KeyboardInterrupt("interrupted; to go on, give the same command again") from interrupt
+                raise KeyboardInterrupt(f"interrupted{_RESUME}") from interrupt
+            except JobError as error:
+                raise JobError(f"{error}{_RESUME}") from error
         with in_one_line(f"cannot write {folder.uri}"):
             folder.inside(_TEMPORARY).delete()
         summary = _summary(done, found.workload, threshold, console)
@@ -159,40 +162,56 @@ def _predicted(
         use_gpu = is_gpu_wanted(config.use_gpu, cluster, say)
         number, cpus, gpus = _resources(cluster, config, len(inputs.parts), use_gpu)
         console.say("actors", f"{number} × {count(cpus, 'CPU')}" + (f" and {gpus:.3g} GPU" if gpus else ""))
-        context = DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        parts = [{"part": json.dumps(part)} for part in inputs.parts.items()]
-        arguments = found, dataclasses.replace(inputs, parts={}), folder, threshold, config.features, cpus
-        results = from_items(parts, override_num_blocks=len(parts)).map_batches(
-            PartPredictor,
-            batch_size=1,
-            fn_constructor_args=arguments,
-            compute=ActorPoolStrategy(size=number, max_tasks_in_flight_per_actor=2),
-            num_cpus=cpus,
-            num_gpus=gpus,
-        )
+        arguments = dataclasses.replace(inputs, parts={}), folder, threshold, config.features, cpus
+        actor = ray.remote(PartPredictor).options(num_cpus=cpus, num_gpus=gpus)
+        create = functools.partial(actor.remote, found, *arguments)
         done, num_rows, begun, nouns = dict[str, dict[str, Any]](), 0, math.inf, found.workload.nouns
-        try:
-            rows = iter(results.iter_rows())
-            with without_stderr():  # Ray warns about the loss of arguments, which this process holds
-                first = [*itertools.islice(rows, 1)]
-            for row in itertools.chain(first, rows):
-                part = json.loads(row["done"])
-                if "error" in part:
-                    raise JobError(part["error"])
-                done[part["part"]] = part
-                num_rows += part["rows"]
-                begun = min(begun, time.monotonic() - part["seconds"])  # without the start of the actors
-                seconds = time.monotonic() - begun
-                rate, left = f"{num_rows / seconds:,.0f} {nouns}/s", seconds * (len(parts) / len(done) - 1)
-                line = f"{num_rows:,} {nouns}  {rate}  {clock_time(left)} left"
-                console.show_now("predicting", line, len(done) / len(parts))
-        except RayError as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            raise JobError(f"the predictions were lost: {first_line(cause)}; give the same command again") from error
+        for part, known in _results(create, number, inputs.parts):
+            done[part] = known
+            num_rows += known["rows"]
+            begun = min(begun, time.monotonic() - known["seconds"])  # without the start of the actors
+            seconds = time.monotonic() - begun
+            rate, left = f"{num_rows / seconds:,.0f} {nouns}/s", seconds * (len(inputs.parts) / len(done) - 1)
+            line = f"{num_rows:,} {nouns}  {rate}  {clock_time(left)} left"
+            console.show_now("predicting", line, len(done) / len(inputs.parts))
         console.say("", f"{rate}, {seconds:.1f} s without the start of the actors")
         return done
+
+
+def _results(
+    create: Callable[[], Any], number: int, parts: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Let a number of actors predict a part at a time; yield each part's name and what is known of it.
+
+    A new actor replaces one that has died. Raises JobError.
+    """
+    waiting, num_lost = iter(parts), Counter[str]()
+    running = dict[Any, tuple[Any, str]]()  # by the reference to the result
+
+    def start(actor: Any, part: str) -> None:
+        running[actor.predict.remote(part, parts[part])] = actor, part
+
+    for part in islice(waiting, number):
+        start(create(), part)
+    while running:
+        (result,), _ = ray.wait([*running])
+        actor, part = running.pop(result)
+        try:
+            yield part, ray.get(result)
+        except RayActorError as error:
+            num_lost[part] += 1
+            if num_lost[part] > _MAX_RETRIES:
+                raise JobError(f"cannot predict {part}, in {num_lost[part]} actors: {first_line(error)}") from error
+            start(create(), part)
+            continue
+        except RayTaskError as error:
+            if isinstance(error.cause, (UsageError, JobError)):
+                raise JobError(str(error.cause)) from error
+            raise JobError(f"cannot predict {part}: {type(error.cause).__name__}: {first_line(error.cause)}") from error
+        except RayError as error:
+            raise JobError(f"cannot predict {part}: {first_line(error)}") from error
+        for following in islice(waiting, 1):
+            start(actor, following)
 
 
 def _resources(cluster: Cluster, config: ScaleConfig, num_parts: int, use_gpu: bool) -> tuple[int, int, float]:
@@ -234,18 +253,13 @@ class PartPredictor:
     def _predictor(self) -> Predictor:
         return Predictor.of(self._found, device_here(), self._features)
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Predict a part, unless it is impossible. Its error is returned: Ray Data would add its own to it."""
-        (item,) = batch["part"]
-        part, files = json.loads(item)
-        try:
-            self._predictor  # noqa: B018
-            begun = time.monotonic()
-            with in_one_line(f"cannot predict {part}"):
-                done = self._predict(part, files)
-        except (UsageError, JobError) as error:
-            return {"done": [json.dumps({"error": str(error)})]}
-        return {"done": [json.dumps({**done, "part": part, "seconds": time.monotonic() - begun})]}
+    def predict(self, part: str, files: Sequence[str]) -> dict[str, Any]:
+        """Predict a part; return its numbers and the seconds. Raises UsageError and JobError."""
+        self._predictor  # noqa: B018
+        begun = time.monotonic()
+        with in_one_line(f"cannot predict {part}"):
+            done = self._predict(part, files)
+        return {**done, "seconds": time.monotonic() - begun}
 
     def _predict(self, part: str, files: Sequence[str]) -> dict[str, Any]:
         """Write a part's predictions, then the reasons why rows have none; last, that the part is done."""

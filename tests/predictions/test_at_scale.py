@@ -69,9 +69,7 @@ def predicted(workload: Workload, place: Path, output: Path, columns: tuple[str,
     actor = at_scale.PartPredictor(None, found, folder, 0.8, None, 1)  # type: ignore[arg-type]
     actor.__dict__["_predictor"] = Predictor(workload, workload.create_model().eval())
     for part in found.parts.items():
-        (done,) = actor({"part": [json.dumps(part)]})["done"]
-        if error := json.loads(done).get("error"):
-            raise JobError(error)
+        actor.predict(*part)
 
 
 def unreadable(output: Path) -> dict[str, str]:
@@ -144,17 +142,23 @@ def test_an_error_in_an_actor_is_one_line_and_a_killed_actor_is_replaced(
                     Path({str(killed)!r}).touch()
                     os._exit(1)
                 return super().prepare(inputs, generator)
+
+        class Dead(MNIST):
+            def prepare(self, inputs, generator):
+                os._exit(1)
         """,
         "dying.py",
     )
-    scale(finished_run, scans, tmp_path / "digits", "--workload", str(code))
+    scale(finished_run, scans, tmp_path / "digits", "--workload", f"{code}:Dying")
     assert len(pd.read_parquet(tmp_path / "digits")) == 23
+    with pytest.raises(JobError, match=r"^cannot predict part-0000\d.parquet, in 4 actors: .*; rerun"):
+        scale(finished_run, scans, tmp_path / "dead", "--workload", f"{code}:Dead", "--num-actors", "1")
     wrong = write(
         "from mnist_ray.mnist import MNIST\n\n\nclass Wrong(MNIST):\n"
         "    def prepare(self, inputs, generator):\n        return inputs.nothing\n",
         "wrong.py",
     )
-    with pytest.raises(JobError, match=r"^Wrong, a prediction: AttributeError: .*nothing.* \(wrong.py, line 6\)$"):
+    with pytest.raises(JobError, match=r"^Wrong, a prediction: AttributeError: .*nothing.* \(wrong.py, line 6\); "):
         scale(finished_run, scans, tmp_path / "other", "--workload", str(wrong))
 
 
