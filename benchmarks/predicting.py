@@ -107,7 +107,17 @@ def loop_rate(kind: str, folder: Path, cores: int, is_alike: bool) -> float:
 
 def command(kind: str, folder: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
     """Start the command."""
-    words = ["jobs/predict.py", "--run", "mnist", "--storage-path", folder / "runs", "--input", folder / kind]
+    words = [
+        "-m",
+        "mnist_ray",
+        "predict",
+        "--run",
+        "mnist",
+        "--storage-path",
+        folder / "runs",
+        "--input",
+        folder / kind,
+    ]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     environment = {**os.environ, MARK: str(os.getpid())}
     return subprocess.Popen([sys.executable, *map(str, words), "--output", output, *flags], env=environment, **pipes)

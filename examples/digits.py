@@ -1,6 +1,6 @@
 """MNIST for digits of your own: finds the digit in a drawing or a photo, and trains on turned and moved digits.
 
-python jobs/predict.py photo.jpg --workload examples/digits.py        # with the newest run; pip install scipy
+mnist-ray predict photo.jpg --workload examples/digits.py            # with the newest run; pip install scipy
 python jobs/train.py --workload examples/digits.py --recipe robust    # better on handwriting, 99.3 % on the test set
 
 MNIST's digits were scaled to fit into 20×20 pixels, keeping the aspect ratio, then placed in 28×28 with their centre

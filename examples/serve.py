@@ -95,7 +95,7 @@ class Server:
 
     @api.post("/predict")
     async def predict(self, request: Request) -> JSONResponse:
-        """Return a prediction for each input, like ``jobs/predict.py --json``."""
+        """Return a prediction for each input, like ``mnist-ray predict --json``."""
         try:
             inputs = await asyncio.wait_for(inputs_of(request), MAX_READ_S)
         except asyncio.TimeoutError:

@@ -253,7 +253,7 @@ def predict(
     ``pictures``: the path of an image or folder, a Pillow image, a list of paths or of images, or an array or list of
     inputs (arrays, tensors, dicts) in the format of the workload's data; if the workload takes no images, also texts.
     ``run``: as for ``evaluate``. Raises UsageError, and JobError for the first image that cannot be used, with the
-    line that ``jobs/predict.py`` prints.
+    line that ``mnist-ray predict`` prints.
     """
     if getattr(pictures, "shape", None) == ():
         raise UsageError("predict() takes several inputs, (N, ...), not a single number")

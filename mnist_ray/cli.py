@@ -1,4 +1,4 @@
-"""The commands of ``jobs/`` and ``mnist-ray``. They read their flags before they import torch and Ray."""
+"""The commands of ``mnist-ray`` and ``jobs/``. They read their flags before they import torch and Ray."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ COMMANDS: dict[str, Callable[[], None]] = {command.__name__: command for command
 def program() -> None:
     """Run the command that the first argument names: ``mnist-ray train`` and so on."""
     lines = [f"  {name:<11} {command.__doc__}" for name, command in COMMANDS.items()]
-    about = "Train, tune and evaluate PyTorch models on Ray. Each command has --help, and is in jobs/, too."
+    about = "Train, tune and evaluate PyTorch models on Ray. Each command has --help."
     parser = Parser("\n".join([about, "", "commands:", *lines]))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands above")

@@ -122,7 +122,8 @@ def weights(run: Path) -> str:
 def run_main(job: str, *flags: str) -> None:
     """Run a job in this process, on the Ray that it is connected to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [f"jobs/{job}.py", *flags])
+        is_script = job in ("train", "tune", "evaluate")
+        patch.setattr("sys.argv", [f"jobs/{job}.py" if is_script else f"mnist-ray {job}", *flags])
         cli.COMMANDS[job]()
 
 
@@ -322,9 +323,10 @@ def ray_address() -> Iterator[str]:
 
 
 def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess:
-    """Run a job in a process, on the Ray at ``address`` or a new local one."""
+    """Run a script of ``jobs/`` or a command in a process, on the Ray at ``address`` or a new local one."""
+    program = [str(ROOT / "jobs" / job)] if job.endswith(".py") else ["-m", "mnist_ray", job]
     return subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / job), *flags],
+        [sys.executable, *program, *flags],
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -229,7 +229,7 @@ def test_the_guides_commands_and_code_predict_at_scale(
         Image.fromarray(mnist_test.inputs[index]).save(tmp_path / "scans" / f"{index:02}.png")
     cells = [{"bytes": file.read_bytes()} for file in sorted(tmp_path.glob("scans/0*.png"))]
     pq.write_table(pa.table({"image": cells, "other": cells}), tmp_path / "tables" / "a.parquet")
-    commands = re.findall(r"^    python jobs/predict.py (.+)$", page, re.MULTILINE)
+    commands = re.findall(r"^    mnist-ray predict (.+)$", page, re.MULTILINE)
     assert len(commands) == 2
     for words in commands:
         run_main("predict", *words.replace("RUN", str(finished_run)).split())

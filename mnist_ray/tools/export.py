@@ -1,4 +1,4 @@
-"""Writes a trained model as a program of ``torch.export``, and its weights: ``jobs/export.py`` after flag parsing."""
+"""Writes a trained model as a program of ``torch.export``, and its weights: ``mnist-ray export`` after flag parsing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prints a trained model's predictions for the user's own images: ``jobs/predict.py`` after flag parsing."""
+"""Prints a trained model's predictions for the user's own images: ``mnist-ray predict`` after flag parsing."""
 
 from __future__ import annotations
 

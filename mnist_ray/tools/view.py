@@ -1,4 +1,4 @@
-"""Shows examples of a workload's data: ``jobs/view.py`` after flag parsing."""
+"""Shows examples of a workload's data: ``mnist-ray view`` after flag parsing."""
 
 from __future__ import annotations
 

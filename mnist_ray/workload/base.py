@@ -262,7 +262,7 @@ class Workload(UserClass):
         return None
 
     def read_picture(self, picture: Image) -> np.ndarray:
-        """Turn a user's image into one input for ``jobs/predict.py``. Raises UsageError if that is not possible."""
+        """Turn a user's image into one input for ``mnist-ray predict``. Raises UsageError if that is not possible."""
         raise UsageError(f"{type(self).__name__} does not take images: it defines no read_picture()")
 
     def top_predictions(self, outputs: Any) -> list[list[tuple[Any, float]]]:

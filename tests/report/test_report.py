@@ -139,7 +139,7 @@ def test_an_interrupted_sweeps_report_says_how_to_resume_the_sweep(unfinished_ru
 
 def test_the_command_writes_the_same_report_again(finished_run: Path) -> None:
     before = (finished_run / "report.html").read_text()
-    done = run_job("report.py", str(finished_run))
+    done = run_job("report", str(finished_run))
     assert (done.returncode, done.stdout) == (0, f"report {finished_run}/report.html\n"), done.stderr
     assert (finished_run / "report.html").read_text() == before
 

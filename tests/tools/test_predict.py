@@ -69,7 +69,7 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
 
 
 def test_json_prints_an_object_per_line(finished_run: Path, pictures: Path, mnist_test: Arrays) -> None:
-    done = run_job("predict.py", str(pictures), "--run", str(finished_run), "--json", "--threshold", "1")
+    done = run_job("predict", str(pictures), "--run", str(finished_run), "--json", "--threshold", "1")
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 8

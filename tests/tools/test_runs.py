@@ -46,8 +46,8 @@ def test_runs_are_listed_with_state_metrics_and_how_to_resume(
     assert "test_accuracy " in rows[3]
     assert "val_accuracy " in rows[2]
     where = f"--run-name interrupted --storage-path {storage}"
-    assert resume == f"to resume interrupted: python jobs/train.py --resume {where}"
-    assert resume_sweep.startswith("to resume sweep: python jobs/tune.py --resume")
+    assert resume == f"to resume interrupted: mnist-ray train --resume {where}"
+    assert resume_sweep.startswith("to resume sweep: mnist-ray tune --resume")
     assert last == f"4 runs of 4 in {storage}"
 
 

@@ -20,7 +20,7 @@ from tests.conftest import mnist, run_job
 
 def test_digit_10_is_printed_and_drawn_as_in_the_file(tmp_path: Path) -> None:
     picture = tmp_path / "ten.png"
-    done = run_job("view.py", "--index", "10", "--output", str(picture))
+    done = run_job("view", "--index", "10", "--output", str(picture))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "train   60,000 images",
