@@ -77,7 +77,8 @@ def write(
     ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
     """
     record = RunRecord.read(run, workload)
-    notes, result, rows, columns = list[str](), record.result, record.predictions, read_columns(run)
+    result, rows, columns = record.result, record.predictions, read_columns(run)
+    notes = list[str]()
     drawn = functools.partial(_drawn, workload, notes)
     if test is not None and rows and len(test) != len(rows):
         notes.append(f"no {workload.nouns} are shown: the test set had {len(rows):,} and now has {len(test):,}")
@@ -105,7 +106,7 @@ def write(
         title=run.name,
         status=_status(record, resume_with, is_running),
         headlines=_headlines(record),
-        notes=notes,
+        notes=[*(result or {}).get("notes", []), *notes],
         pictures=pictures,
         tables=tables,
         refresh_s=_REFRESH_S if is_running else 0,  # a browser reloads the page after this many seconds; 0: never

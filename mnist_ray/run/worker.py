@@ -156,6 +156,7 @@ class Reporter(Callback):
         self._validation = None if spec.validation is None else _opened(spec.validation)
         self._batch_size: int | None = None  # of a validation; the first validation finds it
         self._saving: Future[None] | None = None  # of the last checkpoint, in its own thread
+        self._not_finite = 0, 0  # of the last validation
         self._has_begun_again = False  # a stream of training data
         # Checkpoints match callbacks by position. Each worker and each run in a process has its own.
         of_flags = [user_code.create(code, Callback) for code in job.callbacks]
@@ -303,7 +304,7 @@ class Reporter(Callback):
         if is_epoch_end and metrics.is_validated:
             state.scores.append(metrics.score)
             self._after_validation(state, metrics)
-            self.send_validation(state.epoch, metrics)
+            self.send_validation(state.epoch, metrics, self._not_finite)
         return replace(metrics, is_over=is_over(state, self._config))
 
     def _after_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
@@ -333,16 +334,17 @@ class Reporter(Callback):
                 on_batch=lambda num_done: self._life.show(),
                 batch_size=self._batch_size,
             )
+        self._not_finite = evaluation.not_finite
         values = evaluation.values(workload) | loss_by_source(evaluation, split)
         of_metrics = {f"val_{name}": value for name, value in values.items()}
         seconds = time.perf_counter() - start
         rate = len(split) / seconds / self._group.world_size  # of one worker
         return {**of_metrics, "val_score": score(workload, values), "val_s": seconds, "val_examples_per_s": rate}
 
-    def send_validation(self, epoch: int, metrics: CheckpointMetrics) -> None:
+    def send_validation(self, epoch: int, metrics: CheckpointMetrics, not_finite: tuple[int, int] = (0, 0)) -> None:
         """Report the validation of an epoch."""
         known = metrics.values
         of_sources = [name.removeprefix("val_") for name in known if name.startswith("val_loss.")]
         names = [*(metric.name for metric in self._job.workload.all_metrics), *of_sources]
         values = {name: known.get(f"val_{name}", math.nan) for name in names}  # an older checkpoint may have fewer
-        self.send(Validated(epoch, values, known.get("val_s", math.nan)))
+        self.send(Validated(epoch, values, known.get("val_s", math.nan), not_finite))

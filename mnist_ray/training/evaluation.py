@@ -21,7 +21,7 @@ from mnist_ray.errors import UsageError
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.metrics import WEIGHT, Evaluation, check_columns
-from mnist_ray.training.step import forward, per_example, sums_of
+from mnist_ray.training.step import forward, measured_of, per_example
 from mnist_ray.workload.base import Workload
 
 MAX_OUTPUT_BYTES = 2**26  # of outputs computed at a time, unless the workload sets the batch size
@@ -122,6 +122,7 @@ def evaluate(
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     losses: list[dict[str, Tensor]] = []
+    is_finite: list[Tensor] = [torch.ones(0, dtype=torch.bool, device=device)]
     num_bytes = 0
     batches = batches_of(checked(split, workload.find_fault), device, workload.collate)
     loader = batch_loader(batches, requests, device, num_loader_processes)
@@ -131,10 +132,12 @@ def evaluate(
             batch = to_device(loaded, device)
             outputs, targets = forward(workload, model, batch)
             loss = per_example(workload, "loss", workload.loss(outputs, targets), batch.num_examples)
-            sums.append(sums_of(workload, outputs, targets, loss.sum(), batch.num_examples))
+            values = {"loss": loss, **measured_of(workload, outputs, targets, batch.num_examples)}
+            sums.append({name: each.sum() for name, each in values.items()})
             columns.append(workload.predictions(outputs, targets))
             weights = workload.weights(targets)
             losses.append({"loss": loss} if weights is None else {"loss": loss, WEIGHT: weights})
+            is_finite.append(torch.stack([each.isfinite() for each in values.values()]).all(0))
             num_bytes += sum(values.nbytes for values in columns[-1].values())
             if num_bytes > MAX_COLUMN_BYTES:
                 name, size = f"{type(workload).__name__}.predictions", f"{MAX_COLUMN_BYTES / 2**20:,.0f} MiB"
@@ -142,7 +145,7 @@ def evaluate(
     by_name = {name: torch.stack([one[name].double() for one in sums]).tolist() for name in (sums or [{}])[0]}
     batch_sums = tuple(dict(zip(by_name, values, strict=True)) for values in zip(*by_name.values(), strict=True))
     check_columns(columns)
-    return Evaluation(batch_sums, len(split), _joined(columns), _joined(losses))
+    return Evaluation(batch_sums, len(split), _joined(columns), _joined(losses), torch.cat(is_finite).cpu().numpy())
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:

@@ -45,12 +45,20 @@ def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor, nu
     The sum of the example weights is NaN if one of them is negative. Raises UsageError unless each of the ``number``
     examples has its values.
     """
+    measured = measured_of(workload, outputs, targets, number)
+    return {"loss": loss_sum.detach(), **{name: values.sum() for name, values in measured.items()}}
+
+
+def measured_of(workload: Workload, outputs: Any, targets: Any, number: int) -> dict[str, Tensor]:
+    """Return the workload's measures and, if it has any, the weights of each of the ``number`` examples, (number,).
+
+    A negative weight is NaN. Raises UsageError unless each example has its values.
+    """
     measured, example_weights = workload.measure(detached(outputs), targets), workload.weights(targets)
     if example_weights is not None and type(workload).measure in (Classification.measure, Regression.measure):
         measured = {name: values * example_weights for name, values in measured.items()}  # these ignore weights
-    sums = {"loss": loss_sum.detach()}
-    sums |= {name: per_example(workload, f"measure: {name}", each, number).sum() for name, each in measured.items()}
+    measured = {name: per_example(workload, f"measure: {name}", each, number) for name, each in measured.items()}
     if example_weights is not None:
         known = per_example(workload, "weights", example_weights, number)
-        sums[WEIGHT] = torch.where(known >= 0, known, math.nan).sum()
-    return sums
+        measured[WEIGHT] = torch.where(known >= 0, known, math.nan)
+    return measured

@@ -118,9 +118,10 @@ def _examples(workload: Workload, rows: CsvRows, test: Split) -> list[Picture]:
 
 def of_regression(rows: CsvRows) -> list[Picture]:
     """Plot predictions against targets, and the distribution of the errors."""
-    if not rows:
+    pairs = np.array([(float(row["target"]), float(row["prediction"])) for row in rows]).reshape(-1, 2)
+    targets, predictions = pairs[np.isfinite(pairs).all(1)].T
+    if not len(targets):
         return []
-    targets, predictions = (np.array([float(row[name]) for row in rows]) for name in ("target", "prediction"))
     errors = predictions - targets
     scatter, axes = new_plot("target", "prediction")
     ends = [min(targets.min(), predictions.min()), max(targets.max(), predictions.max())]
@@ -131,7 +132,7 @@ def of_regression(rows: CsvRows) -> list[Picture]:
     axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color="C0")
     axes.axvline(0, color="grey", linewidth=1)
     title, caption = "Predictions against targets on the test set", "Points on the line are right predictions."
-    alt = f"{len(rows):,} predictions against their targets, from {targets.min():g} to {targets.max():g}"
+    alt = f"{len(targets):,} predictions against their targets, from {targets.min():g} to {targets.max():g}"
     low, high = np.quantile(errors, (0.25, 0.75))
     about_errors = f"Errors: half of them lie between {low:.4g} and {high:.4g}"
     return [

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from unittest.mock import Mock
 
 import numpy as np
@@ -12,6 +13,8 @@ from mnist_ray.data.data import Arrays, Split
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
+from mnist_ray.training.metrics import Evaluation
+from mnist_ray.workload import Regression
 from tests.conftest import mnist
 
 
@@ -24,6 +27,22 @@ def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (few_images.targets, logits.argmax(1).numpy()), 1)
     assert mnist().details(evaluation.columns)["confusion_matrix"] == expected.tolist()
+
+
+def test_an_evaluation_finds_examples_whose_loss_or_measures_are_not_finite() -> None:
+    class Measured(Regression):
+        def measure(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"inverse": 1 / targets}
+
+        def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
+            return dict(means)
+
+    targets = np.ones(7)
+    targets[[4, 6]] = np.nan, 0
+    split = Split(Arrays(np.ones((7, 1), np.float32), targets))
+    parts = [evaluate(Measured(), nn.Linear(1, 1), split.between(*ends), TrainConfig()) for ends in ((0, 3), (3, 7))]
+    assert parts[0].not_finite == (0, 0)
+    assert Evaluation.merge(parts).not_finite == (2, 4)
 
 
 def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:

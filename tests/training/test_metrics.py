@@ -54,6 +54,20 @@ def test_metrics_of_numpy_and_torch_are_plain_numbers_that_a_checkpoint_can_hold
     assert json.dumps(evaluation.values(OfLibraries())) == '{"loss": 0.5, "mean": 1.5, "median": 1.0}'
 
 
+def test_metrics_of_all_predictions_that_reject_nan_are_nan_if_there_is_one_and_fail_otherwise() -> None:
+    class Strict(Workload):
+        metrics = (Metric("auc", "max"),)
+
+        def summarize_predictions(self, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+            raise ValueError("Input contains NaN")
+
+    with pytest.raises(ValueError, match="NaN"):
+        Evaluation(({"loss": 1.0},), 2, {}, {}, np.array([True, True])).values(Strict())
+    assert str(Evaluation(({"loss": 1.0},), 2, {}, {}, np.array([True, False])).values(Strict())) == (
+        "{'loss': 0.5, 'auc': nan}"
+    )
+
+
 def test_metrics_of_all_predictions_are_computed_for_evaluations_only() -> None:
     class Ranked(Workload):
         metrics = (Metric("best", "max"), Metric("last", "max"))
