@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import ConcatDataset
 from torchvision.transforms import v2
 
 from mnist_ray import load_run
@@ -31,7 +31,7 @@ from mnist_ray.data.splits import splits_of
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.training import engine
-from mnist_ray.workload import Classification, Data, Mix, Regression, Streamed, Workload, setting, sources
+from mnist_ray.workload import Classification, Data, Regression, Streamed, Workload, setting, sources
 from mnist_ray.workload.calls import data_of, splits_for
 from tests.conftest import ROOT, run_main
 from tests.data.test_ranges import tarred
@@ -79,19 +79,23 @@ def test_the_docs_callback_trains_the_backbone_after_two_epochs(capsys: pytest.C
     assert capsys.readouterr().out.count("norm of the last gradients") == 3
 
 
-def test_the_data_of_the_docs_are_drawn_mixed_and_streamed() -> None:
+def test_the_data_of_the_docs_are_drawn_and_streamed() -> None:
     blocks = "".join(re.findall(r"```python\n(.+?)```", (ROOT / "docs" / "guides" / "draws.md").read_text(), re.DOTALL))
     whole = Arrays(np.zeros((20, 2), np.float32), np.arange(20) // 15)
-    parquet = SimpleNamespace(Parquet=lambda place: whole)
-    names = {"np": np, "itertools": itertools, "Data": Data, "Mix": Mix, "Arrays": Arrays, "sources": parquet}
+    names = {"np": np, "itertools": itertools, "Data": Data, "Arrays": Arrays, "ConcatDataset": ConcatDataset}
     found = []
     for code in blocks.split("def load_data(self):")[1:]:
-        scope: dict[str, Any] = {**names, "load_arrays": lambda: (whole, whole)}
+        scope: dict[str, Any] = {
+            **names,
+            "load_arrays": lambda: (whole, whole),
+            "load_sets": lambda: (whole, whole, whole),
+        }
         exec(f"{blocks.partition('def counted')[1]}{blocks.partition('def counted')[2]}", scope)
         exec("def load_data(self):" + code.partition("\n\n\n")[0], scope)
         workload = type("Own", (Regression,), {"load_data": scope["load_data"]})()
         found.append(splits_of(data_of(workload), None))
-    assert [splits.name for splits in found[:2]] == ["Own (drawn by weight)", "Own (shares: web 0.7, books 0.3)"]
+    assert [splits.name for splits in found[:2]] == ["Own (drawn by weight)"] * 2
+    assert found[1].train.weights is not None
     assert isinstance(found[2].train.examples, Streamed)
     assert [target for _, target in found[2].train.examples.first(8)] == [0, 0, 0, 0, 1, 1, 1, 0]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from mnist_ray.data.data import Blocks, Origin, Sources, Split
-from mnist_ray.data.mix import plain
+from mnist_ray.data.data import Blocks, Origin, Split
 from mnist_ray.data.order import AllBut
+from mnist_ray.data.streamed import as_streamed
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.workload.base import Workload
 
@@ -24,7 +24,7 @@ class RemoteSplit:
     whole_size: int  # of the field
     stored: ray.ObjectRef | None  # arrays or Blocks in Ray's object store; the processes on a node share one copy
     indices: np.ndarray | AllBut | None  # its examples in the stored or loaded data; None: all
-    draws: np.ndarray | Sources | None = None  # like those of a Split
+    draws: np.ndarray | None = None  # like those of a Split
     places: np.ndarray | AllBut | None = None
 
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class RemoteSplit:
         Raises TrainingStoppedError if the number of loaded examples differs from the job's.
         """
         is_stored = self.stored is not None
-        examples = ray.get(self.stored) if is_stored else plain(getattr(self.workload.load_data(), self.origin))
+        examples = ray.get(self.stored) if is_stored else as_streamed(getattr(self.workload.load_data(), self.origin))
         if len(examples) != self.whole_size:
             differ = f"load_data has {len(examples):,} {self.origin} examples here, {self.whole_size:,} in the job"
             raise TrainingStoppedError(f"{differ}; it must return the same in every process")

@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.data.block_reader import BlockReader, OnDemand, ReadAhead
-from mnist_ray.data.data import Arrays, Blocks, Sources, Split
+from mnist_ray.data.data import Arrays, Blocks, Split
 from mnist_ray.data.memory import map_arrays
 from mnist_ray.data.order import Drawn, StreamOrder, part_of
 from mnist_ray.data.sampler import Request
@@ -186,9 +186,6 @@ class BlockBatches(ExampleBatches):
         super().__init__(split, 0, collate)
         self._edges = np.append(0, np.cumsum(split.examples.sizes))
         self._sizes = sizes_in(split)  # None if the indices are not sorted, with --overfit-batches
-        self._mixed: tuple[np.ndarray, Sequence[float]] | None = None
-        if isinstance(sources := split.draws, Sources):
-            self._mixed = sources.numbers_of(self._edges[:-1]), sources.shares
         self._read_ahead_mib = read_ahead_mib
         self._reader: BlockReader = OnDemand(split, read_ahead_mib, self._sizes)
 
@@ -206,8 +203,7 @@ class BlockBatches(ExampleBatches):
                 f"the {config.num_streams} streams of blocks; start a run with more --num-streams, or fewer workers"
             )
             raise ExampleError(f"{world_size} workers are more than {streams}")
-        mixed = self._mixed
-        order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_streams, config.seed, mixed=mixed)
+        order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_streams, config.seed)
         if not isinstance(self._reader, ReadAhead):  # the first pass; the others follow without a wait
             own = part_of(config.num_streams, rank, world_size)
             passes = range(pass_number, math.ceil(config.total_steps(len(self)) / config.steps_per_pass(len(self))))
@@ -258,7 +254,7 @@ def checked(split: Split, find_fault: FindFault) -> Split:
     blocks = split.examples
     if not isinstance(blocks, Blocks):
         return split
-    return Split(_Checked(blocks, find_fault), split.indices, split.origin, split.draws)
+    return Split(_Checked(blocks, find_fault), split.indices, split.origin)
 
 
 def batches_of(

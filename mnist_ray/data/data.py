@@ -17,8 +17,6 @@ from mnist_ray.text import count
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-    from mnist_ray.data.mix import Mix
-
 
 @dataclass(frozen=True)
 class Arrays:
@@ -81,19 +79,6 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Sources:
-    """The sources of a ``Mix``, whose examples follow each other."""
-
-    names: tuple[str, ...]
-    shares: tuple[float, ...]  # of the examples that training sees; they add up to 1
-    ends: tuple[int, ...]  # the place after each one's last example
-
-    def numbers_of(self, places: Any) -> np.ndarray:
-        """Return the number of the source at each of some places in the user's data."""
-        return np.searchsorted(self.ends, places, side="right")
-
-
-@dataclass(frozen=True)
 class Data:
     """The result of a workload's ``load_data``.
 
@@ -102,9 +87,9 @@ class Data:
     sliding windows. A ``Dataset``'s items are pairs (input, target).
     """
 
-    train: Arrays | Dataset | Blocks | Mix | Iterable[Any] | Callable[[], Iterable[Any]]  # or a stream to train on
-    test: Arrays | Dataset | Blocks | Mix  # to evaluate the trained model, once; the shares of a Mix do not count
-    validation: Arrays | Dataset | Blocks | Mix | None = None  # None: held out from ``train``
+    train: Arrays | Dataset | Blocks | Iterable[Any] | Callable[[], Iterable[Any]]  # or a stream to train on
+    test: Arrays | Dataset | Blocks  # to evaluate the trained model, once
+    validation: Arrays | Dataset | Blocks | None = None  # None: held out from ``train``
     name: str = ""  # shown to users; default: the workload's name
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the model needs to know, as JSON. Every checkpoint keeps it; every process has it as ``self.metadata``."""
@@ -114,7 +99,6 @@ class Data:
     groups: np.ndarray | None = (
         None  # (N,): examples of ``train`` with one value, e.g. a patient, are held out together
     )
-    sources: Mapping[str, Sources] = field(default_factory=dict)  # of each Mix, by its field; not for workloads to set
 
 
 Origin = Literal["train", "validation", "test"]
@@ -128,13 +112,13 @@ class Split:
         examples: Any,
         indices: np.ndarray | AllBut | None = None,
         origin: Origin = "train",
-        draws: np.ndarray | Sources | None = None,
+        draws: np.ndarray | None = None,
         places: np.ndarray | AllBut | None = None,
     ) -> None:
         self.examples = examples
         self.indices = indices  # of the chosen ``examples``; None: all of them
         self.origin = origin  # the field of ``Data`` that has these examples
-        self.draws = draws  # weights of the field's examples or their sources, if training draws from them
+        self.draws = draws  # weights of the field's examples, if training draws from them
         self.places = indices if places is None else places  # of these examples in the field; None: all of them
 
     def __len__(self) -> int:
@@ -181,14 +165,7 @@ class Split:
     @property
     def weights(self) -> np.ndarray | None:
         """The weights by which training draws these examples, (N,); None if each comes once a pass."""
-        if self.draws is None:
-            return None
-        places = self.all_places
-        if isinstance(self.draws, np.ndarray):
-            return self.draws[places]
-        numbers = self.draws.numbers_of(places)
-        each = np.array(self.draws.shares) / np.maximum(np.bincount(numbers, minlength=len(self.draws.shares)), 1)
-        return each[numbers]
+        return None if self.draws is None else self.draws[self.all_places]
 
     def between(self, start: int, stop: int) -> Split:
         """Return the examples from ``start`` to ``stop - 1``; for whole arrays in memory, a view."""

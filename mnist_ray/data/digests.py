@@ -24,8 +24,7 @@ def digests_of(splits: Splits) -> dict[str, str | None]:
     named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     digests = {name: _digest_of(split) for name, split in named.items()}
     if (draws := splits.train.draws) is not None:
-        content = draws.tobytes() if isinstance(draws, np.ndarray) else repr(draws).encode()
-        digests["weights"] = hashlib.sha256(content).hexdigest()
+        digests["weights"] = hashlib.sha256(draws.tobytes()).hexdigest()
     if not splits.files:
         return digests
     known = {name: digest for name, digest in digests.items() if digest is not None}

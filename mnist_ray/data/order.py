@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,33 +115,6 @@ class AllBut:
         return np.asarray(self[np.arange(len(self))], dtype)
 
 
-def _mixed_row(sizes: np.ndarray, numbers: np.ndarray, shares: Sequence[float], key: Sequence[int]) -> np.ndarray:
-    """Return blocks in the order of a pass: at any place of the row, each source has its share of the examples so far.
-
-    A source's next block is due when its blocks so far have had their share of the row; random numbers decide when its
-    first one is, so that the mean over passes is the share.
-    """
-    of_sources = [np.flatnonzero((numbers == number) & (sizes > 0)) for number in range(len(shares))]
-    used = np.array([len(blocks) > 0 for blocks in of_sources])  # with --limit, a source may have no block
-    wanted = np.where(used, shares, 0) / np.sum(shares, where=used)
-    mean_sizes = np.array([sizes[blocks].mean() if len(blocks) else 0.0 for blocks in of_sources])
-    first = np.random.default_rng(key).random(len(shares)) * mean_sizes
-    due = np.divide(first, wanted, out=np.full(len(shares), np.inf), where=used)  # places in the row, in examples
-    rows = [_endless(blocks, [*key, number]) for number, blocks in enumerate(of_sources)]
-    row, num_left = list[int](), int(sizes.sum())
-    while num_left > 0:
-        number = int(due.argmin())
-        row.append(block := next(rows[number]))
-        due[number] += sizes[block] / wanted[number]
-        num_left -= int(sizes[block])
-    return np.array(row)
-
-
-def _endless(blocks: np.ndarray, key: Sequence[int]) -> Iterator[int]:
-    for round_number in itertools.count():
-        yield from blocks[Shuffled(len(blocks), [*key, round_number])[:]].tolist()
-
-
 class Read(NamedTuple):
     """A block that holds examples of some steps. Steps are counted over all epochs."""
 
@@ -168,23 +140,13 @@ class StreamOrder:
     workers, and a worker that always takes the same parts reads only its own streams.
     """
 
-    def __init__(
-        self,
-        sizes: np.ndarray,
-        batch_size: int,
-        num_streams: int,
-        seed: int,
-        pass_number: int,
-        mixed: tuple[np.ndarray, Sequence[float]] | None = None,
-    ) -> None:
-        """``mixed``: the number of each block's source, (blocks,), and the shares of the sources."""
+    def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, pass_number: int) -> None:
         self.num_streams = num_streams
         self._batch_size, self._key = batch_size, (seed, pass_number)
-        blocks = Shuffled(len(sizes), self._key)[:] if mixed is None else _mixed_row(sizes, *mixed, self._key)
+        blocks = Shuffled(len(sizes), self._key)[:]
         self._blocks = blocks[sizes[blocks] > 0]
         self._firsts = (np.cumsum(sizes) - sizes)[self._blocks]  # the index of each block's first example
-        ends = np.cumsum(sizes[self._blocks]).clip(max=sizes.sum())  # of a mix, the last block is cut
-        self._edges = np.append(0, ends)  # of the blocks in the row
+        self._edges = np.append(0, np.cumsum(sizes[self._blocks]))  # of the blocks in the row
         self._num_full, num_last = divmod(len(self), batch_size)  # batches, examples
         self._first_step = pass_number * (self._num_full + (num_last > 0))
         self._streams = list(self._streams_for(num_last))

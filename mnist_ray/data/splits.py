@@ -33,8 +33,9 @@ def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None)
 
     Raises UsageError if ``validation_size`` or the fold does not fit.
     """
-    name, train = _described(data), Split(data.train, draws=data.sources.get("train", data.weights))
-    test = Split(data.test, origin="test", draws=data.sources.get("test"))
+    name = data.name if data.weights is None else f"{data.name} (drawn by weight)"
+    train = Split(data.train, draws=data.weights)
+    test = Split(data.test, origin="test")
     if fold is not None:
         name = f"fold {fold.number + 1} of {fold.num_folds} of {name}"
         held_out = _positions_of(fold, data, train)
@@ -44,8 +45,7 @@ def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None)
     if validation_size == 0:
         return Splits(name, train, train.between(0, 0), test, data.files)
     if data.validation is not None and validation_size is None:
-        own = Split(data.validation, origin="validation", draws=data.sources.get("validation"))
-        return Splits(name, train, own, test, data.files)
+        return Splits(name, train, Split(data.validation, origin="validation"), test, data.files)
     if isinstance(data.train, Streamed):
         raise UsageError("--validation-size: nothing can be held out from a stream; give Data.validation instead")
     size = min(_MAX_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
@@ -78,15 +78,6 @@ def _positions_of(fold: Fold, data: Data, train: Split) -> np.ndarray:
 def _groups_of(data: Data, train: Split) -> np.ndarray | None:
     """Return the number of each example's group, (N,); None if the data name no groups."""
     return None if data.groups is None else np.unique(data.groups[train.all_places], return_inverse=True)[1]
-
-
-def _described(data: Data) -> str:
-    """Return the data's name, and from what training draws its examples."""
-    if "train" in data.sources:
-        sources = data.sources["train"]
-        shares = ", ".join(f"{name} {share:.3g}" for name, share in zip(sources.names, sources.shares, strict=True))
-        return f"{data.name} (shares: {shares})"
-    return data.name if data.weights is None else f"{data.name} (drawn by weight)"
 
 
 def subset(splits: Splits, config: TrainConfig) -> Splits:

@@ -56,6 +56,11 @@ class Streamed:
         return self.first(index + 1)[index]
 
 
+def as_streamed(examples: Any) -> Any:
+    """Return a stream as ``Streamed``, and other examples as they are."""
+    return Streamed(examples) if is_stream(examples) and not isinstance(examples, Streamed) else examples
+
+
 def is_stream(examples: Any) -> bool:
     """Return whether these are examples of unknown length."""
     if isinstance(examples, Streamed) or any(base.__name__ == "IterableDataset" for base in type(examples).__mro__):

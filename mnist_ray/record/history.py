@@ -81,8 +81,7 @@ class History:
         rounded = {name: round(values[name], number) for name, number in places.items() if name in values}
         self.rows.setdefault(epoch, {"epoch": epoch}).update({**values, **rounded})
         rows = [self.rows[epoch] for epoch in sorted(self.rows)]
-        of_sources = dict.fromkeys(name for row in rows for name in row if name.startswith("val_loss."))
-        self._run.write_text(METRICS_FILE, csv_text([*self._columns, *of_sources], rows, has_header=True))
+        self._run.write_text(METRICS_FILE, csv_text(self._columns, rows, has_header=True))
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.epoch_steps, 5)

@@ -34,7 +34,6 @@ from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.text import count, masked
 from mnist_ray.trackers import Ending, start
-from mnist_ray.training.by_source import loss_by_source
 from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, Validated
 from mnist_ray.training.metrics import Evaluation, not_finite_notes
 from mnist_ray.workload.figures import RATE, formatted
@@ -238,8 +237,7 @@ class Recorder:
         """Return the content of result.json."""
         workload = self._job.workload
         rate = self._history.mean_rate() or fitted.metrics.values.get(RATE, math.nan)
-        of_sources = {f"test_{name}": value for name, value in loss_by_source(tested, self._session.data.test).items()}
-        values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload), **of_sources} | {
+        values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload)} | {
             "formats": {figure.name: figure.form for figure in self._history.figures},
             "notes": not_finite_notes(tested.not_finite, self._session.data.test, workload.nouns),
             "checkpoint": fitted.checkpoint.name,

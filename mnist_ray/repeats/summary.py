@@ -42,10 +42,9 @@ def write(session: Session, test: Split) -> None:
     if note := write_predictions(run, job.workload, predictions, others):
         console.say("note", note)
     session.clock.mark("runs")
-    of_sources = [name for name in results[kept.name] if name.startswith("test_loss.")]
     result = {
         **results[kept.name],
-        **_summary(config, results, [*(f"test_{metric.name}" for metric in job.workload.all_metrics), *of_sources]),
+        **_summary(config, results, [f"test_{metric.name}" for metric in job.workload.all_metrics]),
         **({"num_test_examples": len(test)} if config.is_folded else {}),
         **(job.workload.details(predictions) if "fold" in columns else {}),
         "members": [f"{MEMBERS_FOLDER}/{name}" for name in results],

@@ -176,11 +176,6 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
         smoothed(Curve("training", steps, training, _TRAINING), min_steps),
         Curve("validation", ends, record.column(f"val_{metric.name}"), {**_VALIDATION, "marker": marker}),
     ]
-    for column in dict.fromkeys(
-        name for row in record.epochs for name in row if name.startswith(f"val_{metric.name}.")
-    ):
-        label = f"validation, {column.partition('.')[2]}"
-        drawn.append(Curve(label, ends, record.column(column), {"linestyle": "--", "marker": marker}))
     last = "; ".join(f"{curve.label} ends at {metric.format(curve.values[-1])}" for curve in drawn if curve.values)
     png = curves_of(metric, drawn, record.steps_per_epoch)
     return [Picture(metric.name, metric.name, f"{metric.name} over {total:,.0f} steps. {last}", png)]

@@ -33,7 +33,6 @@ from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, position_of
 from mnist_ray.training import engine, threads
-from mnist_ray.training.by_source import loss_by_source
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
@@ -335,7 +334,7 @@ class Reporter(Callback):
                 batch_size=self._batch_size,
             )
         self._not_finite = evaluation.not_finite
-        values = evaluation.values(workload) | loss_by_source(evaluation, split)
+        values = evaluation.values(workload)
         of_metrics = {f"val_{name}": value for name, value in values.items()}
         seconds = time.perf_counter() - start
         rate = len(split) / seconds / self._group.world_size  # of one worker
@@ -344,7 +343,6 @@ class Reporter(Callback):
     def send_validation(self, epoch: int, metrics: CheckpointMetrics, not_finite: tuple[int, int] = (0, 0)) -> None:
         """Report the validation of an epoch."""
         known = metrics.values
-        of_sources = [name.removeprefix("val_") for name in known if name.startswith("val_loss.")]
-        names = [*(metric.name for metric in self._job.workload.all_metrics), *of_sources]
+        names = [metric.name for metric in self._job.workload.all_metrics]
         values = {name: known.get(f"val_{name}", math.nan) for name in names}  # an older checkpoint may have fewer
         self.send(Validated(epoch, values, known.get("val_s", math.nan), not_finite))

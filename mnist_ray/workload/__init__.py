@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mnist_ray.data.data import Arrays, Blocks, Data
-from mnist_ray.data.mix import Mix
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
 from mnist_ray.workload.base import Picture, Workload
@@ -23,7 +22,6 @@ __all__ = [
     "Classification",
     "Data",
     "Metric",
-    "Mix",
     "Picture",
     "Range",
     "Regression",

@@ -17,9 +17,8 @@ from mnist_ray import config
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Blocks, Data, Split, Splits
 from mnist_ray.data.digests import digest_of_files
-from mnist_ray.data.mix import Mix, plain
 from mnist_ray.data.splits import Fold, splits_of, subset
-from mnist_ray.data.streamed import Streamed
+from mnist_ray.data.streamed import Streamed, as_streamed
 from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
 
@@ -122,7 +121,7 @@ def _checked_data(workload: Workload, data: object) -> Data:
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
     for split in ("train", "validation", "test"):
-        examples, where = plain(getattr(data, split)), f"{name}.load_data: {split}"
+        examples, where = as_streamed(getattr(data, split)), f"{name}.load_data: {split}"
         if examples is None and split == "validation":
             continue
         if isinstance(examples, Arrays):
@@ -142,10 +141,7 @@ def _checked_data(workload: Workload, data: object) -> Data:
             raise UsageError(f"{where} holds no examples")
     files = tuple(data.files)
     digest_of_files(files)  # raises OSError if one is missing
-    given = {split: getattr(data, split) for split in ("train", "validation", "test")}
-    sources = {split: examples.sources for split, examples in given.items() if isinstance(examples, Mix)}
-    found: dict[str, Any] = {split: plain(examples) for split, examples in given.items()}
-    data = dataclasses.replace(data, **found, sources=sources, name=data.name or name, files=files)
+    data = dataclasses.replace(data, train=as_streamed(data.train), name=data.name or name, files=files)
     if data.weights is not None:
         _check_weights(f"{name}.load_data: weights", data)
     if data.groups is not None:
@@ -154,11 +150,9 @@ def _checked_data(workload: Workload, data: object) -> Data:
 
 
 def _check_weights(where: str, data: Data) -> None:
-    weights, number, is_mix = data.weights, len(data.train), "train" in data.sources  # type: ignore[arg-type]
-    if is_mix or isinstance(data.train, (Blocks, Streamed)):
-        of_blocks = "Blocks; a Mix of them has shares" if isinstance(data.train, Blocks) else "a stream"
-        kind = "a Mix, which has shares" if is_mix else of_blocks
-        raise UsageError(f"{where} are not for {kind}")
+    weights, number = data.weights, len(data.train)  # type: ignore[arg-type]
+    if isinstance(data.train, (Blocks, Streamed)):
+        raise UsageError(f"{where} are not for {'Blocks' if isinstance(data.train, Blocks) else 'a stream'}")
     if not isinstance(weights, np.ndarray) or weights.shape != (number,) or weights.dtype.kind not in "biuf":
         found = f"{weights.dtype} {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__
         raise UsageError(f"{where} must be a NumPy array with a number per example, ({number},), not {found}")

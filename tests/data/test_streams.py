@@ -21,7 +21,7 @@ from mnist_ray.data.stream_batches import StreamBatches
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import ExampleError, JobError, UsageError
 from mnist_ray.training.callback import Callback
-from mnist_ray.workload import Arrays, Data, Mix, Regression
+from mnist_ray.workload import Arrays, Data, Regression
 from tests.conftest import weights
 
 CONFIG = TrainConfig(batch_size=7, num_steps=20)
@@ -219,7 +219,6 @@ def test_settings_that_do_not_fit_a_stream_are_one_line(settings: dict[str, Any]
             "test is a stream without a length; only the training data may be one",
         ),
         (lambda few: Data(endless, few, weights=np.ones(9)), "weights are not for a stream"),
-        (lambda few: Data(Mix({"web": (endless, 1), "few": (few, 1)}), few), "Mix: web is a stream without a length"),
         (lambda few: Data(iter([]), few), "train is an iterator, which can be read once; give the function that"),
         (lambda few: Data(of_items(), few), "the stream of training examples is empty"),
         (lambda few: Data(of_items(3, 4), few), "a Dataset's items must be pairs"),

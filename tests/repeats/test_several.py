@@ -20,7 +20,7 @@ from tests.conftest import callback_at, run_main
 WORKLOAD = '''
 import numpy as np
 from torch import nn
-from mnist_ray.workload import Arrays, Classification, Data, Mix
+from mnist_ray.workload import Arrays, Classification, Data
 
 class Points(Classification):
     """Points on both sides of a line, with some labels wrong."""
@@ -35,12 +35,6 @@ class Points(Classification):
 
     def create_model(self):
         return nn.Linear(2, 2)
-
-class OfTwoSources(Points):
-    def load_data(self):
-        data = super().load_data()
-        sources = {name: (Arrays(*data.test[part]), 1) for name, part in [("near", slice(10)), ("far", slice(10, 30))]}
-        return Data(data.train, Mix(sources))
 
 class Alone(Points):
     """One fold of the points, divided by hand: the places in ALONE are the test set."""
@@ -179,13 +173,6 @@ def test_seeds_train_also_without_ray_and_with_several_workers(
     assert [run.name for run in several.members] == ["seed-5", "seed-6"]
     assert digest(several.members[1]) == digest(alone)
     assert several.result["num_test_examples"] == 30
-
-
-def test_the_loss_on_a_source_is_the_mean_over_the_runs(where: dict[str, Any], points: Path) -> None:
-    several = train(**{**where, "workload": f"{points}:OfTwoSources"}, num_seeds=2, num_workers=0)
-    of_members = [member.result["test_loss.near"] for member in several.members]
-    assert several.result["test_loss.near"] == pytest.approx(np.mean(of_members), rel=1e-12)
-    assert of_members[0] != of_members[1]
 
 
 @pytest.mark.parametrize(
