@@ -1,11 +1,6 @@
 import ast
 import io
 import json
-import re
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from io import FileIO
@@ -16,7 +11,6 @@ from unittest.mock import Mock, call
 import mlflow
 import numpy as np
 import pytest
-import ray
 import torch
 from PIL import Image
 from pyarrow import fs
@@ -27,11 +21,10 @@ from mnist_ray.job.find import find
 from mnist_ray.report.plots import curves_of
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
-from mnist_ray.trackers import Ending, Tracker, start
+from mnist_ray.trackers import Ending, start
 from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import LOSS
 from tests.conftest import ROOT, Digits, folder_at
 
@@ -297,75 +290,3 @@ def test_weights_and_biases_has_the_run_offline(
     for text in (b"step/train_loss", b"epoch/val_accuracy", b"final/test_accuracy", b"pictures/seconds", b"batch_size"):
         assert text in content
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/seconds*.png"))
-
-
-# --- Prometheus
-
-
-SHOWN: list[Event] = [
-    replace(started(), num_workers=2),
-    Validated(1, {"loss": 0.5, "accuracy": float("nan")}, 1.0),
-    replace(progress(1, [0.25]), epoch=2, learning_rate=0.01),
-]
-
-
-@pytest.fixture
-def prometheus() -> type[Tracker]:
-    return user_code.find(str(EXAMPLES / "prometheus_tracker.py"), Tracker)
-
-
-def in_the_board() -> set[str]:
-    """Return the metrics of a run that the board shows."""
-    board = json.loads((ROOT / "deploy" / "grafana.json").read_text())
-    shown = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
-    return set(re.findall(r"ray_mnist_ray_\w+", shown))
-
-
-def test_gauges_have_a_runs_figures_and_the_board_shows_each(
-    prometheus: type[Tracker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gauges: dict[str, Mock] = {}
-    monkeypatch.setattr(
-        sys.modules[prometheus.__module__], "Gauge", lambda name, *_, **__: gauges.setdefault(name, Mock())
-    )
-    tracker = prometheus(locate(str(tmp_path), "one"), Digits(), {})
-    for event in SHOWN:
-        tracker.log(event)
-    for gauge in gauges.values():
-        gauge.set_default_tags.assert_called_once_with({"run": "one"})
-    assert {name: [call.args for call in gauge.set.call_args_list] for name, gauge in gauges.items()} == {
-        "mnist_ray_workers": [(2,)],
-        "mnist_ray_epochs": [(1.25,)],
-        "mnist_ray_examples_per_second": [(8.0,)],
-        "mnist_ray_learning_rate": [(0.01,)],
-        "mnist_ray_train": [(0.25, {"metric": "loss"}), (0.75, {"metric": "accuracy"})],
-        "mnist_ray_val": [(0.5, {"metric": "loss"})] * 2,  # again and again, else Ray leaves it out
-    }
-    assert in_the_board() == {f"ray_{name}" for name in gauges}
-
-
-def print_served(folder: str) -> None:
-    """Start a Ray as ``ray start`` does, let a tracker report, and print the run's lines for Prometheus."""
-    ray.init(address="local", num_cpus=1, include_dashboard=True, log_to_driver=False)
-    tracker = user_code.find(str(EXAMPLES / "prometheus_tracker.py"), Tracker)(locate(folder, "one"), Digits(), {})
-    (node,) = ray.nodes()
-    own: list[str] = []
-    give_up = time.monotonic() + 60
-    while {line.partition("{")[0] for line in own} != in_the_board() and time.monotonic() < give_up:
-        for event in SHOWN:
-            tracker.log(event)
-        time.sleep(1)
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        served = urllib.request.urlopen(url).read().decode()
-        own = [line for line in served.splitlines() if line.startswith("ray_mnist_ray_") and 'run="one"' in line]
-    print(*own, sep="\n")
-
-
-@pytest.mark.long
-def test_rays_node_serves_what_the_board_shows_to_prometheus(tmp_path: Path) -> None:
-    code = f"from {__name__} import print_served; print_served({str(tmp_path)!r})"
-    served = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    own = served.stdout.splitlines()
-    (line,) = [line for line in own if line.startswith("ray_mnist_ray_train{") and 'metric="accuracy"' in line]
-    assert line.endswith(" 0.75")
-    assert {line.partition("{")[0] for line in own} == in_the_board()
