@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +49,6 @@ class History:
         steps = read_numbers(run, STEPS_FILE, "step", "epoch")
         self._steps: list[Mapping[str, float]] = [{**row, "step": int(row["step"])} for row in steps]
         self.num_workers = 0  # in the last attempt; it may change in an elastic run
-        self._writing_steps = threading.Lock()  # a thread writes them, too
 
     def add(self, event: Event) -> None:
         """Record an event's values. If training restarts, drop the rows of the steps to be repeated."""
@@ -91,10 +89,9 @@ class History:
 
     def write_steps(self) -> None:
         """Write steps.csv. Raises JobError."""
-        with self._writing_steps:
-            rows = [*self._steps]
-            of_groups = [name for name in rows[-1] if name not in self._step_columns] if rows else []
-            self._run.write_text(STEPS_FILE, csv_text([*self._step_columns, *of_groups], rows, has_header=True))
+        rows = self._steps
+        of_groups = [name for name in rows[-1] if name not in self._step_columns] if rows else []
+        self._run.write_text(STEPS_FILE, csv_text([*self._step_columns, *of_groups], rows, has_header=True))
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate (a kill may lose one); None without any."""

@@ -8,8 +8,7 @@ import functools
 import importlib
 import math
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import wait
 from datetime import datetime
 from typing import Any
@@ -41,8 +40,6 @@ from mnist_ray.workload.figures import RATE, formatted
 _GROWN = 10.0  # times the first step's loss: a training that diverges without numbers that are not finite
 _LEARNED = 0.1  # examples count as learned if the loss falls to this fraction of the first loss
 _MAX_TRACKING = 0.05  # of the run's time, spent waiting for trackers; more is noted
-_REPORT_EVERY_S = 30.0  # at most; during the run, with steps.csv
-_MAX_DRAWING = 0.01  # of a processor's time: the training may need it
 _WORKLOAD_FILE = "workload.py"
 
 
@@ -129,19 +126,6 @@ def known_repository(session: Session) -> Repository | None:
     return Repository(folder=str(session.job.workload.source.place), note="git does not end")
 
 
-def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event) -> None:
-    """Call ``work`` every ``every_s`` seconds until ``is_over``, but for at most 1 % of the time.
-
-    A failure is ignored: the next call may succeed.
-    """
-    pause_s = every_s
-    while not is_over.wait(pause_s):
-        start_s = time.thread_time()
-        with contextlib.suppress(Exception):
-            work()
-        pause_s = max(every_s, (time.thread_time() - start_s) / _MAX_DRAWING)
-
-
 class Recorder:
     """The record of one run; ``fit`` calls ``on_event``."""
 
@@ -158,9 +142,6 @@ class Recorder:
         self._warn = functools.partial(self._console.say, "note")
         self._history, self._times = History(run, workload, self._job.train), TimeSpent(run)
         self._trackers = start.start(run, workload, self._job.values, self._job.output, self._warn)
-        self._is_over, draw = threading.Event(), functools.partial(self._draw_report, is_running=True)
-        self._live_report = threading.Thread(target=repeat, args=[draw, _REPORT_EVERY_S, self._is_over], daemon=True)
-        self._live_report.start()
 
     def on_event(self, event: Event) -> None:
         """Record an event from a worker or a task."""
@@ -185,7 +166,7 @@ class Recorder:
         if isinstance(event, EpochFinished) and not self._has_grown:
             self._note_growth(event.last.so_far["loss"])
         if isinstance(event, Progress) and (event.saves or event.step == event.epoch_steps):
-            self._history.write_steps()  # a checkpoint follows, from which a killed run continues
+            self._write_steps()  # a checkpoint follows, from which a killed run continues
         self._console.show(event)
         if isinstance(event, Validated):
             for note in not_finite_notes(event.not_finite, self._session.data.validation, self._job.workload.nouns):
@@ -255,10 +236,9 @@ class Recorder:
     def close(self) -> None:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""
         pictures: Mapping[str, bytes] = {}
-        self._is_over.set()
-        self._live_report.join()  # else it could overwrite the last report
         try:
-            pictures = self._draw_report(self._warn)
+            self._write_steps()
+            pictures = self._draw_report()
             self._has_report = True
         except (Exception, SystemExit) as error:  # must not hide the exception that has ended the run
             reason = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
@@ -272,13 +252,16 @@ class Recorder:
                 f"the tracker finished {seconds['trackers']:.1f} s after the training; it takes too long per event"
             )
 
-    def _draw_report(self, warn: Callable[[str], None] = lambda note: None, *, is_running: bool = False) -> Any:
-        from mnist_ray.report import page  # imports matplotlib
-
+    def _write_steps(self) -> None:
+        """Write steps.csv and times.csv. Raises JobError."""
         self._history.write_steps()
         self._times.write()
+
+    def _draw_report(self) -> dict[str, bytes]:
+        from mnist_ray.report import page  # imports matplotlib
+
         job, test = self._job, self._session.data.test
-        return page.write(job.run, job.workload, job.resume_with, test, warn, is_running=is_running)
+        return page.write(job.run, job.workload, job.resume_with, test, self._warn)
 
     def print_files(self) -> None:
         """Print where the time went, and the paths of the run's files."""

@@ -51,7 +51,7 @@ class TimeSpent:
         """Write times.csv. Raises JobError."""
         rows = [
             {"epoch": epoch, "worker": worker, **{part: round(seconds, 3) for part, seconds in row.items()}}
-            for (epoch, worker), row in sorted([*self._rows.items()])  # events may come meanwhile
+            for (epoch, worker), row in sorted(self._rows.items())
         ]
         self._run.write_text(TIMES_FILE, csv_text(["epoch", "worker", *PARTS], rows, has_header=True))
 

@@ -31,7 +31,6 @@ from mnist_ray.workload.calls import data_of, splits_for
 from mnist_ray.workload.figures import LOSS, RATE, Figure, Metric, formatted
 
 PICTURES_FOLDER = "pictures"
-_REFRESH_S = 10
 _MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps that a curve's point covers
 _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "linestyle": "--"}
@@ -68,13 +67,11 @@ def write(
     resume_with: str,
     test: Split | None,
     warn: Callable[[str], None] = lambda note: None,
-    *,
-    is_running: bool = False,
 ) -> dict[str, bytes]:
     """Write report.html and its images as PNGs; return the PNGs by name. Raises UsageError and JobError.
 
     ``test`` has the examples of predictions.csv; without it, no examples are shown. If an image cannot be drawn,
-    ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
+    ``warn`` gets a note.
     """
     record = RunRecord.read(run, workload)
     result, rows, columns = record.result, record.predictions, read_columns(run)
@@ -104,12 +101,11 @@ def write(
     tables = [*trials, *members, *_epochs(record), *_settings(record), *seconds]
     page = page_of(
         title=run.name,
-        status=_status(record, resume_with, is_running),
+        status=_status(record, resume_with),
         headlines=_headlines(record),
         notes=[*(result or {}).get("notes", []), *notes],
         pictures=pictures,
         tables=tables,
-        refresh_s=_REFRESH_S if is_running else 0,  # a browser reloads the page after this many seconds; 0: never
     )
     run.write_text(REPORT_FILE, page)
     for note in notes:
@@ -129,7 +125,7 @@ def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], I
     return parts
 
 
-def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
+def _status(record: RunRecord, resume_with: str) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
     done = max(record.column("epoch"), default=0)  # a sweep's trial leaves only the last row
     epochs, nouns = f"{done:.0f} of {record.config.get('num_epochs', '?')} epochs", record.workload.nouns
@@ -137,8 +133,6 @@ def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
         epochs = f"{sum(bool(member.result) for member in record.members)} of {len(record.members)} runs"
     known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
-    if is_running:
-        return f"running: {epochs}\n{about}"
     if record.result is None:
         return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}\n{about}"
     tested = formatted(number_of(record.result.get("num_test_examples")), ",.0f")

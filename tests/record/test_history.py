@@ -1,15 +1,12 @@
 import dataclasses
 import math
-import threading
 
 import pytest
 
 from mnist_ray.checkpoints.checkpoint import FORMAT, Snapshot
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError
 from mnist_ray.record.history import History, merged
-from mnist_ray.record.recorder import repeat
 from mnist_ray.report.run_files import STEPS_FILE, read_csv
 from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
@@ -147,16 +144,3 @@ def test_a_row_of_merged_steps_leaves_out_what_is_not_known() -> None:
     assert first == {"step": 4, "train_loss": 2.0, "train_f1": 0.5}
     assert last["train_loss"] == 2.0
     assert math.isnan(last["train_f1"])
-
-
-def test_a_live_report_that_fails_is_tried_again_and_none_is_written_after_the_end() -> None:
-    is_over, done = threading.Event(), list[int]()
-
-    def work() -> None:
-        done.append(len(done))
-        if len(done) == 2:
-            is_over.set()
-        raise JobError("the disk is full")
-
-    repeat(work, 0.01, is_over)
-    assert done == [0, 1]

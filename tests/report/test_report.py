@@ -487,7 +487,7 @@ def test_a_page_shows_no_secrets_and_escapes_markup_and_control_characters() -> 
     status = "To resume: s3://KEY:SECRET@bucket?token=SECRET&region=us"
     rows.append(("run", "\u202egnp.\x1b[31m"))
     tables = [page.Table("Origin", (), rows)]
-    text = page.page_of(title="a run", status=status, headlines={}, notes=(), pictures=(), tables=tables, refresh_s=0)
+    text = page.page_of(title="a run", status=status, headlines={}, notes=(), pictures=(), tables=tables)
     assert r"<td>\u202egnp.\x1b[31m</td>" in text
     assert "train --storage-path http://***@host<" in text
     assert "To resume: s3://***@bucket?token=***&amp;region=us<" in text

@@ -242,8 +242,7 @@ def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
     monkeypatch.setattr("mnist_ray.run.evaluate.if_ended", advice.append)
 
     def write_interrupted(*given: Any, **options: Any) -> dict[str, bytes]:
-        if not options["is_running"]:
-            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return write(*given, **options)
 
     monkeypatch.setattr(page, "write", write_interrupted)
