@@ -173,7 +173,7 @@ def _predicted(
             seconds = time.monotonic() - begun
             rate, left = f"{num_rows / seconds:,.0f} {nouns}/s", seconds * (len(inputs.parts) / len(done) - 1)
             line = f"{num_rows:,} {nouns}  {rate}  {clock_time(left)} left"
-            console.show_now("predicting", line, len(done) / len(inputs.parts))
+            console.show_now("predicting", line)
         console.say("", f"{rate}, {seconds:.1f} s without the start of the actors")
         return done
 

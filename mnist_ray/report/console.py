@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TextIO, TypeVar, cast
 
 from rich.console import Console
@@ -13,7 +14,6 @@ from rich.live import Live
 from rich.text import Text
 
 from mnist_ray.output import Output
-from mnist_ray.report.notebook import Bar
 from mnist_ray.text import clock_time, count, redact
 from mnist_ray.training import events
 from mnist_ray.training.events import Event, Progress, Started
@@ -30,7 +30,7 @@ Self = TypeVar("Self", bound="RunConsole")
 class RunConsole:
     """Prints a run's events; a context manager, which removes the live line at the end.
 
-    On a terminal, one line is redrawn in place, and in a notebook, a progress bar. Elsewhere, a plain line is printed
+    On a terminal, and in a notebook with ipywidgets, one line is redrawn in place. Elsewhere, a plain line is printed
     every ten seconds.
     """
 
@@ -38,10 +38,11 @@ class RunConsole:
         self._workload, self._num_epochs, self._quiet = workload, num_epochs, quiet
         self._label_width = max(10, len(f"epoch {num_epochs}/{num_epochs}"))
         is_terminal = getattr(sys.stdout, "isatty", bool)()  # an application that embeds Python may have replaced it
+        is_notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None  # rich redraws with it
         self._console = Console(
             file=cast(TextIO, Output(sys.stdout)),  # training must survive the loss of its output
             force_terminal=is_terminal,  # not from FORCE_COLOR, which Jupyter sets
-            force_jupyter=False,
+            force_jupyter=is_notebook,
             width=None if is_terminal else LOG_WIDTH,  # a table in a log may be wide
             highlight=False,
             markup=False,
@@ -49,14 +50,13 @@ class RunConsole:
             soft_wrap=True,
         )
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
-        self._bar = Bar() if "ipykernel" in sys.modules and not quiet else None
         self._last_plain = 0.0
         self._has_started, self._is_lost = False, False
         self._last_progress: Progress | None = None
         self._num_skipped = 0  # steps of the epoch
 
     def __enter__(self: Self) -> Self:
-        if self._console.is_terminal and not self._quiet:
+        if (self._console.is_terminal or self._console.is_jupyter) and not self._quiet:
             self._live.start()
         return self
 
@@ -66,8 +66,6 @@ class RunConsole:
     def rest(self) -> None:
         """Remove the live line for good."""
         self._live.stop()
-        if self._bar is not None:
-            self._bar.clear()
 
     def say(self, label: str, text: str) -> None:
         """Print a line, with the label in its own column. With ``--quiet``, print nothing."""
@@ -134,7 +132,7 @@ class RunConsole:
             shown, rate = now, num_done / (now - begun)
             left = clock_time((num_examples - num_done) / rate)
             line = f"{num_done:,}/{num_examples:,}  {rate:,.0f} {self._workload.nouns}/s  {left} left"
-            self.show_now("test", line, num_done / num_examples)
+            self.show_now("test", line)
 
         return show
 
@@ -180,15 +178,12 @@ class RunConsole:
             f"{event.examples_per_s:,.0f} {self._workload.nouns}/s  "
             f"{clock_time(event.epoch_s / event.step * steps_left)} left"
         )
-        done = (event.epoch - 1 + event.step / event.epoch_steps) / self._num_epochs
-        self.show_now(f"epoch {event.epoch}/{self._num_epochs}", line, done)
+        self.show_now(f"epoch {event.epoch}/{self._num_epochs}", line)
 
-    def show_now(self, label: str, line: str, done: float) -> None:
-        """Redraw the live line or the bar; without one, print the line if the last one was printed some time ago."""
+    def show_now(self, label: str, line: str) -> None:
+        """Redraw the live line; without one, print the line if the last one was printed some time ago."""
         if self._live.is_started:
             self._live.update(Text(self._column(label) + redact(line)), refresh=True)
-        elif self._bar is not None:
-            self._bar.show(f"{label}  {redact(line)}", done)
         elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S:
             self._last_plain = time.monotonic()
             self.say(label, line)

@@ -2,7 +2,7 @@ import dataclasses
 import math
 import os
 import sys
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
@@ -141,18 +141,19 @@ def test_a_long_test_shows_how_far_it_is_and_a_short_one_nothing(
     ]
 
 
-def test_a_notebook_has_one_bar_that_is_redrawn_and_removed(
+def test_a_notebook_with_ipywidgets_has_one_line_that_is_redrawn_and_removed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handle = Mock()
-    shown = Mock(return_value=handle)
+    shown, line = Mock(), MagicMock()
     monkeypatch.setitem(sys.modules, "ipykernel", Mock())
+    monkeypatch.setitem(sys.modules, "ipywidgets", Mock(__spec__=Mock(), Output=lambda: line))
     monkeypatch.setattr("IPython.display.display", shown)
     with RunConsole(mnist(), 2, quiet=False) as printer:
         printer.show(PROGRESS)
-        printer.show(dataclasses.replace(PROGRESS, epoch=2))
-    first, (second, last) = shown.call_args.args[0].data, (call.args[0].data for call in handle.update.call_args_list)
-    assert first.startswith('<progress value="0.3750"></progress> <code>epoch 1/2  30/40  loss 0.3750')
-    assert second.startswith('<progress value="0.8750"></progress> <code>epoch 2/2')
-    assert last == ""
+        redrawn = shown.call_args.args[0]
+        printer.say("note", "a line above it")
+        assert not line.close.called
+    assert "epoch 1/2  30/40  loss 0.3750" in redrawn.text
+    assert line.clear_output.called
+    assert line.close.called
     assert capsys.readouterr().out == ""
