@@ -433,7 +433,7 @@ def test_the_tour_runs_in_a_notebook_each_call_on_a_new_local_ray(
     nbclient.NotebookClient(tour, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = json.dumps([cell.get("outputs") for cell in tour.cells])
     assert "label: 3, images: 60,000 to train on, 10,000 to test" in said
-    assert "<iframe srcdoc=" in said
+    assert "<iframe sandbox srcdoc=" in said
     assert "search     random, 4 trials" in said
     assert "\\u001b" not in said  # nothing that only a terminal understands
     assert "Missing packages" not in said
