@@ -34,7 +34,6 @@ from mnist_ray.report.run_files import (
     STEPS_FILE,
     number_of,
     read_numbers,
-    result_of,
     settings_of,
     workload_of,
 )
@@ -99,7 +98,7 @@ class Run:
     @property
     def history(self) -> list[dict[str, float]]:
         """The rows of metrics.csv, one per epoch; NaN for missing values."""
-        return read_numbers(self.folder, METRICS_FILE, "epoch", nouns=self.workload.nouns)
+        return read_numbers(self.folder, METRICS_FILE, "epoch")
 
     @property
     def steps(self) -> list[dict[str, float]]:
@@ -118,7 +117,7 @@ class Run:
         """The runs of a job of several seeds or folds; none of a single run."""
         paths = [Path(path) for path in self.result.get("members", ())]
         folders = [self.folder.inside(str(path.parent)).inside(path.name) for path in paths]
-        return [Run(folder, self.workload, result_of(folder, self.workload) or {}) for folder in folders]
+        return [Run(folder, self.workload, folder.read_json(RESULT_FILE) or {}) for folder in folders]
 
     @property
     def checkpoint(self) -> str:
@@ -192,7 +191,7 @@ def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpa
     job, run = sweep.job, _run(sweep.job)
     best = job.run.require_json(BEST_FILE)
     default = job.run.inside(DEFAULT_FOLDER)
-    default_result = result_of(default, job.workload)
+    default_result = default.read_json(RESULT_FILE)
     return SweptRun(
         **vars(run),
         best={name: best[name] for name in sweep.space.spaces},
@@ -317,7 +316,7 @@ def _run(job: Job) -> Run:
 
 
 def _finished(folder: RunFolder, workload: Workload) -> Run:
-    if (result := result_of(folder, workload)) is None:
+    if (result := folder.read_json(RESULT_FILE)) is None:
         raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
     return Run(folder, workload, result)
 

@@ -22,11 +22,11 @@ from mnist_ray.job.job import Job, load_trusted, read_job, resume_command
 from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
 from mnist_ray.repeats.train import train as train_job
-from mnist_ray.report.run_files import result_of, workload_of
+from mnist_ray.report.run_files import workload_of
 from mnist_ray.runs import find_run
 from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek, words_to_complete
 from mnist_ray.settings_files import read_settings
-from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE, locate
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, TRIALS_FILE, locate
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.text import PROGRAM, VERSION
@@ -294,7 +294,7 @@ def _one_object(config_class: type) -> contextlib.AbstractContextManager[dict[st
 
 def _result_of(job: Job) -> dict[str, Any]:
     """Return what ``--json`` prints of a run; nothing after ``--dry-run``."""
-    result = result_of(job.run, job.workload)
+    result = job.run.read_json(RESULT_FILE)
     return {} if result is None else {"run": job.run.uri, **result}
 
 

@@ -276,22 +276,6 @@ def check_known(values: Iterable[str], known: Collection[str], source: str) -> N
         raise UsageError(f"{source} has unknown settings: {', '.join(unknown)}{did_you_mean(unknown[0], known)}")
 
 
-_RENAMED = {
-    "schedule": "lr_schedule",
-    "early_stop": "early_stopping_patience",
-    "recompute_activations": "activation_checkpointing",
-    "placement": "placement_strategy",
-    "search": "search_algorithm",
-}  # in version 2 of the files
-
-
-def of_any_version(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a run has saved, with the present names. A file of version 1 has all of them."""
-    if not {"schedule", "recompute_activations", "num_chunks"} <= saved.keys():
-        return dict(saved)
-    return {_RENAMED.get(name, name): value for name, value in saved.items()} | {"num_streams": saved["num_chunks"]}
-
-
 def json_lines(values: Mapping[str, Any]) -> str:
     """Return a JSON object with one key per line."""
     return "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}\n"

@@ -11,7 +11,7 @@ from typing import Any
 
 from mnist_ray.config import CLASSES
 from mnist_ray.errors import UsageError, first_line
-from mnist_ray.settings import Given, declared, is_no_file, of_any_version, path_of
+from mnist_ray.settings import Given, declared, is_no_file, path_of
 
 _MAX_BYTES = 2**20
 
@@ -124,7 +124,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def located(values: Given, file: Path, *classes: type) -> dict[str, Any]:
     """Return a person's settings, whose relative paths start at the file's folder. Runs write whole paths."""
     if file.suffix.lower() not in _WRITTEN:
-        return of_any_version(values)
+        return dict(values)
     known, folder = declared(*classes), file.absolute().parent
     places = {name for name, about in known.items() if about.plain is Path or name == "storage_path"}
     code = {name for name, about in known.items() if about.code or name == "workload"}

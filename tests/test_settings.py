@@ -19,7 +19,6 @@ from mnist_ray.settings import (
     build,
     declared,
     fraction,
-    of_any_version,
     peek,
     positive,
     setting,
@@ -268,9 +267,3 @@ def test_settings_without_a_docstring_have_a_heading_in_the_help() -> None:
     fields = [("width", int, setting(32, "units of the hidden layer"))]
     help_text = Parser("", dataclasses.make_dataclass("Settings", fields)).format_help()
     assert "The workload's settings:\n  --width WIDTH" in help_text
-
-
-def test_only_a_whole_file_of_version_1_gets_the_present_names() -> None:
-    saved = {"schedule": 1, "recompute_activations": 2}
-    assert of_any_version(saved) == saved
-    assert of_any_version({**saved, "num_chunks": 4})["num_streams"] == 4

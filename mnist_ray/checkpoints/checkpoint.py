@@ -275,7 +275,7 @@ def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
 
 def _training_of(document: dict[str, Any], tensors: dict[str, Tensor], content: bytes) -> dict[str, Any]:
     """Return the content of training.pt, with the optimizer's ``tensors``. Raises anything if it is invalid."""
-    training = {"one_thread": False, **unpickled(content)}  # which older checkpoints do not have
+    training = unpickled(content)
     of_numbers = {str(number): values for number, values in training["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")

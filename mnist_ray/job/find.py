@@ -65,8 +65,7 @@ def find(
     source = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, source, untrusted_folders(run, storage_path))
     now = workload_class.source.reference
-    is_same_file = saved["reference"] in (now, now.rpartition(":")[0])  # older checkpoints do not name the class
-    if is_same_file and saved["sha256"] not in ("", workload_class.source.sha256):
+    if saved["reference"] == now and saved["sha256"] not in ("", workload_class.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {now}")
     check_known(saved["settings"], declared(workload_class.Settings), source)
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})

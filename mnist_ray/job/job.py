@@ -149,7 +149,7 @@ def _choose_run(kind: str, early: Given) -> tuple[RunFolder, dict[str, Given]]:
     if not is_there:
         return run, {}
     check_free(run, resume=output.resume, is_resumed=True)
-    return run, {run.inside(file).uri: settings.of_any_version(run.require_json(file))}
+    return run, {run.inside(file).uri: run.require_json(file)}
 
 
 def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None:
@@ -361,9 +361,9 @@ def _has_moved(about: Setting, old: Any, new: Any) -> bool:
 
 
 def _is_same_code(old: str, new: str) -> bool:
-    """Return whether two references differ only in the folder; older runs saved them without the class."""
+    """Return whether two references differ only in the folder."""
     (then, arguments), (now, new_arguments) = split_call(old), split_call(new)
-    return arguments == new_arguments and Path(then).name in (Path(now).name, Path(now).name.rpartition(":")[0])
+    return arguments == new_arguments and Path(then).name == Path(now).name
 
 
 def _with_origin(kind: str, job: Job) -> Job:

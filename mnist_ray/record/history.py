@@ -41,9 +41,7 @@ class History:
         self._run = run
         self.figures = [figure for figure in workload.all_figures if not figure.needs or getattr(config, figure.needs)]
         self._columns = ("epoch", *(figure.name for figure in self.figures if {"epoch", "validation"} & {*figure.at}))
-        epochs = zip(
-            read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE, nouns=workload.nouns), strict=True
-        )
+        epochs = zip(read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE), strict=True)
         self.rows: dict[int, dict[str, Any]] = {int(numbers["epoch"]): dict(row) for numbers, row in epochs}
         self._step_columns = ("step", "epoch", *(figure.name for figure in self.figures if "step" in figure.at))
         steps = read_numbers(run, STEPS_FILE, "step", "epoch")

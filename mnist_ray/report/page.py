@@ -177,7 +177,7 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
 
 def _over_steps(record: RunRecord, figure: Figure) -> list[Picture]:
     values = [row.get(figure.name, math.nan) for row in record.steps]
-    if all(map(math.isnan, values)):  # no such figure, or a run of an earlier version
+    if all(map(math.isnan, values)):  # no such figure in this run
         return []
     curve = Curve(figure.label, [row["step"] for row in record.steps], values, _TRAINING)
     png = curves_of(Metric(figure.label, "min", figure.form == "fraction"), [curve], record.steps_per_epoch)

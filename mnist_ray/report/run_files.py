@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.errors import UsageError
@@ -25,34 +25,21 @@ from mnist_ray.storage import (
 )
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.figures import RATE
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
 TIMES_FILE = "times.csv"
 FORMAT_VERSION = 2  # of the files
 
-T = TypeVar("T")
 
-
-def with_new_names(values: Mapping[str, T], nouns: str) -> dict[str, T]:
-    """Return a result or a row with the names that version 1 of the files derived from the plural of the noun."""
-    new = {f"num_test_{nouns}": "num_test_examples", f"{nouns}_per_s": RATE}
-    return {new.get(name, name): value for name, value in values.items()}
-
-
-def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = (), *, nouns: str = "") -> list[dict[str, str]]:
-    """Return the rows of a file; none if there is no file. Raises JobError, e.g. for a missing column.
-
-    ``nouns``: as for ``with_new_names``, if the file may be of version 1.
-    """
+def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+    """Return the rows of a file; none if there is no file. Raises JobError, e.g. for a missing column."""
     text = run.read_text(file_name)
     if text is None:
         return []
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
-        names = [*with_new_names(dict.fromkeys(reader.fieldnames or ()), nouns)]
-        reader.fieldnames = names
+        names = [*(reader.fieldnames or ())]
         rows = [*reader]
     except csv.Error as error:
         raise run.damaged(file_name, error) from error
@@ -64,9 +51,9 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = (), *, nou
     return rows
 
 
-def read_numbers(run: RunFolder, file_name: str, *columns: str, nouns: str = "") -> list[dict[str, float]]:
+def read_numbers(run: RunFolder, file_name: str, *columns: str) -> list[dict[str, float]]:
     """Return the rows of a file of numbers; NaN for a missing value, except in ``columns``. Raises JobError."""
-    rows = read_csv(run, file_name, columns, nouns=nouns)
+    rows = read_csv(run, file_name, columns)
     try:
         numbers = [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
     except ValueError as error:
@@ -103,7 +90,7 @@ class MemberRecord:
     result: dict[str, Any]  # empty until the run is tested
 
     @classmethod
-    def read_all(cls, run: RunFolder, workload: Workload) -> list[MemberRecord]:
+    def read_all(cls, run: RunFolder) -> list[MemberRecord]:
         """Read the members of a job of several runs, in its order; none for a single run. Raises JobError."""
         folder = run.inside(MEMBERS_FOLDER)
         with in_one_line(f"cannot read {folder.uri}"):
@@ -111,8 +98,8 @@ class MemberRecord:
         return [
             cls(
                 name,
-                read_numbers(member := folder.inside(name), METRICS_FILE, "epoch", nouns=workload.nouns),
-                result_of(member, workload) or {},
+                read_numbers(member := folder.inside(name), METRICS_FILE, "epoch"),
+                member.read_json(RESULT_FILE) or {},
             )
             for name in names
         ]
@@ -142,13 +129,13 @@ class RunRecord:
             workload=workload,
             config=settings_of(run),
             origin=run.read_json(ORIGIN_FILE) or {},
-            epochs=read_numbers(run, METRICS_FILE, "epoch", nouns=workload.nouns),
+            epochs=read_numbers(run, METRICS_FILE, "epoch"),
             steps=read_numbers(run, STEPS_FILE, "step", "epoch"),
             times=read_numbers(run, TIMES_FILE, "epoch", "worker"),
-            result=result_of(run, workload),
+            result=run.read_json(RESULT_FILE),
             predictions=read_csv(run, PREDICTIONS_FILE),
-            trials=read_csv(run, TRIALS_FILE, nouns=workload.nouns),
-            members=MemberRecord.read_all(run, workload),
+            trials=read_csv(run, TRIALS_FILE),
+            members=MemberRecord.read_all(run),
         )
 
     def column(self, name: str) -> list[float]:
@@ -171,17 +158,11 @@ class RunRecord:
         return (max if monitor.mode == "max" else min)(known, default=math.nan)
 
 
-def result_of(run: RunFolder, workload: Workload) -> dict[str, Any] | None:
-    """Return the content of result.json; None if the run is not tested yet. Raises JobError."""
-    result = run.read_json(RESULT_FILE)
-    return result and with_new_names(result, workload.nouns)
-
-
 def settings_of(run: RunFolder) -> dict[str, Any]:
     """Return the settings of a run. Raises UsageError if it has none, JobError if they are damaged."""
     if not run.exists(CONFIG_FILE):
         raise UsageError(f"{run.uri} is not a run, or is an unfinished sweep: it has no {CONFIG_FILE}")
-    return settings.of_any_version(run.require_json(CONFIG_FILE))
+    return run.require_json(CONFIG_FILE)
 
 
 def workload_of(

@@ -344,5 +344,5 @@ class Reporter(Callback):
         """Report the validation of an epoch."""
         known = metrics.values
         names = [metric.name for metric in self._job.workload.all_metrics]
-        values = {name: known.get(f"val_{name}", math.nan) for name in names}  # an older checkpoint may have fewer
+        values = {name: known.get(f"val_{name}", math.nan) for name in names}  # the workload may have new ones
         self.send(Validated(epoch, values, known.get("val_s", math.nan), not_finite))

@@ -114,7 +114,7 @@ class TrialTable:
         """Return the table in a sweep's folder; an empty one if there is none. Raises JobError."""
         try:
             required = {*self._all_columns} - {*self._others}  # the workload may have more metrics since then
-            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, required, nouns=self.workload.nouns)]
+            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, required)]
         except (ValueError, TypeError) as error:
             raise run.damaged(TRIALS_FILE, error) from error
         return TrialTable(type(self.workload), self.space, records)

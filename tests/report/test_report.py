@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist_ray import load_run, train
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError, UsageError
@@ -23,7 +22,7 @@ from mnist_ray.record.history import History, write_predictions
 from mnist_ray.report import page
 from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.plots import Curve, scale_axis, smoothed
-from mnist_ray.report.run_files import RunRecord, read_csv, settings_of, workload_of
+from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
 from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.picture import draw
@@ -493,26 +492,6 @@ def test_a_page_shows_no_secrets_and_escapes_markup_and_control_characters() -> 
     assert "To resume: s3://***@bucket?token=***&amp;region=us<" in text
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-
-
-def test_files_of_version_1_are_read(finished_run: Path, tmp_path: Path) -> None:
-    old = tmp_path / "old"
-    shutil.copytree(finished_run, old)
-    for name, words in {
-        "config.json": {"lr_schedule": "schedule", "activation_checkpointing": "recompute_activations"},
-        "result.json": {"num_test_examples": "num_test_images", "examples_per_s": "images_per_s"},
-        "metrics.csv": {"examples_per_s": "images_per_s"},
-    }.items():
-        text = (old / name).read_text()
-        for now, before in words.items():
-            text = text.replace(now, before)
-        (old / name).write_text("\n".join(line for line in text.splitlines() if "format_version" not in line))
-    old_run, new_run = (load_run(run) for run in (old, finished_run))
-    assert old_run.result["num_test_examples"] == new_run.result["num_test_examples"]
-    assert old_run.history == new_run.history
-    assert train(run_name="old", storage_path=tmp_path, resume="auto").result == old_run.result
-    assert settings_of(folder_at(old))["lr_schedule"] == settings_of(folder_at(finished_run))["lr_schedule"]
-    assert Page(write_page(old)).rows == Page(write_page(finished_run)).rows
 
 
 def write_page(run: Path) -> str:
