@@ -264,7 +264,7 @@ async def slow_client(address: str, sent: bytes, seconds: float) -> int:
     writer.write(sent)
     try:
         return int((await asyncio.wait_for(reader.readline(), seconds)).split()[1])
-    except (asyncio.TimeoutError, IndexError):
+    except (TimeoutError, IndexError):
         return 0
     finally:
         writer.close()

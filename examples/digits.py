@@ -188,4 +188,4 @@ def _centred(digit: np.ndarray) -> np.ndarray:
     canvas[: digit.shape[0], : digit.shape[1]] = digit
     middle = np.array(IMAGE_SHAPE) / 2  # 14.0, not 13.5: the mean of MNIST's centres of mass
     moved = ndimage.shift(canvas, middle - ndimage.center_of_mass(canvas), order=1)
-    return np.uint8(np.round(255 * np.clip(moved, 0, 1)))
+    return np.round(255 * np.clip(moved, 0, 1)).astype(np.uint8)

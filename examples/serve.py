@@ -98,7 +98,7 @@ class Server:
         """Return a prediction for each input, like ``mnist-ray predict --json``."""
         try:
             inputs = await asyncio.wait_for(inputs_of(request), MAX_READ_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise HTTPException(408, f"the request did not arrive within {MAX_READ_S} s") from None
         answers = await asyncio.gather(*(self.answer(*each) for each in inputs))
         try:

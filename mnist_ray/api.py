@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from mnist_ray import layers, process
 from mnist_ray.cluster import environment
@@ -51,7 +51,6 @@ from ray_fork.starting import prepared_forking
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
-    from typing_extensions import Unpack
 
     from mnist_ray.job.find import Found
     from mnist_ray.keywords import TrainKeywords, TuneKeywords

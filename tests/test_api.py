@@ -107,7 +107,8 @@ def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(r
     assert run._repr_html_().startswith('<iframe sandbox srcdoc="&lt;!doctype html&gt;')
     assert sum(parameter.numel() for parameter in run.load_model().parameters()) == 49_770
     assert mnist_ray.evaluate("one", storage_path=run.folder.storage_path, num_tasks=2) == run.metrics
-    assert mnist_ray.evaluate(Path(run.folder.path), num_tasks=np.int64(1)) == run.metrics
+    one: Any = np.int64(1)
+    assert mnist_ray.evaluate(Path(run.folder.path), num_tasks=one) == run.metrics
 
 
 def test_a_run_of_another_process_is_loaded_by_its_name_or_path(run: Run) -> None:

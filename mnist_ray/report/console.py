@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TextIO, TypeVar, cast
+from typing import Self, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -23,8 +23,6 @@ from mnist_ray.workload.base import Workload
 _PLAIN_INTERVAL_S = 10.0
 LOG_WIDTH = 240
 _SHOWN_AFTER_S, _SHOWN_EVERY_S = 2.0, 0.5
-
-Self = TypeVar("Self", bound="RunConsole")
 
 
 class RunConsole:
@@ -55,7 +53,7 @@ class RunConsole:
         self._last_progress: Progress | None = None
         self._num_skipped = 0  # steps of the epoch
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         if (self._console.is_terminal or self._console.is_jupyter) and not self._quiet:
             self._live.start()
         return self
