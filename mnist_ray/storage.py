@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import json
 import os
 import posixpath
+import pwd
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -349,6 +352,26 @@ def is_foreign(path: str | Path) -> bool:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if os.lstat(place).st_uid not in (0, os.geteuid()):
                 return True
+    return False
+
+
+def others_can_write(folder: str | Path) -> bool:
+    """Return whether other users may put files into a local folder: it is foreign or missing, or its mode lets them."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return True
+    is_open_to_group = bool(found.st_mode & stat.S_IWGRP) and not _is_own_group(found.st_gid)
+    return bool(found.st_mode & stat.S_IWOTH) or is_open_to_group or is_foreign(folder)
+
+
+def _is_own_group(group_id: int) -> bool:
+    """Return whether a group is root's or, as many systems give each user one, has the user's name; and no others."""
+    own = {"root"}
+    with contextlib.suppress(KeyError):  # a container may know no names
+        own.add(pwd.getpwuid(os.geteuid()).pw_name)
+        group = grp.getgrgid(group_id)
+        return group.gr_name in own and own.issuperset(group.gr_mem)
     return False
 
 

@@ -20,6 +20,18 @@ from tests.conftest import QUICK, ROOT, Gate, as_flags, callback_at, run_and_act
 
 pytestmark = pytest.mark.any_ray
 _TIMEOUT_S = 300  # a plain start takes half a minute on two busy cores
+SPAWNS = """\
+import multiprocessing
+
+from mnist_ray.mnist import MNIST
+
+
+class Mine(MNIST):
+    def load_data(self):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            pool.map(abs, [1])
+        return super().load_data()
+"""
 FORMS = {"default": [], "plain": ["--plain-ray"]}
 TRIALS = ["--num-trials", "2", "--num-confirmed", "1", "--num-epochs", "1", "--sweep", "label_smoothing=0,0.1"]
 
@@ -95,6 +107,22 @@ def test_an_interrupted_run_saves_and_says_how_to_resume(number: int, gate: Gate
     _, complained = run_and_act({"started": interrupt}, *gate.flags(), *form, address="local", status=130)
     assert re.fullmatch(r"interrupted; to resume: .*--resume --run-name run.*\n", complained)
     assert [*gate.run.glob("checkpoint_*")]
+
+
+def test_nothing_is_imported_from_a_folder_that_others_can_write(
+    form: list[str], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, imported = tmp_path / "open", tmp_path / "imported"
+    place.mkdir()
+    place.chmod(0o1777)
+    for name in ("multiprocessing", "prometheus_client", "pyarrow", "pydantic", "starlette"):
+        (place / f"{name}.py").write_text(f"open({str(imported)!r}, 'a').write({name!r})\nraise ImportError")
+    (place / "mine.py").write_text(SPAWNS)
+    monkeypatch.chdir(place)
+    paths = {"data_dir": small_data, "storage_path": tmp_path, "workload": place / "mine.py"}
+    done = run_job("train.py", *as_flags({**QUICK, **paths, "num_workers": 2, "num_epochs": 1}), *form, timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    assert not imported.exists(), imported.read_text()
 
 
 def test_a_local_ray_listens_on_loopback_only(form: list[str], gate: Gate) -> None:

@@ -16,7 +16,7 @@ from pyarrow import fs
 from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import find_run, untrusted_folders
-from mnist_ray.storage import RunFolder, checkpoint_name, locate, new_name, position_of
+from mnist_ray.storage import RunFolder, checkpoint_name, locate, new_name, others_can_write, position_of
 from mnist_ray.text import redact
 from tests.conftest import close
 
@@ -320,3 +320,23 @@ def test_the_newest_run_is_found_beside_folders_that_this_user_cannot_read(
     os.mkdir(os.fsencode(tmp_path) + b"/not utf-8 \xff")
     close(monkeypatch, "private")
     assert find_run(None, str(tmp_path)).name == "own"
+
+
+@pytest.mark.parametrize(("mode", "is_open"), {0o755: False, 0o757: True, 0o1757: True}.items())
+def test_others_can_write_to_a_folder_of_which_the_mode_lets_them(mode: int, is_open: bool, tmp_path: Path) -> None:
+    tmp_path.chmod(mode)
+    assert others_can_write(tmp_path) is is_open
+    assert others_can_write(tmp_path / "missing")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "is_open"),
+    [(12345, 0, 0o755, True), (0, 12345, 0o755, False), (0, 12345, 0o775, True), (0, 0, 0o775, False)],
+)
+def test_others_can_write_to_a_folder_of_another_user_or_group(
+    owner: int, group: int, mode: int, is_open: bool, tmp_path: Path
+) -> None:
+    tmp_path.chmod(mode)
+    os.chown(tmp_path, owner, group)
+    assert others_can_write(tmp_path) is is_open

@@ -6,12 +6,13 @@ import contextlib
 import ipaddress
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
 from mnist_ray import extras
 from mnist_ray.cluster import nodes
@@ -24,6 +25,7 @@ from mnist_ray.errors import JobError, about_ray, first_line
 from mnist_ray.process import in_thread
 from mnist_ray.ray_versions import has_tokens
 from mnist_ray.signals import take_signals
+from mnist_ray.storage import others_can_write
 from ray_fork.shim import has_been_silent
 from ray_fork.starting import Forking, runtime_env_to_fork
 
@@ -71,10 +73,22 @@ def join(address: str, forking: Forking | None, **options: Any) -> None:
         raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}{advice}") from error
 
 
+class _SafeFolders(list[str]):
+    """Folders that Ray's workers import from: Ray adds the script's and the current one, unless others can write there.
+
+    Ray has no public setting for this.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        super().extend(folder for folder in folders if not others_can_write(folder))
+
+
 def _init(**options: Any) -> None:
     """Connect. Ray handles SIGTERM meanwhile; afterwards, restore the job's own handlers."""
+    job_config = JobConfig()
+    job_config._py_driver_sys_path = _SafeFolders()
     try:
-        ray.init(**options)
+        ray.init(job_config=job_config, **options)
     except SystemExit as ending:
         raise KeyboardInterrupt from ending
     finally:

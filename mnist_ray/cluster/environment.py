@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from mnist_ray.ray_versions import must_ask_for_tokens
+from mnist_ray.storage import others_can_write
 
 IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # by Ray Train and PyTorch's optimizers, in running workers
 _SETTINGS = {
@@ -50,6 +51,10 @@ def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None
     _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
     if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local"):
         _protect_local(plain=plain)
+    if others_can_write(
+        Path.cwd()
+    ):  # programs that Python starts here, as `multiprocessing` does, import from elsewhere
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     spin_briefly_if_busy(num_threads)
 
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 from mnist_ray.errors import UsageError, with_place
 from mnist_ray.references import split_call
 from mnist_ray.settings import is_no_file, path_of
-from mnist_ray.storage import is_foreign
+from mnist_ray.storage import is_foreign, others_can_write
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _paths_of_module(name: str) -> list[Path]:
     """Return the paths of a module's package without importing it; none if it is missing, or is this package."""
     if _is_own(name):
         return []  # this package is loaded already
-    _add_current_folder()
+    _add_to_path(Path.cwd())
     try:
         found = importlib.util.find_spec(name.partition(".")[0])
     except (ImportError, ValueError):
@@ -229,15 +229,20 @@ def _is_own(module: str) -> bool:
     return module.partition(".")[0] == __name__.partition(".")[0]
 
 
-def _add_current_folder() -> None:
-    """Let Python find modules here, unless the folder is another user's: it imports optional modules by any name."""
-    if not is_foreign(Path.cwd()):
-        _add_to_path(Path.cwd())
-
-
 def _add_to_path(folder: Path) -> None:
-    if str(folder) not in sys.path:
+    """Let Python find modules in a folder, unless others can write there: it imports optional modules by any name."""
+    if str(folder) not in sys.path and not others_can_write(folder):
         sys.path.append(str(folder))
+
+
+def _about_folder(error: BaseException, folder: Path) -> str:
+    """Return why the module that Python misses is not imported from a folder that has it; else an empty string."""
+    if not isinstance(error, ModuleNotFoundError) or str(folder) in sys.path:
+        return ""
+    module = (error.name or "").partition(".")[0]
+    if not any((folder / name).exists() for name in (module, f"{module}.py")):
+        return ""
+    return f"; others can write to {folder}, so nothing is imported from it: if you trust it, set PYTHONPATH={folder}"
 
 
 @functools.cache
@@ -260,7 +265,8 @@ def _run_file(source: SourceCode, flag: str) -> types.ModuleType:
         exec(compile(source.text, source.path, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"{flag} {source.path}: {with_place(error, source.folder)}") from error
+        reason = _about_folder(error, source.folder)
+        raise UsageError(f"{flag} {source.path}: {with_place(error, source.folder)}{reason}") from error
     finally:
         _being_run.discard(source.path)
     return module
@@ -284,13 +290,15 @@ def _other_module(path: str) -> str:
 def _import_module(name: str, flag: str) -> types.ModuleType:
     """Import a module, even from the current folder, like `python -m`."""
     if not _is_own(name):
-        _add_current_folder()
+        _add_to_path(Path.cwd())
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
+        reason = _about_folder(error, Path.cwd())
         if isinstance(error, ImportError) and f"{name}.".startswith(f"{error.name}."):
-            raise UsageError(f"{flag} {name}: there is no such module; a file's name must end in .py") from error
-        raise UsageError(f"{flag} {name}: {with_place(error, Path.cwd())}") from error
+            advice = reason or "; a file's name must end in .py"
+            raise UsageError(f"{flag} {name}: there is no such module{advice}") from error
+        raise UsageError(f"{flag} {name}: {with_place(error, Path.cwd())}{reason}") from error
 
 
 def _pick(module: types.ModuleType, reference: str, base: type[T]) -> type[T]:

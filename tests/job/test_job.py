@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import sys
 from concurrent.futures import Future
@@ -197,9 +198,21 @@ def test_no_module_of_another_users_folder_is_imported(tmp_path: Path, monkeypat
     assert user_code.find("mnist_ray.mnist", Workload) is not None
     assert sys.path == before, "this package needs no other folder"
     os.chown(tmp_path, 12345, 12345)
-    with pytest.raises(UsageError, match="--workload stolen: there is no such module"):
+    with pytest.raises(UsageError, match="--workload stolen: there is no such module; others can write to "):
         user_code.find("stolen", Workload)
     assert sys.path == before
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_workload_in_a_folder_that_others_can_write_imports_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "stolen.py").write_text(STEALS)
+    (tmp_path / "named.py").write_text("import stolen")
+    tmp_path.chmod(0o1777)
+    advice = re.escape(
+        f"; others can write to {tmp_path}, so nothing is imported from it: if you trust it, set PYTHONPATH"
+    )
+    with pytest.raises(UsageError, match=f"ModuleNotFoundError: No module named 'stolen'.*{advice}={tmp_path}"):
+        user_code.find(str(tmp_path / "named.py"), Workload)
     assert not (tmp_path / "it_ran").exists()
 
 
