@@ -151,8 +151,7 @@ def python() -> str:
     lines += ["", "## Data", "", "Import these, and those below, from `mnist_ray.workload`."]
     lines += [line for a_class in (Data, Arrays, Blocks) for line in about_class(a_class)]
     lines += about_member(sources.pictures, "sources.pictures")
-    for name in ("Parquet", "JsonLines", "Tars"):
-        lines += about_member(getattr(sources, name), f"sources.{name}")
+    lines += about_member(sources.Parquet, "sources.Parquet")
     lines += ["", "## Settings of a workload"]
     for name in ("setting", "Choice", "Range", "at_least", "within", "positive", "fraction"):
         lines += about_member(getattr(settings, name), name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 import re
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,6 @@ from mnist_ray.training import engine
 from mnist_ray.workload import Classification, Data, Regression, Streamed, Workload, setting, sources
 from mnist_ray.workload.calls import data_of, splits_for
 from tests.conftest import ROOT, run_main
-from tests.data.test_ranges import tarred
 from tests.ranks import Hooks
 
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=10, optimizer="sgd", learning_rate=0.05)
@@ -115,35 +114,31 @@ def test_the_docs_student_learns_from_a_run(finished_run: Path, few_images: Arra
     )
 
 
-@pytest.mark.parametrize(
-    ("title", "name", "shape"),
-    [("Reading JSON lines", "Reviews", (256,)), ("Reading tar files", "Pets", (3, 64, 64))],
-)
-def test_the_docs_workloads_of_files_in_blocks_train(tmp_path: Path, title: str, name: str, shape: Any) -> None:
-    picture = io.BytesIO()
-    Image.new("RGB", (90, 60), (200, 100, 0)).save(picture, "jpeg")
-    for folder in ("reviews", "pets"):
+def test_the_docs_recipe_turns_json_lines_and_tar_files_into_parquet(ray_address: str, tmp_path: Path) -> None:
+    for folder in ("reviews", "pets-tars"):
         (tmp_path / folder).mkdir()
-    for split in ("train", "test"):
-        lines = [json.dumps({"text": "good" * number, "stars": number % 5 + 1}) for number in range(20)]
-        (tmp_path / "reviews" / f"{split}.jsonl").write_text("\n".join(lines))
-        fields = {"cls": b"1", "jpg": picture.getvalue()}
-        members = [(f"{number}.{field}", data) for number in range(20) for field, data in fields.items()]
-        (tmp_path / "pets" / f"{split}-000.tar").write_bytes(tarred(members))
-    names = {"Classification": Classification, "Data": Data, "sources": sources, "np": np, "io": io}
-    written = code_of("object_stores.md", title, str(tmp_path), **names)[name]
-    own = {
-        "create_model": lambda self: nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2)),
-        "prepare": lambda self, inputs, generator: inputs.float() / 255,
-    }
-    workload = type("Own", (written,), own)(None, {"class_names": ["a", "b"]})
-    data = workload.load_data()
-    assert (data.test[0][0].shape, len(data.train)) == (shape, 20)
-    losses = list[float]()
-    note = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses))
-    state = engine.create_state(workload, CONFIG, 20, Group())
-    engine.train(workload, state, Split(data.train), CONFIG, Group(), [note])
-    assert np.isfinite(losses).tolist() == [True, True]
+    for part in range(2):
+        lines = [json.dumps({"length": number, "stars": part}) for number in range(150)]
+        (tmp_path / "reviews" / f"{part}.jsonl").write_text("\n".join(lines))
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 6), (200, 100, 0)).save(picture, "png")
+    members = [
+        (f"{i}.{end}", data) for i in range(3) for end, data in (("png", picture.getvalue()), ("cls", b"%d" % i))
+    ]
+    with tarfile.open(tmp_path / "pets-tars" / "0.tar", "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    code_of("object_stores.md", "From JSON lines or tar files", str(tmp_path))
+    reviews = sources.Parquet(tmp_path / "reviews-parquet", columns=["length", "stars"])
+    assert sorted((int(length), int(stars)) for length, stars in map(reviews.__getitem__, range(300))) == sorted(
+        (length, stars) for length in range(150) for stars in range(2)
+    )
+    assert max(reviews.sizes) <= 100
+    pets = sources.Parquet(tmp_path / "pets-parquet", columns=["image", "label"])
+    assert sorted(int(pets[index][1]) for index in range(len(pets))) == [0, 1, 2]
+    assert pets[0][0].shape == (6, 9, 3)
 
 
 class Labels(nn.Sequential):

@@ -32,12 +32,6 @@ def of_rows(function: Callable[[Any], Any], rows: Iterable[Any], place_of: Calla
     return results
 
 
-def check_number(columns: Sequence[str], place: str) -> None:
-    """Raise UsageError if there are no columns of inputs and of targets."""
-    if len(columns) < 2:
-        raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
-
-
 def check_kinds(schema: pa.Schema) -> None:
     """Raise UsageError if a column holds pickled objects of Ray Data: a value of it could run any code."""
     for field in schema:

@@ -1,11 +1,9 @@
-"""Finds the files of data, recognizes them when they are read, and decompresses them."""
+"""Finds the files of data, and recognizes them when they are read."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import io
-import lzma
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -14,19 +12,15 @@ from fnmatch import fnmatchcase
 import pyarrow as pa
 from pyarrow import fs
 
-from mnist_ray.errors import UsageError, first_line
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, locate, split_query
-from mnist_ray.text import size_of
-
-CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}  # by the end of a file's name
-MAX_BLOCK = 2**28  # bytes, to spare the memory
+from mnist_ray.errors import UsageError
+from mnist_ray.storage import RunFolder, in_one_line, locate, split_query
 
 
 def files_at(place: str, endings: tuple[str, ...], kind: str) -> tuple[fs.FileSystem, list[str]]:
     """Return the paths of the files at a path, a URI or a pattern with ``*``, sorted.
 
     In a folder, these are the files below it with one of some endings; ``kind``: what messages call them. What begins
-    with ``.`` or ``_`` in a folder is passed over, such as an index, or what Spark has not finished. Raises UsageError
+    with ``.`` or ``_`` in a folder is passed over, such as what Spark has not finished. Raises UsageError
     and JobError.
     """
     base, query = split_query(place)
@@ -99,25 +93,3 @@ def identity_of(versions: dict[str, str]) -> str:
     """Return a text that changes if a file of ``versions``, by path, does; but not if their folder moves."""
     folder = folder_of(list(versions))
     return "\n".join(f"{path[len(folder) :]} {version}" for path, version in versions.items())
-
-
-def is_compressed(path: str) -> bool:
-    """Return whether a file's name says that the file is compressed."""
-    return posixpath.splitext(path)[1] in CODECS
-
-
-def decompressed(handle: pa.NativeFile, path: str) -> bytes:
-    """Return the content of a compressed file. Raises UsageError if it is damaged or has more than 256 MiB."""
-    codec = CODECS[posixpath.splitext(path)[1]]
-    if handle.size() <= MAX_BLOCK:
-        packed = pa.BufferReader(handle.read_at(handle.size(), 0))
-        try:
-            is_xz = codec == "xz"  # which Arrow does not know
-            with lzma.open(io.BytesIO(packed.read())) if is_xz else pa.CompressedInputStream(packed, codec) as stream:
-                content = stream.read(MAX_BLOCK + 1)
-        except (*STORAGE_ERRORS, EOFError, lzma.LZMAError) as error:
-            raise UsageError(f"{path} is damaged: {first_line(error)}") from error
-        if len(content) <= MAX_BLOCK:
-            return bytes(content)
-    limit = size_of(MAX_BLOCK)
-    raise UsageError(f"{path} holds more than {limit}, but a compressed file is read as a whole: write smaller files")

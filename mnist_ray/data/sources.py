@@ -1,4 +1,4 @@
-"""Ready-made data for ``load_data``: folders of images, a folder per class; Parquet, JSON lines and tars, in blocks."""
+"""Ready-made data for ``load_data``: folders of images, a folder per class; Parquet in blocks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from PIL import Image
 from pyarrow import fs
 from pyarrow import parquet as pq
 
-from mnist_ray.data.columns import arrays_of, check_kinds, check_number, of_rows
+from mnist_ray.data.columns import arrays_of, check_kinds, of_rows
 from mnist_ray.data.data import Arrays, Blocks, Data
 from mnist_ray.data.files import files_at, identity_of, opened, version_of
 from mnist_ray.data.images import open_picture
-from mnist_ray.data.json_lines import JsonLines
 from mnist_ray.data.order import Shuffled
-from mnist_ray.data.tars import Tars
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.settings import path_of
 from mnist_ray.storage import STORAGE_ERRORS, in_one_line
 
-__all__ = ["JsonLines", "Parquet", "Tars", "open_picture", "pictures"]
+__all__ = ["Parquet", "open_picture", "pictures"]
 
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 _MAX_NAMED = 5  # classes
@@ -108,7 +106,8 @@ class Parquet(Blocks):
                 raise UsageError(f"{file.path} has several columns {several[0]}: rename all but one")
         for schema in schemas:
             check_kinds(pa.schema([schema.field(name) for name in self._columns]))
-        check_number(self._columns, str(place))
+        if len(self._columns) < 2:
+            raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
         groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
         self._groups = [(file, group) for file, group in groups if file.footer.row_group(group).num_rows]
         self.sizes = [file.footer.row_group(group).num_rows for file, group in self._groups]

@@ -34,10 +34,9 @@ from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, is_gpu_wanted
 from mnist_ray.cluster.plan import Cluster, cpus_for_each
 from mnist_ray.config import ScaleConfig, WorkerConfig
-from mnist_ray.data.files import CODECS
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.job.find import Found
-from mnist_ray.predictions.inputs import Chunk, DamagedTableError, Inputs, find_inputs
+from mnist_ray.predictions.inputs import CODECS, Chunk, DamagedTableError, Inputs, find_inputs
 from mnist_ray.predictions.predictor import Predictor
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole

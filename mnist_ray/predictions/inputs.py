@@ -19,14 +19,14 @@ from pyarrow import parquet as pq
 
 from mnist_ray.data.columns import REMEDY, arrays_of, check_kinds
 from mnist_ray.data.files import files_at, folder_of
-from mnist_ray.data.json_lines import unique
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.predictions.outputs import LinesFile, ParquetFile
 from mnist_ray.predictions.predictor import PICTURES, Kind, Predictor, kind_of
 from mnist_ray.text import size_of
 from mnist_ray.workload.base import Workload
 
-_PACKED = ("", ".gz", ".bz2", ".zst")
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # by the end of a file's name
+_PACKED = ("", *CODECS)
 _ENDINGS: dict[str, tuple[str, ...]] = {  # of the files of each kind
     "pictures": PICTURES,
     "texts": (".txt",),
@@ -259,7 +259,16 @@ def _lines(stream: Any) -> Iterator[Any]:
 
 def _object(line: bytes) -> Any:
     try:
-        row = json.loads(line, object_pairs_hook=unique)
-    except (ValueError, RecursionError, UsageError) as error:
+        row = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         return JobError(f"no JSON: {error}")
     return row if isinstance(row, dict) else JobError(f"{type(row).__name__} instead of an object")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON as a dict. Raises ValueError if it has a name twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"several columns {max(names, key=names.count)}")
+    return values

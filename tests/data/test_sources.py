@@ -143,6 +143,26 @@ def test_a_place_is_a_file_a_folder_or_a_pattern(
     assert list(Parquet(f"{tmp_path}/{place}" if is_absolute else place).sizes) == sizes
 
 
+def test_links_to_folders_lead_to_each_file_once(tmp_path: Path) -> None:
+    for number, place in enumerate(("in/a.parquet", "in/more/b.parquet", "elsewhere/c.parquet")):
+        written(tmp_path / place, x=[number], y=[number])
+    for name, target in (("again", "in"), ("back", "in/more"), ("linked", "elsewhere")):
+        (tmp_path / "in" / name).symlink_to(tmp_path / target)
+    assert sorted(arrays_of(tmp_path / "in").targets) == [0, 1, 2]
+
+
+def test_what_spark_has_not_finished_is_passed_over(tmp_path: Path) -> None:
+    for number, place in enumerate(("a.parquet", "_temporary/0/b.parquet", "_c.parquet", ".d/e.parquet")):
+        written(tmp_path / place, x=[number], y=[number])
+    assert [*arrays_of(tmp_path).targets] == [0]
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.parquet")).touch()
+    with pytest.raises(JobError, match=r"cannot be read: the name '.*a\\udcff.parquet' is not UTF-8; rename the file"):
+        Parquet(tmp_path)
+
+
 def test_a_pattern_may_be_in_a_folder_with_brackets(tmp_path: Path) -> None:
     written(tmp_path / "x[1]" / "a[2]-b.parquet", image=LABELS, label=LABELS)
     assert list(Parquet(f"{tmp_path}/x[1]/a[2]-*.parquet").sizes) == [4, 4, 2]
