@@ -55,6 +55,13 @@ def _loaded(request: Request, inputs: Any, targets: Any) -> MicroBatch:
     return MicroBatch(inputs, targets, number, request.global_size, request.ends_step, request.is_filler)
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch (that of the CPU), NumPy and Python."""
+    torch.default_generator.manual_seed(seed)  # 100 times as fast as torch.manual_seed, which seeds all devices
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 class ArrayBatches(Dataset):
     """Arrays in memory, indexed once per request.
 
@@ -152,10 +159,7 @@ class ExampleBatches(Dataset):
         return self._checked(index)
 
     def _seed(self, number: int) -> None:
-        seed = (self.seed * 2_147_483_647 + number) % 2**63
-        torch.default_generator.manual_seed(seed)  # 100 times as fast as torch.manual_seed, which seeds all devices
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_generators((self.seed * 2_147_483_647 + number) % 2**63)
 
     def _checked(self, index: int) -> Any:
         try:

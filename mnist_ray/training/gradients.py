@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import MicroBatch
+from mnist_ray.data.batches import MicroBatch, seed_generators
 from mnist_ray.data.tensors import rows_here
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import shared_memory
@@ -166,8 +166,9 @@ class Gradients:
 
     def _seed(self, number: int) -> None:
         """Seed augmentation and dropout by epoch, step, and the number of the rank or, with chunks, of the chunk."""
-        for generator in {torch.default_generator, self._generator}:
-            generator.manual_seed(seed_of(self._config.seed, self._state.epoch, number) + self._state.step)
+        seed = seed_of(self._config.seed, self._state.epoch, number) + self._state.step
+        seed_generators(seed)
+        self._generator.manual_seed(seed)
 
     def _backward(self, micro_batch: MicroBatch, factor: float) -> dict[str, Tensor]:
         scaler, group = self._state.scaler, self._group

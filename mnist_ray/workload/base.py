@@ -122,7 +122,8 @@ class Workload(UserClass):
         """Turn a batch of inputs, already on the device, into the model's inputs.
 
         ``generator`` is for augmentation, and is None outside training. Its seed depends on seed, epoch, step and rank
-        (with ``--reproducible``, chunk), so a run resumed with the same number of workers draws the same numbers.
+        (with ``--reproducible``, chunk), so a run resumed with the same number of workers draws the same numbers. The
+        global generators of torch, NumPy and Python have the same seed, also in ``loss`` and the model.
         """
         return inputs
 

@@ -1,4 +1,5 @@
 import math
+import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -25,6 +26,7 @@ from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
+from mnist_ray.workload import Regression
 from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
 
@@ -252,6 +254,35 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images
     weights = [weights_after(replace(CONFIG, seed=seed), few_images) for seed in (0, 0, 1)]
     assert largest_difference(weights[0], weights[1]) == 0
     assert largest_difference(weights[0], weights[2]) > 0.01
+
+
+def test_generators_of_torch_numpy_and_python_draw_the_same_in_a_repeated_and_in_a_resumed_run() -> None:
+    drawn = list[float]()
+
+    class Noisy(Regression):
+        def prepare(self, inputs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+            drawn.extend((np.random.random(), random.random(), torch.rand(()).item()))
+            return inputs
+
+        def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+            drawn.append(np.random.random())
+            return super().loss(outputs, targets) * (1 + random.random())
+
+        def create_model(self) -> nn.Module:
+            return nn.Linear(2, 1)
+
+    def run(first_epoch: int) -> list[float]:
+        drawn.clear()
+        config = replace(CONFIG, num_epochs=2, batch_size=4, lr_schedule="constant")
+        state = engine.create_state(Noisy(), config, 12, Group())
+        state.epoch = first_epoch
+        engine.train(Noisy(), state, Split(Arrays(np.ones((12, 2), np.float32), np.zeros(12))), config, Group())
+        return [*drawn]
+
+    whole = run(0)
+    assert len({*whole}) == len(whole) == 2 * 3 * 4, "each step draws other numbers"
+    assert run(0) == whole
+    assert run(1) == whole[3 * 4 :]
 
 
 def test_checkpoints_are_saved_every_n_steps_and_after_each_epoch(few_images: Arrays) -> None:
