@@ -303,7 +303,7 @@ class ScaleConfig:
         None, "folder or URI for the predictions; the same command goes on with a begun one", metavar="PLACE"
     )
     column: tuple[str, ...] = setting(
-        (), "columns of a table that hold the input; default: the only one that fits", metavar="NAME"
+        (), "columns of a table that hold the input; default: the workload's, or the only one that fits", metavar="NAME"
     )
     features: str | None = setting(
         None, "a layer of the model, whose outputs are written, too, as the column features", metavar="NAME"

@@ -66,7 +66,8 @@ def predict_at_scale(
         Predictor.of(found, "cpu", config.features)  # raises now if there is no such layer
     with in_one_line(f"cannot read {found.checkpoint.uri}"):
         weights = weights_digest(read_state(found.checkpoint))
-    asked = {"checkpoint": weights, "input": config.input, "column": [*config.column], "threshold": threshold}
+    column = [*found.workload.metadata.get("column_names", config.column)]
+    asked = {"checkpoint": weights, "input": config.input, "column": column, "threshold": threshold}
     asked["features"] = config.features
     with RunConsole(found.workload, 0, quiet=False) as console:
         for note in found.notes:
@@ -76,9 +77,13 @@ def predict_at_scale(
         done = _done_parts(folder)
         parts = {part: files for part, files in inputs.parts.items() if part not in done}
         left = dataclasses.replace(inputs, parts=parts)
-        column = f", column {' and '.join(inputs.columns)}" if inputs.columns else ""
+        names = ", ".join(inputs.columns)
+        columns = f", columns {names} in this order" if len(inputs.columns) > 1 else f", column {names}"
         already = f", {len(done):,} already predicted" if done else ""
-        console.say("input", f"{config.input}: {inputs.kind} in {count(len(inputs.parts), 'part')}{already}{column}")
+        console.say(
+            "input",
+            f"{config.input}: {inputs.kind} in {count(len(inputs.parts), 'part')}{already}{columns if names else ''}",
+        )
         if parts:
             if_ended(_RESUME)
             try:

@@ -194,9 +194,13 @@ class Inputs:
 def find_inputs(place: str, workload: Workload, columns: Sequence[str]) -> Inputs:
     """Find what a workload can take in a file, a folder or a pattern. Raises UsageError and JobError.
 
-    ``columns``: those of a table that hold the input; if there are none, the only one that fits.
+    ``columns``: those of a table that hold the input; if there are none, the workload's ``column_names`` or, without
+    them, the only one that fits.
     """
     takes, name = kind_of(workload), type(workload).__name__
+    known = tuple(workload.metadata.get("column_names", ()))
+    if known and columns and sorted(columns) != sorted(known):
+        raise UsageError(f"--column: {name} takes the columns {', '.join(known)}; name all of them, or none")
     filesystem, paths = files_at(place, sum(_ENDINGS.values(), ()), "picture, text, Parquet, JSON lines or CSV")
     by_kind = {kind: [path for path in paths if path.lower().endswith(endings)] for kind, endings in _ENDINGS.items()}
     usable = [kind for kind, found in by_kind.items() if found and kind in (takes, *_TABLES)]
@@ -218,9 +222,10 @@ def find_inputs(place: str, workload: Workload, columns: Sequence[str]) -> Input
     row = inputs.first_row()
     if taken := [each for each in _ADDED if each in row]:
         raise UsageError(f"{place} already has a column {taken[0]}: rename it")
+    columns = known or tuple(columns)
     if unknown := [column for column in columns if column not in row]:
         raise UsageError(f"{place} has no column {unknown[0]}, only {', '.join(row)}")
-    chosen = tuple(columns) or (_column_of(row, takes, f"{place}: {name} takes {takes}"),)
+    chosen = columns or (_column_of(row, takes, f"{place}: {name} takes {takes}"),)
     return Inputs(filesystem, folder, kind, chosen, inputs.parts)
 
 

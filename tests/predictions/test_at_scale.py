@@ -1,6 +1,7 @@
 """Data at scale, mostly part by part in this process; two tests use Ray."""
 
 import csv
+import functools
 import gzip
 import json
 import re
@@ -12,9 +13,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet as pq
-from torch import nn
+from torch import Generator, Tensor, nn
 
 import mnist_ray
 from mnist_ray.data.data import Arrays
@@ -51,6 +53,13 @@ class Sums(Regression):
         nn.init.ones_(model.weight)
         nn.init.zeros_(model.bias)
         return model
+
+
+class Weighted(Sums):
+    """The second number counts ten times."""
+
+    def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
+        return inputs.float() * torch.tensor([1.0, 10.0])
 
 
 class Echo(Workload):
@@ -215,6 +224,28 @@ def test_csv_keeps_its_cells_as_they_are_and_several_columns_are_one_input(tmp_p
     }
 
 
+@pytest.mark.parametrize("columns", [(), ("x", "y"), ("y", "x")])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_columns_that_the_workload_names_are_found_in_any_order(
+    kind: str, columns: tuple[str, ...], tmp_path: Path
+) -> None:
+    table = pd.DataFrame({"y": [2.0], "id": [7.0], "x": [1.0]})
+    place = tmp_path / f"table.{kind}"
+    write: dict[str, Callable[[Path], Any]] = {
+        "csv": functools.partial(table.to_csv, index=False),
+        "jsonl": functools.partial(table.to_json, orient="records", lines=True),
+        "parquet": table.to_parquet,
+    }
+    write[kind](place)
+    predicted(NAMED, place, tmp_path / "out", columns)
+    read: dict[str, Callable[[Path], pd.DataFrame]] = {
+        "csv": pd.read_csv,
+        "jsonl": functools.partial(pd.read_json, lines=True),
+        "parquet": pd.read_parquet,
+    }
+    assert [*read[kind](tmp_path / "out" / place.name).prediction] == [21.0]
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
@@ -337,6 +368,7 @@ def test_a_failed_write_leaves_no_file_with_the_parts_name(
     assert not (tmp_path / "out" / "_done").exists()
 
 
+NAMED = Weighted(metadata={"column_names": ["x", "y"]})
 TABLE = {"id": [1], "image": [b""], "other": [b""], "numbers": [[1.0, 2.0]]}
 
 
@@ -356,6 +388,8 @@ TABLE = {"id": [1], "image": [b""], "other": [b""], "numbers": [[1.0, 2.0]]}
         (mnist(), {"a.parquet": {"image": []}}, (), "the Parquet files in"),
         (mnist(), {"a.parquet": {"image": [b""], "prediction": [1]}}, (), "already has a column prediction: rename it"),
         (Sums(), {"a.png": {}}, (), "Sums takes arrays, but"),
+        (NAMED, {"a.parquet": {"x": [1], "z": [1]}}, (), "has no column y, only x, z"),
+        (NAMED, {"a.parquet": {"x": [1], "y": [1]}}, ("x",), "Weighted takes the columns x, y; name all of them, or"),
         (Sums(), {}, (), "has no picture, text, Parquet, JSON lines or CSV files"),
         (Echo(), {"a.parquet": TABLE}, (), "Echo takes texts, and no column fits: id (int), image (bytes)"),
     ],
