@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mnist_ray.config import OutputConfig, RunsConfig
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import resume_command
 from mnist_ray.job.lease import owner_of
 from mnist_ray.output import finite, say
@@ -74,8 +74,11 @@ def runs(storage_path: str, config: RunsConfig) -> None:
 
 
 def _names(storage_path: str) -> Iterator[str]:
+    storage = locate(storage_path, "")
     with in_one_line(f"cannot read {storage_path}"):
-        yield from locate(storage_path, "").subfolders()
+        if not storage.exists():
+            raise UsageError(f"{storage_path} does not exist; name the folder or URI of your runs with --storage-path")
+        yield from storage.subfolders()
 
 
 def _started(folder: RunFolder) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mnist_ray import cli
+from mnist_ray.errors import UsageError
 from mnist_ray.job.lease import owned
 from mnist_ray.text import VERSION
 from tests.conftest import close, folder_at, run_main
@@ -49,6 +50,13 @@ def test_runs_are_listed_with_state_metrics_and_how_to_resume(
     assert resume == f"to resume interrupted: mnist-ray train --resume {where}"
     assert resume_sweep.startswith("to resume sweep: mnist-ray tune --resume")
     assert last == f"4 runs of 4 in {storage}"
+
+
+def test_a_storage_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match="nowhere does not exist; name the folder or URI of your runs with --storage-path"
+    ):
+        run_main("runs", "--storage-path", str(tmp_path / "nowhere"))
 
 
 def test_a_run_that_a_job_owns_is_running_and_json_lists_the_newest(
