@@ -295,7 +295,8 @@ def _import_module(name: str, flag: str) -> types.ModuleType:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         reason = _about_folder(error, Path.cwd())
-        if isinstance(error, ImportError) and f"{name}.".startswith(f"{error.name}."):
+        is_missing = isinstance(error, ImportError) and f"{name}.".startswith(f"{error.name}.")
+        if is_missing or name.startswith("."):  # a folder, or a file without .py
             advice = reason or "; a file's name must end in .py"
             raise UsageError(f"{flag} {name}: there is no such module{advice}") from error
         raise UsageError(f"{flag} {name}: {with_place(error, Path.cwd())}{reason}") from error

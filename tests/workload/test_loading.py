@@ -201,7 +201,7 @@ def test_a_package_gives_the_workload_that_it_imports_from_its_modules(bakery: W
     assert load("bakery").source == SourceCode("bakery:Digits", str(file), DIGITS)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "nowhere.cakes", "bakery.nowhere"])
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.cakes", "bakery.nowhere", ".", "./bakery"])
 def test_a_missing_module_is_named(bakery: Write, name: str) -> None:
     assert message_of(name) == f"--workload {name}: there is no such module; a file's name must end in .py"
 
