@@ -6,8 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import ray
 
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import SHIM
+from tests.conftest import ROOT, wait_for
 
-ROOT = Path(__file__).parents[2]  # the folder with the package
 collect_ignore_glob = [] if sys.platform.startswith("linux") else ["test_*.py"]  # nothing is forked elsewhere
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -58,17 +57,7 @@ text = json.dumps({
 with open(sys.argv[1] + ".part", "w") as file:
     file.write(text)
 os.rename(file.name, sys.argv[1])
-if sys.argv[2:] == ["stay"]:
-    signal.pause()
 """
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Return as soon as the condition is true."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not true within {timeout_s} s"
-        time.sleep(0.02)
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -112,14 +101,17 @@ def fork(folder: Path, *words: str, **options: Any) -> dict[str, Any]:
     script, seen = script_in(folder, WORKER), folder / "seen.json"
     seen.unlink(missing_ok=True)
     assert run_shim(folder, script, seen, *words, **options) == ("", "")
-    return read(seen)
-
-
-def read(seen: Path) -> dict[str, Any]:
-    """Return a worker's state as soon as it is written."""
     wait_for(seen.exists)
     content: dict[str, Any] = json.loads(seen.read_text())
     return content
+
+
+def parent_of_worker(folder: Path, **options: Any) -> int:
+    """Have a worker forked that imports nothing; return its parent's process id."""
+    script = script_in(folder, "import os; print(os.getppid())")
+    assert run_shim(folder, script, **options)[1] == ""
+    wait_for((stdout := folder / "stdout").read_text)
+    return int(stdout.read_text())
 
 
 def answers(address: Path) -> bool:

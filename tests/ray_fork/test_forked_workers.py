@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.ray_fork.conftest import ENVIRONMENT, ROOT, end, has_ended, wait_for
+from tests.conftest import ROOT, wait_for
+from tests.ray_fork.conftest import ENVIRONMENT, end, has_ended
 
 pytestmark = pytest.mark.processes
 
@@ -160,7 +161,7 @@ def test_objects_that_do_not_fit_into_memory_are_spilled_and_read_again() -> Non
     assert done.stdout == b"[0, 1, 2, 3, 4]\n"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
     """The address of a Ray that starts workers as usual."""
     environment, pipe = {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}, subprocess.PIPE

@@ -17,8 +17,9 @@ import pytest
 import ray
 
 from ray_fork import shim
-from ray_fork.server import why_not
-from tests.ray_fork.conftest import Server, fork, has_ended, run_shim, script_in, serving, wait_for
+from ray_fork.server import load, why_not
+from tests.conftest import wait_for
+from tests.ray_fork.conftest import Server, fork, has_ended, parent_of_worker, run_shim, script_in, serving
 
 AN_ACTOR = "import ray\n@ray.remote\nclass Actor: pass"
 A_THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
@@ -29,13 +30,6 @@ AN_ID = "import ray\nray.NodeID.from_random()"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that forks."""
     with serving(tmp_path_factory.mktemp("server"), "numpy.random", "pyarrow", "torch", actor=AN_ACTOR) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that imports little and refuses every request."""
-    with serving(tmp_path_factory.mktemp("refusing"), "no_such_module") as running:
         yield running
 
 
@@ -65,10 +59,17 @@ def send(
         connection.sendall(content)
 
 
-def request_of(folder: Path, server: Server) -> bytes:
-    """Return a request for a worker that stays."""
-    script = script_in(folder, "import signal; signal.pause()")
-    return json.dumps(shim.request([str(script)], server.environment)).encode()
+def request_of(where: Path, server: Server, **changes: object) -> bytes:
+    """Return a request for a worker that stays, with some changes."""
+    script = script_in(where, "import signal; signal.pause()")
+    return json.dumps({**shim.request([str(script)], server.environment), **changes}).encode()
+
+
+def answer(where: Path, server: Server, *, num_files: int = 3, **changes: object) -> str:
+    """Return a server's answer to a changed request of a script in a folder."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, server, request_of(where, server, **changes), files=[1] * num_files)
+        return connection.recv(1000).decode()
 
 
 def test_a_worker_is_a_child_of_the_server_and_starts_without_cuda_and_with_its_own_random_numbers(
@@ -129,43 +130,38 @@ def test_a_variable_that_a_library_has_read_must_have_the_servers_value(name: st
 def test_a_worker_that_cannot_be_forked_as_asked_is_refused(server: Server, tmp_path: Path) -> None:
     environment = {name: value for name, value in server.environment.items() if name != "PYTHONPATH"}
     assert refusal(tmp_path, environment) == "PYTHONPATH differs from the fork server's value"
-    request = json.loads(request_of(tmp_path, server)) | {"folder": str(tmp_path / "gone")}
-    with socket.socket(socket.AF_UNIX) as connection:
-        send(connection, server, json.dumps(request).encode())
-        assert connection.recv(1000).startswith(b"FileNotFoundError")
+    assert answer(tmp_path, server, folder=str(tmp_path / "gone")).startswith("FileNotFoundError")
 
 
-PYTHON = shim.python_version()
-
-
-def test_a_worker_of_another_ray_is_refused_with_both_versions(server: Server, tmp_path: Path) -> None:
-    said = refusal(tmp_path, server.environment, "2.0.0rc1")
-    own = f"the fork server Python {PYTHON} and Ray {ray.__version__}"
-    assert said == f"the worker has Python {PYTHON} and Ray 2.0.0rc1, {own}"
-    assert refusal(tmp_path, server.environment, "") == f"the worker has Python {PYTHON} and Ray , {own}"
-
-
-def test_a_worker_of_another_python_is_refused_with_both_versions(server: Server, tmp_path: Path) -> None:
-    request = json.loads(request_of(tmp_path, server)) | {"python": "pypy 3.11.7"}
-    with socket.socket(socket.AF_UNIX) as connection:
-        send(connection, server, json.dumps(request).encode())
-        said = f"pypy 3.11.7 and Ray {ray.__version__}, the fork server Python {PYTHON} and Ray {ray.__version__}"
-        assert connection.recv(1000).decode() == f"the worker has Python {said}"
+def test_a_worker_of_another_ray_or_python_is_refused_with_both_versions(server: Server, tmp_path: Path) -> None:
+    python = shim.python_version()
+    own = f"the fork server Python {python} and Ray {ray.__version__}"
+    for version in ("2.0.0rc1", ""):
+        said = refusal(tmp_path, server.environment, version)
+        assert said == f"the worker has Python {python} and Ray {version}, {own}"
+    said = answer(tmp_path, server, python="pypy 3.11.7")
+    assert said == f"the worker has Python pypy 3.11.7 and Ray {ray.__version__}, {own}"
 
 
 @pytest.mark.parametrize(
-    ("name", "removal"),
+    ("name", "owner", "remaining"),
     [
-        ("Config", "import ray._raylet; del ray._raylet.Config"),
-        ("initialize", "import ray._raylet; ray._raylet.Config = object"),
-        ("ActorClassID", "import ray.actor; del ray.actor.ActorClassID"),
-        ("NodeID", "import ray; del ray.NodeID"),
-        ("from_random", "import ray; ray.NodeID = object"),
+        ("Config", "ray._raylet", None),
+        ("initialize", "ray._raylet.Config", object),
+        ("ActorClassID", "ray.actor", None),
+        ("NodeID", "ray", None),
+        ("from_random", "ray.NodeID", object),
     ],
 )
-def test_a_ray_that_lacks_a_private_name_is_refused_with_the_name(name: str, removal: str, tmp_path: Path) -> None:
-    with serving(tmp_path, "json", sitecustomize=removal) as running:
-        assert re.search(rf"'?{name}'?", refusal(tmp_path, running.environment))
+def test_a_ray_that_lacks_a_private_name_is_refused_with_the_name(
+    name: str, owner: str, remaining: type | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", {**os.environ})
+    if remaining is None:
+        monkeypatch.delattr(f"{owner}.{name}")
+    else:
+        monkeypatch.setattr(owner, remaining)
+    assert re.search(rf"Error: .*\b{name}\b", load(["json"]))
 
 
 @pytest.mark.parametrize(
@@ -179,8 +175,8 @@ def test_a_module_that_makes_forks_unsafe_is_refused(source: str, said: str, tmp
 
 def test_a_worker_ends_with_its_raylet(server: Server, tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "1000"]) as raylet:
-        worker = fork(tmp_path, "stay", env={**server.environment, "RAY_RAYLET_PID": str(raylet.pid)})
-        process = psutil.Process(worker["pid"])
+        environment = {**server.environment, "RAY_RAYLET_PID": str(raylet.pid)}
+        process = psutil.Process(int(answer(tmp_path, server, environment=environment)))
         assert not has_ended(process)
         raylet.kill()
         wait_for(lambda: has_ended(process))
@@ -211,33 +207,26 @@ def open_files(server: Server) -> set[str]:
     [(b"", 0), (b"{", 2**32 - 1), (b"\xff", 1), (b"[]", 2), (b"{}", 2), (b"[" * 10**6, 10**6)],
     ids=["nothing", "too short", "no text", "a list", "no fields", "deep"],
 )
-def test_a_malformed_request_does_not_end_the_server_or_leave_a_descriptor(
-    content: bytes, size: int, refusing: Server, tmp_path: Path
+def test_a_malformed_request_or_one_of_a_client_that_hangs_up_does_not_end_the_server_or_leave_a_descriptor(
+    content: bytes, size: int, server: Server, tmp_path: Path
 ) -> None:
-    said = "ModuleNotFoundError: No module named 'no_such_module'"
-    assert refusal(tmp_path, refusing.environment) == said  # it answers once it has imported what it can
-    before = open_files(refusing)
-    with socket.socket(socket.AF_UNIX) as connection:
-        send(connection, refusing, content, size)
-    assert refusal(tmp_path, refusing.environment) == said
-    wait_for(lambda: open_files(refusing) == before)
+    with socket.socket(socket.AF_UNIX) as connection, (tmp_path / "sent").open("w") as file:
+        send(connection, server, content, size, [file.fileno()] * 3)
+    assert answer(tmp_path, server, python="another").startswith("the worker has Python another")
+    assert file.name not in open_files(server)  # by now the server has handled the first
 
 
 @pytest.mark.parametrize("name", ["argv", "environment", "folder", "descriptors"])
 def test_a_request_with_a_value_of_a_wrong_type_is_refused(name: str, server: Server, tmp_path: Path) -> None:
-    before, request = open_files(server), json.loads(request_of(tmp_path, server)) | {name: 5}
-    with socket.socket(socket.AF_UNIX) as connection:
-        send(connection, server, json.dumps(request).encode())
-        assert not connection.recv(1000).isdigit()
+    before = open_files(server)
+    assert not answer(tmp_path, server, **{name: 5}).isdigit()
     wait_for(lambda: open_files(server) == before)
     assert server.process.poll() is None
 
 
-@pytest.mark.parametrize("files", [[1], [1, 1]])
-def test_a_request_without_all_descriptors_is_not_answered(files: list[int], server: Server, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as connection:
-        send(connection, server, request_of(tmp_path, server), files=files)
-        assert connection.recv(1000) == b""
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_a_request_without_all_descriptors_is_not_answered(num_files: int, server: Server, tmp_path: Path) -> None:
+    assert answer(tmp_path, server, num_files=num_files) == ""
 
 
 A_FORK_THAT = """\
@@ -261,7 +250,7 @@ def forking_when(folder: Path, outcome: str) -> Iterator[tuple[Server, Path]]:
     """Run a server that has forked a worker; its next forks have another outcome as long as a file exists."""
     flag = folder / "flag"
     with serving(folder, module=A_FORK_THAT.format(outcome=outcome, flag=str(flag))) as running:
-        fork(folder, env=running.environment)
+        parent_of_worker(folder, env=running.environment)
         flag.touch()
         yield running, flag
 
@@ -270,12 +259,12 @@ def test_a_server_that_cannot_fork_now_refuses_and_can_later(tmp_path: Path) -> 
     with forking_when(tmp_path, "fail()") as (running, flag):
         assert refusal(tmp_path, running.environment) == "BlockingIOError: [Errno 11] too many processes"
         flag.unlink()
-        assert fork(tmp_path, env=running.environment)["parent"] == running.process.pid
+        assert parent_of_worker(tmp_path, env=running.environment) == running.process.pid
 
 
 def test_a_worker_lives_on_if_the_server_is_killed_while_it_forks(tmp_path: Path) -> None:
     with forking_when(tmp_path, "end(the_server=True)") as (running, _):
-        assert fork(tmp_path, env=running.environment)["name"] == "__main__"
+        assert parent_of_worker(tmp_path, env=running.environment)
         assert running.process.wait(60) == -signal.SIGKILL
 
 
@@ -301,18 +290,11 @@ with socket.socket(socket.AF_UNIX) as connection:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-def test_a_request_of_another_user_is_not_answered(refusing: Server, tmp_path: Path) -> None:
-    for path in (refusing.address, *refusing.address.parents[:-1]):
+def test_a_request_of_another_user_is_not_answered(server: Server, tmp_path: Path) -> None:
+    for path in (server.address, *server.address.parents[:-1]):
         path.chmod(path.stat().st_mode | 0o777)
-    command, request = [sys.executable, "-c", OF_ANOTHER_USER, str(refusing.address)], request_of(tmp_path, refusing)
+    command, request = [sys.executable, "-c", OF_ANOTHER_USER, str(server.address)], request_of(tmp_path, server)
     assert subprocess.run(command, input=request, stdout=subprocess.PIPE, check=True).stdout == b"b''\n"
-
-
-def test_the_descriptors_of_a_client_that_hangs_up_are_closed(refusing: Server, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as connection, (tmp_path / "sent").open("w") as file:
-        send(connection, refusing, b"{", 100, [file.fileno()] * 3)
-    refusal(tmp_path, refusing.environment)  # by now the server has handled the first
-    assert file.name not in {os.readlink(link) for link in Path(f"/proc/{refusing.process.pid}/fd").iterdir()}
 
 
 def test_a_request_during_an_import_is_answered_afterwards_unless_the_client_has_hung_up(tmp_path: Path) -> None:
@@ -340,15 +322,15 @@ def test_a_worker_ends_with_pythons_exit_functions_and_without_those_of_librarie
 
 
 def test_a_killed_worker_leaves_no_zombie(server: Server, tmp_path: Path) -> None:
-    worker = fork(tmp_path, "stay", env=server.environment)
-    os.kill(worker["pid"], signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(worker["pid"]))
+    worker = int(answer(tmp_path, server))
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: not psutil.pid_exists(worker))
 
 
 def test_a_server_ends_with_its_owner_and_leaves_its_workers_but_no_file(tmp_path: Path) -> None:
-    with serving(tmp_path, "torch") as running:
+    with serving(tmp_path) as running:
         assert stat.S_IMODE(running.address.stat().st_mode) == 0o600  # only this user may connect
-        worker = psutil.Process(fork(tmp_path, "stay", env=running.environment)["pid"])
+        worker = psutil.Process(int(answer(tmp_path, running)))
         try:
             assert running.process.stdin is not None
             running.process.stdin.close()

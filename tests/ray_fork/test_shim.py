@@ -23,7 +23,8 @@ from ray_fork import shim, starting
 from ray_fork.ray_internals import shim_in_local_ray
 from ray_fork.shim import MODULES_VARIABLE, SOCKET_VARIABLE, node_address, variables_of
 from ray_fork.starting import Forking, prepared_forking
-from tests.ray_fork.conftest import ENVIRONMENT, ROOT, end, fork, run_shim, wait_for
+from tests.conftest import ROOT, wait_for
+from tests.ray_fork.conftest import ENVIRONMENT, end, parent_of_worker, run_shim
 
 OF_JOB = {"RAY_JOB_ID": "07000000", "RAY_RAYLET_PID": str(os.getpid())}
 
@@ -62,21 +63,28 @@ def started(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str
     return json.loads(printed), complained
 
 
-@pytest.mark.parametrize("flags", [[], ["--node-id=5"]])
-def test_a_worker_is_started_without_a_server(flags: list[str], tmp_path: Path) -> None:
-    command, said = started(tmp_path, *flags, **{SOCKET_VARIABLE: str(tmp_path / "none")})
-    assert command == [str(tmp_path / "default_worker.py"), *flags]
-    assert said.startswith("a worker is started as usual, not forked: the fork server does not answer: [Errno 2]")
+OF_RAY = ["--node-id=5", "--language=PYTHON"]
 
 
-@pytest.mark.parametrize("context", [{"env_vars": {"A": "1"}}, {"command_prefix": ["source activate &&"]}])
-def test_a_worker_with_a_runtime_environment_is_started_by_rays_own_script(
-    context: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("flags", "variables", "said"),
+    [
+        ([], {SOCKET_VARIABLE: "/no/server"}, "the fork server does not answer: [Errno 2]"),
+        (["--node-id=5"], {MODULES_VARIABLE: "json", "TMPDIR": "/no/folder", **OF_JOB}, "the fork server does not "),
+        ([*OF_RAY, flag(env_vars={"A": "1"})], {}, "the fork server does not answer: "),
+        ([*OF_RAY, flag(command_prefix=["true &&"])], {}, "its runtime environment contains more than environment "),
+        (["--serialized-runtime-env-context={}"], {}, "Ray did not pass 'env_vars'\n"),
+        (["--serialized-runtime-env-context=[]"], {}, "TypeError: "),
+        (["--serialized-runtime-env-context={"], {}, "JSONDecodeError: "),
+    ],
+)
+def test_a_worker_that_cannot_be_forked_is_started_as_ray_would_whatever_ray_passes(
+    flags: list[str], variables: dict[str, str], said: str, tmp_path: Path
 ) -> None:
-    flags = ["--node-id=5", "--language=PYTHON", flag(**context)]
-    command, said = started(tmp_path, *flags)
-    assert command == [str(tmp_path / "setup_worker.py"), str(tmp_path / "default_worker.py"), *flags]
-    assert said.startswith("a worker is started as usual, not forked: ")
+    command, complained = started(tmp_path, *flags, **variables)
+    setup = [str(tmp_path / "setup_worker.py")] if "--serialized" in "".join(flags) else []
+    assert command == [*setup, str(tmp_path / "default_worker.py"), *flags]
+    assert complained.startswith(f"a worker is started as usual, not forked: {said}")
 
 
 @pytest.mark.parametrize(
@@ -103,23 +111,12 @@ def test_a_worker_is_started_if_the_server_refuses(answer: bytes, said: str, tmp
     assert complained == f"a worker is started as usual, not forked: {said}\n"
 
 
-def test_a_worker_is_started_even_if_what_ray_passes_has_another_form_or_the_log_is_on_a_full_disk(
-    tmp_path: Path,
-) -> None:
-    for text, said in (("{}", "Ray did not pass 'env_vars'\n"), ("[]", "TypeError: "), ("{", "JSONDecodeError: ")):
-        _, complained = started(tmp_path, f"--serialized-runtime-env-context={text}")
-        assert complained.startswith(f"a worker is started as usual, not forked: {said}")
+def test_a_worker_is_started_even_if_the_log_is_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "default_worker.py").write_text("print('started')")
     command = [sys.executable, "-S", "-E", str(starting.SHIM), str(tmp_path / "default_worker.py")]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=full, check=True)
     assert done.stdout == b"started\n"
-
-
-def test_a_worker_is_started_on_a_node_without_a_folder_for_sockets(tmp_path: Path) -> None:
-    command, said = started(tmp_path, **{MODULES_VARIABLE: "json", "TMPDIR": "/no/folder", **OF_JOB})
-    assert command == [str(tmp_path / "default_worker.py")]
-    assert said.startswith("a worker is started as usual, not forked: the fork server does not answer: [Errno 2]")
 
 
 @pytest.fixture
@@ -137,18 +134,18 @@ def processes_of(temporary: Path) -> list[psutil.Process]:
     return [one for one in found if f"{temporary}/" in " ".join(one.info["cmdline"] or ())]
 
 
-def start_workers(temporary: Path, count: int) -> list[dict[str, Any]]:
-    """Start several workers of a job on a cluster at once; return their states."""
-    variables = {MODULES_VARIABLE: "numpy torch", "TMPDIR": str(temporary), **OF_JOB}
+def parents_of_workers(temporary: Path, count: int) -> set[int]:
+    """Start several workers of a job on a cluster at once; return their parents."""
+    variables = {MODULES_VARIABLE: "json", "TMPDIR": str(temporary), **OF_JOB}
     folders = [temporary / str(number) for number in range(count)]
     for folder in folders:
         folder.mkdir()
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda folder: fork(folder, env={**ENVIRONMENT, **variables}), folders))
+        return {*pool.map(lambda folder: parent_of_worker(folder, env={**ENVIRONMENT, **variables}), folders)}
 
 
 def test_of_workers_that_start_at_once_one_starts_the_server_for_all(temporary: Path) -> None:
-    (server,) = {worker["parent"] for worker in start_workers(temporary, 4)}
+    (server,) = parents_of_workers(temporary, 4)
     wait_for(lambda: [one.pid for one in processes_of(temporary)] == [server])  # once the workers have ended
 
 
@@ -157,8 +154,7 @@ def test_a_killed_servers_socket_is_replaced(temporary: Path, monkeypatch: pytes
         monkeypatch.setenv(name, value)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(node_address())
-    (worker,) = start_workers(temporary, 1)
-    assert worker["parent"] in [one.pid for one in processes_of(temporary)]
+    assert parents_of_workers(temporary, 1) <= {one.pid for one in processes_of(temporary)}
 
 
 @pytest.mark.parametrize(
@@ -174,11 +170,9 @@ def test_sockets_have_short_paths_whatever_tmpdir_and_the_users_id_are(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setenv(SOCKET_VARIABLE, "of another server")
-    monkeypatch.setenv("TMPDIR", folder)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_JOB_ID", "ffffffff")
-    monkeypatch.setenv("RAY_RAYLET_PID", "4194304")
+    of_job = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": "4194304"}
+    for name, value in {SOCKET_VARIABLE: "of another", "TMPDIR": folder, "RAY_ADDRESS": "", **of_job}.items():
+        monkeypatch.setenv(name, value)
     with contextlib.ExitStack() as at_the_end:
         if not os.path.exists(folder) and folder.startswith("/tmp/"):
             os.mkdir(folder)
@@ -371,12 +365,6 @@ def worker_in(site_packages: Path, version: str = RAYS_VERSION) -> str:
     return f"{site_packages}/ray/_private/workers/default_worker.py"
 
 
-def test_workers_are_started_by_the_shim(tmp_path: Path, drivers_python: Path, shim: Path) -> None:
-    packages = tmp_path / "lib" / "python3.11" / "site-packages"
-    expected = [str(drivers_python), "-S", "-E", str(shim), worker_in(packages), "--flag=1 2"]
-    assert start_worker(tmp_path, packages) == expected
-
-
 def test_the_shim_is_looked_for_in_the_working_directory_that_a_node_has(
     tmp_path: Path, drivers_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +373,16 @@ def test_the_shim_is_looked_for_in_the_working_directory_that_a_node_has(
     program(tmp_path / "ray_fork" / "shim.py")
     expected = [str(drivers_python), "-S", "-E", "ray_fork/shim.py"]
     assert start_worker(tmp_path, tmp_path)[:4] == expected
+
+
+def test_the_shim_starts_workers_unless_a_nodes_ray_is_of_another_version_than_the_drivers_there(
+    tmp_path: Path, drivers_python: Path, shim: Path
+) -> None:
+    packages = tmp_path / "nodes" / "lib" / "python3.11" / "site-packages"
+    nodes_python = program(tmp_path / "nodes" / "bin" / "python")
+    worker = [worker_in(packages), "--flag=1 2"]
+    assert start_worker(tmp_path, packages) == [str(drivers_python), "-S", "-E", str(shim), *worker]
+    assert start_worker(tmp_path, packages, 'version = "2.0.0"\n') == [str(nodes_python), *worker]
 
 
 @pytest.mark.parametrize(("missing", "lib"), [("drivers_python", "lib"), ("shim", "lib64")])
@@ -398,13 +396,3 @@ def test_a_node_without_them_starts_workers_with_the_python_next_to_its_ray_or_e
     assert start_worker(tmp_path, packages) == [str(tmp_path / "path" / "python3"), *expected]
     python = program(tmp_path / "nodes" / "bin" / "python")
     assert start_worker(tmp_path, packages) == [str(python), *expected]
-
-
-@pytest.mark.usefixtures("drivers_python", "shim")
-def test_a_node_whose_ray_is_of_another_version_than_the_drivers_there_starts_workers_with_its_own_python(
-    tmp_path: Path,
-) -> None:
-    packages = tmp_path / "nodes" / "lib" / "python3.11" / "site-packages"
-    python = program(tmp_path / "nodes" / "bin" / "python")
-    expected = [str(python), worker_in(packages), "--flag=1 2"]
-    assert start_worker(tmp_path, packages, 'version = "2.0.0"\n') == expected
