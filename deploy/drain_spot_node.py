@@ -5,7 +5,6 @@ cluster.yaml runs it on each worker node: python deploy/drain_spot_node.py
 
 import calendar
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 
-METADATA = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254") + "/latest"
+METADATA = "http://169.254.169.254/latest"
 
 
 def wait_for_notice() -> float:

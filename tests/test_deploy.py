@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -12,13 +13,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from email.message import Message
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
+from urllib.error import HTTPError
+from urllib.request import Request
 
 import kubernetes_validate
 import pytest
@@ -290,73 +293,53 @@ def test_the_runtime_environment_has_all_dependencies_in_the_versions_that_were_
             assert given.get(name) == expected, f"write {name}{expected} into deploy/runtime-env.yaml, too"
 
 
-class Metadata(BaseHTTPRequestHandler):
-    """EC2's metadata service of an instance: it wants a token, and has the given answers to questions for a notice."""
-
-    notices: list[str] = []  # an empty one: there is no notice
-
-    def do_PUT(self) -> None:
-        wanted = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
-        self._answer("a token" if wanted else "")
-
-    def do_GET(self) -> None:
-        assert self.path == "/latest/meta-data/spot/instance-action"
-        assert self.headers["X-aws-ec2-metadata-token"] == "a token"
-        self._answer(self.notices.pop(0))
-
-    def log_message(self, *arguments: object) -> None:
-        """Print nothing."""
-
-    def _answer(self, text: str) -> None:
-        self.send_response(200 if text else 404)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-
 @pytest.fixture
-def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The answers that a metadata service on loopback will give."""
-    notices: list[str] = []
-    server = HTTPServer(("127.0.0.1", 0), type("Answers", (Metadata,), {"notices": notices}))
-    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, args=[0.01])
-    thread.start()
-    yield notices
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def notices(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """The ends that EC2's metadata service announces, an answer each, in seconds since 1970; None: no notice."""
+    ends: list[float | None] = []
 
+    def answer(request: Request, timeout: float) -> io.BytesIO:
+        service, _, path = request.full_url.partition("/latest/")
+        assert service == "http://169.254.169.254"
+        if path == "api/token":
+            assert (request.method, request.get_header("X-aws-ec2-metadata-token-ttl-seconds")) == ("PUT", "60")
+            return io.BytesIO(b"a token")
+        assert path == "meta-data/spot/instance-action"
+        assert request.get_header("X-aws-ec2-metadata-token") == "a token"
+        end_s = ends.pop(0)
+        if end_s is None:
+            raise HTTPError(request.full_url, 404, "Not Found", Message(), None)
+        end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end_s))
+        return io.BytesIO(json.dumps({"action": "terminate", "time": end}).encode())
 
-def notice(end_s: float) -> str:
-    return json.dumps({"action": "terminate", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end_s))})
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    return ends
 
 
 def test_a_spot_instance_asks_until_there_is_a_notice(
-    metadata: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    notices: list[float | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = runpy.run_path(str(ROOT / SPOT_SCRIPT))
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)
-    metadata += ["", "", notice(time.time() + 3600)]
-    assert 3500 < script["wait_for_notice"]() <= 3600
-    assert (slept, metadata, capsys.readouterr().err) == ([5, 5], [], "")
+    notices += [None, None, time.time() + 3600]
+    assert 3500 < runpy.run_path(str(ROOT / SPOT_SCRIPT))["wait_for_notice"]() <= 3600
+    assert (slept, notices, capsys.readouterr().err) == ([5, 5], [], "")
 
 
-def test_a_notice_drains_the_ray_node_of_the_spot_instance(metadata: list[str], tmp_path: Path) -> None:
-    (tmp_path / "ray").write_text('#!/bin/bash\nprintf "%s|" "$@"; echo\n')
-    (tmp_path / "ray").chmod(0o755)
-    metadata.append(notice(0))  # its time is over: no seconds are left
+def test_a_notice_drains_the_ray_node_of_the_spot_instance(
+    notices: list[float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notices.append(0)  # its time is over: no seconds are left
     node = {"address": "10.0.0.1:6379", "node_id": "ab" * 28}
-    raylet = [sys.executable, "-c", "input()", f"--gcs-address={node['address']}", f"--node_id={node['node_id']}"]
-    with subprocess.Popen(raylet, stdin=subprocess.PIPE) as process:
-        script = [sys.executable, str(ROOT / SPOT_SCRIPT)]
-        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        done = subprocess.run(script, env=env, capture_output=True, text=True, check=True)
-        process.communicate(b"\n")
-    # This machine may have other raylets.
-    (called,) = [line.split("|")[:-1] for line in done.stdout.splitlines() if node["node_id"] in line]
-    assert called[0] == scripts.drain_node.name
-    params = scripts.drain_node.make_context("drain-node", called[1:]).params  # Ray's own parser takes all flags
+    raylet = ["raylet", f"--gcs-address={node['address']}", f"--node_id={node['node_id']}"]
+    processes = [Mock(info={"cmdline": command}) for command in (None, ["bash"], raylet)]
+    monkeypatch.setattr("psutil.process_iter", lambda attributes: processes)
+    called: list[list[str]] = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: called.append(command))
+    runpy.run_path(str(ROOT / SPOT_SCRIPT), run_name="__main__")
+    ((program, name, *flags),) = called
+    assert (program, name) == ("ray", scripts.drain_node.name)
+    params = scripts.drain_node.make_context("drain-node", flags).params  # Ray's own parser takes all flags
     expected = {**node, "reason": "DRAIN_NODE_REASON_PREEMPTION", "deadline_remaining_seconds": 0}
     assert params | expected == params
 
