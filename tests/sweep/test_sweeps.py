@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
 
-import mlflow
 import numpy as np
 import psutil
 import pytest
@@ -98,15 +97,26 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Mock:
     return train_and_test
 
 
+FOLLOWED = """
+from mnist_ray.trackers import Tracker
+from mnist_ray.training.events import TrialEnded
+
+class Followed(Tracker):
+    follows_trials = True
+
+    def log(self, event):
+        if isinstance(event, TrialEnded):
+            self.run.write_text(f"followed-{event.number}", repr((event.settings, event.state, event.has_failed)))
+"""
+
+
 @pytest.fixture(scope="module")
 def finished_sweep(ray_address: str, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four random trials of one worker and two epochs."""
     storage = tmp_path_factory.mktemp("sweeps")
     where = {"data_dir": str(data_dir), "storage_path": str(storage), "run_name": "four"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(storage)  # where MLflow puts files
-        mlflow.set_tracking_uri(f"sqlite:///{storage}/mlflow.db")
-        tune({**QUICK, **where, "num_trials": 4, "tracker": str(ROOT / "examples" / "mlflow_tracker.py")})
+    (storage / "followed.py").write_text(FOLLOWED)
+    tune({**QUICK, **where, "num_trials": 4, "tracker": str(storage / "followed.py")})
     return storage / "four"
 
 
@@ -127,18 +137,11 @@ def test_a_sweep_leaves_its_files(finished_sweep: Path) -> None:
     assert len(list(kept.iterdir())) == 1
 
 
-def test_mlflow_has_a_sweeps_trials_within_its_run(finished_sweep: Path) -> None:
-    mlflow.set_tracking_uri(f"sqlite:///{finished_sweep.parent}/mlflow.db")
-    runs = {run.info.run_name: run for run in mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")}
-    sweep, trials = runs.pop("four"), rows(finished_sweep)
-    assert set(runs) - {"default"} == {f"trial {row['trial']}" for row in trials}  # no default where it is the best
-    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {sweep.info.run_id}
-    assert {run.info.status for run in [sweep, *runs.values()]} == {"FINISHED"}
-    assert (sweep.data.params["num_trials"], sweep.data.params["num_epochs"]) == ("4", "2")
-    for row in trials:
-        trial = runs[f"trial {row['trial']}"].data
-        assert (trial.params["learning_rate"], trial.tags["state"]) == (row["learning_rate"], "done")
-        assert trial.metrics["val_accuracy"] == float(row["val_accuracy"])
+def test_trackers_that_follow_trials_get_each(finished_sweep: Path) -> None:
+    for row in rows(finished_sweep):
+        settings = {"batch_size": int(row["batch_size"]), "learning_rate": float(row["learning_rate"])}
+        followed = (finished_sweep / f"followed-{row['trial']}").read_text()
+        assert followed == repr(({**settings, "seed": 0}, "done", False))
 
 
 def test_a_resumed_sweep_that_has_chosen_only_finishes_the_trainings(
@@ -267,6 +270,7 @@ def test_a_trial_whose_process_dies_is_lost_and_a_resumed_sweep_tries_it_again(
     assert [row["state"] for row in rows(tmp_path / "runs" / "run")] == ["done"]
 
 
+@pytest.mark.processes
 def test_a_killed_sweep_resumes_without_repeating_finished_trials(
     trained: Mock, where: dict[str, Any], ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,13 +301,6 @@ def test_a_killed_sweep_resumes_without_repeating_finished_trials(
     after = rows(tmp_path / "run")
     assert after[: len(before)] == before
     assert (len(after), len(printed)) == (4, 4 - len(before))
-
-
-def test_optuna_proposes(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
-    tune({**where, "search_algorithm": "optuna", "num_trials": 3, "num_epochs": 1})
-    trials = rows(tmp_path / "run")
-    assert [row["state"] for row in trials] == ["done"] * 3
-    assert {row["batch_size"] for row in trials} <= {"32", "64"}
 
 
 def test_every_trial_failing_ends_the_job_with_the_first_reason(where: dict[str, Any]) -> None:
@@ -349,44 +346,6 @@ def test_a_time_budget_stops_trials(
     assert {row["state"] for row in trials} == {"stopped early"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
-        ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST with --sweep"),
-        ({"validation_size": 0}, "a sweep chooses by validation accuracy, but no examples are held out: leave"),
-        ({"overfit_batches": 2}, "leave --validation-size 0 and --overfit-batches out"),
-        ({"num_workers": 0}, "a sweep runs on Ray: leave --num-workers 0 out"),
-        (
-            {"sweep": ["lr_schedule=one-cycle,cosine", "warmup_steps=0,5"]},
-            "--warmup-steps: one-cycle has its own warm-up",
-        ),
-        ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not work with --compile"),
-        ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
-    ],
-)
-def test_a_wrong_setting_is_refused_before_anything_is_written(
-    settings: dict[str, Any], message: str, tmp_path: Path, ray_address: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        tune({**settings, "storage_path": str(tmp_path)})
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_sweep_whose_table_is_lost_says_what_to_do(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "lost")
-
-    def read() -> Job:
-        return read_sweep({"resume": True, "run_name": "lost", "storage_path": str(tmp_path)}).job
-
-    run.write_text("sweep.json", '{"num_epochs": 1}')
-    assert read().notes == ("run lost has no finished trial yet; starting from the beginning",)
-    run.write_text("best.json", "{}")
-    remedy = r"train the best with python jobs/train\.py --config .*/lost/best\.json$"
-    with pytest.raises(JobError, match=r"/lost has best\.json, but no sweep\.csv; " + remedy):
-        read()
-
-
 @dataclass(frozen=True)
 class Settings:
     noise: float = setting(1.0, "of the inputs", decides_data=True)
@@ -402,6 +361,57 @@ class Noisy(Regression):
 
     def create_model(self) -> nn.Module:
         return nn.Linear(2, 1)
+
+
+class Rigid(Noisy):
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), 0.01)
+
+
+MOMENTUM, RATE = "momentum=0.5,0.9", "learning_rate=0.1,0.2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
+        ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST with --sweep"),
+        ({"validation_size": 0}, "a sweep chooses by validation accuracy, but no examples are held out: leave"),
+        ({"overfit_batches": 2}, "leave --validation-size 0 and --overfit-batches out"),
+        ({"num_workers": 0}, "a sweep runs on Ray: leave --num-workers 0 out"),
+        (
+            {"sweep": ["lr_schedule=one-cycle,cosine", "warmup_steps=0,5"]},
+            "--warmup-steps: one-cycle has its own warm-up",
+        ),
+        ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not work with --compile"),
+        ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
+        ({"sweep": [MOMENTUM], "optimizer": "adam"}, "--momentum has no effect: no trial uses it; leave it out"),
+        ({"sweep": [RATE], "optimizer": "adam", "momentum": 0.5}, "--momentum has no effect"),
+        ({"sweep": ["num_chunks=4,8"]}, "--num-chunks has no effect"),
+        ({"sweep": [RATE], "workload": Rigid}, "^--sweep learning_rate has no effect: Rigid's loss, optimizer and "),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_written(
+    settings: dict[str, Any], message: str, tmp_path: Path, ray_address: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        tune({**settings, "storage_path": str(tmp_path)})
+    assert not any(tmp_path.iterdir())
+    read_sweep({"sweep": [MOMENTUM, "optimizer=adam,sgd"], "storage_path": str(tmp_path)})  # some trials use it
+
+
+def test_a_sweep_whose_table_is_lost_says_what_to_do(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "lost")
+
+    def read() -> Job:
+        return read_sweep({"resume": True, "run_name": "lost", "storage_path": str(tmp_path)}).job
+
+    run.write_text("sweep.json", '{"num_epochs": 1}')
+    assert read().notes == ("run lost has no finished trial yet; starting from the beginning",)
+    run.write_text("best.json", "{}")
+    remedy = r"train the best with python jobs/train\.py --config .*/lost/best\.json$"
+    with pytest.raises(JobError, match=r"/lost has best\.json, but no sweep\.csv; " + remedy):
+        read()
 
 
 def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_data_is_not_searched(
@@ -449,19 +459,6 @@ def test_few_examples_decide_little_even_if_all_are_right(
     said = capsys.readouterr().out
     assert "100.00% validation accuracy" in said
     assert "on 8 examples of validation, configurations that differ by less than 11% may be as good" in said
-
-
-class Rigid(Noisy):
-    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), 0.01)
-
-
-def test_a_search_of_what_a_workloads_own_optimizer_does_not_use_is_refused(tmp_path: Path, ray_address: str) -> None:
-    with pytest.raises(
-        UsageError, match=r"^--sweep learning_rate has no effect: Rigid's loss, optimizer and schedule "
-    ):
-        tune({"workload": Rigid, "storage_path": str(tmp_path), "sweep": ["learning_rate=0.1,0.2"]})
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

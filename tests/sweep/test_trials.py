@@ -56,20 +56,6 @@ def test_the_reports_of_a_trials_workers_come_from_its_own_thread(
     assert reported == [(threading.get_ident(), number) for number in range(3)]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sweep": ["momentum=0.5,0.9"]}, "--momentum has no effect: no trial uses it; leave it out"),
-        ({"sweep": ["learning_rate=0.1,0.2"], "momentum": 0.5}, "--momentum has no effect"),
-        ({"sweep": ["num_chunks=4,8"]}, "--num-chunks has no effect"),
-    ],
-)
-def test_what_no_trial_uses_is_not_searched(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=message):
-        read_sweep({**settings, "optimizer": "adam", "storage_path": str(tmp_path)})
-    read_sweep({"sweep": ["momentum=0.5,0.9", "optimizer=adam,sgd"], "storage_path": str(tmp_path)})
-
-
 def table_with(*records: TrialRecord, workload: Any = None) -> TrialTable:
     workload = workload or type(mnist())
     return TrialTable(workload, space_of(workload, {}), records)

@@ -2,7 +2,6 @@ import ast
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,19 @@ from PIL import Image
 from pyarrow import fs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist_ray.checkpoints import checkpoint
 from mnist_ray.config import OutputConfig, TrainConfig
-from mnist_ray.job.find import find
+from mnist_ray.parallel.group import Group
 from mnist_ray.report.plots import curves_of
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
 from mnist_ray.trackers import Ending, start
 from mnist_ray.trackers.start import Trackers
+from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.figures import LOSS
-from tests.conftest import ROOT, Digits, folder_at
+from tests.conftest import ROOT, Digits, folder_at, mnist
 
 EXAMPLES = ROOT / "examples"
 INTERRUPTED = Ending(None, {}, None)
@@ -42,7 +43,8 @@ def started(step: int = 0) -> Started:
 def progress(step: int, losses: list[float]) -> Progress:
     window, so_far = {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy": 0.75}
     parts = [[1.0, 0, 2.0, *[0.0] * (len(PARTS) - 3)], [0.0, 0, 5.0, *[0.0] * (len(PARTS) - 3)]]
-    return Progress(1, step, 4, losses, window, so_far, 16, 2.0, learning_rate=0.5 / step, total_step=step, parts=parts)
+    values: dict[str, Any] = {"learning_rate": 0.5 / step, "others": {"gradient_norm": 1.5}}
+    return Progress(1, step, 4, losses, window, so_far, 16, 2.0, total_step=step, parts=parts, **values)
 
 
 EPOCH: list[Event] = [
@@ -54,10 +56,10 @@ EPOCH: list[Event] = [
 ]
 
 
-def follow(run: RunFolder, events: list[Event], ending: Ending, tracker: Path | None = None) -> list[str]:
+def follow(run: RunFolder, events: list[Event], ending: Ending, *trackers_of_user: str | Path) -> list[str]:
     """Track a run to its end; return the warnings."""
     warnings: list[str] = []
-    config = OutputConfig(tracker=() if tracker is None else (str(tracker),))
+    config = OutputConfig(tracker=tuple(map(str, trackers_of_user)))
     trackers = start.start(run, Digits(), values_of(TrainConfig()), config, warnings.append)
     for event in events:
         trackers.log(event)
@@ -97,6 +99,7 @@ def test_tensorboard_has_every_step_every_epoch_and_the_pictures(run: RunFolder,
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
     assert points(reader, "step/train_accuracy") == [(2, 0.75), (4, 0.75)]
     assert points(reader, "step/learning_rate") == [(2, 0.25), (4, 0.125)]
+    assert points(reader, "step/gradient_norm") == [(2, 1.5), (4, 1.5)]
     assert points(reader, "time/data") == [(2, 0.125), (4, 0.125)]
     assert points(reader, "time/compute") == [(2, 0.875), (4, 0.875)]
     assert points(reader, "epoch/train_loss") == [(1, 0.5)]
@@ -116,12 +119,6 @@ def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_
     reader = read_events(tmp_path / "run")
     assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
-
-
-def test_tensorboard_has_each_figure_of_the_steps(run: RunFolder, tmp_path: Path) -> None:
-    events: list[Event] = [replace(progress(2, [4.0, 3.0]), others={"gradient_norm": 1.5})]
-    assert follow(run, events, INTERRUPTED) == []
-    assert points(read_events(tmp_path / "run"), "step/gradient_norm") == [(2, 1.5)]
 
 
 def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, write: Any, tmp_path: Path) -> None:
@@ -151,13 +148,15 @@ def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(tmp_path: 
 
 
 def test_mlflow_has_parameters_metrics_pictures_and_the_model(
-    run: RunFolder, finished_run: Path, mlflow_tracker: Path
+    run: RunFolder, tmp_path: Path, mlflow_tracker: Path
 ) -> None:
-    checkpoint = find(str(finished_run), "~/ray_results").checkpoint
+    saved = folder_at(tmp_path / "saved")
+    state = create_state(mnist(), TrainConfig(), 600, Group())
+    checkpoint.snapshot(state, {"workload": mnist().identity}).write(saved)
     assert follow(run, EPOCH[:3], INTERRUPTED, mlflow_tracker) == []
     (found,) = in_mlflow(run)
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")
-    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), mlflow_tracker) == []
+    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, saved), mlflow_tracker) == []
     (found,) = in_mlflow(run)
     assert found.info.status == "FINISHED"
     assert (found.data.params["batch_size"], found.data.params["lr_schedule"]) == ("32", "constant")
@@ -185,16 +184,22 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(run: RunFolder, mlf
     assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
 
 
-def test_mlflow_has_a_trial_once_that_a_resumed_sweep_reports_again(tmp_path: Path, mlflow_tracker: Path) -> None:
+def test_mlflow_has_the_runs_of_a_sweep_within_it_and_a_trial_once_that_a_resumed_sweep_reports_again(
+    tmp_path: Path, mlflow_tracker: Path
+) -> None:
     config, run = OutputConfig(tracker=(str(mlflow_tracker),)), locate(str(tmp_path), "sweep")
     for _ in range(2):
         trackers = start.start(run, Digits(), {"num_trials": 1}, config, pytest.fail, for_trials=True)
         trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, values={"val_loss": 0.5}))
         trackers.close(INTERRUPTED)
+    start.start(locate(run.path, "default"), Digits(), {}, config, pytest.fail).close(Ending(RESULT, {}, None))
     found = {run.info.run_name: run for run in in_mlflow(run)}
-    assert {name: run.info.status for name, run in found.items()} == {"sweep": "KILLED", "trial 1": "FAILED"}
-    assert found["trial 1"].data.params == {"batch_size": "64"}
-    assert found["trial 1"].data.metrics == {"val_loss": 0.5}
+    statuses = {name: run.info.status for name, run in found.items()}
+    assert statuses == {"sweep": "KILLED", "trial 1": "FAILED", "default": "FINISHED"}
+    sweep, trial = found.pop("sweep"), found["trial 1"].data
+    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {sweep.info.run_id}
+    assert (trial.params, trial.metrics) == ({"batch_size": "64"}, {"val_loss": 0.5})
+    assert trial.tags["state"] == "failed"
 
 
 def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on() -> None:
@@ -256,23 +261,15 @@ def test_a_tracker_that_does_not_follow_trials_is_left_alone_during_a_search(tmp
     assert not run.exists()
 
 
-def test_a_tracker_of_the_users_gets_all_figures(run: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "lines.py").write_text(OWN)
-    assert follow(run, EPOCH, Ending(RESULT, {}, None), tmp_path / "lines.py") == []
+def test_trackers_of_the_users_get_all_figures_each_with_its_arguments(run: RunFolder, tmp_path: Path) -> None:
+    file = tmp_path / "lines.py"
+    file.write_text(OWN)
+    assert follow(run, EPOCH, Ending(RESULT, {}, None), str(file), f"{file}(file='more.txt')") == []
+    assert run.read_text("more.txt") == run.read_text("lines.txt")
     got = ast.literal_eval(run.read_text("lines.txt") or "")
     assert got[:3] == [("step/train_loss", 4.0, 1), ("step/train_loss", 3.0, 2), ("step/train_accuracy", 0.75, 2)]
     assert ("epoch/val_loss", 0.25, 1) in got
     assert got[-4:] == ["final/test_loss", "final/test_accuracy", "final/examples_per_s", 32]
-
-
-def test_several_trackers_follow_a_run_each_with_its_arguments(run: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "of_lines.py").write_text(OWN)
-    config = OutputConfig(tracker=(f"{tmp_path}/of_lines.py", f"{tmp_path}/of_lines.py(file='more.txt')"))
-    warnings = list[str]()
-    trackers = start.start(run, Digits(), {"batch_size": 32}, config, warnings.append)
-    trackers.close(Ending(RESULT, {}, None))
-    assert warnings == []
-    assert run.read_text("more.txt") == run.read_text("lines.txt") != ""
 
 
 def test_weights_and_biases_has_the_run_offline(
