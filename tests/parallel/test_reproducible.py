@@ -26,8 +26,6 @@ from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
 
-CPU = torch.device("cpu")
-
 
 class Noisy(MNIST):
     """Has everything that could differ between ranks: dropout, augmentation, batch norm, a constant buffer."""

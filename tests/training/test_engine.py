@@ -30,7 +30,6 @@ from mnist_ray.workload import Regression
 from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
 
-CPU = torch.device("cpu")
 CONFIG = TrainConfig(
     precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, lr_schedule="one-cycle", validation_size=0
 )
