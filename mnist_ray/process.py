@@ -24,9 +24,8 @@ from mnist_ray.signals import take_signals
 T = TypeVar("T")
 
 _CGROUP = Path("/sys/fs/cgroup")
-_CHANGED = re.compile(
-    r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHON(BREAKPOINT|SAFEPATH)|GOMP_"
-)  # Ray keeps the token that it reads
+# Variables that a job changes. Ray keeps the token that it reads.
+_CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHON(BREAKPOINT|SAFEPATH)|GOMP_")
 _busy = threading.RLock()  # a workload may itself load a run
 filters = threading.Lock()  # for warning filters, which all threads share
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h

@@ -51,9 +51,7 @@ def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None
     _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
     if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local"):
         _protect_local(plain=plain)
-    if others_can_write(
-        Path.cwd()
-    ):  # programs that Python starts here, as `multiprocessing` does, import from elsewhere
+    if others_can_write(Path.cwd()):  # for programs that Python starts here, as `multiprocessing` does
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     spin_briefly_if_busy(num_threads)
 
