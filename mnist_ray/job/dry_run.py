@@ -312,27 +312,39 @@ def _check_losses(
 def _check_independence(
     workload: Workload, model: nn.Module, outputs: Any, targets: Any, fewer: MicroBatch, config: TrainConfig
 ) -> None:
-    """Raise UsageError if an example's loss changes when others leave the batch, unless it changes on every call.
+    """Raise UsageError if an example's loss or measure changes when others leave the batch.
 
-    ``outputs`` and ``targets`` are those of the whole batch. The model must be in evaluation mode.
+    What changes on every call passes. ``outputs`` and ``targets`` are those of the whole batch. The model must be in
+    evaluation mode.
     """
-    are_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-5)
+    are_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-5, equal_nan=True)
+    name = type(workload).__name__
 
-    def losses(outputs: Any, targets: Any) -> Tensor:
+    def values(outputs: Any, targets: Any) -> dict[str, Tensor]:
         reported = workload.loss(outputs, targets)
         minimized = None if open_step.augments(workload) else workload.training_loss(outputs, targets, config)
-        return torch.stack([reported, reported if minimized is None else minimized], 1)
+        losses = torch.stack([reported, reported if minimized is None else minimized], 1)
+        measured = workload.measure(detached(outputs), targets)
+        return {"loss": losses, **{key: each.double() for key, each in measured.items()}}
 
-    def alone() -> Tensor:
-        return losses(*forward(workload, model, fewer))
+    def alone() -> dict[str, Tensor]:
+        return values(*forward(workload, model, fewer))
 
     with placed(workload, f"an evaluation of {count(fewer.global_size, 'example')}"), torch.no_grad():
-        first, among = alone(), losses(outputs, targets)[: fewer.global_size]
-        if not are_close(first, among) and are_close(first, alone()):
-            raise UsageError(
-                f"{type(workload).__name__}: an example's loss changes if other examples leave the batch, so it "
-                "depends on the number of workers; mask the padding, or set compares_examples = True if intended"
-            )
+        first, among = alone(), values(outputs, targets)
+        changed = [key for key, own in first.items() if not are_close(own, among[key][: fewer.global_size])]
+        again = alone() if changed else first
+        changed = [key for key in changed if are_close(first[key], again[key])]
+    if "loss" in changed:
+        raise UsageError(
+            f"{name}: an example's loss changes if other examples leave the batch, so it depends on the number of "
+            "workers; mask the padding, or set compares_examples = True if intended"
+        )
+    if changed:
+        raise UsageError(
+            f"{name}.measure: {changed[0]} of an example changes if other examples leave the batch, so its mean over "
+            "batches is not that over all examples; compute it in summarize_predictions"
+        )
 
 
 def _check_rows(name: str, outputs: Any, number: int, of_fewer: Any, fewer: int) -> None:

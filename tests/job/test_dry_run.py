@@ -399,6 +399,12 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             "mask the padding, or set compares_examples = True if intended",
         ),
         (
+            "def measure(self, outputs, targets):\n"
+            "        return {'accuracy': (targets / 9).mean().expand(len(targets))}",
+            ".measure: accuracy of an example changes if other examples leave the batch, so its mean over batches is "
+            "not that over all examples; compute it in summarize_predictions",
+        ),
+        (
             "def create_optimizer(self, model, config): return [torch.optim.SGD(model.parameters())] * 2",
             ".create_optimizer must return a torch.optim.Optimizer, or a dict of them by name, not list",
         ),
