@@ -41,7 +41,7 @@ from mnist_ray.predictions.predictor import Predictor
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.signals import if_ended
-from mnist_ray.storage import RunFolder, in_one_line, locate
+from mnist_ray.storage import RunFolder, in_one_line, is_foreign, locate
 from mnist_ray.text import clock_time, count
 from mnist_ray.workload.base import Workload
 from ray_fork.starting import Forking
@@ -74,7 +74,7 @@ def predict_at_scale(
             console.say("note", note)
         console.say("checkpoint", found.checkpoint.path)
         inputs = _begun(folder, asked, inputs, console)
-        done = _done_parts(folder)
+        done = _done_parts(folder, inputs)
         parts = {part: files for part, files in inputs.parts.items() if part not in done}
         left = dataclasses.replace(inputs, parts=parts)
         names = ", ".join(inputs.columns)
@@ -121,10 +121,15 @@ def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs, console:
 
 
 def _known_job(folder: RunFolder) -> dict[str, Any] | None:
-    """Return what a begun folder has written down; None for a new one. Raises JobError if somebody has changed it."""
+    """Return what a begun folder has written down; None for a new one.
+
+    Raises UsageError if another user has begun it, and JobError if somebody has changed it.
+    """
     known = folder.read_json(_JOB_FILE)
     if known is None:
         return None
+    if isinstance(folder.filesystem, fs.LocalFileSystem) and is_foreign(posixpath.join(folder.path, _JOB_FILE)):
+        raise UsageError(f"--output {folder.uri} was begun by another user; choose another folder")
     try:
         paths = [path for part, files in known["parts"].items() for path in (part, *files)]
         if not isinstance(known["asked"], dict) or any(
@@ -136,8 +141,8 @@ def _known_job(folder: RunFolder) -> dict[str, Any] | None:
     return known
 
 
-def _done_parts(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """Return what is known of the parts that are done."""
+def _done_parts(folder: RunFolder, inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """Return what is known of the parts that are done: those whose predictions can be read and have all rows."""
     done = folder.inside(_DONE)
     with in_one_line(f"cannot read {done.uri}"), ThreadPoolExecutor(_NUM_THREADS) as threads:
         infos = done.filesystem.get_file_info(fs.FileSelector(done.path, allow_not_found=True, recursive=True))
@@ -146,7 +151,17 @@ def _done_parts(folder: RunFolder) -> dict[str, dict[str, Any]]:
     for part, known in parts.items():
         if not {*_NUMBERS, "counts"} <= known.keys():
             raise done.damaged(f"{part}.json", "numbers are missing")
-    return parts
+    with in_one_line(f"cannot read {folder.uri}"), ThreadPoolExecutor(_NUM_THREADS) as threads:
+        are_whole = [*threads.map(functools.partial(_is_whole, folder, inputs), parts, parts.values())]
+    return {part: known for (part, known), is_whole in zip(parts.items(), are_whole, strict=True) if is_whole}
+
+
+def _is_whole(folder: RunFolder, inputs: Inputs, part: str, known: Mapping[str, Any]) -> bool:
+    try:
+        num_rows = inputs.num_predicted(folder, part)
+    except DamagedTableError:  # such as a missing file; a part without rows may have none
+        num_rows = 0
+    return part in inputs.parts and num_rows == known["rows"]
 
 
 def _predicted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import posixpath
@@ -22,6 +23,7 @@ from mnist_ray.data.files import files_at, folder_of
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.predictions.outputs import LinesFile, ParquetFile
 from mnist_ray.predictions.predictor import PICTURES, Kind, Predictor, kind_of
+from mnist_ray.storage import RunFolder
 from mnist_ray.text import size_of
 from mnist_ray.workload.base import Workload
 
@@ -100,10 +102,24 @@ class Inputs:
                             return row
         raise UsageError(f"the {self.kind} files in {self.folder} have no rows that can be read")
 
+    def num_predicted(self, folder: RunFolder, part: str) -> int:
+        """Return how many rows a part's predictions have. Raises DamagedTableError, and STORAGE_ERRORS."""
+        kind = self.kind if self.kind in _TABLES else "Parquet"
+        written = dataclasses.replace(self, filesystem=folder.filesystem, folder=folder.path, kind=kind, columns=())
+        if kind != "Parquet":
+            return sum(map(len, written._undamaged(part)))
+        with written._damage_named(part), folder.filesystem.open_input_file(posixpath.join(folder.path, part)) as file:
+            return int(pq.read_metadata(file).num_rows)
+
     def _undamaged(self, part: str) -> Iterator[Any]:
         """Yield a table's rows, some at a time. Raises DamagedTableError, and STORAGE_ERRORS if the storage fails."""
-        try:
+        with self._damage_named(part):
             yield from self._tables(part) if self.kind == "Parquet" else _some(self._rows(part))
+
+    @contextlib.contextmanager
+    def _damage_named(self, part: str) -> Iterator[None]:
+        try:
+            yield
         except (*_DAMAGE, OSError) as error:
             if not isinstance(error, _DAMAGE):
                 self._read_through(part)  # Arrow's decompression raises such an error, too

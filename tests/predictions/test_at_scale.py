@@ -4,6 +4,7 @@ import csv
 import functools
 import gzip
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -113,10 +114,15 @@ def test_a_folder_is_predicted_on_ray_with_the_bits_of_single_files_and_goes_on_
     (output / "_done" / "part-00001.parquet.json").unlink()  # as if it had been killed
     (output / "_temporary").mkdir()
     (output / "_temporary" / "half").touch()
+    cut_off = output / "part-00002.parquet"
+    cut_off.write_bytes(cut_off.read_bytes()[:-9])
     scale(finished_run, scans, output)
-    assert "pictures in 3 parts, 2 already predicted\n" in capsys.readouterr().out
+    assert "pictures in 3 parts, 1 already predicted\n" in capsys.readouterr().out
     after = {file: file.stat().st_mtime_ns for file in output.glob("*.parquet")}
-    assert [file.name for file in before if before[file] != after[file]] == ["part-00001.parquet"]
+    assert sorted(file.name for file in before if before[file] != after[file]) == [
+        "part-00001.parquet",
+        "part-00002.parquet",
+    ]
     pd.testing.assert_frame_equal(pd.read_parquet(output).sort_values("file"), rows)
     assert not (output / "_temporary").exists()
 
@@ -133,6 +139,24 @@ def test_a_folder_is_predicted_on_ray_with_the_bits_of_single_files_and_goes_on_
     job.write_text(job.read_text().replace("part-00000", "../../part-00000"))
     with pytest.raises(JobError, match=r"_job\.json is damaged: its parts lead out of the folders"):
         scale(finished_run, scans, output)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_folder_that_another_user_has_begun_is_rejected(finished_run: Path, scans: Path, tmp_path: Path) -> None:
+    output = tmp_path / "digits"
+    (output / "_done").mkdir(parents=True)
+    (output / "_job.json").write_text('{"parts": {}}')
+    os.chown(output / "_job.json", 12345, 12345)
+    with pytest.raises(UsageError, match=f"^--output {output} was begun by another user; choose another folder$"):
+        scale(finished_run, scans, output)
+
+
+@pytest.mark.parametrize(("kind", "text"), {"jsonl": '{"x": [1, 2]}\n' * 300, "csv": "x,y\n" + "1,2\n" * 300}.items())
+def test_the_predictions_of_a_finished_part_are_counted(kind: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.{kind}").write_text(text)
+    found = find_inputs(str(tmp_path / f"a.{kind}"), Sums(), ("x", "y") if kind == "csv" else ("x",))
+    predicted(Sums(), tmp_path / f"a.{kind}", tmp_path / "out", found.columns)
+    assert found.num_predicted(locate(str(tmp_path / "out"), ""), f"a.{kind}") == 300
 
 
 def test_an_error_in_an_actor_is_one_line_and_a_killed_actor_is_replaced(
