@@ -37,6 +37,15 @@ def test_shards_partition_every_epoch_into_the_same_global_batches(
                 np.testing.assert_array_equal(batch, expected)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_micro_batch_is_larger_than_its_limit_and_all_ranks_have_as_many(world_size: int) -> None:
+    of_ranks = [
+        [*ShardedBatchSampler(20, 20, 0, 0, rank, world_size, micro_batch_size=3)] for rank in range(world_size)
+    ]
+    assert max(len(request.indices) for requests in of_ranks for request in requests) == 3
+    assert len({len(requests) for requests in of_ranks}) == 1
+
+
 def test_each_epoch_and_seed_has_another_order() -> None:
     orders = [
         next(iter(ShardedBatchSampler(500, 500, seed=seed, pass_number=epoch)))[0].tolist()

@@ -32,6 +32,7 @@ from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training import engine
 from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Workload
 from tests.conftest import folder_at
@@ -208,6 +209,7 @@ def train_cases(rank: int, folder: Path) -> None:
             check_scale(group)
             check_plain_state(group)
             check_later_freeze(group)
+            check_divergence(group)
         dist.destroy_process_group()
 
 
@@ -273,6 +275,21 @@ def check_later_freeze(group: Group) -> None:
     hooks = Hooks(on_step=lambda state: next(state.model.parameters()).requires_grad_(False))
     with pytest.raises(TrainingStoppedError, match=r"^--strategy fsdp: a callback has changed .* in on_start$"):
         engine.train(Words(), state, Split(few_words()), CONFIG, group, [hooks])
+
+
+def check_divergence(group: Group) -> None:
+    """A weight that is not finite, in the rows of one rank, ends the training of all before a checkpoint is saved."""
+
+    def spoil(state: TrainingState, progress: Progress) -> None:
+        if group.rank == 1:
+            rows_here(next(state.model.parameters()).detach())[:] = math.nan
+
+    saved: list[int] = []
+    hooks = Hooks(on_epoch=spoil, on_checkpoint=lambda state, progress: saved.append(state.step))
+    state = engine.create_state(Words(), CONFIG, 141, group)
+    with pytest.raises(TrainingDivergedError):
+        engine.train(Words(), state, Split(few_words()), CONFIG, group, [hooks])
+    assert saved == []
 
 
 def check_plain_state(group: Group) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.mnist import MNIST
@@ -24,8 +26,10 @@ from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
+from mnist_ray.training.gradients import backward
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
+from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload import Regression
 from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
@@ -111,6 +115,34 @@ def train_cases(group: Group, images: Arrays, folder: Path) -> None:
         if group.rank == 0:
             weights = {name: value.contiguous() for name, value in state.result.state_dict().items()}
             save_file(weights, folder / f"{optimizer}-{case}-{group.world_size}")
+    check_buffers(group, Split(images))
+    check_clocks(group)
+
+
+def check_buffers(group: Group, split: Split) -> None:
+    """All ranks evaluate with rank 0's running statistics."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(784)
+    model = nn.Sequential(nn.Flatten(), norm, nn.Linear(784, 10))
+    expected = evaluate(mnist(), model, split, CONFIG, batch_size=100)
+    norm.get_buffer("running_mean").add_(group.rank)
+    assert evaluate_together(mnist(), model, split, CONFIG, group, batch_size=100).batch_sums == expected.batch_sums
+
+
+def check_clocks(group: Group) -> None:
+    """All ranks close the next window at the same step, although one rank's clock is slow."""
+    state = engine.create_state(mnist(), CONFIG, 600, Group())
+    sums, now = {"loss": torch.ones(1)[0], "accuracy": torch.zeros(1)[0]}, [0.0]
+    with mock.patch("mnist_ray.training.window.time", mock.Mock(perf_counter=lambda: now[0])):
+        window = LoggingWindow(mnist(), group)
+        window.add(sums, 20, {})
+        now[0] = 0.1 / (1 + group.rank)
+        window.close(state, stop_wanted=False, save_wanted=False)
+    number = 0
+    while not window.is_full(steps_left=1000):
+        window.add(sums, 20, {})
+        number += 1
+    assert number == 5, "half a second by rank 0's clock"
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +233,29 @@ def test_the_ema_is_that_of_torch_and_whole_numbers_are_copied(
     found = state.result.state_dict()
     assert all(torch.equal(found[f"layers.{name}"], value) for name, value in expected.items())
     assert found["count"] == state.step + 600 // 20
+
+
+def test_the_random_numbers_of_each_step_are_others_and_depend_on_the_seed(few_images: Arrays) -> None:
+    class Drawing(MNIST):
+        def prepare(self, inputs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+            drawn.append(torch.rand(1, generator=generator).item())
+            return super().prepare(inputs, generator)
+
+    drawn, workload, config = list[float](), Drawing(metadata=mnist().metadata), replace(CONFIG, num_epochs=2)
+    for seed in (0, 1, 0):
+        state = engine.create_state(workload, config, len(few_images), Group())
+        engine.train(workload, state, Split(few_images), replace(config, seed=seed), Group())
+    assert drawn[:60] == drawn[120:]
+    assert len(set(drawn)) == 120
+
+
+def test_a_filler_adds_neither_to_gradients_nor_to_sums(few_images: Arrays) -> None:
+    model, image = engine.create_state(mnist(), CONFIG, 1, Group()).model, torch.tensor(few_images.inputs[:1])
+    filler = MicroBatch(image, torch.tensor(few_images.targets[:1]), 1, global_size=20, is_filler=True)
+    sums = backward(mnist(), model, filler, CONFIG, factor=0.05)
+    assert {*sums} >= {"loss", "accuracy"}
+    assert not any(sums.values())
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

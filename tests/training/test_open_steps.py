@@ -70,7 +70,10 @@ class ByLBFGS(Numbers):
 
 
 class SAM(torch.optim.SGD):
-    """Sharpness-aware minimization (https://arxiv.org/abs/2010.01412): the gradient is that of a worse place nearby."""
+    """Sharpness-aware minimization (https://arxiv.org/abs/2010.01412): the gradient is that of a worse place nearby.
+
+    Here the place is nearer if the loss is small, so all ranks must know the same loss.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
@@ -78,7 +81,7 @@ class SAM(torch.optim.SGD):
         with torch.enable_grad():
             loss = closure()
         norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
-        moves = [0.05 * parameter.grad / (norm + 1e-12) for parameter in parameters]
+        moves = [0.05 * loss.clamp(max=1) * parameter.grad / (norm + 1e-12) for parameter in parameters]
         torch._foreach_add_(parameters, moves)
         with torch.enable_grad():
             closure()
@@ -192,9 +195,11 @@ class Rivals(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.maker, self.judge = nn.Linear(6, 1), nn.Linear(7, 1)
+        self.register_buffer("shift", torch.zeros(1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.maker(inputs)
+        made: Tensor = self.maker(inputs) + self.shift
+        return made
 
 
 class OfRivals(Numbers):
@@ -223,6 +228,7 @@ class UnseededRivals(OfRivals):
         model = Rivals()
         if dist.is_initialized() and dist.get_rank():  # as if drawn with NumPy, whose seed the ranks do not share
             nn.init.zeros_(model.maker.weight)
+            model.get_buffer("shift").fill_(1)
         return model
 
 
