@@ -31,9 +31,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import small
+import versions
 from before import ROOT, checked_out, this_version
 from faults import FAULTS, Fault, faulty_copy
-from setups import SETUPS, SMALL, Setup, write_inputs
+from setups import SETUPS, Setup, write_inputs
 from versions import Lines, Seen, Version
 
 
@@ -62,7 +64,8 @@ def cached(see: Callable[[str, Setup], Seen], name: str, setup: Setup, commit: s
     """Return what a commit does in a set-up: from an earlier call with this folder, if there was one."""
     if folder is None:
         return see(name, setup)
-    key = hashlib.sha256(f"{commit} {name} {setup} {SMALL.read_text()}".encode()).hexdigest()
+    code = "".join(Path(module.__file__).read_text() for module in (small, versions))
+    key = hashlib.sha256(f"{commit} {name} {setup} {code}".encode()).hexdigest()
     file = folder / f"{key[:16]}.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

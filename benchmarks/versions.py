@@ -23,8 +23,9 @@ from setups import Setup
 TABLES = ("metrics.csv", "sweep.csv")
 NOT_COMPARED = re.compile(
     r"_s$|^(format_version|formats|seconds|num_workers|workers|is_resumed|command_line|git_commit|versions)$"
+    r"|^calibration_error$"  # which 3b8acb0 has
 )
-"""Columns of tables, and keys of result.json: times, and what describes a version or a machine."""
+"""Columns of tables, and keys of result.json: times, what describes a version or a machine, and what was removed."""
 MASKS = {
     r"^seconds .*": "seconds",
     r"^time .*": "time",
@@ -79,7 +80,7 @@ class Version:
                 raise RuntimeError(f"{' '.join(words)} exited with {job.returncode}: {lines[-8:]}")
             if setup.has_console:
                 command = f"{words[0]} ({number + 1})"
-                seen.consoles[command] = sorted(masked(line, storage) for line in lines if not is_progress(line))
+                seen.consoles[command] = sorted(self._masked(line, storage) for line in lines if not is_progress(line))
         if any(":Dies" in word for words in setup.commands for word in words) and not (storage / small.DEAD).exists():
             raise RuntimeError(f"{name}: no worker was killed")
         seen.facts = {name: lines for name, lines in facts_in(storage) if lines}
@@ -87,6 +88,13 @@ class Version:
             keys = {*seen.keys.get(file.name, ()), *keys_of(json.loads(file.read_text()))}
             seen.keys[file.name] = sorted(keys)
         return seen
+
+    def _masked(self, line: str, storage: Path) -> str:
+        """Mask everything in a line that differs from run to run: times, rates, folders."""
+        line = line.rstrip().replace(str(storage), "STORAGE").replace(str(self._inputs), "INPUTS")
+        for pattern, name in MASKS.items():
+            line = re.sub(pattern, name, line)
+        return line
 
     def _start(self, setup: Setup, words: Sequence[str], storage: Path, output: Path) -> subprocess.Popen[bytes]:
         command, *flags = (word.format(inputs=self._inputs, storage=storage) for word in words)
@@ -149,14 +157,6 @@ def figures_of(values: dict[str, object]) -> Iterator[str]:
 def is_progress(line: str) -> bool:
     """Return whether a line reports progress; these come by the clock."""
     return line.rstrip().endswith(" left")
-
-
-def masked(line: str, storage: Path) -> str:
-    """Mask everything in a line that differs from run to run: times, rates, folders."""
-    line = line.rstrip().replace(str(storage), "STORAGE")
-    for pattern, name in MASKS.items():
-        line = re.sub(pattern, name, line)
-    return line
 
 
 def keys_of(value: object, outer: str = "") -> Iterator[str]:
