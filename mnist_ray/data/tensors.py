@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,6 +41,17 @@ def as_fp32(outputs: Any) -> Any:
 def detached(outputs: Any) -> Any:
     """Return a model's outputs without their autograd graph, which would occupy memory."""
     return map_tensors(Tensor.detach, outputs)
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undo the block's changes of a model's buffers, such as the running statistics of batch normalization."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:  # a pass that recomputes activations ends with an exception as soon as it has all
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def autocast(model: nn.Module, precision: Precision) -> AbstractContextManager[object]:

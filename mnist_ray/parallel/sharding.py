@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.tensors import is_sharded
+from mnist_ray.data.tensors import buffers_kept, is_sharded
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.parallel.group import Group
 from mnist_ray.workload.base import Workload
@@ -83,9 +83,11 @@ def _shard(model: nn.Module, units: Iterable[nn.Module], group: Group) -> None:
 def resharded(model: nn.Module) -> Iterator[bool]:
     """At the end, free the weights gathered by forward passes without backward; yield whether the model has units."""
     has_units = any(is_sharded(parameter) for parameter in model.parameters())
-    yield has_units
-    if has_units:
-        model.reshard()  # type: ignore[operator]
+    try:
+        yield has_units
+    finally:
+        if has_units:
+            model.reshard()  # type: ignore[operator]
 
 
 def _recompute(units: Iterable[nn.Module]) -> None:
@@ -97,17 +99,7 @@ def _recompute(units: Iterable[nn.Module]) -> None:
 
 def _recomputing(unit: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return contexts for a unit's first forward pass, and for the second, which must not update running statistics."""
-    return contextlib.nullcontext(), _with_buffers_kept(unit)
-
-
-@contextlib.contextmanager
-def _with_buffers_kept(unit: nn.Module) -> Iterator[None]:
-    before = [buffer.clone() for buffer in unit.buffers()]
-    try:
-        yield
-    finally:  # a second pass ends with an exception as soon as it has all activations
-        for buffer, value in zip(unit.buffers(), before, strict=True):
-            buffer.copy_(value)
+    return contextlib.nullcontext(), buffers_kept(unit)
 
 
 def on_meta(workload: Workload) -> tuple[nn.Module | None, str]:
@@ -163,9 +155,11 @@ def units_checked(workload: Workload, model: nn.Module, config: TrainConfig, num
     units, calls = units_of(workload, model), Counter[nn.Module]()
     shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
     hooks = [unit.register_forward_pre_hook(lambda unit, _: calls.update([unit])) for unit in units]
-    yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
     paths = {module: path for path, module in model.named_modules()}
     for unit in units:
         if calls[unit] != 1:

@@ -61,19 +61,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, without gradients; restore its mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    with torch.no_grad():  # in inference mode, a model could not train with the tensors that it caches
-        yield
-    model.train(modes[model])  # calls the modules' own train(), if they have any
-    for module, is_training in modes.items():
-        module.training = is_training  # a callback may keep layers in evaluation mode
+    try:
+        with torch.no_grad():  # in inference mode, a model could not train with the tensors that it caches
+            yield
+    finally:
+        model.train(modes[model])  # calls the modules' own train(), if they have any
+        for module, is_training in modes.items():
+            module.training = is_training  # a callback may keep layers in evaluation mode
 
 
 @contextlib.contextmanager
 def _not_compiled(model: nn.Module) -> Iterator[None]:
     """Run a model without ``--compile``: it would be compiled for the shape of each batch."""
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
-    yield
-    model._compiled_call_impl = compiled
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch, seed_generators
-from mnist_ray.data.tensors import rows_here
+from mnist_ray.data.tensors import buffers_kept, rows_here
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
@@ -173,7 +173,7 @@ class Gradients:
     def _backward(self, micro_batch: MicroBatch, factor: float) -> dict[str, Tensor]:
         scaler, group = self._state.scaler, self._group
         try:
-            with _kept_buffers(self._model) if micro_batch.is_filler else contextlib.nullcontext():
+            with buffers_kept(self._model) if micro_batch.is_filler else contextlib.nullcontext():
                 return backward(
                     self._workload,
                     self._model,
@@ -191,15 +191,6 @@ class Gradients:
             name = type(self._workload).__name__
             found = f"{name}: some parameters had no gradient in the last step"
             raise TrainingStoppedError(f"{found}; set has_unused_parameters = True if that is intended") from error
-
-
-@contextlib.contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Undo the block's changes of a model's buffers, such as the running statistics of batch normalization."""
-    before = [buffer.clone() for buffer in model.buffers()]
-    yield
-    for buffer, value in zip(model.buffers(), before, strict=True):
-        buffer.copy_(value)
 
 
 @functools.lru_cache

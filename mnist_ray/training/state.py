@@ -23,7 +23,7 @@ class StopWantedError(Exception):
 
 @dataclass
 class TrainingState:
-    """What training changes. A checkpoint holds it, down to ``ends``. The rest follows from settings, or measures.
+    """What training changes. A checkpoint holds it, down to ``read_to``. The rest follows from settings, or measures.
 
     No generator's state is held: random numbers are seeded anew at each step.
     """

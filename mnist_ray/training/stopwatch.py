@@ -62,8 +62,10 @@ class Stopwatch:
         """Count the time of a block as ``part``, then return to the previous part."""
         before = self.part
         self.turn(part)
-        yield
-        self.turn(before)
+        try:
+            yield
+        finally:
+            self.turn(before)
 
     def end_start(self) -> None:
         """The first time, count everything before the current part as START."""

@@ -1,3 +1,4 @@
+import contextlib
 from collections.abc import Mapping
 from unittest.mock import Mock
 
@@ -10,8 +11,11 @@ from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.tensors import buffers_kept
 from mnist_ray.mnist import MNIST
+from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
+from mnist_ray.training import evaluation
 from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload import Regression
@@ -107,3 +111,36 @@ def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be
     assert [name for name, module in model.named_modules() if not module.training] == ["conv1"]
     assert switched == [False, True] * 2  # first, to see how large the outputs are
     assert not kept[0].is_inference()
+
+
+@pytest.mark.parametrize("call", ["evaluate", "batch_size_of"])
+def test_a_model_that_fails_in_an_evaluation_is_left_as_it_was(call: str, few_images: Arrays) -> None:
+    class Failing(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise ValueError
+
+    model = Failing(784, 10)
+    model._compiled_call_impl = compiled = Failing.forward.__get__(model)
+    with pytest.raises(ValueError, match=r"^$"):
+        getattr(evaluation, call)(mnist(), model, Split(few_images), TrainConfig())
+    assert model.training
+    assert model._compiled_call_impl == compiled
+
+
+def test_a_block_that_fails_leaves_buffers_hooks_and_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reshard = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)), Mock()
+    monkeypatch.setattr(model, "reshard", reshard, raising=False)
+    monkeypatch.setattr(sharding, "is_sharded", lambda tensor: True)
+    monkeypatch.setattr(MNIST, "shard_units", lambda workload, model: [model[1]])
+    config = TrainConfig(strategy="fsdp")
+    with (
+        contextlib.suppress(ValueError),
+        sharding.units_checked(mnist(), model, config, 2),
+        sharding.resharded(model),
+        buffers_kept(model),
+    ):
+        model(torch.ones(3, 2))
+        raise ValueError
+    assert not model[1]._forward_pre_hooks
+    assert reshard.called
+    assert model.get_buffer("0.num_batches_tracked") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -64,8 +65,11 @@ def test_a_block_goes_back_to_the_part_before() -> None:
     watch.turn(COMPUTE)
     with watch.on(CALLBACKS):
         watch.time += 1
+    with contextlib.suppress(ValueError), watch.on(CALLBACKS):
+        watch.time += 1
+        raise ValueError
     watch.go(2, DATA)
-    assert seconds_of(watch) == {CALLBACKS: 1, COMPUTE: 2}
+    assert seconds_of(watch) == {CALLBACKS: 2, COMPUTE: 2}
 
 
 def test_a_part_may_have_begun_before() -> None:
