@@ -409,7 +409,7 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict
             float(value)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{name}: metric {key} is {value!r:.40}, not a number") from error
-    names = [metric.name for metric in workload.metrics]
+    names = [metric.name for metric in workload.all_metrics[1:]]  # without the loss
     if sorted([*summary, *of_all]) != sorted(names):
         methods = f"{name}.summarize" + (f" and {name}.summarize_predictions return" if of_all else " returns")
         named = f"{name}.metrics names {', '.join(names) or 'none'}"

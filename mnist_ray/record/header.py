@@ -32,7 +32,8 @@ def say_run(console: RunConsole, job: Job, data: Splits) -> None:
         steps += f", {count(config.num_steps, 'step')} in all"
     has_own = type(job.workload).create_scheduler is not Workload.create_scheduler
     rate = f"{'own schedule,' if has_own else config.lr_schedule} learning rate {config.learning_rate:g}"
-    console.say("training", f"{steps}, batch size {config.batch_size}, {rate}, precision {config.precision}")
+    best = f", best by {job.workload.monitor.name}" if len(data.validation) else ""
+    console.say("training", f"{steps}, batch size {config.batch_size}, {rate}, precision {config.precision}{best}")
     printed = {"num_epochs", "num_steps", "validate_every", "batch_size", "lr_schedule", "learning_rate", "precision"}
     defaults = {name: value for name, value in job.workload.defaults.items() if name not in printed}
     changed = {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}

@@ -168,7 +168,7 @@ class RunConsole:
     def _progress(self, event: Progress) -> None:
         self._last_progress = event
         self._num_skipped += sum(map(math.isnan, event.losses))
-        known = [metric for metric in self._workload.metrics if metric.name in event.window]
+        known = [metric for metric in self._workload.all_metrics[1:] if metric.name in event.window]
         metrics = "".join(f"  {metric.name} {metric.format(event.window[metric.name], 1)}" for metric in known)
         steps_left = (self._num_epochs - event.epoch + 1) * event.epoch_steps - event.step
         line = (

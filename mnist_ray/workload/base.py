@@ -66,7 +66,10 @@ class Workload(UserClass):
 
     Settings: ClassVar[type] = NoSettings  # a frozen dataclass; its fields become flags
     metrics: ClassVar[tuple[Metric, ...]] = ()
-    """Measures reported with the loss. The first one selects the best checkpoint; without metrics, the loss does."""
+    """Measures reported with the loss. The first one selects the best checkpoint; without metrics, the loss does.
+
+    To let the loss select it, name ``Metric("loss", "min")`` first; no method has to return it.
+    """
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of settings, for ``--recipe``. ``default`` always applies; the chosen recipe overrides ``default``."""
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
@@ -283,8 +286,8 @@ class Workload(UserClass):
 
     @property
     def all_metrics(self) -> tuple[Metric, ...]:
-        """The loss, then the metrics."""
-        return (LOSS, *self.metrics)
+        """The loss, then the other metrics."""
+        return (LOSS, *(metric for metric in self.metrics if metric != LOSS))
 
     @property
     def all_figures(self) -> tuple[Figure, ...]:

@@ -14,6 +14,7 @@ from mnist_ray.errors import UsageError, with_place
 from mnist_ray.settings import build, check_known, declared, flag, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import LOSS
 from mnist_ray.workload.user_code import SourceCode
 
 DEFAULT = "mnist_ray.mnist"
@@ -70,6 +71,8 @@ def _check_class(workload_class: type[Workload]) -> None:
         for metric in workload_class.metrics:
             if metric.mode not in ("max", "min"):
                 raise UsageError(f"{metric.name} has the mode {metric.mode!r}; it must be max or min")
+            if metric.name == LOSS.name and metric != LOSS:
+                raise UsageError('the loss is named as Metric("loss", "min")')
             if metric.name in ("score", "s"):
                 raise UsageError(f"{metric.name} has another meaning in checkpoints; choose another name")
     if not dataclasses.is_dataclass(settings):

@@ -26,8 +26,9 @@ from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
 from mnist_ray.storage import RunFolder, position_of
+from mnist_ray.training.metrics import score
 from mnist_ray.training.state import TrainingState
-from mnist_ray.workload import Arrays, Blocks, Classification, Data
+from mnist_ray.workload import ACCURACY, Arrays, Blocks, Classification, Data, Metric
 from tests.conftest import (
     CELL,
     QUICK,
@@ -313,3 +314,17 @@ class Signs"""
 def test_an_exception_of_the_users_code_is_raised_unchanged(tmp_path: Path) -> None:
     done = run_text(CELL.replace("class Signs", LATE).replace("nn.Linear(2, 2)", "Late(2, 2)"), tmp_path)
     assert done.stderr.splitlines()[-1] == "AssertionError: too late"
+
+
+@pytest.mark.parametrize("chooses", ["loss", "accuracy"])
+def test_the_header_names_the_first_metric_which_may_be_the_loss_and_it_chooses_the_checkpoint(
+    chooses: str, here: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Chosen(MNIST):
+        metrics = (Metric("loss", "min"), ACCURACY) if chooses == "loss" else (ACCURACY,)
+
+    low_loss, high_accuracy = {"loss": 0.1, "accuracy": 0.8}, {"loss": 0.2, "accuracy": 0.9}
+    assert (score(Chosen(), low_loss) > score(Chosen(), high_accuracy)) == (chooses == "loss")
+    run = train(Chosen, **here, num_epochs=1)
+    assert [*run.metrics] == ["loss", "accuracy"]
+    assert f", best by {chooses}\n" in capsys.readouterr().out

@@ -241,6 +241,10 @@ def test_a_missing_method_is_named(write: Write, method: str) -> None:
             "metrics = (__import__('mnist_ray.workload').workload.Metric('f1', 'maximize'),)",
             "metrics: f1 has the mode 'maximize'; it must be max or min",
         ),
+        (
+            "metrics = (__import__('mnist_ray.workload').workload.Metric('loss', 'max'),)",
+            'metrics: the loss is named as Metric("loss", "min")',
+        ),
         ("metrics = (3)", "metrics: TypeError: 'int' object is not iterable"),
         ("recipes = {'num_epochs': 20}", "recipes: TypeError: 'int' object is not iterable"),
         ("recipes = {'long': {'num_epochs': 0}}", "recipes: --num-epochs must be at least 1, not 0"),
