@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,8 +31,10 @@ from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.stream_batches import StreamBatches
 from mnist_ray.data.tensors import is_sharded, map_tensors, rows_here, with_fast_layout
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
+from mnist_ray.storage import others_can_write
 from mnist_ray.training import open_step
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
@@ -91,6 +95,19 @@ def _create_models(
     return model, None if config.ema_decay is None else copy.deepcopy(model)
 
 
+def _check_cache() -> None:
+    """Raise TrainingStoppedError if others can write to the folder where PyTorch caches programs: it executes them."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imports much of inductor
+
+    folder = default_cache_dir()  # has precompiled headers, whatever TORCHINDUCTOR_CACHE_DIR is
+    with contextlib.suppress(OSError):
+        os.mkdir(folder, 0o700)
+    if others_can_write(folder):
+        raise TrainingStoppedError(
+            f"--compile would execute programs from {folder}, where others can write: remove it, or set TMPDIR"
+        )
+
+
 def train(
     workload: Workload,
     state: TrainingState,
@@ -110,6 +127,7 @@ def train(
     if config.compile:
         # A resumed run does not see earlier batches, so kernels must not depend on them: compile for each shape. By
         # default, PyTorch compiles only the first eight shapes, and runs others as they are; this fails instead.
+        _check_cache()
         torch.compiler.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         state.model.compile(dynamic=False)
