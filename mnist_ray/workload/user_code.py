@@ -297,9 +297,10 @@ def _import_module(name: str, flag: str) -> types.ModuleType:
         reason = _about_folder(error, Path.cwd())
         is_missing = isinstance(error, ImportError) and f"{name}.".startswith(f"{error.name}.")
         if is_missing or name.startswith("."):  # a folder, or a file without .py
-            advice = reason or "; a file's name must end in .py"
-            raise UsageError(f"{flag} {name}: there is no such module{advice}") from error
-        raise UsageError(f"{flag} {name}: {with_place(error, Path.cwd())}{reason}") from error
+            said = "there is no such module; a file's name must end in .py"
+        else:
+            said = with_place(error, Path.cwd())
+        raise UsageError(f"{flag} {name}: {said}{reason}") from error
 
 
 def _pick(module: types.ModuleType, reference: str, base: type[T]) -> type[T]:
