@@ -69,6 +69,7 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
     console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters{trained}")
+    _note_batch_normalization(session, plan, model)
     if session.is_here:
         console.say("workers", "none: this process trains, without Ray")
         return num_parameters
@@ -96,6 +97,19 @@ def _created(job: Job) -> tuple[nn.Module, str]:
 
     without_memory, why_whole = on_meta(job.workload) if job.train.strategy == "fsdp" else (None, "")
     return without_memory or job.workload.create_model(), why_whole
+
+
+def _note_batch_normalization(session: Session, plan: WorkerPlan, model: nn.Module) -> None:
+    """Print a note if batch normalization sees fewer examples than a worker's slice of a batch."""
+    from torch import nn
+
+    config = session.job.train
+    size, kinds = config.micro_batch_size, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if size is None or size >= config.batch_size / max(1, plan.num_workers):
+        return
+    if any(isinstance(module, kinds) for module in model.modules()):
+        said = f"--micro-batch-size {size}: batch normalization normalizes each {size} examples separately"
+        session.console.say("note", f"{said}, so results differ from those without it")
 
 
 def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module, why_whole: str) -> None:

@@ -14,7 +14,10 @@ from mnist_ray.repeats.members import members_of
 from mnist_ray.report.console import RunConsole
 from mnist_ray.run import train as run
 from mnist_ray.storage import CONFIG_FILE, MEMBERS_FOLDER
+from mnist_ray.text import count
 from mnist_ray.workload.calls import data_of, splits_for
+
+_MANY_FOLDS = 20
 
 
 def train(job: Job) -> None:
@@ -66,3 +69,7 @@ def say_several(console: RunConsole, job: Job, splits: Splits) -> None:
     parts = [f"{config.num_seeds} seeds"] * (config.num_seeds > 1) + [f"{config.folds} folds"] * config.is_folded
     say_run(console, job, splits)
     console.say("runs", f"{len(members_of(job)):,}, for {' and '.join(parts)}")
+    if config.is_folded and config.folds is not None and config.folds > _MANY_FOLDS:
+        tested = count(len(splits.test) // config.folds, job.workload.noun)
+        said = f"{config.folds} folds train a whole run each, to test it on {tested}"
+        console.say("note", f"{said}; 5 to 10 folds are usual")
