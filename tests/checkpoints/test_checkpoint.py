@@ -300,9 +300,7 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, t
         saved_model.load_model(folder_at(folder), mnist())
 
 
-def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_no_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_no_part(tmp_path: Path) -> None:
     (tmp_path / "1-0" / "training.pt").mkdir(parents=True)  # a folder of this name fails at once, like no other error
     copied = checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, Group()), {})
     with pytest.raises(IsADirectoryError):

@@ -746,7 +746,6 @@ PARTS = """
     def losses(self, model, inputs, targets, part):
         return LOSSES
 """
-AUGMENT = "\n    def augment(self, inputs, targets, generator): return CHANGED\n"
 
 
 @pytest.mark.parametrize(

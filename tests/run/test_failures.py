@@ -938,7 +938,7 @@ def test_code_that_ends_an_evaluations_process_is_one_line(
         evaluate_here(folder_at(tmp_path / "saved"), workload, Split(few_images), 0)
 
 
-def test_data_that_cannot_be_read_for_a_test_are_no_wrong_usage(few_images: Arrays, run: RunFolder) -> None:
+def test_data_that_cannot_be_read_for_a_test_are_no_wrong_usage(run: RunFolder) -> None:
     state, unreadable = create_state(mnist(), TrainConfig(), 600, Group()), MagicMock()
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(run)
     unreadable.__len__.return_value, unreadable.__getitem__.side_effect = 5, OSError(5, "Input/output error")
