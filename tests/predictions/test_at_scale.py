@@ -147,7 +147,7 @@ def test_a_folder_that_another_user_has_begun_is_rejected(finished_run: Path, sc
     (output / "_done").mkdir(parents=True)
     (output / "_job.json").write_text('{"parts": {}}')
     os.chown(output / "_job.json", 12345, 12345)
-    with pytest.raises(UsageError, match=f"^--output {output} was begun by another user; choose another folder$"):
+    with pytest.raises(UsageError, match=f"^--output {output}/ was begun by another user; choose another folder$"):
         scale(finished_run, scans, output)
 
 
