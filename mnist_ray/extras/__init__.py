@@ -83,11 +83,14 @@ EXTRAS = {
         "a cluster is joined only if RAY_ADDRESS names it",
         "2.60",
         (
+            "ray._common.usage.usage_lib:get_cluster_metadata(gcs_client)",
             "ray._common.utils:get_ray_address_file(temp_dir)",
             "ray._private.authentication.authentication_token_setup:AUTH_MODE_ENV_VAR",
             "ray._private.authentication.authentication_token_setup:maybe_enable_token_auth_if_token_available("
             "warn_if_disabled)",
+            "ray._private.utils:check_version_info(cluster_metadata,this_process_address)",
             "ray._raylet:Config.initialize(config_list)",
+            "ray._raylet:GcsClient",
             "ray._raylet:InnerGcsClient.standalone(gcs_address,cluster_id,timeout_ms)",
             "ray.exceptions:AuthenticationError",
         ),

@@ -14,12 +14,14 @@ import sys
 
 import psutil
 import ray
+from ray._common.usage.usage_lib import get_cluster_metadata
 from ray._common.utils import get_ray_address_file
 from ray._private.authentication.authentication_token_setup import (
     AUTH_MODE_ENV_VAR,
     maybe_enable_token_auth_if_token_available,
 )
-from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
+from ray._private.utils import check_version_info
+from ray._raylet import GcsClient, InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
 
 from mnist_ray.errors import JobError
 from mnist_ray.network import listens
@@ -41,7 +43,13 @@ def find(named: str) -> tuple[str | None, list[str]]:
         except OSError as error:
             reason = f"{error.filename} is ignored ({error.strerror})"
             return None, [f"{reason}: not joining a cluster; to join one, set RAY_ADDRESS=HOST:PORT"]
-        return started_here if started_here and listens(started_here) and _answers(started_here) else None, []
+        if not (started_here and listens(started_here) and _answers(started_here)):
+            return None, []
+        try:
+            check_version_info(get_cluster_metadata(GcsClient(address=started_here)), "this machine")
+        except RuntimeError as error:
+            return None, [f"not joining the cluster at {started_here}: {' '.join(str(error).split())}"]
+        return started_here, []
     if not listens(named) or not _answers(named):
         raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
     if os.geteuid() not in {0, *(owners_here(named) or {os.geteuid()})}:  # Ray's C++ would abort

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import platform
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from mnist_ray.extras import address
 
@@ -74,3 +76,21 @@ def test_an_address_that_is_in_no_file_is_not_read(make: Callable[[Path], None],
     with pytest.raises(OSError, match=r"not a file|Is a directory|symbolic links") as raised:
         address.address_of_ray_start()
     assert raised.value.filename == str(address_file)
+
+
+def test_a_cluster_of_another_ray_version_is_not_joined_with_a_note(
+    address_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"ray_version": "2.51.2", "python_version": "3.11.9"}
+    monkeypatch.setattr(address, "_ask", lambda here, timeout_s: None)
+    monkeypatch.setattr(address, "GcsClient", lambda address: None)
+    monkeypatch.setattr(address, "get_cluster_metadata", lambda client: versions)
+    with head(tmp_path) as here:
+        address_file.write_text(here)
+        found, (note,) = address.find("auto")
+        assert found is None
+        assert note.startswith(f"not joining the cluster at {here}: Version mismatch: ")
+        assert " Ray: 2.51.2 " in note
+        assert "\n" not in note
+        versions |= {"ray_version": ray.__version__, "python_version": platform.python_version()}
+        assert address.find("auto") == (here, [])
