@@ -133,8 +133,8 @@ class Workload(UserClass):
     def augment(self, inputs: Any, targets: Any, generator: Generator) -> tuple[Any, Any]:
         """Change prepared inputs and their targets together, in training, as mixup does.
 
-        Only the minimized loss sees the changed targets. torch's generator is seeded like ``generator``, so transforms
-        of torchvision may be used.
+        Only the minimized loss sees the changed targets. torch's generator is seeded like ``generator``. torchvision's
+        ``MixUp`` and ``CutMix`` are made for batches; its other transforms draw once for all images of a batch.
         """
         return inputs, targets
 
