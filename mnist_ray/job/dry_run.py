@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
 from mnist_ray.checkpoints.tensor_files import check_held
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import MicroBatch, batches_of
+from mnist_ray.data.batches import ExampleBatches, MicroBatch, batches_of
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import detached
@@ -49,6 +49,7 @@ from mnist_ray.workload.calls import check_numbers, picture_of, placed, seeded_m
 from mnist_ray.workload.figures import NOT_PREDICTED
 
 NUM_EXAMPLES = 16  # in that batch, or fewer if they are slow
+_NUM_REREAD = 8  # examples of the validation set; a transform may leave half of them as they are
 _MAX_S = 1.0  # for all passes together
 _NUM_PASSES = 6  # of that batch, if a backward pass counts as two
 _OF_OPTIMIZER = {
@@ -101,6 +102,24 @@ def try_batch(
         if smallest < NUM_EXAMPLES:
             check_smallest(workload, model, first(smallest), size, config)
     return unused
+
+
+def note_of_transforms(workload: Workload, validation: Split) -> str:
+    """Return a note if the validation set is held out from a ``Dataset`` whose examples change from read to read."""
+    batches = batches_of(validation, torch.device("cpu"), workload.collate)
+    if validation.origin != "train" or not len(validation) or type(batches) is not ExampleBatches:
+        return ""
+    few = Request(np.arange(min(_NUM_REREAD, len(validation))))
+    read = list[list[Tensor]]()
+    for seed in (0, 1):  # of the random numbers that examples draw
+        batches.seed = seed
+        with placed(workload, "an example for validation"):
+            leaves = pytree.tree_leaves(batches[few])
+        read.append([leaf.nan_to_num() for leaf in leaves if isinstance(leaf, Tensor)])
+    if len(read[0]) == len(read[1]) and all(map(torch.equal, *read)):
+        return ""
+    found = "the validation set is held out from a Dataset whose examples change from read to read"
+    return f"{found}: validation gets them, too; give Data.validation without random transforms"
 
 
 def new_model(workload: Workload, config: TrainConfig) -> nn.Module:

@@ -119,19 +119,22 @@ def connected(
     """
     folder = job.workload.source.place
     repository = process.in_thread(lambda: state_of(folder))
-    unused, reason = None, _too_large(job) if job.train.strategy == "fsdp" else ""
+    unused, note, reason = None, "", _too_large(job) if job.train.strategy == "fsdp" else ""
     if reason:
         console.say("note", f"skipping the trial batch: {reason}")
 
     def meanwhile() -> None:
-        nonlocal unused
+        nonlocal unused, note
         with process.without_collector():
             if not reason:
                 unused = _try_batch(job, data.train, batch_sizes)
+                note = _note_of_transforms(job, data.validation)
             importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
 
     if start.workers.num_workers == 0:
         meanwhile()
+        if note:
+            console.say("note", note)
         cluster = Cluster(is_local=True, nodes=(), log_folder="")
         yield Session(job, start.workers, data, console, start.clock, cluster, repository, unused)
         return
@@ -139,8 +142,8 @@ def connected(
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
     with connect(start.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
-        for note in filter(None, (*cluster.notes, extras.note(plain=start.workers.plain_ray))):
-            console.say("note", note)
+        for each in filter(None, (note, *cluster.notes, extras.note(plain=start.workers.plain_ray))):
+            console.say("note", each)
         if start.workers.use_gpu == "auto":
             from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
 
@@ -185,6 +188,12 @@ def _too_large(job: Job) -> str:
     model, free = on_meta(job.workload)[0], psutil.virtual_memory().available
     needed = 2 * sum(parameter.nbytes for parameter in model.parameters()) if model else 0  # weights and gradients
     return f"the model needs {size_of(needed)}, but only {size_of(free)} are free here" if needed > free else ""
+
+
+def _note_of_transforms(job: Job, validation: Split) -> str:
+    from mnist_ray.job.dry_run import note_of_transforms  # imports torch
+
+    return note_of_transforms(job.workload, validation)
 
 
 def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] | None:

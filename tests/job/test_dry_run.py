@@ -1,7 +1,9 @@
 import itertools
+import random
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -10,11 +12,11 @@ import torch
 
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.data.batches import batches_of
-from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.splits import splits_of
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.dry_run import NUM_EXAMPLES, check_batch, new_model, try_batch
+from mnist_ray.job.dry_run import NUM_EXAMPLES, check_batch, new_model, note_of_transforms, try_batch
 from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.loading import load
 from tests.conftest import mnist
@@ -789,3 +791,24 @@ PARTS = """
 def test_a_wrong_open_step_is_one_line(write: Write, body: str, message: str) -> None:
     config = TrainConfig(precision="fp16" if "LBFGS" in body else "fp32")
     assert message in message_of(write, body, config=config)
+
+
+class Turned(torch.utils.data.Dataset[Any]):
+    """Examples whose inputs a random transform changes, or those of one without it."""
+
+    def __init__(self, *, is_random: bool) -> None:
+        self.is_random = is_random
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((2,), -1.0 if self.is_random and random.random() < 0.5 else 1.0), index % 10
+
+
+@pytest.mark.parametrize("is_random", [True, False])
+def test_a_note_says_that_the_held_out_validation_set_gets_random_transforms(is_random: bool) -> None:
+    data, own = Turned(is_random=is_random), Turned(is_random=True)
+    held_out, given = (splits_of(Data(data, data, validation), None).validation for validation in (None, own))
+    assert ("validation gets them, too" in note_of_transforms(mnist(), held_out)) is is_random
+    assert note_of_transforms(mnist(), given) == ""
