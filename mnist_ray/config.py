@@ -403,6 +403,7 @@ CLASSES: tuple[type, ...] = (
         ScaleConfig,
         RunsConfig,
         ExportConfig,
+        ComparisonConfig,
         ProjectConfig,
         EvaluationConfig,
     ),
