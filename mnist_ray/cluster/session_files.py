@@ -48,8 +48,9 @@ def removed_unless_failed(folder: Path) -> Iterator[None]:
     except Exception as error:
         has_failed = not isinstance(error, UsageError)
         if isinstance(error, JobError):
-            logs = [session / "logs" / "raylet.err" for session in sessions_here(folder) - before]
-            limits = [about_limit(log.read_text(errors="replace")) for log in logs if log.exists()]
+            sessions = sessions_here(folder) - before
+            logs = [session / "logs" / f"{part}.err" for session in sessions for part in ("gcs_server", "raylet")]
+            limits = {about_limit(log.read_text(errors="replace")): None for log in logs if log.exists()}
             error.hints += "".join(f"; {limit}" for limit in limits if limit)
         raise
     finally:

@@ -83,10 +83,13 @@ def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
     ):
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            names = [os.path.basename(process.args[0]) for process in started if process.poll() is not None]
             for process in reversed(started):  # the raylet, which stops its agents, before the GCS
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_END_TIMEOUT_S)
                 process.kill()
+            if names and isinstance(error, Exception):  # its cause; Ray itself waits, then names a file or a timeout
+                raise RuntimeError(f"its {names[0]} has died") from error
             raise

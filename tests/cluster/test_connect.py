@@ -257,9 +257,10 @@ def test_a_session_is_removed_unless_something_failed(
         ("a warning", "$"),
     ],
 )
-def test_a_limit_of_the_system_that_ends_ray_is_named(log: str, hint: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["gcs_server", "raylet"])
+def test_a_limit_of_the_system_that_ends_ray_is_named(part: str, log: str, hint: str, tmp_path: Path) -> None:
     def fail() -> None:
-        (begin_session(tmp_path) / "raylet.err").write_text(log)
+        (begin_session(tmp_path) / f"{part}.err").write_text(log)
         raise JobError("its raylet has died")
 
     with pytest.raises(JobError, match=f"^its raylet has died.*{hint}"), removed_unless_failed(tmp_path):

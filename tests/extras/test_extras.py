@@ -149,6 +149,19 @@ def test_replaced_names_of_ray_are_restored() -> None:
     assert (services.ConsolePopen, node.Node.start_api_server, ray_constants.ENABLE_RAY_CLUSTER) == before
 
 
+def test_a_start_that_fails_names_the_part_of_ray_that_died(tmp_path: Path) -> None:
+    part = tmp_path / "gcs_server"
+    part.write_text("#!/bin/sh\nexit 1")
+    part.chmod(0o700)
+
+    def fail() -> None:
+        services.ConsolePopen([str(part)]).wait()
+        raise TimeoutError("Timed out waiting for file")
+
+    with pytest.raises(RuntimeError, match=r"^its gcs_server has died$"), small.for_one_job(log_to_driver=False):
+        fail()
+
+
 def test_rays_processes_end_if_its_start_is_interrupted() -> None:
     started = []
 
