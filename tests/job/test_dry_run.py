@@ -53,29 +53,11 @@ class Numbers(Regression):
     def create_model(self):
         return nn.Linear(4, 1)
 
-class Pair(nn.Linear):
-    def forward(self, inputs):
-        return super().forward(inputs), inputs
-
-class Prototypes(nn.Linear):
-    def forward(self, inputs): return super().forward(inputs), self.weight
-
 class Formed(nn.Linear):
-    def __init__(self, form):
-        super().__init__(4, 10)
+    def __init__(self, form, size=10):
+        super().__init__(4, size)
         self.form = form
     def forward(self, inputs): return self.form(super().forward(inputs))
-
-class Embedded(nn.Linear):
-    def __init__(self):
-        super().__init__(3, 10)
-        self.table = nn.Embedding(4, 3, sparse=True)
-    def forward(self, inputs): return super().forward(self.table(inputs[:, 0].long()))
-
-class Masked(nn.Linear):
-    def __init__(self):
-        super().__init__(4, 10)
-        self.mask = nn.Parameter(torch.full((3,), -torch.inf), requires_grad=False)
 
 class Teaching(nn.Linear):
     def __init__(self):
@@ -84,16 +66,6 @@ class Teaching(nn.Linear):
     def forward(self, inputs):
         self.teacher.data.lerp_(self.weight.data, 0.1)
         return super().forward(inputs)
-
-class Reporting(nn.Linear):
-    def forward(self, inputs): raise ValueError(super().forward(inputs).dtype)
-
-class Squeezing(nn.Linear):
-    def forward(self, inputs): return super().forward(inputs).squeeze()
-
-class Failing(nn.Linear):
-    def forward(self, inputs):
-        return super().forward(inputs) @ torch.ones(7, 10)
 
 class WithExtraState(nn.Linear):
     def get_extra_state(self): return {"calls": 3}
@@ -106,27 +78,10 @@ class WithFunction(lr_scheduler.ConstantLR):
 class Wrapping(torch.optim.SGD):
     def state_dict(self): return {"wrapped": super().state_dict()}
 
-class Counting(torch.optim.SGD):
-    def step(self): self.state["calls"] = 1
-
 class Exact(torch.optim.SGD):
     def step(self):
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter] = {"momentum_buffer": parameter.detach().to(torch.complex128)}
-
-class WithBuffer(nn.Linear):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.register_buffer("phases", torch.ones(3, dtype=torch.complex128))
-
-class Noisy(nn.Linear):
-    def forward(self, inputs): return super().forward(inputs) + torch.randn(len(inputs), 10)
-
-class Drawing(nn.Linear):
-    def __init__(self, *sizes, draw):
-        super().__init__(*sizes)
-        self.scale = torch.as_tensor(draw(4)).float()  # no buffer
-    def forward(self, inputs): return super().forward(inputs * self.scale)
 
 class Spare(nn.Linear):
     def __init__(self, *names):
@@ -162,16 +117,12 @@ def test_right_workloads_pass(write: Write, base: str) -> None:
     dry_run_of(write, " ...", base)
 
 
-def test_the_model_gets_the_result_of_prepare(write: Write) -> None:
-    body = """
-    def create_model(self): return nn.Sequential(nn.Flatten(), nn.Linear(4, 10, dtype=torch.float64))
-    def prepare(self, inputs, generator): return inputs.reshape(-1, 2, 2).double()
-"""
-    dry_run_of(write, body)
-
-
 RARE = {
     "a frozen parameter": 'def create_model(self): model = Spare("a"); model.a.requires_grad = False; return model',
+    "a prepare that returns another form and has one more argument": (
+        "def create_model(self): return nn.Sequential(nn.Flatten(), nn.Linear(4, 10, dtype=torch.float64))\n"
+        "    def prepare(self, inputs, generator, scale=1): return inputs.reshape(-1, 2, 2).double()"
+    ),
     "fewer examples than a batch": "def load_data(self): return Data(examples(3), examples(3), metadata=NAMES)",
     "a list of pairs": "def load_data(self): return Data([(np.ones(4, 'f'), 3)] * 20, examples(3), metadata=NAMES)",
     "a loss of a batch": (
@@ -182,7 +133,7 @@ RARE = {
         "    def training_loss(self, outputs, targets, config): return super().loss(outputs, targets['first'])"
     ),
     "a teacher": "def create_model(self): return Teaching()",
-    "noise": "def create_model(self): return Noisy(4, 10)",
+    "noise": "def create_model(self): return Formed(lambda outputs: outputs + torch.randn(len(outputs), 10))",
     "no predictions": "def predictions(self, outputs, targets): return {}",
     "unsigned labels": (
         "def load_data(self): some = Arrays(np.ones((20, 4), 'f'), np.arange(20, dtype=np.uint16) % 10); "
@@ -198,7 +149,7 @@ def test_rare_but_right_workloads_pass(write: Write, body: str) -> None:
 
 
 OWN_OUTPUTS = """
-    def create_model(self): return Pair(4, 10)
+    def create_model(self): return Formed(lambda outputs: (outputs, outputs))
     def loss(self, outputs, targets): return F.cross_entropy(outputs[0], targets.long(), reduction="none")
     def measure(self, outputs, targets): return {"accuracy": outputs[0].argmax(1) == targets}
     def predictions(self, outputs, targets): return {}
@@ -236,8 +187,6 @@ def test_columns_that_differ_between_batches_are_named(write: Write) -> None:
     ("method", "taken"),
     [
         ("training_loss(self, outputs, targets)", "training_loss must take (self, outputs, targets, config)"),
-        ("prepare(self, inputs)", "prepare must take (self, inputs, generator)"),
-        ("evaluation_batch_size(self)", "evaluation_batch_size must take (self, on_gpu)"),
         ("pictures(self, result, rows, test)", "pictures must take (self, result, rows, test, columns)"),
     ],
 )
@@ -247,21 +196,20 @@ def test_a_method_with_other_arguments_is_named_with_its_line(write: Write, meth
     assert message == f"Wrong.{taken} (problem.py, line {line})"
 
 
-def test_a_method_may_take_more_arguments_with_defaults(write: Write) -> None:
-    dry_run_of(write, "\n    def prepare(self, inputs, *others, scale=1): return inputs\n")
-
-
 OWN_OPTIMIZER = """
     def create_optimizer(self, model, config):
         return torch.optim.SGD(model.parameters(), lr=config.learning_rate)
 """
 
 
+def unused_by(write: Write, body: str) -> set[str] | None:
+    workload = load(f"{write(f'{RIGHT}class Wrong(Right):{body}')}:Wrong")()
+    return try_batch(workload, splits_of(data_of(workload), 0).train, FP32, [10], Fraction(1))
+
+
 def test_the_settings_that_a_workloads_own_optimizer_does_not_use_are_found(write: Write) -> None:
-    workload = load(f"{write(f'{RIGHT}class Wrong(Right):{OWN_OPTIMIZER}')}:Wrong")()
-    train = splits_of(data_of(workload), 0).train
-    unused = try_batch(workload, train, FP32, [10], Fraction(1))
-    assert unused == {"optimizer", "beta1", "beta2", "momentum", "weight_decay", "warmup_steps"}  # a schedule is used
+    unused = {"optimizer", "beta1", "beta2", "momentum", "weight_decay", "warmup_steps"}  # a schedule is used
+    assert unused_by(write, OWN_OPTIMIZER) == unused
     examples = Split(Arrays(np.zeros((20, 28, 28), np.uint8), np.zeros(20, int)))
     assert try_batch(mnist(), examples, FP32, [10], Fraction(1)) is None
 
@@ -274,25 +222,20 @@ def test_label_smoothing_is_found_if_a_workloads_own_loss_does_not_use_it(
     def training_loss(self, outputs, targets, config):
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing={smoothing})
 """
-    workload = load(f"{write(f'{RIGHT}class Wrong(Right):{own}')}:Wrong")()
-    unused = try_batch(workload, splits_of(data_of(workload), 0).train, FP32, [10], Fraction(1))
-    assert unused == (None if is_used else {"label_smoothing", "momentum"})
+    assert unused_by(write, own) == (None if is_used else {"label_smoothing", "momentum"})
 
 
 def test_several_optimizers_do_not_use_label_smoothing(write: Write) -> None:
     body = PARTS.replace("LOSSES", "F.cross_entropy(model(inputs), targets, reduction='none')")
-    workload = load(f"{write(f'{RIGHT}class Wrong(Right):{body}')}:Wrong")()
-    unused = try_batch(workload, splits_of(data_of(workload), 0).train, FP32, [10], Fraction(1))
-    assert unused is not None
-    assert "label_smoothing" in unused
+    assert "label_smoothing" in (unused_by(write, body) or ())
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16"), ("fp16", "torch.float16")]
 )
 def test_the_model_is_tried_in_the_precision_of_the_training(write: Write, precision: Precision, dtype: str) -> None:
-    body = "\n    def create_model(self): return Reporting(4, 10)\n"
-    assert f"ValueError: {dtype}" in message_of(write, body, config=TrainConfig(precision=precision))
+    body = "\n    def create_model(self): return Formed(lambda outputs: {}[outputs.dtype])\n"
+    assert f"KeyError: {dtype}" in message_of(write, body, config=TrainConfig(precision=precision))
 
 
 @pytest.mark.filterwarnings("error")
@@ -309,11 +252,6 @@ def test_a_workloads_own_schedule_is_tried_with_the_runs_steps_without_a_warning
 
 
 # --- wrong workloads
-
-RELOADED = (
-    ": another new model computes something else with the same state_dict; make random tensors buffers, and keep "
-    "layers in an nn.ModuleList"
-)
 
 
 @pytest.mark.parametrize(
@@ -344,10 +282,6 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             ": the model returns no logits per example, but the data have 10 classes",
         ),
         (
-            "def create_model(self): return Pair(4, 10)",
-            ": the model returns a tuple, not a tensor of logits",
-        ),
-        (
             "def loss(self, outputs, targets): return F.cross_entropy(outputs, targets)",
             '.loss must be one number per example, (16,) here, not (); use reduction="none", average other dimensions',
         ),
@@ -358,11 +292,6 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         (
             "def loss(self, outputs, targets): return super().loss(outputs.detach(), targets)",
             ".loss does not depend on the model's parameters: nothing would be learned",
-        ),
-        (
-            'def create_model(self): return Spare("first")',
-            ": parameter first is not part of the loss; remove or freeze them; "
-            "if other steps use them, set has_unused_parameters = True",
         ),
         (
             'def create_model(self): return Spare("first", "second", "third")',
@@ -382,10 +311,6 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         (
             "def measure(self, outputs, targets): return {'loss': targets}",
             ".measure: the loss is already measured; choose another name",
-        ),
-        (
-            "def measure(self, outputs, targets): return {'accuracy': targets, 'minimized': targets}",
-            ".measure: the minimized is already measured; choose another name",
         ),
         (
             'def predictions(self, outputs, targets): return {"label": targets, "weight": targets}',
@@ -422,18 +347,22 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             "lists and tuples of them",
         ),
         (
-            "def create_model(self): return Embedded()",
-            ": the gradient of table.weight is sparse; create its layer without sparse=True",
+            "def create_model(self): return nn.EmbeddingBag(4, 10, sparse=True)\n"
+            "    def prepare(self, inputs, generator): return inputs.long()",
+            ": the gradient of weight is sparse; create its layer without sparse=True",
         ),
         (
-            "def create_model(self): return Masked()",
+            "def create_model(self): model = Spare('mask'); model.mask.data[:] = -torch.inf; return model",
             ": the parameter mask is not finite at the start; if it is a mask, make it a buffer",
         ),
-        ("def create_model(self): return Drawing(4, 10, draw=torch.rand)", RELOADED),
-        ("def create_model(self): return Drawing(4, 10, draw=np.random.rand)", RELOADED),
+        (
+            "def create_model(self): scale = torch.rand(10); return Formed(lambda outputs: outputs * scale)",
+            ": another new model computes something else with the same state_dict; make random tensors buffers, and "
+            "keep layers in an nn.ModuleList",
+        ),
         (
             "compares_examples = True\n"
-            "    def create_model(self): return Prototypes(4, 10)\n"
+            "    def create_model(self): return Formed(lambda outputs: (outputs, torch.ones(10, 4)))\n"
             "    def check_outputs(self, outputs, targets): ...\n"
             "    def predictions(self, outputs, targets): return {}\n"
             "    def measure(self, outputs, targets): return {'accuracy': 0 * targets}\n"
@@ -442,7 +371,6 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             "return it as (1, …)",
         ),
         ("metrics = ()", ".summarize returns accuracy, but Wrong.metrics names none"),
-        ('metrics = (Metric("top5", "max"),)', ".summarize returns accuracy, but Wrong.metrics names top5"),
     ],
 )
 def test_a_workload_that_does_not_fit_is_refused_in_one_line(write: Write, body: str, expected: str) -> None:
@@ -454,8 +382,6 @@ def test_a_workload_that_does_not_fit_is_refused_in_one_line(write: Write, body:
     [
         ("torch.cat([outputs, outputs])", "(32, 10) for 16 examples and (16, 10) for 8"),
         ("outputs @ outputs.T", "(16, 16) for 16 examples and (8, 8) for 8"),
-        ("outputs[None]", "(1, 16, 10) for 16 examples and (1, 8, 10) for 8"),
-        ("outputs.sum()", "() for 16 examples and () for 8"),
     ],
 )
 def test_outputs_that_ranks_cannot_join_are_refused_if_the_loss_compares_examples(
@@ -522,7 +448,7 @@ def test_the_slower_an_example_is_the_fewer_are_tried(
             "def load_data(self): part = Arrays(np.ones((20, 4), 'f'), np.ones((20, 1), 'f')); return Data(part, part)",
             "(16, 1) for targets (16, 1); both must be one number",
         ),
-        ("def create_model(self): return Pair(4, 1)", "a tuple, not a tensor"),
+        ("def create_model(self): return Formed(lambda outputs: (outputs, outputs), 1)", "a tuple, not a tensor"),
     ],
 )
 def test_a_regression_model_must_give_one_number_per_example(write: Write, body: str, expected: str) -> None:
@@ -530,7 +456,7 @@ def test_a_regression_model_must_give_one_number_per_example(write: Write, body:
 
 
 def test_a_regression_model_must_take_a_single_example(write: Write) -> None:
-    message = message_of(write, "\n    def create_model(self): return Squeezing(4, 1)\n", "Numbers")
+    message = message_of(write, "\n    def create_model(self): return Formed(torch.squeeze, 1)\n", "Numbers")
     assert message.startswith("Wrong, an evaluation of 1 example: TypeError: len() of a 0-d tensor")
 
 
@@ -541,7 +467,6 @@ def test_a_regression_model_must_take_a_single_example(write: Write) -> None:
         ("np.full(20, -1)", " has target -1, but the classes are 0 to 2"),
         ("np.zeros((20, 1), np.int64)", ": targets must be integers (N,), not int64 ({}, 1)"),
         ("np.zeros(20, np.float32)", ": targets must be integers (N,), not float32 ({},)"),
-        ("np.zeros(20, bool)", ": targets must be integers (N,), not bool ({},)"),
     ],
 )
 @pytest.mark.parametrize("kind", ["arrays", "dataset"])
@@ -616,24 +541,13 @@ OF_CHECKPOINT = f"Wrong, a checkpoint of the state_dict of optimizer and schedul
             f"{OF_CHECKPOINT}: KeyError: 'state'",
         ),
         (
-            "def create_optimizer(self, model, *_): return Counting(model.parameters())",
-            f"{OF_CHECKPOINT}: AttributeError: 'int' object has no attribute 'items'",
-        ),
-        (
             "def create_optimizer(self, model, *_): return Exact(model.parameters())",
             "a checkpoint cannot hold 0.momentum_buffer (complex128, strided); use another type",
         ),
         (
-            "def create_model(self): return WithBuffer(4, 10)",
-            "a checkpoint cannot hold phases (complex128, strided); use another type, or persistent=False",
+            "def create_model(self): return nn.Linear(4, 10, dtype=torch.complex128)",
+            "a checkpoint cannot hold weight (complex128, strided); use another type, or persistent=False",
         ),
-    ],
-    ids=[
-        "a function in the schedule",
-        "a state_dict in another layout",
-        "a state that is not of a parameter",
-        "momentum of a type that files do not have",
-        "a buffer of a type that files do not have",
     ],
 )
 def test_a_step_or_a_checkpoint_that_would_fail_is_refused(write: Write, body: str, expected: str) -> None:
@@ -648,6 +562,7 @@ def test_a_step_or_a_checkpoint_that_would_fail_is_refused(write: Write, body: s
     [
         "load_data(self)",
         "metadata_of(self, data)",
+        "augment(self, inputs, targets, generator)",
         "create_model(self)",
         "prepare(self, inputs, generator)",
         "check_outputs(self, outputs, targets)",
@@ -667,23 +582,18 @@ def test_code_that_fails_is_named_with_its_line(write: Write, signature: str) ->
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"),
-    [("Failing(4, 10)", "(16x10 and 7x10) (problem.py, line "), ("nn.Linear(5, 10)", "(16x4 and 5x10)")],
-    ids=["in the file", "in a library"],
+    ("model", "where", "expected"),
+    [
+        ("Formed(lambda outputs: outputs @ torch.ones(7, 10))", "", "(16x10 and 7x10) (problem.py, line "),
+        ("nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(7, 10))", ", in 2 (Linear)", "(16x8 and 7x10)"),
+    ],
 )
-def test_a_model_that_fails_is_named_with_its_line_if_it_is_in_the_file(
-    write: Write, model: str, expected: str
+def test_a_model_that_fails_is_named_with_its_line_in_the_file_or_its_layer(
+    write: Write, model: str, where: str, expected: str
 ) -> None:
     message = message_of(write, f"\n    def create_model(self): return {model}\n")
-    assert message.startswith("Wrong, the model: RuntimeError: ")
+    assert message.startswith(f"Wrong, the model{where}: RuntimeError: ")
     assert expected in message
-
-
-def test_a_layer_whose_sizes_do_not_fit_is_named(write: Write) -> None:
-    body = "\n    def create_model(self): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(7, 10))\n"
-    message = message_of(write, body)
-    assert message.startswith("Wrong, the model, in 2 (Linear): RuntimeError: ")
-    assert "mat1 and mat2 shapes cannot be multiplied (16x8 and 7x10)" in message
 
 
 @pytest.mark.parametrize("error", [JobError, UsageError])
@@ -777,10 +687,6 @@ PARTS = """
         (
             "\n    def augment(self, inputs, targets, generator): return inputs\n",
             "Wrong.augment must return inputs and targets",
-        ),
-        (
-            "\n    def augment(self, inputs, targets, generator): return inputs, 1 / 0\n",
-            "Wrong, augment: ZeroDivisionError",
         ),
         (
             "\n    def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())\n",
