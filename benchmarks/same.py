@@ -9,7 +9,8 @@ Guards the weights: a change that is not about the training leaves those of ever
 Runs both versions on this machine, one after the other, in each set-up of ``setups.py``. Compares the last weights and
 optimizer state, predictions by SHA-256; tables, results and a sweep's choice, without times; the output of commands,
 with times masked and lines sorted; and the keys of every JSON file. Prints a line for each set-up, and the differences.
-Exits with status 1 if weights, predictions, tables, results or the choice differ. Consoles and keys may.
+Exits with status 1 if weights, predictions, tables, results or the choice differ. Consoles and keys may: also a figure
+that only one version writes is a difference in keys.
 
 With ``--prove``, compares this version with copies of it that have the faults of ``faults.py``, each in its set-up.
 Exits with status 1 if a set-up does not notice its fault. With ``--cache``, what the earlier version does is kept in a
@@ -41,12 +42,23 @@ from versions import Lines, Seen, Version
 
 def is_same(name: str, before: Seen, now: Seen) -> bool:
     """Print the comparison of a set-up; return whether the facts are equal."""
-    is_equal = before.facts == now.facts
+    facts = [of_common_figures(seen.facts, other.facts) for seen, other in ((before, now), (now, before))]
+    is_equal = facts[0] == facts[1]
     print(f"{'equal' if is_equal else 'DIFFERENT'}: {name}, {len(now.facts)} facts", flush=True)
-    print_differences("", before.facts, now.facts)
+    print_differences("", *facts)
     print_differences("console of ", before.consoles, now.consoles)
     print_differences("keys of ", before.keys, now.keys)
     return is_equal
+
+
+def of_common_figures(facts: Lines, others: Lines) -> Lines:
+    """Return facts, results without the figures that the other version does not have; its keys tell of these."""
+    common = dict(facts)
+    for name in common.keys() & others.keys():
+        if name.endswith("result.json"):
+            known = {line.partition("=")[0] for line in others[name]}
+            common[name] = [line for line in facts[name] if line.partition("=")[0] in known]
+    return common
 
 
 def print_differences(kind: str, before: Lines, now: Lines) -> None:

@@ -23,9 +23,8 @@ from setups import Setup
 TABLES = ("metrics.csv", "sweep.csv")
 NOT_COMPARED = re.compile(
     r"_s$|^(format_version|formats|seconds|num_workers|workers|is_resumed|command_line|git_commit|versions)$"
-    r"|^calibration_error$"  # which 3b8acb0 has
 )
-"""Columns of tables, and keys of result.json: times, what describes a version or a machine, and what was removed."""
+"""Columns of tables, and keys of result.json: times, and what describes a version or a machine."""
 MASKS = {
     r"^seconds .*": "seconds",
     r"^time .*": "time",
