@@ -36,6 +36,8 @@ _END_TIMEOUT_S = 5.0  # for one of Ray's processes
 _started: list[services.ConsolePopen] = []  # Ray's processes
 _AGENT = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
 _NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
+_OTHER_AGENT = os.path.join(services.RAY_PATH, "_private", "runtime_env", "agent", "main.py")
+_UNTIL_RAYLET = str(Path(__file__).with_name("until_raylet.py"))
 
 
 def wait_until_ended() -> None:
@@ -69,9 +71,11 @@ def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
     is_linux = sys.platform.startswith("linux")
     popen = services.ConsolePopen
     agent, no_agent = (subprocess.list2cmdline([path]) for path in (_AGENT, _NO_DASHBOARD))
+    other_agent, until_raylet = map(subprocess.list2cmdline, ([_OTHER_AGENT], [_UNTIL_RAYLET, _OTHER_AGENT]))
 
     def in_own_session(command: list[str], **options: Any) -> Any:
-        words = [word.replace(agent, no_agent) for word in command]  # the agent's command is in an option of the raylet
+        # The agents' commands are in options of the raylet.
+        words = [word.replace(agent, no_agent).replace(other_agent, until_raylet) for word in command]
         started.append(popen(words, start_new_session=is_linux, **options))
         return started[-1]
 

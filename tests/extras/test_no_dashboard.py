@@ -11,7 +11,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # Cython, partly withou
     persist_port,
 )
 
-from mnist_ray.extras import no_dashboard
+from mnist_ray.extras import no_dashboard, until_raylet
 from tests.conftest import wait_for
 
 START = """
@@ -47,3 +47,15 @@ def test_a_local_ray_runs_no_agent_of_the_dashboard(ray_address: str) -> None:
     commands = [" ".join(words) for words in found]
     assert any(no_dashboard.__file__ in command and "raylet" not in command.split()[0] for command in commands)
     assert not any("dashboard/agent.py" in command for command in commands)
+    assert any(until_raylet.__file__ in command for command in commands), "the other agent ends with the raylet"
+
+
+def test_the_agent_for_runtime_environments_ends_with_the_raylet(tmp_path: Path) -> None:
+    agent = tmp_path / "agent.py"
+    agent.write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\nprint('outlived the raylet')")
+    raylet = f"import subprocess, sys\nsubprocess.run([sys.executable, {until_raylet.__file__!r}, {str(agent)!r}])"
+    with subprocess.Popen([sys.executable, "-c", raylet], text=True, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "begun\n"
+        running.kill()
+        assert running.stdout.read() == ""
