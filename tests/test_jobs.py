@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,9 +72,24 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path) -
     same = ["--storage-path", str(finished_run.parent), "--run-name", "two"]
     with pytest.raises(UsageError, match="two already exists; add --resume to continue it, or give another --run-"):
         run_main("train", *same)
-    with pytest.raises(UsageError, match="run two is finished; its result is in"):
+    with pytest.raises(UsageError, match=f"run two is finished; its result is in {finished_run}/result.json$"):
         run_main("train", *same, "--resume")
     assert (finished_run / "result.json").read_bytes() == before
+
+
+def test_a_run_that_was_killed_before_its_report_says_how_to_get_one(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = tmp_path / "killed"
+    shutil.copytree(finished_run, killed, ignore=shutil.ignore_patterns("report.html"))
+    same = ["--storage-path", str(tmp_path), "--run-name", "killed"]
+    with pytest.raises(UsageError, match=f"/result.json; for its report: mnist-ray report {killed}$"):
+        run_main("train", *same, "--resume")
+    run_main("train", *same, "--resume", "auto")
+    assert f"report     to write it: mnist-ray report {killed}\n" in capsys.readouterr().out
+    run_main("report", str(killed))
+    run_main("train", *same, "--resume", "auto")
+    assert "to write it" not in capsys.readouterr().out
 
 
 @pytest.mark.processes

@@ -25,12 +25,13 @@ from mnist_ray.storage import (
     CONFIG_FILE,
     MEMBERS_FOLDER,
     ORIGIN_FILE,
+    REPORT_FILE,
     RESULT_FILE,
     SWEEP_FILE,
     TRIALS_FILE,
     RunFolder,
 )
-from mnist_ray.text import command, count, masked
+from mnist_ray.text import PROGRAM, command, count, masked
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import SourceCode
@@ -156,10 +157,18 @@ def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None
     """Raise UsageError if a new run already exists, or a resumed run is finished; with ``auto``, it may be."""
     if is_resumed:
         if resume != "auto" and run.read_json(RESULT_FILE) is not None:
-            raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+            missing = report_command(run)
+            advice = f"; for its report: {missing}" if missing else ""
+            result = run.inside(RESULT_FILE).uri
+            raise UsageError(f"--resume: run {run.name} is finished; its result is in {result}{advice}")
     # With auto, the folder may be that of a start that was killed before it had settings.
     elif any(map(run.exists, _FILES.values() if resume == "auto" else [""])):
         raise UsageError(f"run {run.uri} already exists; add --resume to continue it, or give another --run-name")
+
+
+def report_command(run: RunFolder) -> str:
+    """Return the command that writes the report of a finished run; empty if it has one. A kill may have come before."""
+    return "" if run.exists(REPORT_FILE) else f"{PROGRAM} report {shlex.quote(run.uri.rstrip('/'))}"
 
 
 def load_trusted(kind: str, run: RunFolder, flags: Given, files: Layers, file: SettingsFile | None) -> type[Workload]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mnist_ray.cluster.plan import WorkerPlan, check_memory, suitable
 from mnist_ray.data.data import Splits
 from mnist_ray.data.streamed import Streamed
-from mnist_ray.job.job import Job
+from mnist_ray.job.job import Job, report_command
 from mnist_ray.job.session import Session
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
@@ -49,6 +49,8 @@ def say_result(console: RunConsole, job: Job) -> None:
     console.say("run", f"{job.run.name} is finished")
     console.result("test", job.workload.format({m.name: number_of(result.get(f"test_{m.name}")) for m in metrics}))
     console.result("result", job.run.inside(RESULT_FILE).uri)
+    if missing := report_command(job.run):
+        console.say("report", f"to write it: {missing}")
 
 
 def say_data(console: RunConsole, job: Job, data: Splits) -> None:
