@@ -108,6 +108,14 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
                 run.storage.delete_file(file_of(run))
 
 
+def remove_dead_owner(run: RunFolder) -> None:
+    """Remove what the killed owner of a finished run has left, since no job will own the run again."""
+    with contextlib.suppress(JobError, *STORAGE_ERRORS):
+        _, owner = _read(run)
+        if owner is not None and owner.is_here and owner.has_died:
+            run.storage.delete_file(file_of(run))
+
+
 def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
     """Wait until the owner, if any, has died or was silent for too long. Raises UsageError if it is alive."""
     first, since = _read(run)[0], time.monotonic()
