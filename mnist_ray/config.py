@@ -83,7 +83,8 @@ class TrainConfig:
         None, "stop after this many validations without improvement", **at_least(1)
     )
     precision: Precision = setting(
-        "auto", "number format of forward and backward passes; auto: bf16 if supported, else fp32; fp16 scales the loss"
+        "auto",
+        "number format of forward and backward passes; auto: bf16 if supported and fast, else fp32; fp16 scales losses",
     )
     validation_size: int | None = setting(
         None,

@@ -55,7 +55,7 @@ MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors,
 FORMAT = 2
 _FILE_NAME = re.compile(r"[\w-]+\.(safetensors|pt|json)", re.ASCII)
 _RESTORE = "restore the code and the settings (the run's workload.py is a copy of the code)"
-_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "ends")
+_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "bf16_is_slow", "ends")
 """Fields of a TrainingState, stored unchanged."""
 
 

@@ -37,6 +37,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import distinct, score
+from mnist_ray.training.precision import is_bf16_slow
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.workload import user_code
@@ -90,6 +91,10 @@ def _train(
     life.show()
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
+    if job.train.precision == "auto" and config.precision == "bf16":
+        if not restored.name:  # a resumed run keeps the choice, and so its bits
+            state.bf16_is_slow = is_bf16_slow(job.workload, state, split, config, group)
+        config = replace(config, precision="fp32" if state.bf16_is_slow else "bf16")
     if job.workers.cpus_per_worker is None and not state.is_sharded:
         _choose_threads(job, state, split, config, group, is_new=not restored.name)
     # Not earlier: the memory of a whole model, or of a checkpoint that was read, should go back to the kernel.
@@ -212,13 +217,15 @@ class Reporter(Callback):
         has_changed = restored.arithmetic not in (None, arithmetic())
         changed = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         small = "steps are so small that one thread is as fast as several; --cpus-per-worker sets another number"
-        notes = {changed: has_changed, small: state.one_thread and torch.get_num_threads() == 1}
+        slow = "this processor computes the model faster in fp32 than in bf16, so --precision auto is fp32"
+        is_small = state.one_thread and torch.get_num_threads() == 1
+        notes = {changed: has_changed, small: is_small, slow: state.bf16_is_slow}
         return Started(
             num_workers=self._group.world_size,
             hosts=tuple(hosts),
             threads=torch.get_num_threads(),
             device=self._group.device.type,
-            precision=self._config.precision,
+            precision="fp32" if state.bf16_is_slow else self._config.precision,
             epoch=state.epoch,
             step=state.step,
             total_step=state.total_step,

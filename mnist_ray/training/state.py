@@ -40,6 +40,7 @@ class TrainingState:
     average: nn.Module | None = None  # the weights' EMA, with --ema-decay
     scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
     one_thread: bool = False  # each worker computes with one thread, because steps are small
+    bf16_is_slow: bool = False  # --precision auto is fp32
     ends: bool = False  # set by a callback: no further epoch
     read_to: dict[str, Any] | None = None  # of a stream: where a resumed run may go on reading
     steps_per_epoch: int = 0

@@ -100,6 +100,24 @@ def test_a_resumed_run_keeps_the_choice_of_one_thread(
     assert notes == 2
 
 
+def test_a_resumed_run_keeps_the_choice_of_fp32_over_a_slow_bf16(
+    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stops = callback_at(tmp_path / "halts.py", "wants_stop(self)", "return not os.path.exists(__file__ + '.go')")
+    settings = {**here, "callback": stops, "precision": "auto"}
+    monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", lambda *given: True)
+    with pytest.raises(JobError, match="a callback has stopped the training"):
+        train(None, **settings)
+    (tmp_path / "halts.py.go").touch()
+    monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", Mock(side_effect=AssertionError))
+    run = train(None, **settings, resume=True)
+    said = capsys.readouterr().out
+    assert said.count("note       this processor computes the model faster in fp32 than in bf16") == 2
+    assert [*re.findall(r"^started .+, (fp32|bf16)\b", said, re.MULTILINE)] == ["fp32"] * 2
+    assert run.folder.read_json("origin.json")["precision"] == "fp32"  # type: ignore[index]
+
+
 def test_a_run_that_resumes_in_another_precision_says_so(
     here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
