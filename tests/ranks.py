@@ -34,7 +34,7 @@ def _called(function: Callable[..., None], rank: int, *args: Any) -> None:
     torch.set_num_threads(1)
     try:
         function(rank, *args)
-    except Exception:
+    except BaseException:  # also pytest's Failed
         traceback.print_exc()
         os._exit(1)  # the other ranks wait for this one; a broken pool ends them
 
