@@ -218,20 +218,17 @@ class RunFolder:
         with in_one_line(f"cannot write {self.uri}/{file_name}"):
             with_retries(lambda: self._write(posixpath.join(self.path, file_name), content))
 
-    def write_if_possible(self, file_name: str, content: bytes) -> bool:
-        """Write a file atomically and without retries into this folder, which exists; return whether that worked.
-
-        Several processes may do so at the same time.
-        """
-        try:
-            self._replace(posixpath.join(self.path, file_name), content)
-        except STORAGE_ERRORS:
-            return False
-        return True
-
     def _write(self, target: str, content: bytes) -> None:
         self.create_folder_of(target)
-        self._replace(target, content)
+        temporary = f"{target}.{uuid4().hex}.tmp"  # nobody can put a link there before
+        try:
+            with self.filesystem.open_output_stream(temporary) as stream:
+                stream.write(content)
+            self.filesystem.move(temporary, target)
+        except BaseException:  # an interrupt, too
+            with contextlib.suppress(*STORAGE_ERRORS):
+                self.filesystem.delete_file(temporary)
+            raise
 
     def create_folder_of(self, target: str) -> None:
         """Create the folder of a file in this folder. Raises STORAGE_ERRORS, also if a link leads out of this one."""
@@ -248,17 +245,6 @@ class RunFolder:
             if self.exists(name):
                 for folder in ("", *self.inside(name).subfolders()):
                     self.create_folder_of(posixpath.join(self.path, name, folder, "-"))
-
-    def _replace(self, target: str, content: bytes) -> None:
-        temporary = f"{target}.{uuid4().hex}.tmp"  # nobody can put a link there before
-        try:
-            with self.filesystem.open_output_stream(temporary) as stream:
-                stream.write(content)
-            self.filesystem.move(temporary, target)
-        except BaseException:  # an interrupt, too
-            with contextlib.suppress(*STORAGE_ERRORS):
-                self.filesystem.delete_file(temporary)
-            raise
 
     def check_writable(self, *, retry: bool = False) -> None:
         """Check that files can be written to the parent folder. Raises JobError."""
