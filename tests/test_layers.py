@@ -126,28 +126,23 @@ def test_a_file_that_names_another_storage_does_not_make_the_code_in_the_real_on
     ("name", "text", "message"),
     [
         ("a.toml", "batch_size = 1\nbatch_size = 2\n", "is not TOML: Cannot overwrite a value"),
-        ("a.toml", "[training]\nbatch_size = 1\n", "has unknown settings: training"),
         ("a.toml", "[learning_rate]\npeak = 1\n", "--learning-rate must be of type float, not {'peak': 1}"),
         ("a.toml", "batch-size = 2\n", "has unknown settings: batch-size; did you mean batch_size?"),
-        ("a.toml", 'batch_size = "2"\n', "--batch-size must be of type int, not '2'"),
         ("a.toml", "seed = 2026-01-01\n", "--seed must be of type int, not datetime.date"),
-        ("a.toml", "learning_rate = nan\n", "--learning-rate must be of type float, not nan"),
         ("a.toml", "batch_size = 0\n", "--batch-size must be at least 1, not 0"),
-        ("a.toml", "= 1\n", "is not TOML: Invalid statement"),
         ("a.yaml", "batch_size: 1\nbatch_size: 2\n", 'is not YAML: found duplicate key "batch_size"'),
-        ("a.yaml", "- batch_size\n", "must contain settings by their names"),
         ("a.yaml", "1: 2\n", "must contain settings by their names"),
         ("a.yaml", "", "must contain settings by their names"),
         ("a.yaml", "a: !!python/object/apply:os.system ['id']\n", "is not YAML: could not determine a constructor"),
         ("a.yaml", "seed: 1\n---\nseed: 2\n", "is not YAML: but found another document (line 2)"),
-        ("a.yaml", "seed:\t1\n", "is not YAML: found character"),
         ("a.yaml", "seed: 1\ncallback: &a [*a]\n", "a.yaml: line 2 has the alias *a; repeat the value instead"),
         ("a.yaml", 'workload: "a\\0b.py"\n', "a\x00b.py: embedded null byte"),
         ("a.yaml", "compile: yes\n", "--compile must be of type bool, not 'yes'"),
         ("a.yaml", "recipe: cake\n", "there is no recipe cake; known: default, notebook"),
         ("a.yaml", "config: b.yaml\n", "has unknown settings: config"),
-        ("a.yaml", "\x00", "is not YAML: unacceptable character"),
-        ("a.json", '{"seed": 1, "seed": 2}', "is not JSON: it has seed twice"),
+        ("a.json", '{"seed": 1, "seed": 2}', "is not JSON: it has seed twice; leave one of them out"),
+        ("a.json", "[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
+        ("a.json", f'{{"workload": {"[" * 900}{"]" * 900}}}', "a.json: --workload must be of type str, not [[[["),
         ("a.toml", b"\xff\xfe", "is not UTF-8"),
         ("a.toml", b"#" * 2**21, "is larger than 1 MiB"),
         ("a.toml", None, "is not a file"),
@@ -158,7 +153,7 @@ def test_a_wrong_file_is_one_line(
 ) -> None:
     file = project / name
     if text is None:
-        file.mkdir()
+        os.mkfifo(file)
     else:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError) as raised:

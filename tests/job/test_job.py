@@ -26,10 +26,10 @@ from mnist_ray.record.recorder import write_settings
 from mnist_ray.repository import Repository
 from mnist_ray.runs import untrusted_folders
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RunFolder, locate
+from mnist_ray.storage import RunFolder
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Data, Regression, Workload, user_code
-from tests.conftest import ROOT, Numbers, callback_at, run_main, with_data, write_data_set
+from tests.conftest import ROOT, Numbers, callback_at, folder_at, run_main, with_data, write_data_set
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")
 
@@ -58,14 +58,6 @@ def test_runs_without_a_name_that_start_in_the_same_second_get_different_folders
     names = {read().run.name for _ in range(5)}
     assert len(names) > len({name.rpartition("_")[0] for name in names})
     assert not any(tmp_path.iterdir())
-
-
-def test_flags_override_the_config_file_which_overrides_the_recipe(read: Any, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({"batch_size": 16, "learning_rate": 0.5}))
-    job = read("--recipe", "notebook", "--config", str(file), "--learning-rate", "0.25")
-    assert (job.train.batch_size, job.train.learning_rate, job.train.precision) == (16, 0.25, "fp32")
-    assert job.given == {"storage_path", "recipe", "config", "learning_rate"}
 
 
 def test_a_written_config_is_accepted_back(read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +100,11 @@ def sent(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "place", ["steals.py", "sent/steals.py", "{sent}/steals.py", "{sent}/../elsewhere.py", "sent.steals"]
-)
+IN_THE_STORAGE = ["steals.py", "sent/steals.py", "{sent}/steals.py", "{sent}/../elsewhere.py", "sent.steals"]
+PROGRAMS_OR_DISGUISED = ["unittest.__main__", "pydoc", "/proc/self/cwd/sent/steals.py"]
+
+
+@pytest.mark.parametrize("place", IN_THE_STORAGE + PROGRAMS_OR_DISGUISED)
 @pytest.mark.parametrize("flags", [["--resume", "--run-name", "sent"], ["--config", "{sent}/config.json"]])
 @pytest.mark.parametrize("name", ["workload", "callback"])
 def test_code_that_may_have_come_with_a_run_is_not_loaded(
@@ -126,19 +120,6 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     assert not list(sent.parent.rglob("it_ran"))
 
 
-@pytest.mark.parametrize("place", ["unittest.__main__", "pydoc", "/proc/self/cwd/steals.py"])
-def test_neither_programs_of_python_nor_disguised_relative_paths_are_loaded(
-    read: Any, sent: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    monkeypatch.chdir(sent)
-    (sent / "__init__.py").write_text(STEALS)
-    (sent / "config.json").write_text(json.dumps({"workload": place}))
-    for resumed in (["--resume", "--run-name", "sent"], ["--config", "config.json"]):
-        with pytest.raises(UsageError, match="the code may have come with the run"):
-            read(*resumed)
-    assert not list(sent.rglob("it_ran"))
-
-
 def test_a_look_at_the_data_loads_no_code_that_came_with_a_run(sent: Path) -> None:
     (sent / "config.json").write_text(json.dumps({"workload": f"{sent}/steals.py"}))
     with pytest.raises(UsageError, match="the code may have come with the run"):
@@ -146,33 +127,21 @@ def test_a_look_at_the_data_loads_no_code_that_came_with_a_run(sent: Path) -> No
     assert not list(sent.rglob("it_ran"))
 
 
-def test_code_around_a_trial_of_a_sweep_is_not_loaded(tmp_path: Path) -> None:
-    sweep = locate(str(tmp_path / "runs"), "sweep")
-    sweep.write_text("sweep.json", "{}")
-    trial = sweep.inside("trials").inside("one")
-    for place in (trial, trial.inside("checkpoint_epoch-001_step-000000")):
-        folders = untrusted_folders(place, str(tmp_path / "another"))
-        assert user_code.why_untrusted(f"{sweep.path}/steals.py", folders) == "in a folder of runs"
+def test_code_beside_a_run_or_around_it_is_not_loaded_whatever_the_storage(sent: Path, tmp_path: Path) -> None:
+    member, trial = sent / "members" / "seed-0", sent / "trials" / "one"
+    for folder, name in ((sent, "sweep.json"), (sent, "config.json"), (member, "config.json")):
+        folder_at(folder).write_text(name, "{}")
+    for run in (sent, member, trial, trial / "checkpoint_epoch-001_step-000000"):
+        folders = untrusted_folders(folder_at(run), str(tmp_path / "another"))
+        for place in (sent.parent, sent, sent / "members", run):
+            assert user_code.why_untrusted(str(place / "steals.py"), folders) == "in a folder of runs"
+        assert user_code.why_untrusted(str(tmp_path / "own.py"), folders) == ""
 
 
 def test_num_chunks_needs_reproducible(read: Any) -> None:
     with pytest.raises(UsageError, match="--num-chunks has no effect without --reproducible; leave it out"):
         read("--num-chunks", "4")
     assert read("--num-chunks", "4", "--reproducible").train.num_chunks == 4
-
-
-def test_code_beside_a_run_or_around_it_is_not_loaded_whatever_the_storage(
-    read: Any, sent: Path, tmp_path: Path
-) -> None:
-    member = sent / "members" / "seed-0"
-    member.mkdir(parents=True)
-    for folder in (sent, member):
-        (folder / "config.json").write_text("{}")
-    for place in (sent.parent, sent, sent / "members", member):
-        for run in (sent, member):
-            folders = untrusted_folders(locate(str(run.parent), run.name), str(tmp_path / "another"))
-            assert user_code.why_untrusted(str(place / "steals.py"), folders) == "in a folder of runs"
-    assert user_code.why_untrusted(str(tmp_path / "own.py"), folders) == ""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -278,28 +247,6 @@ def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[1]", "must contain settings by their names"),
-        ('{"batchsize": 1, "lr": 2}', "unknown settings: batchsize, lr"),
-        ('{"config": "x.json"}', "unknown settings: config"),
-        ('{"batch_size": 32, "batch_size": 64}', "it has batch_size twice; leave one of them out$"),
-        ('{"batch_size": "64"}', "--batch-size must be of type int, not '64'"),
-        ('{"workload": 5}', r"bad\.json: --workload must be of type str, not 5"),
-        (f'{{"workload": {"[" * 900}{"]" * 900}}}', r"--workload must be of type str, not \[+$"),
-        ("[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
-        (None, "is not a file"),
-    ],
-)
-def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str | None, message: str) -> None:
-    file = tmp_path / "bad.json"
-    os.mkfifo(file) if text is None else file.write_text(text)
-    with pytest.raises(UsageError, match=message):
-        read("--config", str(file))
-
-
-@pytest.mark.parametrize(
     ("flags", "name"),
     [
         (["--placement-strategy", "SPREAD"], "--placement-strategy"),
@@ -353,7 +300,6 @@ def test_a_second_value_of_which_only_one_would_count_is_refused(
             "--warmup-steps 10 must be below the 10 steps of the run",
         ),
         (["--momentum", "0.5"], "--momentum has no effect: adam does not use it; leave it out"),
-        (["--optimizer", "sgd", "--beta2", "0.5"], "--beta2 has no effect: sgd does not use it; leave it out"),
     ],
 )
 def test_settings_must_fit_the_data(read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str) -> None:
