@@ -159,15 +159,6 @@ def test_other_errors_name_the_block() -> None:
         list(epochs(dataset_of(short)))
 
 
-def test_blocks_of_different_shapes_are_one_line() -> None:
-    blocks = Numbers()
-    shapes = iter([(2, 3), (3, 2)] * 99)
-    read: Any = lambda block: Arrays(np.zeros((SIZES[block], *next(shapes))), np.zeros(SIZES[block]))  # noqa: E731
-    blocks.read = read  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="all the input array dimensions"):
-        list(epochs(dataset_of(blocks)))
-
-
 class OfLabels(Blocks):
     """Three blocks of four examples each."""
 

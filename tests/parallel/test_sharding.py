@@ -437,17 +437,6 @@ def test_recomputation_repeats_the_forward_pass_of_each_unit(tmp_path: Path, mon
     assert counts == [3 * 6, 6 * 6]
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [(Words, ""), (Frozen, ""), (Masked, "buffer mask is not persistent"), (Varying, "")],
-)
-def test_a_model_is_created_without_memory_if_its_state_is_all_that_it_has(kind: type[Words], reason: str) -> None:
-    model, found = sharding.on_meta(kind())
-    assert found == reason
-    assert (model is None) == bool(reason)
-    assert model is None or all(parameter.is_meta for parameter in model.parameters())
-
-
 def other(create: Callable[[], nn.Module]) -> Words:
     class Other(Words):
         def create_model(self) -> nn.Module:
@@ -469,13 +458,18 @@ class Plain(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("create", "reason"),
-    [(Item, "Tensor.item()"), (Plain, "Plain has a tensor that is neither a parameter nor a buffer")],
+    ("workload", "reason"),
+    [
+        (Words(), ""),
+        (Masked(), "buffer mask is not persistent"),
+        (other(Item), "Tensor.item()"),
+        (other(Plain), "Plain has a tensor that is neither a parameter nor a buffer"),
+    ],
 )
-def test_a_model_that_must_be_created_whole_says_why(create: Callable[[], nn.Module], reason: str) -> None:
-    model, found = sharding.on_meta(other(create))
-    assert model is None
-    assert reason in found
+def test_a_model_is_created_without_memory_or_says_why_it_must_be_created_whole(workload: Words, reason: str) -> None:
+    model, found = sharding.on_meta(workload)
+    assert (model is None, reason in found) == (bool(reason), True)
+    assert model is None or all(parameter.is_meta for parameter in model.parameters())
 
 
 def shared() -> nn.Module:
@@ -489,12 +483,6 @@ def tied() -> nn.Module:
     block = nn.Sequential(nn.Linear(WIDTH, NUM_WORDS))
     block.weight = model.words.weight
     model.blocks.append(block)
-    return model
-
-
-def twice() -> nn.Module:
-    model = Stack()
-    model.blocks = nn.ModuleList([model.blocks[0]] * 2)
     return model
 
 
@@ -520,7 +508,6 @@ class Grows(Stack):
     ("create", "num_workers", "message"),
     [
         (lambda: nn.Linear(2, 2), 2, r"has no units for --strategy fsdp.*; put its blocks into an nn\.ModuleList"),
-        (twice, 2, r"blocks\.0 is in two units"),
         (shared, 2, r"blocks\.0\.layer is in two units"),
         (tied, 2, r"parameter words\.weight is tied across units"),
         (Repeats, 2, r"unit blocks\.0 runs 2 times in a forward pass"),
