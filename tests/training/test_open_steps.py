@@ -292,7 +292,7 @@ def train_plainly(case: str) -> list[float]:
     for number, (inputs, targets) in enumerate(batches(config.batch_size)):
         reported = list[Tensor]()
         if workload.callbacks:
-            model[0].requires_grad_(number >= FIRST_STEP)
+            next(model.children()).requires_grad_(number >= FIRST_STEP)
         inputs = inputs * 0.5 if "in place" in case else inputs
 
         def closure(inputs: Tensor = inputs, targets: Tensor = targets, reported: list[Tensor] = reported) -> Tensor:
