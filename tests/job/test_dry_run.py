@@ -269,110 +269,68 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
     ("body", "expected"),
     [
         ("def create_model(self): ...", ".create_model returned NoneType, not a torch.nn.Module"),
-        (
-            "def create_model(self): return nn.LazyLinear(10)",
-            ".create_model: a lazy layer has no shape yet; first call the model on an example",
-        ),
-        (
-            "def create_model(self): return nn.Linear(4, 20)",
-            ": the model returns 20 logits per example, but the data have 10 classes",
-        ),
-        (
-            "def create_model(self): return nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))",
-            ": the model returns no logits per example, but the data have 10 classes",
-        ),
-        (
-            "def loss(self, outputs, targets): return F.cross_entropy(outputs, targets)",
-            '.loss must be one number per example, (16,) here, not (); use reduction="none", average other dimensions',
-        ),
-        (
-            "def loss(self, outputs, targets): return super().loss(outputs, targets) / (targets - 1)",
-            ".loss is not finite on the first 16 examples with the initial weights",
-        ),
-        (
-            "def loss(self, outputs, targets): return super().loss(outputs.detach(), targets)",
-            ".loss does not depend on the model's parameters: nothing would be learned",
-        ),
-        (
-            'def create_model(self): return Spare("first", "second", "third")',
-            ": parameters first and 2 more are not part of the loss; remove or freeze them; "
-            "if other steps use them, set has_unused_parameters = True",
-        ),
-        (
-            "def create_model(self): return WithExtraState(4, 10)",
-            ": the model's state_dict holds _extra_state, of type dict; a checkpoint keeps only tensors: use a buffer "
-            "or a setting",
-        ),
-        (
-            'def measure(self, outputs, targets): return {"accuracy": 0.5}',
-            ".measure: accuracy must be one number per example, (16,) here, not float",
-        ),
+        ("def create_model(self): return nn.LazyLinear(10)",
+         ".create_model: a lazy layer has no shape yet; first call the model on an example"),
+        ("def create_model(self): return nn.Linear(4, 20)",
+         ": the model returns 20 logits per example, but the data have 10 classes"),
+        ("def create_model(self): return nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))",
+         ": the model returns no logits per example, but the data have 10 classes"),
+        ("def loss(self, outputs, targets): return F.cross_entropy(outputs, targets)",
+         '.loss must be one number per example, (16,) here, not (); use reduction="none", average other dimensions'),
+        ("def loss(self, outputs, targets): return super().loss(outputs, targets) / (targets - 1)",
+         ".loss is not finite on the first 16 examples with the initial weights"),
+        ("def loss(self, outputs, targets): return super().loss(outputs.detach(), targets)",
+         ".loss does not depend on the model's parameters: nothing would be learned"),
+        ('def create_model(self): return Spare("first", "second", "third")',
+         ": parameters first and 2 more are not part of the loss; remove or freeze them; "
+         "if other steps use them, set has_unused_parameters = True"),
+        ("def create_model(self): return WithExtraState(4, 10)",
+         ": the model's state_dict holds _extra_state, of type dict; a checkpoint keeps only tensors: use a buffer "
+         "or a setting"),
+        ('def measure(self, outputs, targets): return {"accuracy": 0.5}',
+         ".measure: accuracy must be one number per example, (16,) here, not float"),
         ("def measure(self, outputs, targets): ...", ".measure returned NoneType, not a dict"),
-        (
-            "def measure(self, outputs, targets): return {'loss': targets}",
-            ".measure: the loss is already measured; choose another name",
-        ),
-        (
-            'def predictions(self, outputs, targets): return {"label": targets, "weight": targets}',
-            ".predictions: the column weight has another meaning; choose another name",
-        ),
-        (
-            'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs.T}',
-            ".predictions: logits must be a tensor with 16 examples here, (N, ...)",
-        ),
-        (
-            "def loss(self, outputs, targets): return F.cross_entropy(outputs @ outputs.T, targets, reduction='none')",
-            ": an example's loss changes if other examples leave the batch, so it depends on the number of workers; "
-            "mask the padding, or set compares_examples = True if intended",
-        ),
-        (
-            "def measure(self, outputs, targets):\n"
-            "        return {'accuracy': (targets / 9).mean().expand(len(targets))}",
-            ".measure: accuracy of an example changes if other examples leave the batch, so its mean over batches is "
-            "not that over all examples; compute it in summarize_predictions",
-        ),
-        (
-            "def create_optimizer(self, model, config): return [torch.optim.SGD(model.parameters())] * 2",
-            ".create_optimizer must return a torch.optim.Optimizer, or a dict of them by name, not list",
-        ),
+        ("def measure(self, outputs, targets): return {'loss': targets}",
+         ".measure: the loss is already measured; choose another name"),
+        ('def predictions(self, outputs, targets): return {"label": targets, "weight": targets}',
+         ".predictions: the column weight has another meaning; choose another name"),
+        ('def predictions(self, outputs, targets): return {"label": targets, "logits": outputs.T}',
+         ".predictions: logits must be a tensor with 16 examples here, (N, ...)"),
+        ("def loss(self, outputs, targets): return F.cross_entropy(outputs @ outputs.T, targets, reduction='none')",
+         ": an example's loss changes if other examples leave the batch, so it depends on the number of workers; "
+         "mask the padding, or set compares_examples = True if intended"),
+        ("def measure(self, outputs, targets):\n"
+         "        return {'accuracy': (targets / 9).mean().expand(len(targets))}",
+         ".measure: accuracy of an example changes if other examples leave the batch, so its mean over batches is "
+         "not that over all examples; compute it in summarize_predictions"),
+        ("def create_optimizer(self, model, config): return [torch.optim.SGD(model.parameters())] * 2",
+         ".create_optimizer must return a torch.optim.Optimizer, or a dict of them by name, not list"),
         ("def summarize(self, means): return {}", ".summarize returns nothing, but Wrong.metrics names accuracy"),
-        (
-            "def summarize_predictions(self, columns): return {'auc': 1.0}",
-            ".summarize and Wrong.summarize_predictions return accuracy, auc, but Wrong.metrics names accuracy",
-        ),
+        ("def summarize_predictions(self, columns): return {'auc': 1.0}",
+         ".summarize and Wrong.summarize_predictions return accuracy, auc, but Wrong.metrics names accuracy"),
         ("def summarize(self, means): return {'accuracy': 'high'}", ": metric accuracy is 'high', not a number"),
-        (
-            "def create_model(self): return Formed(lambda outputs: SimpleNamespace(logits=outputs))",
-            ": the model returns tensors in a SimpleNamespace, where they are not found; return tensors, or dicts, "
-            "lists and tuples of them",
-        ),
-        (
-            "def create_model(self): return nn.EmbeddingBag(4, 10, sparse=True)\n"
-            "    def prepare(self, inputs, generator): return inputs.long()",
-            ": the gradient of weight is sparse; create its layer without sparse=True",
-        ),
-        (
-            "def create_model(self): model = Spare('mask'); model.mask.data[:] = -torch.inf; return model",
-            ": the parameter mask is not finite at the start; if it is a mask, make it a buffer",
-        ),
-        (
-            "def create_model(self): scale = torch.rand(10); return Formed(lambda outputs: outputs * scale)",
-            ": another new model computes something else with the same state_dict; make random tensors buffers, and "
-            "keep layers in an nn.ModuleList",
-        ),
-        (
-            "compares_examples = True\n"
-            "    def create_model(self): return Formed(lambda outputs: (outputs, torch.ones(10, 4)))\n"
-            "    def check_outputs(self, outputs, targets): ...\n"
-            "    def predictions(self, outputs, targets): return {}\n"
-            "    def measure(self, outputs, targets): return {'accuracy': 0 * targets}\n"
-            "    def loss(self, outputs, targets): return outputs[0].sum(1) + outputs[1].sum()",
-            ": the model returns a tensor of 10 rows for each batch, as if they were examples; with compares_examples, "
-            "return it as (1, …)",
-        ),
+        ("def create_model(self): return Formed(lambda outputs: SimpleNamespace(logits=outputs))",
+         ": the model returns tensors in a SimpleNamespace, where they are not found; return tensors, or dicts, "
+         "lists and tuples of them"),
+        ("def create_model(self): return nn.EmbeddingBag(4, 10, sparse=True)\n"
+         "    def prepare(self, inputs, generator): return inputs.long()",
+         ": the gradient of weight is sparse; create its layer without sparse=True"),
+        ("def create_model(self): model = Spare('mask'); model.mask.data[:] = -torch.inf; return model",
+         ": the parameter mask is not finite at the start; if it is a mask, make it a buffer"),
+        ("def create_model(self): scale = torch.rand(10); return Formed(lambda outputs: outputs * scale)",
+         ": another new model computes something else with the same state_dict; make random tensors buffers, and "
+         "keep layers in an nn.ModuleList"),
+        ("compares_examples = True\n"
+         "    def create_model(self): return Formed(lambda outputs: (outputs, torch.ones(10, 4)))\n"
+         "    def check_outputs(self, outputs, targets): ...\n"
+         "    def predictions(self, outputs, targets): return {}\n"
+         "    def measure(self, outputs, targets): return {'accuracy': 0 * targets}\n"
+         "    def loss(self, outputs, targets): return outputs[0].sum(1) + outputs[1].sum()",
+         ": the model returns a tensor of 10 rows for each batch, as if they were examples; with compares_examples, "
+         "return it as (1, …)"),
         ("metrics = ()", ".summarize returns accuracy, but Wrong.metrics names none"),
     ],
-)
+)  # fmt: skip
 def test_a_workload_that_does_not_fit_is_refused_in_one_line(write: Write, body: str, expected: str) -> None:
     assert message_of(write, f"\n    {body}\n") == f"Wrong{expected}"
 
@@ -444,13 +402,11 @@ def test_the_slower_an_example_is_the_fewer_are_tried(
     ("body", "expected"),
     [
         ("def create_model(self): return nn.Linear(4, 3)", "(16, 3) for targets (16,); both must be one number"),
-        (
-            "def load_data(self): part = Arrays(np.ones((20, 4), 'f'), np.ones((20, 1), 'f')); return Data(part, part)",
-            "(16, 1) for targets (16, 1); both must be one number",
-        ),
+        ("def load_data(self): part = Arrays(np.ones((20, 4), 'f'), np.ones((20, 1), 'f')); return Data(part, part)",
+         "(16, 1) for targets (16, 1); both must be one number"),
         ("def create_model(self): return Formed(lambda outputs: (outputs, outputs), 1)", "a tuple, not a tensor"),
     ],
-)
+)  # fmt: skip
 def test_a_regression_model_must_give_one_number_per_example(write: Write, body: str, expected: str) -> None:
     assert message_of(write, f"\n    {body}\n", "Numbers").startswith(f"Wrong: the model returns {expected}")
 
@@ -532,24 +488,16 @@ OF_CHECKPOINT = f"Wrong, a checkpoint of the state_dict of optimizer and schedul
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (
-            "def create_scheduler(self, optimizer, *_, **__): return WithFunction(optimizer)",
-            f"{OF_CHECKPOINT}: ",
-        ),
-        (
-            "def create_optimizer(self, model, *_): return Wrapping(model.parameters())",
-            f"{OF_CHECKPOINT}: KeyError: 'state'",
-        ),
-        (
-            "def create_optimizer(self, model, *_): return Exact(model.parameters())",
-            "a checkpoint cannot hold 0.momentum_buffer (complex128, strided); use another type",
-        ),
-        (
-            "def create_model(self): return nn.Linear(4, 10, dtype=torch.complex128)",
-            "a checkpoint cannot hold weight (complex128, strided); use another type, or persistent=False",
-        ),
+        ("def create_scheduler(self, optimizer, *_, **__): return WithFunction(optimizer)",
+         f"{OF_CHECKPOINT}: "),
+        ("def create_optimizer(self, model, *_): return Wrapping(model.parameters())",
+         f"{OF_CHECKPOINT}: KeyError: 'state'"),
+        ("def create_optimizer(self, model, *_): return Exact(model.parameters())",
+         "a checkpoint cannot hold 0.momentum_buffer (complex128, strided); use another type"),
+        ("def create_model(self): return nn.Linear(4, 10, dtype=torch.complex128)",
+         "a checkpoint cannot hold weight (complex128, strided); use another type, or persistent=False"),
     ],
-)
+)  # fmt: skip
 def test_a_step_or_a_checkpoint_that_would_fail_is_refused(write: Write, body: str, expected: str) -> None:
     assert message_of(write, f"\n    {body}\n").startswith(expected)
 
@@ -663,37 +611,25 @@ PARTS = """
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (
-            PARTS.replace("LOSSES", "model(inputs).sum()"),
-            "Wrong.losses of first must be one number per example, (16,) here, not ()",
-        ),
+        (PARTS.replace("LOSSES", "model(inputs).sum()"),
+         "Wrong.losses of first must be one number per example, (16,) here, not ()"),
         (PARTS.replace("LOSSES", "torch.zeros(len(targets))"), "Wrong.losses of first does not depend on the model's"),
         (PARTS.replace("LOSSES", "1 / 0"), "Wrong, losses of first: ZeroDivisionError"),
         (PARTS.split("    def losses")[0], "Wrong has several optimizers, so it needs a method losses()"),
-        (
-            PARTS.replace("LOSSES", "model(inputs)[:, 0]") + "    compares_examples = True\n",
-            "compares_examples does not work with several optimizers",
-        ),
-        (
-            PARTS.replace("LOSSES", "model(inputs)[:, 0]")
-            + "    def training_loss(self, outputs, targets, config): return outputs.mean(1)\n",
-            "Wrong.training_loss has no effect with several optimizers, which minimize losses",
-        ),
-        (
-            "\n    def create_scheduler(self, optimizer, *_):"
-            " return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)\n",
-            "ReduceLROnPlateau has mode='min', but looks at accuracy; create it with mode='max'",
-        ),
-        (
-            "\n    def augment(self, inputs, targets, generator): return inputs\n",
-            "Wrong.augment must return inputs and targets",
-        ),
-        (
-            "\n    def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())\n",
-            "--precision fp16 does not work with an optimizer whose step needs a closure",
-        ),
+        (PARTS.replace("LOSSES", "model(inputs)[:, 0]") + "    compares_examples = True\n",
+         "compares_examples does not work with several optimizers"),
+        (PARTS.replace("LOSSES", "model(inputs)[:, 0]")
+         + "    def training_loss(self, outputs, targets, config): return outputs.mean(1)\n",
+         "Wrong.training_loss has no effect with several optimizers, which minimize losses"),
+        ("\n    def create_scheduler(self, optimizer, *_):"
+         " return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)\n",
+         "ReduceLROnPlateau has mode='min', but looks at accuracy; create it with mode='max'"),
+        ("\n    def augment(self, inputs, targets, generator): return inputs\n",
+         "Wrong.augment must return inputs and targets"),
+        ("\n    def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())\n",
+         "--precision fp16 does not work with an optimizer whose step needs a closure"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_open_step_is_one_line(write: Write, body: str, message: str) -> None:
     config = TrainConfig(precision="fp16" if "LBFGS" in body else "fp32")
     assert message in message_of(write, body, config=config)
