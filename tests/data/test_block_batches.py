@@ -216,27 +216,18 @@ def test_arrays_unlike_those_of_other_blocks_are_refused_with_both_blocks() -> N
 
 
 class Pairs(Numbers):
-    """Examples whose inputs are dicts."""
+    """Examples whose inputs are dicts of numbers and texts."""
 
     def read(self, block: int) -> Sequence[tuple[Any, Any]]:
-        return [({"number": int(number)}, float(number)) for number in super().read(block).inputs]
+        return [({"number": int(number), "text": str(number)}, float(number)) for number in super().read(block).inputs]
 
 
-def test_blocks_may_hold_pairs_of_anything_that_can_be_joined() -> None:
-    whole = [batch.inputs.tolist() for batch in epochs(dataset_of(Numbers()))]
-    pairs = list(epochs(dataset_of(Pairs())))
+def test_blocks_may_hold_pairs_of_anything_that_can_be_joined_and_are_read_ahead() -> None:
+    blocks, whole = Pairs(), [batch.inputs.tolist() for batch in epochs(dataset_of(Numbers()))]
+    pairs = list(epochs(dataset_of(blocks)))
     assert [batch.inputs["number"].tolist() for batch in pairs] == whole
     assert pairs[0].targets.dtype == torch.float64
-
-
-def test_blocks_of_texts_are_read_ahead() -> None:
-    class Texts(Numbers):
-        def read(self, block: int) -> Sequence[tuple[Any, Any]]:
-            return [(str(number), int(number)) for number in super().read(block).inputs]
-
-    texts = Texts()
-    assert len(list(epochs(dataset_of(texts)))) == 18
-    assert len(texts.read_blocks) == np.count_nonzero(SIZES)
+    assert len(blocks.read_blocks) == np.count_nonzero(SIZES)
 
 
 def test_examples_that_no_order_announces_are_read_when_needed() -> None:
