@@ -47,7 +47,7 @@ MUTATIONS = [
     ),
     (
         "training/test_engine training/test_steps",
-        Fault("each step has the same dropout", GRADIENTS, ", number) + self._state.step)", ", number))"),
+        Fault("each step has the same dropout", GRADIENTS, ", number) + self._state.step", ", number)"),
     ),
     (
         "training/test_weights",
@@ -169,7 +169,7 @@ MUTATIONS = [
     ),
     (
         "data/test_dataset_loading data/test_draws",
-        Fault("Python's generator is not seeded", BATCHES, "random.seed(seed)\n        np.", "np."),
+        Fault("Python's generator is not seeded", BATCHES, "    random.seed(seed)\n", ""),
     ),
     (
         "data/test_draws data/test_order",
