@@ -180,12 +180,7 @@ LONG_CASES = [
     ("number", "send", "when"), [*QUICK_CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)]
 )
 def test_a_signal_in_any_phase_ends_a_job_like_an_interrupt_and_leaves_no_process(
-    number: signal.Signals,
-    send: Callable[[int, int], None],
-    when: str,
-    quick: Flags,
-    tmp_path: Path,
-    own_folder: Path,
+    number: signal.Signals, send: Callable[[int, int], None], when: str, quick: Flags, tmp_path: Path, own_folder: Path
 ) -> None:
     flags = quick() if when == "test " else quick(num_epochs=500)
     _, errors = run_and_act({when: lambda job: send(job.pid, number)}, *flags, address="local", status=130)

@@ -14,14 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.data.batches import (
-    ArrayBatches,
-    ExampleBatches,
-    MicroBatch,
-    batch_loader,
-    batches_of,
-    to_device,
-)
+from mnist_ray.data.batches import ArrayBatches, ExampleBatches, MicroBatch, batch_loader, batches_of, to_device
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request, ShardedBatchSampler
 from mnist_ray.errors import ExampleError, TrainingStoppedError, with_place

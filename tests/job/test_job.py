@@ -224,10 +224,7 @@ def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monke
 
     job = read("--run-name", "a")
     monkeypatch.setattr(RunFolder, "exists", fail)
-    with (
-        pytest.raises(KeyboardInterrupt, match=r"^interrupted; to resume: python jobs/train"),
-        ending_explained(job),
-    ):
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; to resume: python jobs/train"), ending_explained(job):
         raise KeyboardInterrupt
 
 
