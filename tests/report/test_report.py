@@ -133,7 +133,7 @@ def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Spli
 def test_an_interrupted_sweeps_report_says_how_to_resume_the_sweep(unfinished_run: Path) -> None:
     (unfinished_run / "sweep.csv").write_text(trials(TrialRecord(1, point(32, 1e-3), DONE, 1.0, 0.9, 0.3)))
     run_main("report", str(unfinished_run))
-    assert "python jobs/tune.py --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
+    assert "mnist-ray tune --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
 
 
 def test_the_command_writes_the_same_report_again(finished_run: Path) -> None:

@@ -173,7 +173,8 @@ def queue_of(takes: list[list[Event]], over: threading.Event, before: Callable[[
     """Return an event queue of which each take gives the next events; after the last ones, the training is ``over``."""
 
     def take() -> Any:
-        before()
+        if takes:  # not while the training's thread ends, which may take long
+            before()
         events = takes.pop(0) if takes else []
         if not takes:
             over.set()
