@@ -36,6 +36,13 @@ def sessions_here(folder: Path) -> set[Path]:
     return {*folder.glob(f"session_*_{os.getpid()}")}
 
 
+def remove_sessions_of(pid: int) -> None:
+    """Remove the files of the local Rays that a process had started before it was killed."""
+    with contextlib.suppress(OSError):
+        for session in sessions_folder().glob(f"session_*_{pid}"):
+            shutil.rmtree(session, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def removed_unless_failed(folder: Path) -> Iterator[None]:
     """Remove the files of the local Ray that the block starts.

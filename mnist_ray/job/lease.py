@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mnist_ray.cluster.session_files import remove_sessions_of
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.signals import end_with
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
@@ -90,15 +91,18 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
     """Own a run for the duration of a context. Raises UsageError if another job owns the run.
 
     If this process is silent for too long and another job takes the run over, this process exits. ``waiting`` is called
-    with a message while it is unclear whether an owner on another machine is alive.
+    with a message while it is unclear whether an owner on another machine is alive. At the end, if nothing failed,
+    the files of a killed owner's local Ray are removed.
     """
     me, is_over = this_process(), threading.Event()
     renewing = threading.Thread(target=_renew, args=(run, me, is_over), daemon=True)
-    _wait_until_free(run, waiting)
+    killed = _wait_until_free(run, waiting)
     try:
         run.storage.write_text(file_of(run), _text_of(me))
         renewing.start()
         yield
+        if killed is not None and ticks_at_start(killed.pid) == -1:  # no other process has its id
+            remove_sessions_of(killed.pid)
     finally:
         is_over.set()
         if renewing.is_alive():
@@ -116,17 +120,20 @@ def remove_dead_owner(run: RunFolder) -> None:
             run.storage.delete_file(file_of(run))
 
 
-def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
-    """Wait until the owner, if any, has died or was silent for too long. Raises UsageError if it is alive."""
+def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> Owner | None:
+    """Wait until the owner, if any, has died or was silent for too long; return one that has died on this machine.
+
+    Raises UsageError if it is alive.
+    """
     first, since = _read(run)[0], time.monotonic()
     while True:
         text, owner = _read(run)
         if text is None:
-            return
+            return None
         # This process may still own it if the storage failed when an earlier call ended.
         has_died = owner is not None and owner.is_here and (owner.has_died or owner == this_process())
         if has_died or (text == first and time.monotonic() - since > EXPIRES_AFTER_S):
-            return
+            return owner if has_died else None
         if text != first or (owner and owner.is_here):
             by = f": process {owner.pid} on {'this machine' if owner.is_here else owner.host}" if owner else ""
             raise UsageError(f"run {run.uri} is in use by another job{by}")

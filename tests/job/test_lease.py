@@ -76,6 +76,24 @@ def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder)
         assert_taken(run)
 
 
+def test_the_files_of_a_killed_owners_ray_are_removed_once_its_run_has_ended_well(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        owner = replace(this_process(), pid=process.pid, ticks=1)
+    session, other = (tmp_path / "ray" / f"session_2026-12-02_{pid}" for pid in (process.pid, os.getpid()))
+    for folder in (session, other):
+        (folder / "logs").mkdir(parents=True)
+    claim_of(run, owner)
+    with pytest.raises(ZeroDivisionError), owned(run):
+        raise ZeroDivisionError
+    assert session.exists()
+    claim_of(run, owner)
+    assert_taken(run)
+    assert (session.exists(), other.exists()) == (False, True)
+
+
 def test_a_run_that_an_earlier_call_of_this_process_could_not_give_back_is_free(run: RunFolder) -> None:
     claim_of(run, this_process())
     assert_taken(run)
