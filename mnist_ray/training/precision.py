@@ -58,8 +58,10 @@ def is_bf16_slow(workload: Workload, state: TrainingState, split: Split, config:
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pairs = [(seconds("bf16"), seconds("fp32")) for _ in range(1 + _NUM_PASSES)][1:]
-    torch.set_num_threads(num_threads)
+    try:
+        pairs = [(seconds("bf16"), seconds("fp32")) for _ in range(1 + _NUM_PASSES)][1:]
+    finally:
+        torch.set_num_threads(num_threads)
     bf16, fp32 = (min(times) for times in zip(*pairs, strict=True))
     is_slow = torch.tensor(int(bf16 > max(_MIN_RATIO * fp32, fp32 + _MIN_LOSS_S)))
     if group.world_size > 1:

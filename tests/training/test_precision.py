@@ -52,6 +52,17 @@ def test_bf16_is_slow_if_its_fastest_pass_takes_much_longer(
     assert torch.get_num_threads() == num_threads
 
 
+def test_the_threads_are_restored_if_a_pass_fails(few_images: Arrays, clock: dict[str, list[float]]) -> None:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    clock["bf16"] = []
+    with pytest.raises(IndexError):
+        is_slow(few_images)
+    found = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    assert found == 2
+
+
 def test_reproducible_runs_do_not_depend_on_a_clock(few_images: Arrays, clock: dict[str, list[float]]) -> None:
     assert not is_slow(few_images, replace(CONFIG, reproducible=True))
     assert clock["bf16"] == [9.0], "nothing is measured"
