@@ -48,10 +48,10 @@ from mnist_ray.data.sources import Parquet
 from mnist_ray.mnist import MNIST, idx, problem
 from mnist_ray.parallel.group import Group
 from mnist_ray.process import keep_freed_memory
-from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.state import TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Data, setting
 
 PEER = Path(__file__).parent / "peers" / "streams.py"
@@ -257,9 +257,9 @@ def train(place: str, number: int, num_epochs: int, read_ahead_mib: int, first_s
     begun = time.perf_counter()
     split = Split(Parquet(place) if place else images(number))
     opened_s = time.perf_counter() - begun
-    state = engine.create_state(workload, config, len(split), group)
+    state = create_state(workload, config, len(split), group)
     state.step = first_step
-    engine.train(workload, state, split, config, group, [meter], 0, read_ahead_mib)
+    Trainer(workload, state, split, config, group, [meter], 0, read_ahead_mib).train()
     rates = [len(split) / seconds for seconds in meter.epochs_s]
     return {"open_s": opened_s, "first_s": meter.first_s, "rates": rates, "mib": meter.mib}
 
@@ -420,8 +420,8 @@ def accuracy(folder: Path) -> None:
         accuracies = []
         for seed in range(10):
             config = TrainConfig(**MNIST.recipes["default"], precision="bf16", seed=seed)
-            state = engine.create_state(workload, config, len(split), group)
-            engine.train(workload, state, split, config, group)
+            state = create_state(workload, config, len(split), group)
+            Trainer(workload, state, split, config, group).train()
             tested = evaluate(workload, state.model, Split(test), config)
             accuracies.append(tested.values(workload)["accuracy"])
         each = ", ".join(f"{100 * one:.2f}" for one in accuracies)

@@ -34,8 +34,8 @@ from mnist_ray.record.history import write_predictions
 from mnist_ray.report.columns import read_columns
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
-from mnist_ray.training import engine
 from mnist_ray.training.evaluation import evaluate
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Arrays, Classification, Data, setting
 from mnist_ray.workload.calls import data_of
 
@@ -82,8 +82,8 @@ def trained(folder: RunFolder, flipped: float, seed: int) -> float:
     """Train and test a model, and write the files that compare reads; return the accuracy."""
     workload, config = Clouds(Settings(flipped)), TrainConfig(**RECIPE, seed=seed)
     splits = splits_of(data_of(workload), config.validation_size)
-    state = engine.create_state(workload, config, NUM_TRAIN, Group())
-    engine.train(workload, state, splits.train, config, Group(), [])
+    state = create_state(workload, config, NUM_TRAIN, Group())
+    Trainer(workload, state, splits.train, config, Group(), []).train()
     tested = evaluate(workload, state.model, splits.test, config)
     write_predictions(folder, workload, tested.columns, {"index": splits.test.all_places, **tested.losses})
     folder.write_text("config.json", json_lines({**values_of(config), "flipped": flipped}))

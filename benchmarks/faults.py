@@ -39,7 +39,7 @@ def faulty_copy(root: Path, fault: Fault) -> Iterator[Path]:
         yield copy
 
 
-ENGINE, ORDER = "mnist_ray/training/engine.py", "mnist_ray/data/order.py"
+TRAINER, ORDER = "mnist_ray/training/trainer.py", "mnist_ray/data/order.py"
 FAULTS = {
     "fsdp, 2 workers": [
         Fault(
@@ -60,11 +60,11 @@ FAULTS = {
     "fsdp, EMA, 2 workers": [
         Fault(
             "the average keeps what it should take",
-            ENGINE,
+            TRAINER,
             "get_ema_multi_avg_fn(0.0 if is_first else decay)",
             "get_ema_multi_avg_fn(0.0 if is_first else 1 - decay)",
         ),
-        Fault("buffers are not averaged", ENGINE, "own.copy_(value)", "own.copy_(own)"),
+        Fault("buffers are not averaged", TRAINER, "buffer.copy_(value)", "buffer.copy_(buffer)"),
     ],
     "parquet, 2 workers": [
         Fault("blocks are not permuted", ORDER, "Shuffled(len(sizes), self._key)[:]", "np.arange(len(sizes))"),
@@ -78,7 +78,7 @@ FAULTS = {
     "dataset with loaders, 2 workers": [
         Fault(
             "each epoch has the same random numbers",
-            ENGINE,
+            TRAINER,
             "seed_of(config.seed, pass_number, 0)",
             "seed_of(config.seed, 0, 0)",
         ),
@@ -103,15 +103,15 @@ FAULTS = {
     "reproducible, 1 worker killed, resumed by 2": [
         Fault(
             "dropout is seeded by rank",
-            "mnist_ray/training/gradients.py",
-            "self._seed(chunk)",
+            "mnist_ray/training/step.py",
+            "self._seed(seed_number)",
             "self._seed(self._group.rank)",
         ),
         Fault(
             "the optimizer is not restored",
             "mnist_ray/checkpoints/checkpoint.py",
-            'state.optimizer.load_state_dict(training["optimizer"])',
-            "state.optimizer.state_dict()",
+            'optimizer.load_state_dict(training["optimizers"][name])',
+            "optimizer.state_dict()",
         ),
     ],
     "killed worker": [

@@ -31,10 +31,10 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.splits import splits_of
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group, resolve_precision
-from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import StopWantedError, TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.loading import DEFAULT, load
 
@@ -114,13 +114,13 @@ def train_here(
     recipe = {**kind.recipes["default"], **values, "num_epochs": 10**6, "num_steps": None}
     config = TrainConfig(**recipe)
     config = TrainConfig(**{**recipe, "precision": resolve_precision(config.precision, group)})
-    state, meter = engine.create_state(workload, config, len(train), group), Meter(steps)
+    state, meter = create_state(workload, config, len(train), group), Meter(steps)
     num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
     on_gpu = group.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(StopWantedError):
-        engine.train(workload, state, train, config, group, [meter])
+        Trainer(workload, state, train, config, group, [meter]).train()
     peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
     return Trained(num_parameters, meter.step_s, meter.busy or 0.0, peak_bytes)
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from before import checked_out, this_version
 from faults import Fault, faulty_copy
 
-ENGINE, GRADIENTS = "mnist_ray/training/engine.py", "mnist_ray/training/gradients.py"
-METRICS, WINDOW = "mnist_ray/training/metrics.py", "mnist_ray/training/window.py"
+TRAINER, STEP = "mnist_ray/training/trainer.py", "mnist_ray/training/step.py"
+METRICS, CADENCE = "mnist_ray/training/metrics.py", "mnist_ray/training/cadence.py"
 REPRODUCIBLE, BATCHES = "mnist_ray/parallel/reproducible.py", "mnist_ray/data/batches.py"
 ORDER, SAMPLER = "mnist_ray/data/order.py", "mnist_ray/data/sampler.py"
 TIME_LIMIT_S = 600.0
@@ -32,60 +32,58 @@ MUTATIONS = [
         "training/test_engine",
         Fault(
             "the first average is not the weights",
-            ENGINE,
+            TRAINER,
             "is_first = state.epoch == state.step == 0",
             "is_first = False",
         ),
     ),
     (
         "training/test_steps",
-        Fault("a pass begins with its second batch", ENGINE, "pass_number + 1, 0\n", "pass_number + 1, 1\n"),
+        Fault("a pass begins with its second batch", TRAINER, "per_pass - first_step\n", "per_pass - first_step + 1\n"),
     ),
     (
         "training/test_weights",
-        Fault("a batch without weight moves the weights", ENGINE, "if gradients.has_weight else {}", "if sums else {}"),
+        Fault("a batch without weight moves the weights", STEP, "raise NoWeightError\n", "pass\n"),
     ),
     (
         "training/test_engine training/test_steps",
-        Fault("each step has the same dropout", GRADIENTS, ", number) + self._state.step", ", number)"),
+        Fault("each step has the same dropout", STEP, ", number) + self._state.step", ", number)"),
     ),
     (
         "training/test_weights",
-        Fault("ranks divide by their own weights", GRADIENTS, "dist.all_reduce(weight_sum)", "weight_sum.clone()"),
+        Fault("ranks divide by their own weights", STEP, "dist.all_reduce(weight_sum)", "weight_sum.clone()"),
     ),
     (
         "training/test_engine training/test_weights",
-        Fault("a filler's loss counts", GRADIENTS, "(0.0 if micro_batch.is_filler else factor)", "factor"),
+        Fault("a filler's loss counts", STEP, "factor = 0.0 if batch.is_filler else ", "factor = "),
     ),
     (
         "training/test_engine training/test_weights",
         Fault(
             "a filler's sums count",
-            GRADIENTS,
-            "for name, value in sums.items()} if micro_batch.is_filler else sums",
-            "for name, value in sums.items()} if False else sums",
+            STEP,
+            "        if batch.is_filler:\n            return {",
+            "        if False:\n            return {",
         ),
     ),
     (
-        "training/test_open_steps parallel/test_reproducible",
+        "training/test_step parallel/test_reproducible",
         Fault(
             "ranks start with buffers of their own",
-            GRADIENTS,
+            TRAINER,
             "(*state.model.parameters(), *state.model.buffers())",
             "state.model.parameters()",
         ),
     ),
     (
-        "training/test_open_steps",
-        Fault(
-            "a closure's loss is one rank's", "mnist_ray/training/open_step.py", "dist.all_reduce(pair)", "pair.clone()"
-        ),
+        "training/test_step",
+        Fault("a closure's loss is one rank's", STEP, "dist.all_reduce(pair)", "pair.clone()"),
     ),
     (
         "parallel/test_sharding training/test_engine",
         Fault(
             "a checkpoint of one rank's NaN is saved",
-            ENGINE,
+            TRAINER,
             "dist.all_reduce(is_finite, dist.ReduceOp.MIN)",
             "is_finite.clone()",
         ),
@@ -107,7 +105,7 @@ MUTATIONS = [
     ),
     (
         "training/test_engine",
-        Fault("ranks close windows by their own clocks", WINDOW, "dist.broadcast(of_first, 0)", "of_first.clone()"),
+        Fault("ranks close windows by their own clocks", CADENCE, "dist.broadcast_object_list(decisions, 0)", "pass"),
     ),
     (
         "parallel/test_reproducible",
@@ -123,12 +121,12 @@ MUTATIONS = [
         Fault(
             "empty chunks count in the buffers' mean",
             REPRODUCIBLE,
-            "change.double() / num_filled",
+            "change.double() / self._num_filled",
             "change.double() / self._num_chunks",
         ),
     ),
     (
-        "training/test_open_steps",
+        "training/test_step",
         Fault(
             "ranks take the losses of the first rank's rows",
             "mnist_ray/parallel/whole_batch.py",

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.ranks import WORLD_SIZES, call_on_ranks
-from tests.training.test_open_steps import CASES, train_cases, train_plainly
+from tests.training.test_step import CASES, train_cases, train_plainly
 
 
 def main() -> None:

@@ -132,8 +132,7 @@ SETUPS = {
     "two optimizers": Setup(
         [
             train(
-                *("--workload", "examples/gan.py", "--precision", "fp32", *TWO_WORKERS),
-                *("--limit", "0.02", "--validation-size", "100", *ONE_EPOCH),
+                *("--workload", f"{SMALL.with_name('small_gan.py')}", *TWO_WORKERS),
             )
         ]
     ),

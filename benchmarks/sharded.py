@@ -41,10 +41,10 @@ from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.process import keep_freed_memory
 from mnist_ray.storage import RunFolder, locate
-from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Arrays, Workload
 
 PARTS = ("memory", "losses")
@@ -230,12 +230,12 @@ def on_ranks(world_size: int, work: Work, *args: Any) -> list[dict[str, Any]]:
 def train(group: Group, size: Size, config: TrainConfig, num_steps: int, storage: str | None = None) -> dict[str, Any]:
     """Train for some steps; return figures of this rank."""
     base, peak, workload = pss_mib(), Peak(), workload_of(size)
-    state = engine.create_state(workload, config, num_steps * config.batch_size, group)
+    state = create_state(workload, config, num_steps * config.batch_size, group)
     start_mib = peak.take()
     keep_freed_memory(is_sharded=state.is_sharded)  # as a worker does
     hooks = Hooks(group, None if storage is None else locate(storage, "run"), peak)
     split = Split(examples(size, num_steps * config.batch_size))
-    engine.train(workload, state, split, config, group, [hooks])
+    Trainer(workload, state, split, config, group, [hooks]).train()
     hooks.finish()
     model = sharding.on_meta(workload)[0]
     assert model is not None
@@ -265,7 +265,7 @@ def train_warm(group: Group, *args: Any) -> dict[str, Any]:
 
 def resume(group: Group, size: Size, config: TrainConfig, storage: str) -> dict[str, Any]:
     """Read a checkpoint; return the bytes that this rank has read, and its share of all."""
-    state = engine.create_state(workload_of(size), config, config.batch_size * 8, group)
+    state = create_state(workload_of(size), config, config.batch_size * 8, group)
     read_range, read_bytes = RunFolder.read_range, 0
 
     def counted(folder: RunFolder, file_name: str, start: int, size: int) -> bytes:

@@ -212,7 +212,7 @@ class Gate:
 def ranks() -> Iterator[ProcessPoolExecutor]:
     """The processes of all tests that train on several ranks, forked from one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mnist_ray.training.engine", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(["mnist_ray.training.trainer", "torch.distributed.fsdp"])
     with ProcessPoolExecutor(max(WORLD_SIZES), mp_context=context) as pool:
         yield pool
 

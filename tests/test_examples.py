@@ -18,6 +18,7 @@ from mnist_ray.data.data import Arrays
 from mnist_ray.data.memory import owner_of
 from mnist_ray.errors import JobError
 from mnist_ray.report.columns import read_columns
+from mnist_ray.report.run_files import read_numbers
 from mnist_ray.workload.loading import load
 from tests.conftest import ROOT, as_flags, callback_at, folder_at, run_main, write_pictures
 
@@ -115,8 +116,11 @@ def test_a_gan_shows_what_it_draws_and_a_contrastive_loss_tells_digits_apart(tmp
         where = {"workload": ROOT / "examples" / f"{name}.py", "storage_path": tmp_path, "run_name": name}
         run_main("train", *as_flags({**where, **small}))
         found[name] = result_of(tmp_path / name)
-    assert (tmp_path / "gan" / "pictures" / "made.png").exists()
-    assert read_columns(folder_at(tmp_path / "gan"))["made"].shape == (200, 28, 28)
+    pictures = {file.stem for file in (tmp_path / "gan" / "pictures").iterdir()}
+    assert pictures >= {"fake", "discriminator_loss", "generator_loss"}
+    rows = read_numbers(folder_at(tmp_path / "gan"), "metrics.csv", "discriminator_loss", "generator_loss")
+    assert len(rows) == 2
+    assert read_columns(folder_at(tmp_path / "gan"))["fake"].shape == (200, 28, 28)
     assert math.isfinite(found["gan"]["test_distance"])
     assert found["contrastive"]["test_probe"] > 0.3
 

@@ -30,7 +30,7 @@ from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.splits import splits_of
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import engine
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Classification, Data, Regression, Streamed, Workload, setting, sources
 from mnist_ray.workload.calls import data_of, splits_for
 from tests.conftest import ROOT, run_main
@@ -51,15 +51,15 @@ def test_the_code_of_the_docs_trains_and_what_it_reports_is_right() -> None:
     names: dict[str, Any] = {"torch": torch, "F": F, "v2": v2, "lr_scheduler": torch.optim.lr_scheduler}
     code = code_of("steps.md", Classification=Classification, Workload=Workload, **names)
     images = Arrays(np.random.default_rng(0).random((20, 3, 8, 8), np.float32), np.arange(20) % 10)
-    for name in ("ByLBFGS", "BySAM", "OfExperts", "Rivals", "Contrastive", "Mixed", "Patient"):
-        model = {"Contrastive": Views, "Rivals": OfPictures}.get(name, Labels)
+    for name in ("Usual", "Penalized", "Mixed", "GAN", "ByLBFGS", "BySAM", "OfExperts", "Contrastive", "Patient"):
+        model = {"Contrastive": Views, "GAN": OfPictures}.get(name, Labels)
         own = {"create_model": lambda self, model=model: model()}
         workload: Any = type("Own", (code[name],), own)(None, {"class_names": [*range(10)]})
         config = replace(CONFIG, num_steps=4, validate_every=4)
-        state = engine.create_state(workload, config, len(images), Group())
+        state = create_state(workload, config, len(images), Group())
         losses = list[float]()
         note = Hooks(on_progress=lambda state, progress, losses=losses: losses.extend(progress.losses))
-        engine.train(workload, state, Split(images), config, Group(), [note])
+        Trainer(workload, state, Split(images), config, Group(), [note]).train()
         assert all(np.isfinite(losses)), name
 
 
@@ -73,7 +73,7 @@ def test_the_docs_callback_trains_the_backbone_after_two_epochs(capsys: pytest.C
     weights = list[Tensor]()
     note = Hooks(on_epoch=lambda state, progress: weights.append(state.model.backbone.weight.detach().clone()))
     callbacks = [*pets.callbacks, code["Watch"](), note]
-    engine.train(pets, engine.create_state(pets, config, 20, Group()), Split(images), config, Group(), callbacks)
+    Trainer(pets, create_state(pets, config, 20, Group()), Split(images), config, Group(), callbacks).train()
     assert [torch.equal(weights[0], later) for later in weights] == [True, True, False]
     assert capsys.readouterr().out.count("norm of the last gradients") == 3
 
@@ -104,10 +104,10 @@ def test_the_docs_student_learns_from_a_run(finished_run: Path, few_images: Arra
     code = code_of("weights.md", MNIST=MNIST, Photos=MNIST, Tensor=Tensor, **names)
     metadata, losses = {"class_names": [*range(10)]}, list[float]()
     workload = code["Distilled"](code["Settings"](teacher=str(finished_run)), metadata)
-    state = engine.create_state(workload, CONFIG, len(few_images), Group())
+    state = create_state(workload, CONFIG, len(few_images), Group())
     teacher = {name: tensor.clone() for name, tensor in state.model.get_submodule("teacher").state_dict().items()}
     note = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses))
-    engine.train(workload, state, Split(few_images), CONFIG, Group(), [note])
+    Trainer(workload, state, Split(few_images), CONFIG, Group(), [note]).train()
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
     assert all(
         torch.equal(teacher[name], tensor) for name, tensor in state.model.get_submodule("teacher").state_dict().items()
@@ -149,10 +149,10 @@ class Labels(nn.Sequential):
 class OfPictures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.maker, self.judge = nn.Linear(8, 8), nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+        self.generator, self.discriminator = nn.Linear(8, 8), nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.maker(inputs).view_as(inputs)
+        return self.generator(inputs).view_as(inputs)
 
 
 class Views(nn.Module):

@@ -24,10 +24,10 @@ from mnist_ray.data.splits import splits_of
 from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.process import keep_freed_memory
-from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of
@@ -55,9 +55,9 @@ def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, d
         shared_memory.use_if_possible = lambda model: False
     settings = {**workload.recipes["default"], "num_epochs": args.num_epochs}
     config = TrainConfig(**settings, precision=resolve_precision("auto", group))
-    state = engine.create_state(workload, config, len(data.train), group)
+    state = create_state(workload, config, len(data.train), group)
     rates = _Rates()
-    engine.train(workload, state, data.train, config, group, [rates])
+    Trainer(workload, state, data.train, config, group, [rates]).train()
     if rank == 0:
         (Path(folder) / "rate").write_text(str(rates.of_epochs[0]))
     os._exit(0)

@@ -48,11 +48,12 @@ from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, position_of, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
+from mnist_ray.training.optimizers import parameters_of
 from mnist_ray.training.state import TrainingState
 
 STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
-FORMAT = 2
+FORMAT = 3
 _FILE_NAME = re.compile(r"[\w-]+\.(safetensors|pt|json)", re.ASCII)
 _RESTORE = "restore the code and the settings (the run's workload.py is a copy of the code)"
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "bf16_is_slow", "ends")
@@ -146,15 +147,16 @@ def snapshot(
     checkpoint cannot hold the state.
     """
     rank, num_parts = (group.rank, group.world_size) if group and state.is_sharded else (0, 1)
-    tensors, optimizer = _apart(state.optimizer)
+    apart = {name: _apart(name, optimizer) for name, optimizer in state.optimizers.items()}
+    tensors = {key: tensor for of_optimizer, _ in apart.values() for key, tensor in of_optimizer.items()}
     trained = {} if state.average is None else state.model.state_dict()
     of_kinds = {MODEL: state.result.state_dict(), TRAINED: trained, OPTIMIZER: tensors}
     own = {file_name(kind, rank, num_parts): _own_rows(tensors, rank) for kind, tensors in of_kinds.items()}
     training = {
         **{name: getattr(state, name) for name in _COUNTERS},
         "sums": dataclasses.asdict(state.sums),
-        "optimizer": optimizer,
-        "scheduler": state.scheduler.state_dict(),
+        "optimizers": {name: others for name, (_, others) in apart.items()},
+        "schedulers": {name: scheduler.state_dict() for name, scheduler in state.schedulers.items()},
         "scaler": state.scaler.state_dict(),
         "callbacks": [state_of(callback) for callback in callbacks],
     }
@@ -176,14 +178,14 @@ def _checked_position(read_to: dict[str, Any]) -> dict[str, Any]:
     return read_to
 
 
-def _apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors in an optimizer's state by their names in a file, and the state without them."""
+def _apart(name: str, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors in an optimizer's state by their keys in a file, and the state without them."""
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     others: dict[Any, dict[str, Any]] = {}
     for number, values in saved["state"].items():
         large = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.dim() > 0}
-        tensors |= {f"{number:d}.{key}": value for key, value in large.items()}
+        tensors |= {f"{_parameter_key(name, number)}.{key}": value for key, value in large.items()}
         others[number] = {key: value for key, value in values.items() if key not in large}
     for parameter, values in optimizer.state.items():
         plain = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor) and not is_sharded(value)]
@@ -191,6 +193,11 @@ def _apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[st
             found = f"{type(optimizer).__name__} keeps a worker's rows in a plain tensor, which cannot be saved"
             raise TrainingStoppedError(f"--strategy fsdp: {found}; create it with torch.zeros_like(parameter)")
     return tensors, {**saved, "state": others}
+
+
+def _parameter_key(optimizer: str, number: int) -> str:
+    """Return how the keys of tensors in the state of an optimizer's parameter begin."""
+    return f"{optimizer}:{number:d}" if optimizer else f"{number:d}"
 
 
 def _own_rows(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Rows]:
@@ -241,8 +248,9 @@ class _Saved:
         try:
             if state.average is not None:
                 state.model.load_state_dict(self.trained)
-            state.optimizer.load_state_dict(training["optimizer"])
-            state.scheduler.load_state_dict(training["scheduler"])
+            for name, optimizer in state.optimizers.items():
+                optimizer.load_state_dict(training["optimizers"][name])
+                state.schedulers[name].load_state_dict(training["schedulers"][name])
             state.scaler.load_state_dict(training["scaler"])
             for callback, values in zip(callbacks, training["callbacks"], strict=False):
                 callback.load_state_dict(values)
@@ -259,11 +267,14 @@ class _Saved:
 def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
     """Read what this rank needs from a checkpoint. Raises like ``restore``."""
     document = read_state(folder)
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    of_numbers = {str(number): parameter for number, parameter in enumerate(parameters)}
+    of_keys = {
+        _parameter_key(name, number): parameter
+        for name, optimizer in state.optimizers.items()
+        for number, parameter in enumerate(parameters_of(optimizer))
+    }
     with reading(folder):
         optimizer = tensors_of(folder, document, OPTIMIZER)
-        own = {name: of_numbers[number] for name in optimizer if (number := name.split(".")[0]) in of_numbers}
+        own = {name: of_keys[key] for name in optimizer if (key := name.partition(".")[0]) in of_keys}
         tensors = optimizer.read_all(own)  # in the form of its parameters
         return _Saved(
             document,
@@ -276,10 +287,14 @@ def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
 def _training_of(document: dict[str, Any], tensors: dict[str, Tensor], content: bytes) -> dict[str, Any]:
     """Return the content of training.pt, with the optimizer's ``tensors``. Raises anything if it is invalid."""
     training = unpickled(content)
-    of_numbers = {str(number): values for number, values in training["optimizer"]["state"].items()}
+    of_keys = {
+        _parameter_key(name, number): values
+        for name, optimizer in training["optimizers"].items()
+        for number, values in optimizer["state"].items()
+    }
     for name, tensor in tensors.items():
-        number, _, key = name.partition(".")
-        of_numbers[number][key] = tensor
+        parameter, _, key = name.partition(".")
+        of_keys[parameter][key] = tensor
     found = {"sums": MetricSums(**training["sums"]), **{name: training[name] for name in _COUNTERS}}
     if any(found[name] != document[name] for name in ("epoch", "step")):
         raise ValueError(f"it is of epoch {found['epoch']}, step {found['step']}")

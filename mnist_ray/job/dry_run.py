@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import json
 import math
@@ -10,7 +12,7 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 
 from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
@@ -26,27 +29,21 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import ExampleBatches, MicroBatch, batches_of
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
-from mnist_ray.data.tensors import detached
+from mnist_ray.data.tensors import detached, map_tensors
 from mnist_ray.errors import UsageError, with_place
-from mnist_ray.job.dry_open_step import (
-    check_callbacks,
-    check_created,
-    check_parts,
-    check_schedule,
-    loss_of_augmented,
-)
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
-from mnist_ray.training import open_step
-from mnist_ray.training.metrics import MINIMIZED, WEIGHT, check_columns
-from mnist_ray.training.parts import Parts
+from mnist_ray.training.callback import Callback
+from mnist_ray.training.metrics import LOGGED, WEIGHT, check_columns, check_logged
+from mnist_ray.training.optimizers import create_optimizers
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.step import forward
+from mnist_ray.training.step import Loss, Step, forward
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.calls import check_numbers, picture_of, placed, seeded_model
 from mnist_ray.workload.figures import NOT_PREDICTED
+from mnist_ray.workload.user_code import check_members
 
 NUM_EXAMPLES = 16  # in that batch, or fewer if they are slow
 _NUM_REREAD = 8  # examples of the validation set; a transform may leave half of them as they are
@@ -82,7 +79,7 @@ def try_batch(
         with placed(workload, "an example"):
             return batches[Request(np.arange(number), number)]
 
-    check_callbacks(workload)
+    _check_callbacks(workload)
     with placed(workload, "an example"):
         batches = batches_of(train, torch.device("cpu"), workload.collate)
         inputs, _ = train[0]
@@ -163,7 +160,8 @@ def check_batch(
     generator = torch.default_generator.manual_seed(config.seed)
     before = {key: value.detach().clone() for key, value in model.named_parameters() if config.reproducible}
     with sharding.units_checked(workload, model, config, num_workers), _forward_placed(workload, model, batch):
-        outputs, targets = forward(workload, model.train(), batch, precision, generator)
+        outputs = forward(workload, model.train(), batch, precision, generator)
+    targets = batch.targets
     for key, value in before.items():
         if not torch.equal(value, model.get_parameter(key)):
             found = f"{name}: the forward pass changes the parameter {key}, once per chunk with --reproducible"
@@ -171,9 +169,9 @@ def check_batch(
     _check_containers(name, outputs, of_all_ranks=workload.compares_examples)
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, targets)
-    idle = _check_losses(workload, model, batch, outputs, targets, config)
+    _check_loss(workload, outputs, targets, number)
     model.eval()
-    evaluated, own_targets, columns = _evaluated(workload, model, batch, "predictions")
+    evaluated, columns = _evaluated(workload, model, batch, "predictions")
     _check_dict(f"{name}.predictions", columns)
     if taken := {*NOT_PREDICTED} & columns.keys():
         raise UsageError(f"{name}.predictions: the column {min(taken)} has another meaning; choose another name")
@@ -187,12 +185,11 @@ def check_batch(
         with placed(workload, of_last):
             check_columns([columns, _evaluated(workload, model, last, of_last)[-1]])
         for few in () if workload.compares_examples else fewer:
-            _check_independence(workload, model, evaluated, own_targets, few, config)
+            _check_independence(workload, model, evaluated, targets, few)
         if workload.compares_examples:
-            _check_rows(name, evaluated, number, forward(workload, model, fewer[0])[0], fewer[0].num_examples)
-        _check_reloaded(workload, model, batch, evaluated, own_targets, config)
-    unused = _check_optimizer(workload, model, batch, config, config.total_steps(num_examples))
-    return idle | (unused or config.unused) if idle else unused
+            _check_rows(name, evaluated, number, forward(workload, model, fewer[0]), fewer[0].num_examples)
+        _check_reloaded(workload, model, batch, evaluated, config)
+    return _check_step(workload, model, batch, config, config.total_steps(num_examples))
 
 
 @contextlib.contextmanager
@@ -235,23 +232,21 @@ def _remedy(workload: Workload, batch: MicroBatch, message: str) -> str:
     return ""
 
 
-def _evaluated(
-    workload: Workload, model: nn.Module, batch: MicroBatch, what: str
-) -> tuple[Any, Any, dict[str, Tensor]]:
-    """Evaluate a batch; return outputs, targets and columns of predictions, which an error calls ``what``."""
+def _evaluated(workload: Workload, model: nn.Module, batch: MicroBatch, what: str) -> tuple[Any, dict[str, Tensor]]:
+    """Evaluate a batch; return outputs and columns of predictions, which an error calls ``what``."""
     with torch.no_grad():
         with _forward_placed(workload, model, batch):
-            outputs, targets = forward(workload, model, batch)
+            outputs = forward(workload, model, batch)
         with placed(workload, what):
-            return outputs, targets, workload.predictions(outputs, targets)
+            return outputs, workload.predictions(outputs, batch.targets)
 
 
 def check_smallest(workload: Workload, model: nn.Module, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:
     """Try a model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
     precision = resolve_precision(config.precision, Group())
     try:
-        outputs, targets = forward(workload, model.train(), few, precision, torch.default_generator)
-        workload.loss(outputs, targets).sum()
+        outputs = forward(workload, model.train(), few, precision, torch.default_generator)
+        workload.loss(outputs, few.targets).sum()
     except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
         few_left = f"a worker computes only {count(few.global_size, 'example')} of some batches at a time"
         remedy = f"choose a --batch-size other than {batch_size}"
@@ -285,11 +280,9 @@ def _check_containers(name: str, outputs: Any, *, of_all_ranks: bool) -> None:
             raise UsageError(f"{found}; return tensors, or dicts, lists and tuples of them")
 
 
-def _check_losses(
-    workload: Workload, model: nn.Module, batch: MicroBatch, outputs: Any, targets: Any, config: TrainConfig
-) -> set[str]:
-    """Try the losses of a batch; return the settings that the workload's own losses do not use."""
-    name, number = type(workload).__name__, batch.num_examples
+def _check_loss(workload: Workload, outputs: Any, targets: Any, number: int) -> None:
+    """Raise UsageError unless the loss and the weights of a batch of ``number`` examples fit them."""
+    name = type(workload).__name__
     with placed(workload, "loss"):
         losses = workload.loss(outputs, targets)
     check_numbers(f"{name}.loss", losses, number, '; use reduction="none", average other dimensions')
@@ -302,35 +295,11 @@ def _check_losses(
         if type(workload).loss in (Classification.loss, Regression.loss):
             remedy = "return super().loss(outputs, targets) * self.weights(targets)"
             raise UsageError(f"{name} has weights, so it needs a loss of its own that multiplies by them: {remedy}")
-    recorded, used = _recorded(config)
-    minimized: Tensor | None
-    if open_step.augments(workload):
-        minimized = loss_of_augmented(workload, model, batch, recorded)
-    else:
-        with placed(workload, "training_loss"):
-            minimized = workload.training_loss(outputs, targets, recorded)
-        if minimized is not None:
-            check_numbers(f"{name}.training_loss", minimized, number)
     if not losses.isfinite().all():
         raise UsageError(f"{name}.loss is not finite on the first {number} examples with the initial weights")
-    losses = losses if minimized is None else minimized
-    if not losses.requires_grad:
-        raise UsageError(f"{name}.loss does not depend on the model's parameters: nothing would be learned")
-    losses.sum().backward()  # type: ignore[no-untyped-call]
-    if sparse := [key for key, value in model.named_parameters() if value.grad is not None and value.grad.is_sparse]:
-        raise UsageError(f"{name}: the gradient of {sparse[0]} is sparse; create its layer without sparse=True")
-    idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
-    has_parts = type(workload).losses is not Workload.losses  # each optimizer has losses of its own
-    if idle and not workload.has_unused_parameters and not has_parts:
-        found = f"parameters {idle[0]} and {len(idle) - 1} more are" if len(idle) > 1 else f"parameter {idle[0]} is"
-        remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
-        raise UsageError(f"{name}: {found} not part of the loss; {remedy}")
-    return {"label_smoothing"} - used
 
 
-def _check_independence(
-    workload: Workload, model: nn.Module, outputs: Any, targets: Any, fewer: MicroBatch, config: TrainConfig
-) -> None:
+def _check_independence(workload: Workload, model: nn.Module, outputs: Any, targets: Any, fewer: MicroBatch) -> None:
     """Raise UsageError if an example's loss or measure changes when others leave the batch.
 
     What changes on every call passes. ``outputs`` and ``targets`` are those of the whole batch. The model must be in
@@ -340,14 +309,11 @@ def _check_independence(
     name = type(workload).__name__
 
     def values(outputs: Any, targets: Any) -> dict[str, Tensor]:
-        reported = workload.loss(outputs, targets)
-        minimized = None if open_step.augments(workload) else workload.training_loss(outputs, targets, config)
-        losses = torch.stack([reported, reported if minimized is None else minimized], 1)
         measured = workload.measure(detached(outputs), targets)
-        return {"loss": losses, **{key: each.double() for key, each in measured.items()}}
+        return {"loss": workload.loss(outputs, targets), **{key: each.double() for key, each in measured.items()}}
 
     def alone() -> dict[str, Tensor]:
-        return values(*forward(workload, model, fewer))
+        return values(forward(workload, model, fewer), fewer.targets)
 
     with placed(workload, f"an evaluation of {count(fewer.global_size, 'example')}"), torch.no_grad():
         first, among = alone(), values(outputs, targets)
@@ -383,9 +349,7 @@ def _check_rows(name: str, outputs: Any, number: int, of_fewer: Any, fewer: int)
             raise UsageError(f"{found}; with compares_examples, return a row per example, such as its views (N, 2, …)")
 
 
-def _check_reloaded(
-    workload: Workload, model: nn.Module, batch: MicroBatch, outputs: Any, targets: Any, config: TrainConfig
-) -> None:
+def _check_reloaded(workload: Workload, model: nn.Module, batch: MicroBatch, outputs: Any, config: TrainConfig) -> None:
     """Raise UsageError if another new model with the same weights computes something else than ``outputs``.
 
     Models whose outputs change on every call pass. The model must be in evaluation mode.
@@ -394,9 +358,10 @@ def _check_reloaded(
         again = seeded_model(workload, config.seed + 1).eval()  # an evaluation has another seed, too
     with placed(workload, "a checkpoint's weights in another new model"), torch.no_grad():
         again.load_state_dict(model.state_dict())
-        first, reloaded = workload.loss(outputs, targets), workload.loss(*forward(workload, again, batch))
+        first = workload.loss(outputs, batch.targets)
+        reloaded = workload.loss(forward(workload, again, batch), batch.targets)
         is_same = torch.allclose(first, reloaded, rtol=1e-3, atol=1e-5)
-        if not is_same and torch.equal(first, workload.loss(*forward(workload, model, batch))):
+        if not is_same and torch.equal(first, workload.loss(forward(workload, model, batch), batch.targets)):
             found = f"{type(workload).__name__}: another new model computes something else with the same state_dict"
             raise UsageError(f"{found}; make random tensors buffers, and keep layers in an nn.ModuleList")
 
@@ -406,7 +371,7 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict
     with placed(workload, "measure"):
         measured = workload.measure(outputs, targets)
     _check_dict(f"{name}.measure", measured)
-    if taken := {"loss", MINIMIZED, WEIGHT} & measured.keys():
+    if taken := {"loss", WEIGHT} & measured.keys():
         raise UsageError(f"{name}.measure: the {min(taken)} is already measured; choose another name")
     for key, values in measured.items():
         check_numbers(f"{name}.measure: {key}", values, number)
@@ -435,39 +400,112 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict
         raise UsageError(f"{methods} {', '.join([*summary, *of_all]) or 'nothing'}, but {named}")
 
 
-def _check_optimizer(
+def _check_callbacks(workload: Workload) -> None:
+    """Raise UsageError unless the workload's own callbacks are objects whose methods can be called."""
+    with placed(workload, "callbacks"):
+        found = copy.deepcopy([*workload.callbacks])
+    for callback in found:
+        if not isinstance(callback, Callback):
+            raise UsageError(f"{type(workload).__name__}.callbacks must hold Callback objects, not {callback!r:.40}")
+        check_members(type(callback), Callback)
+
+
+class _TrialStep(Step):
+    """A step that counts the gradients; the default optimizers do not step, since they import for most of a second."""
+
+    num_gradients = 0
+    has_optimizers = False
+
+    def backward(self, loss: Loss, name: str = "loss", *, optimizer: str | None = None) -> None:
+        self.num_gradients += 1
+        super().backward(loss, name, optimizer=optimizer)
+
+    def update(self, optimizer: str | None = None, closure: Any = None) -> None:
+        if self.has_optimizers:
+            super().update(optimizer, closure)
+
+
+def _check_step(
     workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig, total_steps: int
 ) -> set[str] | None:
-    """Try a step of the workload's own optimizer and schedule; return the settings that they do not use.
+    """Take a step; return the settings that the workload's step, optimizers and schedules do not use.
 
-    Returns None for the default ones, which are not tried, to save most of a second.
+    Returns None if they use all.
     """
-    own = type(workload)
-    if (own.create_optimizer, own.create_scheduler) == (Workload.create_optimizer, Workload.create_scheduler):
-        return None
-    config, used = _recorded(config)
-    with placed(workload, "create_optimizer"):
-        optimizer = workload.create_optimizer(model, config)
-    check_created(optimizer, own.__name__)
-    with placed(workload, "create_scheduler"):
-        optimizer, scheduler = open_step.with_schedule(workload, optimizer, config, total_steps)
-    if isinstance(optimizer, Parts):
-        check_parts(workload, model, batch, optimizer, config)
-    if open_step.takes_closure(optimizer):
-        for name, value in {"--precision": config.precision, "--strategy": config.strategy}.items():
-            if value in ("fp16", "fsdp"):
-                raise UsageError(f"{name} {value} does not work with an optimizer whose step needs a closure")
-        with placed(workload, "optimizer.step(closure)"):
-            optimizer.step(lambda: torch.zeros(()))  # type: ignore[arg-type, return-value]
-    else:
-        with placed(workload, "optimizer.step()"):
-            optimizer.step()
-    check_schedule(workload, scheduler)
-    content = "tensors, numbers and strings, as torch.optim returns them"
-    with placed(workload, f"a checkpoint of the state_dict of optimizer and schedule ({content})"):
-        check_kept(snapshot(TrainingState(model, optimizer, scheduler), {}).training)
-    without = {"label_smoothing"} if isinstance(optimizer, Parts) else set()  # each part has losses of its own
-    return (_OF_OPTIMIZER - used) | without
+    own, name = type(workload), type(workload).__name__
+    precision = resolve_precision(config.precision, Group())
+    for_step, used_by_step = _recorded(dataclasses.replace(config, precision=precision, reproducible=False))
+    for_optimizers, used = _recorded(config)
+    state, has_optimizers = TrainingState(model, {}, {}), False
+    if (own.create_optimizer, own.create_scheduler) != (Workload.create_optimizer, Workload.create_scheduler):
+        has_optimizers = True
+        state.optimizers, state.schedulers = create_optimizers(workload, model, for_optimizers, total_steps)
+    step = _TrialStep(workload, state, for_step, Group())
+    step.has_optimizers = has_optimizers
+    trained, before = dict[str, bool](), map_tensors(torch.clone, batch)  # whether a gradient is sparse
+
+    def note(key: str, parameter: Tensor) -> None:
+        trained[key] = parameter.grad is not None and parameter.grad.is_sparse
+
+    noting = [
+        parameter.register_post_accumulate_grad_hook(functools.partial(note, key))
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    model.train()
+    try:
+        with placed(workload, "training_step"):
+            step.take([batch])
+            step.take_logged()
+            check_logged(workload, [key.removeprefix(LOGGED) for key in step.sums if key.startswith(LOGGED)])
+    except UsageError as error:
+        if "'closure'" not in str(error):
+            raise
+        remedy = "override training_step: step.update(closure=lambda: step.backward(self.batch_loss))"
+        raise UsageError(f"{error}; {remedy}") from error
+    finally:
+        for hook in noting:
+            hook.remove()
+    changed = [not torch.equal(*pair) for pair in zip(*map(_tensors_in, (before, batch)), strict=True)]
+    if any(changed) and step.num_gradients > 1:
+        found = f"{name}: a batch is changed in place, but training_step computes several gradients from it"
+        raise UsageError(f"{found}; make new tensors, also in prepare")
+    _check_trained(workload, model, trained)
+    for scheduler in state.schedulers.values():
+        _check_schedule(workload, scheduler)
+    if has_optimizers:
+        content = "tensors, numbers and strings, as torch.optim returns them"
+        with placed(workload, f"a checkpoint of the state_dict of optimizer and schedule ({content})"):
+            check_kept(snapshot(state, {}).training)
+    unused = _OF_OPTIMIZER - used if has_optimizers else config.unused
+    unused = unused | ({"label_smoothing"} - used_by_step)
+    return None if not has_optimizers and unused == config.unused else unused
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _check_trained(workload: Workload, model: nn.Module, trained: Mapping[str, bool]) -> None:
+    """Raise UsageError if the gradient of a parameter is sparse or, unexpectedly, missing."""
+    name = type(workload).__name__
+    if sparse := [key for key, is_sparse in trained.items() if is_sparse]:
+        raise UsageError(f"{name}: the gradient of {sparse[0]} is sparse; create its layer without sparse=True")
+    idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and key not in trained]
+    if idle and not workload.has_unused_parameters:
+        found = f"parameters {idle[0]} and {len(idle) - 1} more are" if len(idle) > 1 else f"parameter {idle[0]} is"
+        remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
+        raise UsageError(f"{name}: {found} not part of the loss; {remedy}")
+
+
+def _check_schedule(workload: Workload, scheduler: Any) -> None:
+    """Step a schedule. Raises UsageError."""
+    monitor = workload.monitor
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != monitor.mode:
+        found = f"{type(workload).__name__}: ReduceLROnPlateau has mode={scheduler.mode!r}"
+        raise UsageError(f"{found}, but looks at {monitor.name}; create it with mode={monitor.mode!r}")
+    with placed(workload, "scheduler.step()"):
+        scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
 
 
 def _recorded(config: TrainConfig) -> tuple[TrainConfig, set[str]]:

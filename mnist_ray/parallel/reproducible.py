@@ -8,19 +8,23 @@ The idea comes from EasyScale (https://arxiv.org/abs/2208.14228) and VirtualFlow
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.order import part_of
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import shared_memory
+from mnist_ray.parallel.gradients import GradientSync
+from mnist_ray.parallel.group import Group
 from mnist_ray.provenance import arithmetic
 
 
@@ -64,7 +68,7 @@ def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
     return grown
 
 
-class Chunks:
+class Chunks(GradientSync):
     """Collects the gradients of this rank's chunks and turns them into the global batch's gradients.
 
     Every chunk of a step starts with the same buffers (such as the running statistics of batch normalization). The step
@@ -72,46 +76,57 @@ class Chunks:
     """
 
     def __init__(
-        self, model: nn.Module, num_chunks: int, rank: int, world_size: int, has_unused_parameters: bool = False
+        self,
+        model: nn.Module,
+        group: Group,
+        num_chunks: int,
+        now: Callable[[], Any],
+        *,
+        has_unused_parameters: bool = False,
     ) -> None:
-        self._own = part_of(num_chunks, rank, world_size)
-        self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
-        # Of several optimizers' parameters, one that is frozen now may be trained later.
-        self._parameters = [p for p in model.parameters() if p.requires_grad or has_unused_parameters]
+        super().__init__(model, group)
+        self._own, self._num_chunks, self._now = part_of(num_chunks, group.rank, group.world_size), num_chunks, now
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._owners = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
         self._first = [_as_real(getattr(module, name)) for module, name in self._owners]
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._has_unused = has_unused_parameters
         self._nodes: list[Subtree] = []
+        self._chunk = self._num_filled = 0
         self._total: Callable[[Tensor], Tensor] | None = None  # set at the first step, when a row's length is known
 
-    def start_step(self) -> range:
-        """Keep the model's buffers as they are before the step; return this rank's chunks."""
+    def plan(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[int | None, MicroBatch]]:
+        """Keep the model's buffers as they are before the step; yield this rank's chunks with their numbers."""
         self._before = [buffer.clone() for buffer in self._buffers()]
-        self._sums: dict[str, Tensor] = {}
-        return self._own
+        self._num_filled = min(self._num_chunks, micro_batches[0].global_size)  # over all ranks; others are fillers
+        for chunk, micro_batch in zip(self._own, micro_batches, strict=True):
+            self._chunk = chunk
+            yield chunk, micro_batch
 
-    def _buffers(self) -> list[Tensor]:
-        """Return the buffers: ``forward`` or a callback may have replaced them by others of the same shape."""
-        now = [_as_real(getattr(module, name)) for module, name in self._owners]
-        return [new if new.shape == first.shape else first for new, first in zip(now, self._first, strict=True)]
-
-    def collect(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
-        """Move a chunk's gradients out of the model, and collect the ``sums`` over the chunk's examples."""
-        self._nodes = added_up([*self._nodes, Subtree(0, chunk, self._flattened())])
-        for name, value in sums.items():
-            self._sums.setdefault(name, value.new_zeros(self._num_chunks, dtype=torch.float64))[chunk] = value
+    @contextlib.contextmanager
+    def accumulate(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Move the chunk's gradients out of the model, and restore the buffers."""
+        yield
+        self._nodes = added_up([*self._nodes, Subtree(0, self._chunk, self._flattened())])
         for parameter in self._parameters:
             parameter.grad = None
         for buffer, before in zip(self._buffers(), self._before, strict=True):
             buffer.copy_(before)
 
-    def apply(self, num_filled: int) -> dict[str, Tensor]:
-        """Put the global batch's gradients and buffers into the model; return the sums over each chunk's examples.
+    def collect(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a chunk's sums with a number for each chunk, 0 for the others.
 
-        ``num_filled``: how many chunks of all ranks are no fillers. The sums are 0 for other ranks' chunks, so that
-        sums over the ranks are exact, and can be added up in one order.
+        So sums over the ranks are exact, and can be added up in one order.
         """
+        of_chunks = {name: value.new_zeros(self._num_chunks, dtype=torch.float64) for name, value in sums.items()}
+        for name, value in sums.items():
+            of_chunks[name][self._chunk] = value
+        return of_chunks
+
+    def finish(self) -> None:
+        """Put the global batch's gradients and buffers into the model."""
+        if self.group.world_size > 1:
+            self.ready_at = self._now()
         rows = torch.stack([node.vector for node in self._nodes])  # one per subtree
         self._total = self._total or self._connect(rows.shape[1])
         gradients, changes, used = self._unflattened(self._total(rows))
@@ -120,28 +135,30 @@ class Chunks:
             # In the parameter's layout. The optimizer skips a parameter that no chunk has used.
             parameter.grad = torch.empty_like(parameter).copy_(gradient) if is_used else None
         for buffer, before, change in zip(self._buffers(), self._before, changes, strict=True):
-            mean = change.double() / num_filled
+            mean = change.double() / self._num_filled
             buffer.copy_(torch.where(mean == 0, before, (before.double() + mean).to(before.dtype)))
-        return self._sums
+
+    def _buffers(self) -> list[Tensor]:
+        """Return the buffers: ``forward`` or a callback may have replaced them by others of the same shape."""
+        now = [_as_real(getattr(module, name)) for module, name in self._owners]
+        return [new if new.shape == first.shape else first for new, first in zip(now, self._first, strict=True)]
 
     def _flattened(self) -> Tensor:
         """Return one vector: the model's gradients, its buffers' changes since the step began, and what was used."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         pairs = zip(self._buffers(), self._before, strict=True)
         changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
-        used = [torch.tensor([float(p.grad is not None) for p in self._parameters])] if self._has_unused else []
-        return torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, *used)])
+        is_used = [float(p.grad is not None) for p in self._parameters] if self._has_unused else []
+        parts = (*gradients, *changes, gradients[0].new_tensor(is_used))
+        return torch.cat([part.reshape(-1).to(self._dtype) for part in parts])
 
     def _unflattened(self, vector: Tensor) -> tuple[list[Tensor], list[Tensor], list[bool]]:
         """Return a vector's gradients, shaped like the parameters; changes, like the buffers; and what was used."""
         tensors, number = [*self._parameters, *self._before], len(self._parameters)
-        used = [True] * number
-        if self._has_unused:
-            vector, numbers = vector[:-number], vector[-number:]
-            used = (numbers != 0).tolist()
-        values = torch.split(vector, [tensor.numel() for tensor in tensors])
+        *values, used = torch.split(vector, [*(tensor.numel() for tensor in tensors), number * self._has_unused])
         shaped = [value.view_as(tensor) for value, tensor in zip(values, tensors, strict=True)]
-        return shaped[:number], shaped[number:], used
+        is_used = (used != 0).tolist() if self._has_unused else [True] * number
+        return shaped[:number], shaped[number:], is_used
 
     def _connect(self, size: int) -> Callable[[Tensor], Tensor]:
         """Return a function from this rank's rows, of ``size`` numbers each, to the sum over all ranks' rows.
@@ -150,8 +167,8 @@ class Chunks:
         """
         none = torch.empty(0)
         of_ranks = [
-            added_up(Subtree(0, chunk, none) for chunk in part_of(self._num_chunks, rank, self._world_size))
-            for rank in range(self._world_size)
+            added_up(Subtree(0, chunk, none) for chunk in part_of(self._num_chunks, rank, self.group.world_size))
+            for rank in range(self.group.world_size)
         ]
         known = [node[:2] for nodes in of_ranks for node in nodes]  # level and number of each row's subtree
 
@@ -159,13 +176,13 @@ class Chunks:
             nodes = added_up(Subtree(*subtree, row) for subtree, row in zip(known, rows, strict=True))
             return functools.reduce(operator.add, (node.vector for node in nodes))
 
-        if self._world_size == 1:
+        if self.group.world_size == 1:
             return total
         num_rows = [len(nodes) for nodes in of_ranks]
         memory = shared_memory.open_together(num_rows, size) if self._dtype == torch.float32 else None
         if memory is None:
-            return lambda rows: total(_gathered(rows, self._rank, num_rows))
-        exchanged = shared_memory.Exchange(memory, self._rank, num_rows, size)
+            return lambda rows: total(_gathered(rows, self.group.rank, num_rows))
+        exchanged = shared_memory.Exchange(memory, self.group.rank, num_rows, size)
         return lambda rows: total(exchanged(rows))
 
 

@@ -223,7 +223,7 @@ class Predictor:
                 at_the_end.callback(hook.remove)
             joined, targets = self._collated(batch)
             loaded = to_device(MicroBatch(joined, targets, len(batch), len(batch)), self.device)
-            outputs = forward(self.workload, self.model, loaded)[0]
+            outputs = forward(self.workload, self.model, loaded)
         if self.features is None:
             return outputs, None
         if not kept or not isinstance(kept[-1], Tensor) or kept[-1].shape[:1] != (len(batch),):

@@ -32,14 +32,14 @@ from mnist_ray.process import in_thread, keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, position_of
-from mnist_ray.training import engine, threads
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import distinct, score
-from mnist_ray.training.precision import is_bf16_slow
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
+from mnist_ray.training.timing import is_bf16_slow, is_one_thread_faster
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import RATE
 
@@ -84,8 +84,9 @@ def _train(
         check_arithmetic(group.world_size)
     split = _opened(spec.train)
     life.show()
-    state = engine.create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
-    if spec.validation is None and isinstance(state.scheduler, ReduceLROnPlateau):
+    state = create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
+    plateaus = [each for each in state.schedulers.values() if isinstance(each, ReduceLROnPlateau)]
+    if spec.validation is None and plateaus:
         remedy = "leave --validation-size 0 and --overfit-batches out"
         raise TrainingStoppedError(f"ReduceLROnPlateau looks at the validation, but there is none; {remedy}")
     life.show()
@@ -105,7 +106,7 @@ def _train(
     callbacks = [*reporter.callbacks, reporter]
     try:
         reporter.start(state, restored, life)
-        engine.train(
+        Trainer(
             job.workload,
             state,
             split,
@@ -114,7 +115,7 @@ def _train(
             callbacks,
             num_loader_processes=job.workers.loader_workers,
             read_ahead_mib=job.workers.read_ahead_mib,
-        )
+        ).train()
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
             raise  # a dead worker's memory may not be free yet: Ray tries again
@@ -135,7 +136,7 @@ def _choose_threads(
 ) -> None:
     """Use one thread if steps are small. A resumed run keeps the choice in ``state``, and so its bits."""
     if is_new:
-        state.one_thread = threads.is_one_faster(job.workload, state, split, config, group)
+        state.one_thread = is_one_thread_faster(job.workload, state, split, config, group)
     if state.one_thread:
         torch.set_num_threads(1)
 
@@ -302,6 +303,7 @@ class Reporter(Callback):
         epochs = state.epoch + state.step / state.steps_per_epoch
         is_due = self._validation is not None and (is_epoch_end or epochs >= self._spec.until_epoch)
         values = {f"train_{name}": value for name, value in progress.so_far.items()}
+        values |= progress.logged
         values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
         values |= self._validated(state) if is_due else {}
         if is_epoch_end and is_due:
@@ -317,8 +319,9 @@ class Reporter(Callback):
         """Let a schedule that looks at a metric, and the user's callbacks, see an epoch's validation."""
         workload = self._job.workload
         values = {metric.name: metrics.values[f"val_{metric.name}"] for metric in workload.all_metrics}
-        if isinstance(state.scheduler, ReduceLROnPlateau):
-            state.scheduler.step(values[workload.monitor.name])
+        for scheduler in state.schedulers.values():
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(values[workload.monitor.name])
         for callback in self.callbacks:
             callback.on_validation(state, values)
 

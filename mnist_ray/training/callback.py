@@ -16,10 +16,9 @@ class Callback(UserClass):
     """The base class of your code. Its methods are called on every rank at the same steps; override what you need.
 
     Each worker creates an instance when it starts. State that a resumed run needs belongs in ``state_dict``. You may
-    change ``state.model``, ``state.optimizer`` and ``state.scheduler``, alike on all ranks, and freeze or unfreeze
-    parameters in any method. An optimizer that needs a closure and a schedule that looks at a metric must be there from
-    the start: they are stepped in another way. ``state.result`` is the model that is validated: with ``--ema-decay``,
-    it has the average of the weights, and ``state.model`` the trained ones.
+    change ``state.model``, ``state.optimizers`` and ``state.schedulers``, alike on all ranks, freeze or unfreeze
+    parameters in any method, and log a number by ``state.log``. ``state.result`` is the model that is validated: with
+    ``--ema-decay``, it has the average of the weights, and ``state.model`` the trained ones.
     """
 
     def on_start(self, state: TrainingState, group: Group) -> None:

@@ -21,7 +21,7 @@ from mnist_ray.errors import UsageError
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.metrics import WEIGHT, Evaluation, check_columns
-from mnist_ray.training.step import forward, measured_of, per_example
+from mnist_ray.training.step import check_per_example, forward, measured_of
 from mnist_ray.workload.base import Workload
 
 MAX_OUTPUT_BYTES = 2**26  # of outputs computed at a time, unless the workload sets the batch size
@@ -100,7 +100,7 @@ def batch_size_of(
     batches = batches_of(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
     (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_loader_processes))
     with evaluating(model), _not_compiled(model):
-        outputs, _ = forward(workload, model, to_device(first, device))
+        outputs = forward(workload, model, to_device(first, device))
     num_bytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
     limit = min(size, config.micro_batch_size or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
     return next(number for number in range(max(1, limit), 0, -1) if size % number == 0)
@@ -134,8 +134,9 @@ def evaluate(
         for request, loaded in zip(requests, loader, strict=True):
             on_batch(int(request.indices[0]))
             batch = to_device(loaded, device)
-            outputs, targets = forward(workload, model, batch)
-            loss = per_example(workload, "loss", workload.loss(outputs, targets), batch.num_examples)
+            outputs, targets = forward(workload, model, batch), batch.targets
+            loss = workload.loss(outputs, targets)
+            check_per_example(f"{type(workload).__name__}.loss", loss, batch.num_examples)
             values = {"loss": loss, **measured_of(workload, outputs, targets, batch.num_examples)}
             sums.append({name: each.sum() for name, each in values.items()})
             columns.append(workload.predictions(outputs, targets))

@@ -91,7 +91,8 @@ class Progress(Event):
     saves: bool = False  # whether a checkpoint follows
     stops: bool = False  # whether the training stops after that
     parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
-    others: Mapping[str, float] = field(default_factory=dict)  # figures of these steps that are not means
+    others: Mapping[str, float] = field(default_factory=dict)  # what these steps logged, and figures that are no means
+    logged: Mapping[str, float] = field(default_factory=dict)  # what the epoch has logged so far
 
     @property
     def loss(self) -> float:
@@ -170,7 +171,8 @@ def figures_of(event: Progress | EpochFinished | Validated) -> dict[str, float]:
         case Progress():
             split, values, others = "train", event.window, {"learning_rate": event.learning_rate, **event.others}
         case EpochFinished(last):
-            split, values, others = "train", last.so_far, {RATE: last.examples_per_s, "epoch_s": last.epoch_s}
+            split, values = "train", last.so_far
+            others = {RATE: last.examples_per_s, "epoch_s": last.epoch_s, **last.logged}
         case Validated():
             split, values, others = "val", event.values, {"val_s": event.seconds}
     return {**{f"{split}_{name}": value for name, value in values.items()}, **others}

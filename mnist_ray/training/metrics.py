@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,16 +26,16 @@ class TrainingDivergedError(TrainingStoppedError):
         return f"loss or weights are not finite at step {step} of epoch {epoch}; {remedy}"
 
 
-# Names of sums beside those of the losses and measures of examples:
-WEIGHT = "weight"  # of their weights
-MINIMIZED = "minimized"  # of the losses to minimize, if these are others
+WEIGHT = "weight"  # the name of the sum of the examples' weights, beside those of the loss and the measures
+LOGGED, COUNT = "logged ", "count "  # begin the names of a logged value's sum and of what it is divided by
+MINIMIZED = "minimized_loss"  # the name by which a minimized loss is logged if it is not the reported one
 
 
 @dataclass(frozen=True)
 class MetricSums:
     """Sums over examples of all ranks."""
 
-    sums: Mapping[str, float] = field(default_factory=dict)  # of the loss, the workload's measures, and its weights
+    sums: Mapping[str, float] = field(default_factory=dict)  # of the loss, measures, weights, and what was logged
     num_examples: int = 0
 
     @property
@@ -45,11 +46,13 @@ class MetricSums:
     def plus(self, steps: Mapping[str, np.ndarray], num_examples: int) -> MetricSums:
         """Add the sums of steps, (steps,) by name, one by one: the bits do not depend on how many come at a time.
 
-        A sum becomes NaN if the examples so far were counted before the workload had this measure, or the reverse.
+        A sum becomes NaN if the examples so far were counted before the workload had this measure, or the reverse; a
+        value that is logged has a count of its own.
         """
-        missing = math.nan if self.num_examples else 0.0
-        added = dict.fromkeys(self.sums, math.nan)
+        is_new = not self.num_examples
+        added = {name: total if name.startswith((LOGGED, COUNT)) else math.nan for name, total in self.sums.items()}
         for name, values in steps.items():
+            missing = 0.0 if is_new or name.startswith((LOGGED, COUNT)) else math.nan
             added[name] = float(np.add.accumulate(np.append(self.sums.get(name, missing), values))[-1])
         return MetricSums(added, self.num_examples + num_examples)
 
@@ -57,9 +60,18 @@ class MetricSums:
         """Return the mean loss and the metrics that need no more than means; NaN if there are no examples."""
         if not self.weight > 0:
             return {metric.name: math.nan for metric in workload.all_metrics}
-        means = {name: value / self.weight for name, value in self.sums.items() if name != WEIGHT}
+        own = {name: value for name, value in self.sums.items() if not name.startswith((LOGGED, COUNT))}
+        means = {name: value / self.weight for name, value in own.items() if name != WEIGHT}
         loss = means.pop("loss")
-        return {"loss": loss, **{name: float(value) for name, value in workload.summarize(means).items()}}
+        metrics = workload.summarize(means) if means else {}  # a step of its own may measure nothing
+        return {"loss": loss, **{name: float(value) for name, value in metrics.items()}}
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """The means of what was logged, by name; NaN for what has only weights of 0."""
+        names = [name.removeprefix(LOGGED) for name in self.sums if name.startswith(LOGGED)]
+        counts = {name: self.sums[COUNT + name] or math.nan for name in names}
+        return {name: self.sums[LOGGED + name] / counts[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,14 @@ def not_finite_notes(not_finite: tuple[int, int], split: Split, nouns: str) -> l
         return []
     which = f"the first has index {split.all_places[first]} in {split.origin}"
     return [f"the loss or a metric is NaN or infinite for {number:,} of {len(split):,} {nouns}; {which}"]
+
+
+def check_logged(workload: Workload, names: Iterable[str]) -> None:
+    """Raise UsageError if a value is logged by a name that has another meaning in a run's tables."""
+    taken = {"step", "epoch", "weight", *(figure.name for figure in workload.all_figures)}
+    for name in names:
+        if name in taken or not re.fullmatch(r"[A-Za-z_][\w./-]*", name) or name.startswith("learning_rate."):
+            raise UsageError(f"{type(workload).__name__}: {name!r} cannot be logged; choose another name")
 
 
 def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.tensors import is_sharded
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.stopwatch import Pace, Stopwatch
 
@@ -29,8 +31,8 @@ class TrainingState:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
+    optimizers: dict[str, Optimizer]  # by name; a single one has the name ""
+    schedulers: dict[str, LRScheduler]  # of each optimizer
     epoch: int = 0  # finished epochs
     step: int = 0  # optimizer steps done in the current epoch
     sums: MetricSums = field(default_factory=MetricSums)  # over the current epoch so far and all ranks
@@ -46,9 +48,24 @@ class TrainingState:
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step that ends the trial's segment, or the training; the worker sets it
-    learning_rates: list[float] = field(default_factory=list)  # of the last step, of each parameter group
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of the last step, by parameter group
+    logged: dict[str, list[Tensor]] = field(default_factory=dict)  # outside of losses, since the last report
     watch: Stopwatch = field(default_factory=Stopwatch)
     pace: Pace = field(default_factory=Pace)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The only optimizer. Raises TrainingStoppedError if there are several."""
+        if len(self.optimizers) > 1:
+            raise TrainingStoppedError("the run has several optimizers; choose one of state.optimizers by its name")
+        return next(iter(self.optimizers.values()))
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Log a number of this rank; its mean since the last report, and over the epoch, appears by its name.
+
+        Call it at the same steps on all ranks.
+        """
+        self.logged.setdefault(name, []).append(torch.as_tensor(value).detach())
 
     @property
     def total_step(self) -> int:
@@ -75,11 +92,6 @@ class TrainingState:
     def result(self) -> nn.Module:
         """The model that is evaluated and kept: the trained model, or its EMA."""
         return self.model if self.average is None else self.average
-
-
-def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the learning rate of each parameter group."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def is_over(state: TrainingState, config: TrainConfig) -> bool:

@@ -1,19 +1,43 @@
-"""A batch's path through a workload: the same in training, evaluation, prediction and the dry run."""
+"""A training step as a workload's ``training_step`` sees it, and a batch's path through the model.
+
+The path, ``forward``, is the same in training, evaluation and prediction.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from mnist_ray.config import Precision
-from mnist_ray.data.batches import MicroBatch
-from mnist_ray.data.tensors import as_fp32, autocast, detached
-from mnist_ray.training.metrics import WEIGHT
+from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.data.batches import MicroBatch, seed_generators
+from mnist_ray.data.tensors import as_fp32, autocast, buffers_kept, detached, is_sharded, rows_here
+from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.parallel.gradients import Bucketed, GradientSync, Sharded, unused_explained
+from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.reproducible import Chunks
+from mnist_ray.parallel.whole_batch import of_all_ranks
+from mnist_ray.training.callback import Callback
+from mnist_ray.training.metrics import COUNT, LOGGED, MINIMIZED, WEIGHT
+from mnist_ray.training.optimizers import parameters_of
+from mnist_ray.training.state import TrainingState
+from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, OPTIMIZER, WORKERS
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.calls import check_numbers
+
+_MINIMIZED = "minimized"  # the sum of a call's losses
+Loss = Callable[[nn.Module, MicroBatch, "Step"], Tensor]
+"""Returns the losses to minimize of a micro-batch, (N,)."""
 
 
 def forward(
@@ -22,31 +46,19 @@ def forward(
     batch: MicroBatch,
     precision: Precision = "fp32",
     generator: torch.Generator | None = None,
-) -> tuple[Any, Any]:
-    """Return the model's outputs for a batch on its device, in fp32, and the targets that belong to them.
+) -> Any:
+    """Return the model's outputs for a batch on its device, in fp32.
 
     ``precision`` is that of the model alone, and must not be ``auto``. ``generator`` is for augmentation in training.
     """
     inputs = workload.prepare(batch.inputs, generator)
     with autocast(model, precision):
-        return as_fp32(model(inputs)), batch.targets
+        return as_fp32(model(inputs))
 
 
-def per_example(workload: Workload, method: str, values: Tensor, number: int) -> Tensor:
-    """Return what a method has returned. Raises UsageError unless it has one number for each example, (number,)."""
-    remedy = "; for examples that do not count, return 0, also from weights()"
-    check_numbers(f"{type(workload).__name__}.{method}", values, number, remedy)
-    return values
-
-
-def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor, number: int) -> dict[str, Tensor]:
-    """Return a batch's sums of the loss, of the workload's measures and of its example weights, on the device.
-
-    The sum of the example weights is NaN if one of them is negative. Raises UsageError unless each of the ``number``
-    examples has its values.
-    """
-    measured = measured_of(workload, outputs, targets, number)
-    return {"loss": loss_sum.detach(), **{name: values.sum() for name, values in measured.items()}}
+def check_per_example(place: str, values: Tensor, number: int) -> None:
+    """Raise UsageError unless what ``place`` has returned is a number for each example, (number,)."""
+    check_numbers(place, values, number, "; for examples that do not count, return 0, also from weights()")
 
 
 def measured_of(workload: Workload, outputs: Any, targets: Any, number: int) -> dict[str, Tensor]:
@@ -54,11 +66,352 @@ def measured_of(workload: Workload, outputs: Any, targets: Any, number: int) -> 
 
     A negative weight is NaN. Raises UsageError unless each example has its values.
     """
+    name = type(workload).__name__
     measured, example_weights = workload.measure(detached(outputs), targets), workload.weights(targets)
     if example_weights is not None and type(workload).measure in (Classification.measure, Regression.measure):
-        measured = {name: values * example_weights for name, values in measured.items()}  # these ignore weights
-    measured = {name: per_example(workload, f"measure: {name}", each, number) for name, each in measured.items()}
+        measured = {key: values * example_weights for key, values in measured.items()}  # these ignore weights
+    for key, values in measured.items():
+        check_per_example(f"{name}.measure: {key}", values, number)
     if example_weights is not None:
-        known = per_example(workload, "weights", example_weights, number)
-        measured[WEIGHT] = torch.where(known >= 0, known, math.nan)
+        check_per_example(f"{name}.weights", example_weights, number)
+        measured[WEIGHT] = torch.where(example_weights >= 0, example_weights, math.nan)
     return measured
+
+
+class NoWeightError(Exception):
+    """All example weights of the global batch are 0, so it has no gradient: the step is skipped, on all ranks alike."""
+
+
+class Step:
+    """What a workload's ``training_step`` gets. All ranks must make the same calls."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        state: TrainingState,
+        config: TrainConfig,
+        group: Group,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.model, self.optimizers, self.config = state.model, state.optimizers, config
+        self.generator = _generator(group.device)  # seeded for each ``backward``, as the global generators are
+        self.sums: dict[str, Tensor] = {}  # over this rank's slice; with --reproducible, a number for each chunk
+        self.gradient_norm: Tensor | None = None  # the largest of the step's updates, before clipping
+        self.has_updated = False  # not if all example weights are 0
+        self._workload, self._state, self._group, self._callbacks = workload, state, group, callbacks
+        self._name = type(workload).__name__
+        in_optimizers = itertools.chain(*map(parameters_of, state.optimizers.values()))
+        self._of_model = [*state.model.parameters()]
+        self._parameters = [*{*self._of_model, *in_optimizers}]
+        self._syncs: dict[str | None, tuple[list[bool], GradientSync]] = {}  # by optimizer, with what is trained
+        self._micro_batches: Sequence[MicroBatch] = ()
+        self._micro_batch: MicroBatch | None = None  # whose losses are computed now
+        self._found: dict[str, Tensor] = {}  # sums over its examples
+        self._sync = GradientSync(state.model, group)  # of the last ``backward``
+        self._reported: Tensor | None = None  # the micro-batch's losses that ``measure`` has reported, (N,)
+        self._first: Tensor | None = None  # sum of the losses of the step's first ``backward``
+        self._minimized = torch.zeros(())  # sum of the losses of the last ``backward``
+        self._weight: Tensor | None = None  # and of its example weights, if there are any
+        if len(self.optimizers) > 1:
+            self._check_flags("several optimizers")
+
+    def take(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Let the workload take a step with this rank's slice of a batch. Raises UsageError for a wrong step."""
+        self.begin(micro_batches)
+        with contextlib.suppress(NoWeightError):
+            self._workload.training_step(self)
+        if self._first is None:
+            raise UsageError(f"{self._name}.training_step must call step.backward")
+        self.sums.setdefault("loss", self._first)
+        self.sums.pop(_MINIMIZED)
+        self._clear(self._parameters)
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Prepare for the calls of a step with these micro-batches of this rank's slice."""
+        self._micro_batches = micro_batches
+        self.sums, self.gradient_norm, self.has_updated, self._first = {}, None, False, None
+
+    def take_logged(self) -> None:
+        """Add to the step's sums what was logged outside of losses."""
+        for name, values in self._state.logged.items():
+            self.sums = _added(self.sums, self._sync.collect(logged(name, torch.stack(values).sum(), len(values))))
+        self._state.logged.clear()
+
+    def backward(self, loss: Loss, name: str = "loss", *, optimizer: str | None = None) -> None:
+        """Compute the gradient of the mean of ``loss`` over the global batch, in place of earlier gradients.
+
+        ``loss(model, batch, step)`` returns the losses of a micro-batch, (N,). It is called for each micro-batch of
+        this rank's slice, in the run's precision. With the name of an ``optimizer``, only its parameters are trained.
+        Each ``backward`` in a step meets the same random numbers. The mean is logged by ``name``; of several with the
+        same name in a step, the first counts.
+        """
+        own = self._parameters if optimizer is None else parameters_of(self._optimizer(optimizer))
+        if self._first is not None:  # before a step's first gradient, there is none
+            self._clear(own)
+        total: Mapping[str, Tensor] = {}
+        with contextlib.nullcontext() if optimizer is None else self._alone(optimizer):
+            self._sync = sync = self._sync_for(optimizer)
+            for seed_number, batch in sync.plan(self._micro_batches):
+                if seed_number is not None:
+                    self._seed(seed_number)
+                with sync.accumulate(batch):
+                    sums = self._of_micro_batch(loss, name, batch)
+                total = _added(total, sync.collect(sums)) if total else sync.collect(sums)
+            sync.finish()
+        if sync.ready_at is not None:
+            self._state.watch.turn(WORKERS, sync.ready_at)
+            sync.ready_at = None
+        self._minimized, self._weight = total[_MINIMIZED], total.get(WEIGHT)
+        self._first = self._minimized if self._first is None else self._first
+        self.sums = {**total, **self.sums}
+        if self._weight is not None:
+            self._divide_by_weights(own, self._weight)
+
+    def update(self, optimizer: str | None = None, closure: Callable[[], object] | None = None) -> None:
+        """Clip the gradients, and let the optimizer step: the only one, or the one of that name.
+
+        With a ``closure``, which calls ``backward``, the optimizer computes the gradients as often as it needs them.
+        """
+        stepping: Any = self._optimizer(optimizer)
+        scaler = self._state.scaler
+        if closure is None:
+            scaler.unscale_(stepping)
+            self._prepare(stepping)
+            self._state.watch.turn(OPTIMIZER)
+            scaler.step(stepping)
+            scaler.update()
+        else:
+            self._check_flags("a closure in step.update")
+            stepping.step(functools.partial(self._closed, closure, stepping))
+        self.has_updated = True
+        if optimizer is not None:
+            self._clear(parameters_of(stepping))
+
+    def log(self, name: str, values: Tensor | float) -> None:
+        """Log a value for each example, (N,), inside of a loss; or a number, inside or outside of one.
+
+        The mean over examples or, outside of a loss, over steps and ranks appears by its name in the run's tables,
+        report and trackers.
+        """
+        batch, value = self._micro_batch, torch.as_tensor(values).detach()
+        if batch is None:
+            self._state.log(name, value)
+        else:
+            is_one = value.dim() == 0
+            total = value * batch.num_examples if is_one else self._sum_of(value, f"log({name!r})")
+            self._found |= logged(name, total, batch.num_examples)
+
+    def mean(self) -> Tensor:
+        """Return the mean over the global batch of the losses of the last ``backward``; all ranks must call this."""
+        divisor = torch.zeros_like(self._minimized) if self._weight is None else self._weight
+        pair = torch.stack([self._minimized.double(), divisor.double()])
+        if self._group.world_size > 1:
+            dist.all_reduce(pair)
+        total, weight = pair.view(2, -1).sum(1)  # with --reproducible, over the chunks
+        return total / (self._micro_batches[0].global_size if self._weight is None else weight)
+
+    # --- for losses
+
+    def forward(self, batch: MicroBatch) -> Any:
+        """Return the model's outputs for a batch that ``prepare`` has prepared, in fp32."""
+        with self.in_fp32():
+            return forward(self._workload, self._sync.called, batch, self.config.precision, self.generator)
+
+    def in_fp32(self) -> AbstractContextManager[object]:
+        """Return a context that computes in fp32 within a loss, whatever the run's precision is."""
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._group.device.type, enabled=False)
+
+    def measure(self, outputs: Any, targets: Any) -> Tensor:
+        """Report the workload's ``loss`` and ``measure`` of a micro-batch; return the losses, (N,).
+
+        A loss that compares examples sees those of the global batch.
+        """
+        workload, batch = self._workload, self._micro_batch
+        assert batch is not None, "measure() is for losses"
+        with self.in_fp32():
+            if workload.compares_examples:
+                losses = self._losses_of_all(outputs, targets, batch)
+            else:
+                losses = workload.loss(outputs, targets)
+                check_per_example(f"{self._name}.loss", losses, batch.num_examples)
+            measured = measured_of(workload, outputs, targets, batch.num_examples)
+        self._found |= {name: values.sum() for name, values in measured.items()}
+        self._reported = losses
+        return losses
+
+    # --- the parts of a step
+
+    def _of_micro_batch(self, loss: Loss, name: str, batch: MicroBatch) -> dict[str, Tensor]:
+        """Add a micro-batch's gradients to the model's; return the sums over its examples. A filler adds zeros.
+
+        With a factor of 1 / global batch size, the gradients of all slices add up to that of the global batch's mean
+        loss, even if slices are uneven.
+        """
+        self._micro_batch, self._found, self._reported = batch, {}, None
+        try:
+            with buffers_kept(self.model) if batch.is_filler else contextlib.nullcontext():
+                with autocast(self.model, self.config.precision):
+                    losses = loss(self.model, batch, self)
+                    total = self._sum_of(losses, getattr(loss, "__name__", name))
+                if not total.requires_grad:
+                    place = f"{self._name}.{getattr(loss, '__name__', name)}"
+                    raise UsageError(f"{place} does not depend on the model's parameters: nothing would be learned")
+                factor = 0.0 if batch.is_filler else self._sync.factor / batch.global_size
+                with unused_explained(self._name):
+                    self._state.scaler.scale(total * factor).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._micro_batch = None
+        self._add_losses(losses, total.detach(), name, batch)
+        if batch.is_filler:
+            return {key: torch.zeros_like(value) for key, value in self._found.items()}
+        return self._found
+
+    def _add_losses(self, losses: Tensor, total: Tensor, name: str, batch: MicroBatch) -> None:
+        """Add the sums of the reported and of the minimized losses, ``total``, to what was found in a micro-batch."""
+        found, reported = self._found, self._reported
+        if reported is None and (weights := self._workload.weights(batch.targets)) is not None:
+            found[WEIGHT] = torch.where(weights >= 0, weights, math.nan).sum()
+        if reported is not None:
+            found["loss"] = total if reported is losses else reported.detach().sum()
+        elif name == "loss":
+            found["loss"] = total
+        if name != "loss" or (reported is not None and reported is not losses):
+            found |= logged(MINIMIZED if name == "loss" else name, total, found.get(WEIGHT, batch.num_examples))
+        found[_MINIMIZED] = total
+
+    def _losses_of_all(self, outputs: Any, targets: Any, batch: MicroBatch) -> Tensor:
+        """Return the losses of this rank's slice, (N,), which see the examples of all ranks."""
+        own = slice(None)
+        if self._group.world_size > 1:
+            whole = of_all_ranks(outputs, targets, self._group, batch.num_examples, is_filler=batch.is_filler)
+            outputs, targets, own = whole
+        losses = self._workload.loss(outputs, targets)
+        check_per_example(f"{self._name}.loss", losses, batch.global_size)
+        return losses[own]
+
+    def _sum_of(self, values: Tensor, place: str) -> Tensor:
+        batch = self._micro_batch
+        assert batch is not None
+        if not (self._workload.compares_examples and batch.is_filler):  # no losses of all ranks are a filler's
+            check_per_example(f"{self._name}.{place}", values, batch.num_examples)
+        return values.sum() if values.dtype == torch.float64 else values.float().sum()
+
+    def _closed(self, closure: Callable[[], object], stepping: Optimizer) -> Tensor:
+        closure()
+        self._prepare(stepping)
+        return self.mean()
+
+    def _prepare(self, stepping: Optimizer) -> None:
+        """Show the gradients to the callbacks, and clip them."""
+        self._state.watch.turn(CALLBACKS)
+        for callback in self._callbacks:
+            callback.on_gradients(self._state)
+        if self.config.clip_grad_norm is not None:
+            norm: Any = nn.utils.clip_grad_norm_(parameters_of(stepping), self.config.clip_grad_norm)
+            norm = norm.full_tensor() if is_sharded(norm) else norm
+            known = self.gradient_norm
+            self.gradient_norm = norm if known is None else torch.maximum(norm, known)
+        self._state.watch.turn(COMPUTE)
+
+    def _divide_by_weights(self, own: Iterable[Tensor], own_sum: Tensor) -> None:
+        """Divide the gradients by the global batch's sum of example weights, instead of by its size.
+
+        Raises NoWeightError if the sum is 0; to know that, this waits for a GPU. If a weight is negative, the sum is
+        NaN, and closing the window raises an error.
+        """
+        weight_sum = own_sum.clone()
+        if self._group.world_size > 1:
+            dist.all_reduce(weight_sum)
+        weight_sum = weight_sum.sum()  # over the chunks
+        if weight_sum == 0:
+            raise NoWeightError
+        gradients = [rows_here(p.grad) for p in own if p.grad is not None]
+        torch._foreach_mul_(gradients, self._micro_batches[0].global_size / weight_sum)
+
+    def _sync_for(self, optimizer: str | None) -> GradientSync:
+        """Return the form that adds up the gradients of the parameters that are trained now."""
+        trained = [parameter.requires_grad for parameter in self._of_model]
+        known, sync = self._syncs.get(optimizer, ([], None))
+        if sync is not None and known == trained:
+            return sync
+        if not any(trained):
+            raise TrainingStoppedError("all parameters are frozen; keep some trainable, or end the training")
+        if isinstance(sync, Sharded):
+            found = "--strategy fsdp: a callback has changed requires_grad during training"
+            raise TrainingStoppedError(f"{found}; change it in on_start")
+        if sync is not None:
+            sync.close()
+        model, config, group, now = self.model, self.config, self._group, self._state.watch.now
+        has_unused = self._workload.has_unused_parameters
+        if config.reproducible:
+            sync = Chunks(model, group, config.num_chunks, now, has_unused_parameters=has_unused)
+        elif self._state.is_sharded:
+            sync = Sharded(model, group)
+        elif group.world_size > 1 and optimizer is None:
+            sync = Bucketed(model, group, now, has_unused_parameters=has_unused)
+        else:
+            sync = GradientSync(model, group)
+        self._syncs[optimizer] = trained, sync
+        return sync
+
+    @contextlib.contextmanager
+    def _alone(self, optimizer: str) -> Iterator[None]:
+        """Inside the block, which computes a gradient, only the parameters of an optimizer require one."""
+        own = {id(each) for each in parameters_of(self.optimizers[optimizer]) if each.requires_grad}
+        if not own:
+            found = f"all parameters of the optimizer {optimizer} are frozen"
+            raise TrainingStoppedError(f"{found}; keep some trainable, or set its learning rate to 0")
+        trained = [parameter.requires_grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.requires_grad_(id(parameter) in own)
+        try:
+            yield
+        finally:
+            for parameter, is_trained in zip(self._parameters, trained, strict=True):
+                parameter.requires_grad_(is_trained)
+
+    def _optimizer(self, name: str | None) -> Optimizer:
+        if name is None and len(self.optimizers) == 1:
+            return next(iter(self.optimizers.values()))
+        if name is None or name not in self.optimizers:
+            found = "there are several optimizers" if name is None else f"there is no optimizer {name!r}"
+            raise UsageError(f"{self._name}.training_step: {found}; name one of {', '.join(self.optimizers)}")
+        return self.optimizers[name]
+
+    def _check_flags(self, what: str) -> None:
+        for flag, value in {"--precision": self.config.precision, "--strategy": self.config.strategy}.items():
+            if value in ("fp16", "fsdp"):
+                raise UsageError(f"{flag} {value} does not work with {what}")
+
+    def _clear(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:  # model.zero_grad() would walk through all modules
+            parameter.grad = None
+
+    def _seed(self, number: int) -> None:
+        """Seed augmentation and dropout by epoch, step, and the number of the rank or, with chunks, of the chunk."""
+        seed = seed_of(self.config.seed, self._state.epoch, number) + self._state.step
+        seed_generators(seed)
+        self.generator.manual_seed(seed)
+
+
+def logged(name: str, total: Tensor, count: Tensor | float) -> dict[str, Tensor]:
+    """Return the sums by which a value is logged: the value's, and what it is divided by."""
+    return {LOGGED + name: total, COUNT + name: torch.as_tensor(count, device=total.device)}
+
+
+def _added(total: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return sums with more added: a name that only one of them has counts as 0 in the other."""
+    return {**total, **{name: total[name] + value if name in total else value for name, value in more.items()}}
+
+
+@functools.lru_cache
+def seed_of(*numbers: int) -> int:
+    """Return a seed that depends on all of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Return the device's default generator: of the augmentation in ``prepare``, and of layers such as dropout."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator

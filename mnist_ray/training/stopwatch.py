@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 DATA, COPIES, COMPUTE, WORKERS, OPTIMIZER = "data", "copies", "compute", "workers", "optimizer"
 CALLBACKS, CHECKPOINTS, STORAGE, VALIDATION, START = "callbacks", "checkpoints", "storage", "validation", "start"
@@ -24,6 +24,7 @@ PARTS = {  # with their names on the console and in the report
     START: "first step",  # from the creation of the model to the end of the first step: data, compilation, caches
 }
 
+Item = TypeVar("Item")
 _MAX_COST = 0.01  # of the time since the last checkpoint
 _FIRST_S = 5.0  # of training before the first checkpoint, whose cost is not known yet
 
@@ -66,6 +67,18 @@ class Stopwatch:
             yield
         finally:
             self.turn(before)
+
+    def iterating(self, part: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items; count the time until each comes as ``part``, and then go on with COMPUTE."""
+        iterator = iter(items)
+        while True:
+            self.turn(part)
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.turn(COMPUTE)
+            yield item
 
     def end_start(self) -> None:
         """The first time, count everything before the current part as START."""

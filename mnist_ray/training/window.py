@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,88 +16,110 @@ from torch import Tensor
 
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel.group import Group
+from mnist_ray.training.cadence import Decision
 from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import WEIGHT, MetricSums, TrainingDivergedError
-from mnist_ray.training.parts import names_of_rates
+from mnist_ray.training.metrics import COUNT, LOGGED, WEIGHT, MetricSums, TrainingDivergedError, check_logged
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.figures import Figure
-
-_FIRST_INTERVAL_STEPS = 10
-_REPORT_INTERVAL_S = 0.5
+from mnist_ray.workload.figures import GRADIENT_NORM
 
 
 class LoggingWindow:
-    """The steps since the last report. Their sums stay on the device until the window is closed.
-
-    Within an epoch, ranks communicate only for gradients and when a window closes. Rank 0's clock sets the length of
-    the next window in steps, so that all ranks close it at the same step.
-    """
+    """The steps since the last report. Their sums stay on the device until the window is closed."""
 
     def __init__(self, workload: Workload, group: Group) -> None:
         self._workload, self._group = workload, group
-        self._interval_steps = _FIRST_INTERVAL_STEPS
-        self._sums: list[dict[str, Tensor]] = []  # of each step, on this rank
+        self._sums: list[Mapping[str, Tensor]] = []  # of each step, on this rank
         self._sizes: list[int] = []  # of each step's global batch
-        self._others: dict[Figure, list[Tensor]] = {}  # on this rank; all ranks have the same figures
-        self.restart_clock()
+        self._norms: list[Tensor] = []  # of the gradients, before clipping; all ranks have the same
 
-    def restart_clock(self) -> None:
-        """Leave out the time since the last window, which was spent on saving or between epochs."""
-        self._start = time.perf_counter()
+    def __len__(self) -> int:
+        return len(self._sizes)
 
-    def add(self, sums: dict[str, Tensor], global_size: int, others: Mapping[Figure, Tensor]) -> None:
-        """Add a step: sums on this rank, one or a row of the chunks'; global batch size; figures that are not means."""
+    def add(self, sums: Mapping[str, Tensor], global_size: int, gradient_norm: Tensor | None) -> None:
+        """Add a step: its sums on this rank, one number or a row of the chunks' each, and its global batch size."""
         self._sums.append(sums)
         self._sizes.append(global_size)
-        for figure, value in others.items():
-            self._others.setdefault(figure, []).append(value)
+        if gradient_norm is not None:
+            self._norms.append(gradient_norm)
 
-    def is_full(self, steps_left: int) -> bool:
-        """Return whether to close the window. It stays open if an epoch's last steps are too few for another."""
-        return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
-
-    def close(self, state: TrainingState, *, stop_wanted: bool, save_wanted: bool) -> Progress:
-        """Sum the window over all ranks, add it to ``state``, and empty it. Raises TrainingDivergedError."""
-        state.watch.turn(WORKERS)
-        sums, ranks, of_first = self._reduce(state, stop_wanted, save_wanted)
-        state.watch.turn(CALLBACKS)
-        losses = self._losses(sums, state)
-        progress = self._report(sums, losses, ranks, of_first, state)
-        self._sums, self._sizes, self._others = [], [], {}
-        return progress
-
-    def _reduce(
-        self, state: TrainingState, *wishes: bool
-    ) -> tuple[dict[str, np.ndarray], list[list[float]], list[float]]:
-        """Return the steps' sums over all ranks, (steps,) by name; a row for each rank; and rank 0's decisions."""
-        names = list(self._sums[0])
-        sums = torch.stack([step[name] for step in self._sums for name in names]).double()
-        if sums.is_cuda:
-            torch.cuda.synchronize()  # otherwise unfinished kernels would be timed in the next window
-        now = time.perf_counter()
-        elapsed_s, self._start = now - self._start, now
-        next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        of_first = sums.new_tensor([next_interval, elapsed_s, *wishes])
-        others = [figure.join(torch.stack(values).tolist()) for figure, values in self._others.items()]
-        ranks = sums.new_zeros(self._group.world_size, len(PARTS) + len(others))  # each rank fills its row
-        ranks[self._group.rank] = sums.new_tensor([*state.watch.taken(), *others])
-        if self._group.world_size > 1:
-            whole = torch.cat([sums.view(-1), ranks.view(-1)])
-            dist.all_reduce(whole)
-            dist.broadcast(of_first, 0)
-            sums, ranks = whole[: sums.numel()].view_as(sums), whole[sums.numel() :].view_as(ranks)
-        if sums.dim() > 1:
-            sums = functools.reduce(operator.add, sums.unbind(1))  # chunk by chunk, in double
-        columns = sums.view(-1, len(names)).T.cpu().numpy()
-        return dict(zip(names, columns, strict=True)), ranks.tolist(), of_first.tolist()
-
-    def _losses(self, sums: Mapping[str, np.ndarray], state: TrainingState) -> list[float]:
-        """Return each step's mean loss: NaN if it has no weight.
+    def close(self, state: TrainingState, decision: Decision) -> Progress:
+        """Sum the window over all ranks, add it to ``state``, and empty it; all ranks must call this.
 
         Raises TrainingStoppedError for a wrong sum of weights, TrainingDivergedError if a loss is not finite.
         """
+        state.watch.turn(WORKERS)
+        sums, seconds = self._reduced(state)
+        state.watch.turn(CALLBACKS)
+        losses = self._losses(sums, state)
+        num_examples = sum(self._sizes)
+        state.epoch_s += decision.elapsed_s
+        state.sums = state.sums.plus(sums, num_examples)
+        window = MetricSums().plus(sums, num_examples)
+        others = window.logged
+        if self._norms:
+            others[GRADIENT_NORM.name] = GRADIENT_NORM.join(torch.stack(self._norms).tolist())
+        if len(state.learning_rates) > 1:
+            others |= state.learning_rates
+        self._sums, self._sizes, self._norms = [], [], []
+        return Progress(
+            epoch=state.epoch + 1,
+            step=state.step,
+            epoch_steps=state.epoch_steps,
+            losses=losses,
+            window=window.values(self._workload),
+            so_far=state.sums.values(self._workload),
+            num_examples=state.sums.num_examples,
+            epoch_s=state.epoch_s,
+            learning_rate=next(iter(state.learning_rates.values()), math.nan),
+            total_step=state.total_step,
+            saves=decision.saves,
+            stops=decision.stops,
+            parts=seconds,
+            others=others,
+            logged=state.sums.logged,
+        )
+
+    def _reduced(self, state: TrainingState) -> tuple[dict[str, np.ndarray], list[list[float]]]:
+        """Return the steps' sums over all ranks, (steps,) by name, and the seconds of each rank by part of its time."""
+        names = [*dict.fromkeys(name for step in self._sums for name in step)]
+        own = [name for name in names if not name.startswith((LOGGED, COUNT))]  # the same on all ranks
+        logged = sorted({*names} - {*own})  # ranks may have logged other names
+        sums = self._stacked(own, missing=math.nan)
+        key = zlib.crc32("\n".join(logged).encode())
+        ranks = sums.new_zeros(self._group.world_size, len(PARTS) + 1)  # each rank fills its row
+        ranks[self._group.rank] = sums.new_tensor([*state.watch.taken(), key])
+        if self._group.world_size > 1:
+            whole = torch.cat([sums.view(-1), ranks.view(-1)])
+            dist.all_reduce(whole)
+            sums, ranks = whole[: sums.numel()].view_as(sums), whole[sums.numel() :].view_as(ranks)
+        *seconds, keys = ranks.T.tolist()
+        totals = _by_name(own, sums)
+        if any(keys):
+            totals |= self._logged(logged, is_same=len({*keys}) == 1)
+        return totals, [list(row) for row in zip(*seconds, strict=True)]
+
+    def _logged(self, names: list[str], *, is_same: bool) -> dict[str, np.ndarray]:
+        """Return what was logged like ``_reduced``. Unless it ``is_same``, ranks have logged different names."""
+        if not is_same:
+            of_ranks: list[Any] = [names] * self._group.world_size
+            dist.all_gather_object(of_ranks, names)
+            names = sorted({name for of_rank in of_ranks for name in of_rank})
+        check_logged(self._workload, [name.removeprefix(LOGGED) for name in names if name.startswith(LOGGED)])
+        sums = self._stacked(names, missing=0.0)
+        if self._group.world_size > 1:
+            dist.all_reduce(sums)
+        return _by_name(names, sums)
+
+    def _stacked(self, names: Sequence[str], missing: float) -> Tensor:
+        """Return the sums of each step, (steps, names) or, with --reproducible, (steps, names, chunks), in double."""
+        nothing = torch.full_like(self._sums[0]["loss"], missing)
+        rows = [step.get(name, nothing) for step in self._sums for name in names]
+        return torch.stack([row.double() for row in rows]).unflatten(0, (len(self._sums), len(names)))
+
+    def _losses(self, sums: Mapping[str, np.ndarray], state: TrainingState) -> list[float]:
+        """Return each step's mean loss: NaN if it has no weight."""
         weights, first = sums.get(WEIGHT, np.array(self._sizes)), state.step - len(self._sizes) + 1
         for number, (weight, loss) in enumerate(zip(weights.tolist(), sums["loss"].tolist(), strict=True), first):
             if not weight >= 0:
@@ -107,37 +130,8 @@ class LoggingWindow:
         losses: list[float] = (sums["loss"] / np.where(weights > 0, weights, math.nan)).tolist()
         return losses
 
-    def _report(
-        self,
-        sums: Mapping[str, np.ndarray],
-        losses: list[float],
-        ranks: list[list[float]],
-        of_first: list[float],
-        state: TrainingState,
-    ) -> Progress:
-        """Add the steps to ``state``, and return the progress."""
-        next_interval, elapsed_s, stop_wanted, save_wanted = of_first
-        self._interval_steps = int(next_interval)
-        state.epoch_s += elapsed_s
-        num_examples = sum(self._sizes)
-        state.sums = state.sums.plus(sums, num_examples)
-        columns = [*zip(*ranks, strict=True)][len(PARTS) :]
-        rates = state.learning_rates
-        others = {figure.name: figure.join(column) for figure, column in zip(self._others, columns, strict=True)}
-        others |= dict(zip(names_of_rates(state.optimizer), rates, strict=False)) if len(rates) > 1 else {}
-        return Progress(
-            epoch=state.epoch + 1,
-            step=state.step,
-            epoch_steps=state.epoch_steps,
-            losses=losses,
-            window=MetricSums().plus(sums, num_examples).values(self._workload),
-            so_far=state.sums.values(self._workload),
-            num_examples=state.sums.num_examples,
-            epoch_s=state.epoch_s,
-            learning_rate=rates[0] if rates else math.nan,
-            total_step=state.total_step,
-            saves=bool(stop_wanted or save_wanted),
-            stops=bool(stop_wanted),
-            parts=[row[: len(PARTS)] for row in ranks],
-            others=others,
-        )
+
+def _by_name(names: Sequence[str], sums: Tensor) -> dict[str, np.ndarray]:
+    if sums.dim() > 2:
+        sums = functools.reduce(operator.add, sums.unbind(2))  # chunk by chunk
+    return dict(zip(names, sums.T.cpu().numpy(), strict=True))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.optim.optimizer import Optimizer
 
+    from mnist_ray.data.batches import MicroBatch
     from mnist_ray.data.data import Data, Split
 
 
@@ -130,28 +131,12 @@ class Workload(UserClass):
         """
         return inputs
 
-    def augment(self, inputs: Any, targets: Any, generator: Generator) -> tuple[Any, Any]:
-        """Change prepared inputs and their targets together, in training, as mixup does.
-
-        Only the minimized loss sees the changed targets. torch's generator is seeded like ``generator``. torchvision's
-        ``MixUp`` and ``CutMix`` are made for batches; its other transforms draw once for all images of a batch.
-        """
-        return inputs, targets
-
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the loss of each example, (N,). Outputs are in fp32, whatever the model's precision.
 
         For a loss that compares examples, see ``compares_examples``.
         """
         raise NotImplementedError
-
-    def losses(self, model: nn.Module, inputs: Any, targets: Any, part: str) -> Tensor:
-        """Return the losses to minimize, (N,), for the optimizer that ``create_optimizer`` names ``part``.
-
-        ``model`` may be called as often as needed, on prepared inputs; only the part's parameters require gradients.
-        ``loss`` is still what is reported and validated. Only called if there are several optimizers.
-        """
-        raise UsageError(f"{type(self).__name__} has several optimizers, so it needs a method losses()")
 
     def weights(self, targets: Any) -> Tensor | None:
         """Return each example's weight, (N,), such as its number of tokens; None if all examples count equally.
@@ -162,11 +147,26 @@ class Workload(UserClass):
         """
         return None
 
-    def training_loss(self, outputs: Any, targets: Any, config: TrainConfig) -> Tensor | None:
-        """Return the losses to minimize, (N,), if they differ from the reported losses. None: minimize ``loss``."""
-        if config.label_smoothing:
+    def training_step(self, step: Any) -> None:
+        """Take an optimizer step on a global batch, with a ``mnist_ray.training.step.Step``.
+
+        The default is a step of the only optimizer by ``batch_loss``. A step of your own may call ``step.backward`` and
+        ``step.update`` several times, for several optimizers or in a closure, and ``step.log``; all ranks must make the
+        same calls.
+        """
+        step.backward(self.batch_loss)
+        step.update()
+
+    def batch_loss(self, model: nn.Module, batch: MicroBatch, step: Any) -> Tensor:
+        """Return the losses to minimize, (N,), of a micro-batch of this rank's slice. The default: ``loss``, measured.
+
+        ``model`` may be called as often as needed, and so may its parts; it computes in the run's precision.
+        ``batch.inputs`` are not prepared yet. Losses that are not minimized are reported by ``step.measure``.
+        """
+        if step.config.label_smoothing:
             raise UsageError("--label-smoothing is for a Classification that has no loss of its own")
-        return None
+        losses: Tensor = step.measure(step.forward(batch), batch.targets)
+        return losses
 
     def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return named values per example, (N,) each; ``summarize`` gets their means."""
@@ -184,7 +184,7 @@ class Workload(UserClass):
         return {}
 
     def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer | Any:
-        """Return the optimizer that ``config`` names; or several by name, which step in this order: see ``losses``."""
+        """Return the optimizer that ``config`` names; or several by name, for a ``training_step`` of your own."""
         from torch import optim
 
         fused = all(parameter.is_floating_point() for parameter in model.parameters()) or None  # None: PyTorch chooses

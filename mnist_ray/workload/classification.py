@@ -15,9 +15,9 @@ from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
 from mnist_ray.workload.figures import ACCURACY, Metric
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from mnist_ray.config import TrainConfig
+    from mnist_ray.data.batches import MicroBatch
 
 _IGNORE_NONE = -(2**63)  # PyTorch by default ignores the target -100
 _NUM_TOP = 3
@@ -55,11 +55,15 @@ class Classification(Workload):
         """Return the cross entropy of each example."""
         return self._cross_entropy(outputs, targets)
 
-    def training_loss(self, outputs: Tensor, targets: Tensor, config: TrainConfig) -> Tensor | None:
-        """Return the cross entropy with smoothed targets (https://arxiv.org/abs/1512.00567) or None, as configured."""
-        if not config.label_smoothing or type(self).loss is not Classification.loss:
-            return super().training_loss(outputs, targets, config)
-        return self._cross_entropy(outputs, targets, config.label_smoothing)
+    def batch_loss(self, model: nn.Module, batch: MicroBatch, step: Any) -> Tensor:
+        """Return the losses to minimize: with ``--label-smoothing``, of smoothed targets (arXiv 1512.00567)."""
+        smoothing = step.config.label_smoothing
+        if not smoothing or type(self).loss is not Classification.loss:
+            return super().batch_loss(model, batch, step)
+        outputs = step.forward(batch)
+        step.measure(outputs, batch.targets)
+        with step.in_fp32():
+            return self._cross_entropy(outputs, batch.targets, smoothing)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return whether each example's prediction is right."""
@@ -184,8 +188,7 @@ class Classification(Workload):
         from torch.nn import functional as F
 
         if targets.is_floating_point():
-            # A Dataset may mix such labels with whole numbers; augment may return probabilities, as mixup does.
-            if targets.shape != outputs.shape or type(self).augment is Workload.augment:
+            if targets.shape != outputs.shape:  # not a probability of each class, as of mixed labels
                 raise ExampleError(f"a batch has targets of type {targets.dtype}; class labels must be whole numbers")
         else:
             targets = targets.long()

@@ -23,10 +23,11 @@ from mnist_ray.job.find import find
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder
-from mnist_ray.training import engine, gradients
+from mnist_ray.training import step
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Workload
 from tests.conftest import folder_at, mnist
 from tests.ranks import Hooks
@@ -61,10 +62,10 @@ def train_and_save(
             state.scores.append(1 / state.epoch)
         checkpoint.snapshot(state, {"note": "hello", "workload": mnist().identity}, callbacks).write(folder_at(folder))
 
-    state = engine.create_state(workload, config, len(arrays), Group())
+    state = create_state(workload, config, len(arrays), Group())
     if resume:
         checkpoint.restore(folder_at(resume), state, callbacks)
-    engine.train(workload, state, Split(arrays), config, Group(), [*callbacks, Hooks(on_checkpoint=save)])
+    Trainer(workload, state, Split(arrays), config, Group(), [*callbacks, Hooks(on_checkpoint=save)]).train()
     return state
 
 
@@ -154,7 +155,7 @@ def test_a_callbacks_state_that_a_checkpoint_cannot_hold_is_one_line_with_its_pl
     with pytest.raises(
         TrainingStoppedError, match=r"^Holds\.state_dict returns more .* \(test_checkpoint\.py, line \d+\)$"
     ):
-        checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, Group()), {}, [Holds()])
+        checkpoint.snapshot(create_state(mnist(), CONFIG, 600, Group()), {}, [Holds()])
 
 
 def as_numbers(position: str) -> list[int]:
@@ -179,7 +180,7 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str,
         content[len(content) // 2] ^= 255
         cut = {"truncated": len(content) // 2, "flipped": len(content), "empty": 0}[damage]
         (folder / name).write_bytes(content[:cut])
-    state = engine.create_state(mnist(), CONFIG, 600, Group())
+    state = create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises((JobError, UsageError)) as raised:
         checkpoint.restore(folder_at(folder), state)
     assert str(folder) in str(raised.value)
@@ -259,7 +260,7 @@ def test_a_checkpoint_that_was_changed_and_signed_again_is_passed_over(
     change(Path(run.path) / END)
     name = run.checkpoint_names()[-1]
     changed(Path(run.path) / name, {}, is_signed=True)
-    state = engine.create_state(mnist(), CONFIG, 600, Group())
+    state = create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises(DamagedCheckpointError, match=r" is damaged: .*; use another one$") as raised:
         checkpoint.restore(run.inside(name), state)
     assert "\n" not in str(raised.value)
@@ -296,22 +297,22 @@ def test_a_state_file_that_was_changed_or_has_a_part_of_another_kind_is_damaged(
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:
     folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), {"format": 99}, is_signed=True)
-    with pytest.raises(UsageError, match=r"has format 99; this version reads 2$"):
+    with pytest.raises(UsageError, match=r"has format 99; this version reads 3$"):
         saved_model.load_model(folder_at(folder), mnist())
 
 
 def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_no_part(tmp_path: Path) -> None:
     (tmp_path / "1-0" / "training.pt").mkdir(parents=True)  # a folder of this name fails at once, like no other error
-    copied = checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, Group()), {})
+    copied = checkpoint.snapshot(create_state(mnist(), CONFIG, 600, Group()), {})
     with pytest.raises(IsADirectoryError):
         copied.write(folder_at(tmp_path / "1-0"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_but_not_damaged(saved: Path) -> None:
-    state = engine.create_state(mnist(), CONFIG, 600, Group())
+    state = create_state(mnist(), CONFIG, 600, Group())
     halves = [{"params": [parameter]} for parameter in state.model.parameters()]
-    state.optimizer = torch.optim.Adam(halves)
+    state.optimizers[""] = torch.optim.Adam(halves)
     with pytest.raises(OtherModelError, match=r"1-0 does not fit the optimizer, schedule or callback: ValueError: "):
         checkpoint.restore(folder_at(saved / "1-0"), state)
 
@@ -321,7 +322,7 @@ def test_a_checkpoint_of_another_model_is_refused_but_not_damaged(
 ) -> None:
     shutil.copytree(saved / "1-0", Path(run.path) / "checkpoint_epoch-001_step-000000")
     monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
-    state = engine.create_state(mnist(), CONFIG, 600, Group())
+    state = create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises(OtherModelError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
         checkpoint.restore_newest(run, state)
     with pytest.raises(OtherModelError, match=r"1-0 does not fit the model: .*conv1\.weight") as raised:
@@ -350,7 +351,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
     else:
         torch.save({"weights": Marker(marker)}, folder / name)
     changed(folder, {}, is_signed=True)
-    state = engine.create_state(mnist(), CONFIG, 600, Group())
+    state = create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises(DamagedCheckpointError, match=rf"is damaged: {name}") as raised:
         checkpoint.restore(folder_at(folder), state)
     assert "\n" not in str(raised.value)
@@ -375,7 +376,7 @@ def test_reading_a_checkpoint_is_tried_again_after_an_error_of_the_storage(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(RunFolder, "read_bytes", at_the_second_attempt(RunFolder.read_bytes))
     monkeypatch.setattr(RunFolder, "read_range", at_the_second_attempt(RunFolder.read_range))
-    state = engine.create_state(mnist(), CONFIG, 600, Group())
+    state = create_state(mnist(), CONFIG, 600, Group())
     checkpoint.restore(folder_at(saved / "1-0"), state)
     assert {attempts.count(place) for place in attempts} == {2}
     assert {name for name, *_ in attempts} == {path.name for path in (saved / "1-0").iterdir()}
@@ -391,7 +392,7 @@ def test_dropout_on_the_cpu_draws_the_same_in_a_resumed_run(
     on_gpu: bool, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if on_gpu:
-        monkeypatch.setattr(gradients, "_generator", lambda device: torch.Generator())  # in place of the GPU's
+        monkeypatch.setattr(step, "_generator", lambda device: torch.Generator())  # in place of the GPU's
     monkeypatch.setattr(MNIST, "create_model", with_dropout)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder, position in ((whole, None), (resumed, whole / "1-7")):
@@ -406,7 +407,7 @@ def test_tied_weights_are_saved_and_restored(tmp_path: Path, monkeypatch: pytest
         return nn.Sequential(nn.Flatten(), first, second, nn.Linear(784, 10))
 
     monkeypatch.setattr(MNIST, "create_model", tied)
-    state, restored = (engine.create_state(mnist(), replace(CONFIG, seed=seed), 600, Group()) for seed in (0, 1))
+    state, restored = (create_state(mnist(), replace(CONFIG, seed=seed), 600, Group()) for seed in (0, 1))
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(folder_at(tmp_path))
     checkpoint.restore(folder_at(tmp_path), restored)
     weights = restored.model.state_dict()

@@ -14,17 +14,17 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.state import TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from tests.conftest import callback_at, mnist
 from tests.gpu.conftest import Train, losses
 from tests.gpu.pretended_gpu import pretended_gpu
 from tests.ranks import Hooks
 
 AT_START = {"usable", "create_state", "restore_newest", "batches_of"}
-NOT_AT_EACH_STEP = {*AT_START, "close", "_save", "on_checkpoint", "evaluate_here"}
+NOT_AT_EACH_STEP = {*AT_START, "decide", "close", "_save", "on_checkpoint", "evaluate_here"}
 """Functions that may wait for the GPU."""
 CHOOSING = {"augmented", "_divide_by_weights"}
 """Functions that wait at each step: an example's, to leave out work that is expensive on a CPU; and, only with weights,
@@ -71,8 +71,8 @@ class Images(Dataset):
 
 def trained_on(device: str, config: TrainConfig = CONFIG, examples: Any = SPLIT, *callbacks: Callback) -> TrainingState:
     group = Group(device=torch.device(device))
-    state = engine.create_state(mnist(), config, len(SPLIT), group)
-    engine.train(mnist(), state, Split(examples), config, group, callbacks)
+    state = create_state(mnist(), config, len(SPLIT), group)
+    Trainer(mnist(), state, Split(examples), config, group, callbacks).train()
     return state
 
 

@@ -128,9 +128,10 @@ RARE = {
     "a loss of a batch": (
         "compares_examples = True\n    def loss(self, outputs, targets): return outputs.std(0).sum() + 0 * targets"
     ),
-    "targets of another kind for the loss to minimize": (
-        "def augment(self, inputs, targets, generator): return inputs, {'first': targets}\n"
-        "    def training_loss(self, outputs, targets, config): return super().loss(outputs, targets['first'])"
+    "mixed examples": (
+        "def batch_loss(self, model, batch, step):\n"
+        "        outputs = model(torch.lerp(batch.inputs, batch.inputs.roll(1, 0), 0.3))\n"
+        "        return 0.7 * self.loss(outputs, batch.targets) + 0.3 * self.loss(outputs, batch.targets.roll(1, 0))"
     ),
     "a teacher": "def create_model(self): return Teaching()",
     "noise": "def create_model(self): return Formed(lambda outputs: outputs + torch.randn(len(outputs), 10))",
@@ -186,7 +187,7 @@ def test_columns_that_differ_between_batches_are_named(write: Write) -> None:
 @pytest.mark.parametrize(
     ("method", "taken"),
     [
-        ("training_loss(self, outputs, targets)", "training_loss must take (self, outputs, targets, config)"),
+        ("batch_loss(self, model, batch)", "batch_loss must take (self, model, batch, step)"),
         ("pictures(self, result, rows, test)", "pictures must take (self, result, rows, test, columns)"),
     ],
 )
@@ -214,19 +215,19 @@ def test_the_settings_that_a_workloads_own_optimizer_does_not_use_are_found(writ
     assert try_batch(mnist(), examples, FP32, [10], Fraction(1)) is None
 
 
-@pytest.mark.parametrize(("smoothing", "is_used"), [("0.0", False), ("config.label_smoothing", True)])
+@pytest.mark.parametrize(("smoothing", "is_used"), [("0.0", False), ("step.config.label_smoothing", True)])
 def test_label_smoothing_is_found_if_a_workloads_own_loss_does_not_use_it(
     write: Write, smoothing: str, is_used: bool
 ) -> None:
     own = f"""
-    def training_loss(self, outputs, targets, config):
-        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing={smoothing})
+    def batch_loss(self, model, batch, step):
+        return F.cross_entropy(step.forward(batch), batch.targets, reduction="none", label_smoothing={smoothing})
 """
     assert unused_by(write, own) == (None if is_used else {"label_smoothing", "momentum"})
 
 
 def test_several_optimizers_do_not_use_label_smoothing(write: Write) -> None:
-    body = PARTS.replace("LOSSES", "F.cross_entropy(model(inputs), targets, reduction='none')")
+    body = PARTS.replace("LOSSES", "F.cross_entropy(model(batch.inputs), batch.targets, reduction='none')")
     assert "label_smoothing" in (unused_by(write, body) or ())
 
 
@@ -280,7 +281,7 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         ("def loss(self, outputs, targets): return super().loss(outputs, targets) / (targets - 1)",
          ".loss is not finite on the first 16 examples with the initial weights"),
         ("def loss(self, outputs, targets): return super().loss(outputs.detach(), targets)",
-         ".loss does not depend on the model's parameters: nothing would be learned"),
+         ".batch_loss does not depend on the model's parameters: nothing would be learned"),
         ('def create_model(self): return Spare("first", "second", "third")',
          ": parameters first and 2 more are not part of the loss; remove or freeze them; "
          "if other steps use them, set has_unused_parameters = True"),
@@ -510,7 +511,8 @@ def test_a_step_or_a_checkpoint_that_would_fail_is_refused(write: Write, body: s
     [
         "load_data(self)",
         "metadata_of(self, data)",
-        "augment(self, inputs, targets, generator)",
+        "batch_loss(self, model, batch, step)",
+        "training_step(self, step)",
         "create_model(self)",
         "prepare(self, inputs, generator)",
         "check_outputs(self, outputs, targets)",
@@ -526,7 +528,8 @@ def test_a_step_or_a_checkpoint_that_would_fail_is_refused(write: Write, body: s
 def test_code_that_fails_is_named_with_its_line(write: Write, signature: str) -> None:
     message = message_of(write, f"\n    def {signature}:\n        raise ValueError('oops')\n")
     line = len(RIGHT.splitlines()) + 3
-    assert message == f"Wrong, {signature.split('(')[0]}: ValueError: oops (problem.py, line {line})"
+    place = "training_step" if "step)" in signature else signature.split("(")[0]
+    assert message == f"Wrong, {place}: ValueError: oops (problem.py, line {line})"
 
 
 @pytest.mark.parametrize(
@@ -603,31 +606,36 @@ def test_a_file_that_is_missing_from_the_datas_files_is_named(write: Write) -> N
 PARTS = """
     def create_optimizer(self, model, config):
         return {"first": torch.optim.SGD(model.parameters(), 0.1)}
-    def losses(self, model, inputs, targets, part):
+    def training_step(self, step):
+        step.backward(self.own_loss, optimizer="first")
+        step.update("first")
+    def own_loss(self, model, batch, step):
         return LOSSES
 """
+
+
+TWICE = PARTS.replace("step.update", "step.backward(self.own_loss)\n        step.update")
+LBFGS = "\n    def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())\n"
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (PARTS.replace("LOSSES", "model(inputs).sum()"),
-         "Wrong.losses of first must be one number per example, (16,) here, not ()"),
-        (PARTS.replace("LOSSES", "torch.zeros(len(targets))"), "Wrong.losses of first does not depend on the model's"),
-        (PARTS.replace("LOSSES", "1 / 0"), "Wrong, losses of first: ZeroDivisionError"),
-        (PARTS.split("    def losses")[0], "Wrong has several optimizers, so it needs a method losses()"),
-        (PARTS.replace("LOSSES", "model(inputs)[:, 0]") + "    compares_examples = True\n",
-         "compares_examples does not work with several optimizers"),
-        (PARTS.replace("LOSSES", "model(inputs)[:, 0]")
-         + "    def training_loss(self, outputs, targets, config): return outputs.mean(1)\n",
-         "Wrong.training_loss has no effect with several optimizers, which minimize losses"),
+        (PARTS.replace("LOSSES", "model(batch.inputs).sum()"),
+         "Wrong.own_loss must be one number per example, (16,) here, not ()"),
+        (PARTS.replace("LOSSES", "torch.zeros(len(batch.targets))"), "Wrong.own_loss does not depend on the model's"),
+        (PARTS.replace("LOSSES", "1 / 0"), "Wrong, training_step: ZeroDivisionError"),
+        (TWICE.replace("LOSSES", "model(batch.inputs.mul_(2))[:, 0]"),
+         "Wrong: a batch is changed in place, but training_step"),
+        (PARTS.replace('optimizer="first"', 'optimizer="last"'),
+         "Wrong.training_step: there is no optimizer 'last'; name one of first"),
+        ("\n    def training_step(self, step): step.update()\n", "Wrong.training_step must call step.backward"),
         ("\n    def create_scheduler(self, optimizer, *_):"
          " return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)\n",
          "ReduceLROnPlateau has mode='min', but looks at accuracy; create it with mode='max'"),
-        ("\n    def augment(self, inputs, targets, generator): return inputs\n",
-         "Wrong.augment must return inputs and targets"),
-        ("\n    def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())\n",
-         "--precision fp16 does not work with an optimizer whose step needs a closure"),
+        (LBFGS, "override training_step: step.update(closure=lambda: step.backward(self.batch_loss))"),
+        (LBFGS + "    def training_step(self, step): step.update(closure=lambda: step.backward(self.batch_loss))\n",
+         "--precision fp16 does not work with a closure in step.update"),
     ],
 )  # fmt: skip
 def test_a_wrong_open_step_is_one_line(write: Write, body: str, message: str) -> None:

@@ -24,7 +24,7 @@ from mnist_ray.job.job import Job, read_job
 from mnist_ray.parallel.group import Group
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import INITIAL_FILE, RunFolder
-from mnist_ray.training import engine
+from mnist_ray.training.trainer import create_state
 from tests.conftest import METADATA, folder_at, mnist
 
 HEAD = """
@@ -48,7 +48,7 @@ def source(tmp_path: Path) -> Path:
     """A checkpoint in a run whose files name code that must not run."""
     code, folder = tmp_path / "runs_when_loaded.py", tmp_path / "source" / "checkpoint_epoch-001_step-000000"
     code.write_text(RUNS)
-    state = engine.create_state(mnist(), replace(TrainConfig(), seed=1), 600, Group())
+    state = create_state(mnist(), replace(TrainConfig(), seed=1), 600, Group())
     state.epoch = 1
     about = {"workload": {**mnist().identity, "reference": str(code)}}
     checkpoint.snapshot(state, about).write(folder_at(folder))

@@ -362,8 +362,8 @@ class Weighted(InBlocks):
     def prepare(self, inputs: Any, generator: Any) -> Any:
         return inputs[:, None].float()
 
-    def training_loss(self, outputs: Any, targets: Any, config: Any) -> Any:
-        return 2 * self.loss(outputs, targets)
+    def batch_loss(self, model: Any, batch: Any, step: Any) -> Any:
+        return 2 * step.measure(step.forward(batch), batch.targets)
 
 
 def test_label_smoothing_that_a_workloads_own_loss_does_not_use_is_refused_if_it_is_given(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -20,8 +21,8 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.reproducible import Chunks, Subtree, added_up, check_arithmetic
-from mnist_ray.training import engine
-from mnist_ray.training.gradients import Gradients
+from mnist_ray.training.step import Step
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
@@ -81,13 +82,13 @@ CASES: dict[str, tuple[Callable[[], Workload], TrainConfig]] = {
 def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor], list[float]]:
     """Return a case's trained weights and buffers, and the losses of its steps with the metrics of its epochs."""
     create, config = CASES[case]
-    state = engine.create_state(create(), config, len(split), Group())
+    state = create_state(create(), config, len(split), Group())
     figures: list[float] = []
     hooks = Hooks(
         on_progress=lambda state, progress: figures.extend(progress.losses),
         on_checkpoint=lambda state, progress: figures.extend(progress.so_far.values()),
     )
-    engine.train(create(), state, Split(split), config, group, [hooks])
+    Trainer(create(), state, Split(split), config, group, [hooks]).train()
     return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
 
 
@@ -138,16 +139,16 @@ def test_measures_are_added_up_in_double(few_images: Arrays) -> None:
     create, config = CASES["large targets"]
     for is_reproducible in (True, False):
         config = replace(config, learning_rate=1e-30, num_epochs=1, reproducible=is_reproducible)
-        state = engine.create_state(create(), config, len(split), Group())
+        state = create_state(create(), config, len(split), Group())
         hooks = Hooks(on_epoch=lambda state, progress: of_epochs.append(1 - progress.so_far["r2"]))
-        engine.train(create(), state, Split(split), config, Group(), [hooks])
+        Trainer(create(), state, Split(split), config, Group(), [hooks]).train()
     assert of_epochs[0] == pytest.approx(of_epochs[1], rel=1e-6)
 
 
 def test_buffers_change_by_the_mean_of_the_chunks_changes(few_images: Arrays) -> None:
     create, config = CASES["noisy"]
     split = Arrays(few_images.inputs[:50], few_images.targets[:50])
-    state = engine.create_state(create(), replace(config, num_epochs=1), 50, Group())
+    state = create_state(create(), replace(config, num_epochs=1), 50, Group())
     unchanged = {
         "mask": torch.tensor([-math.inf, 0.0]),
         "rotary": torch.polar(torch.ones(3), torch.arange(3.0)),
@@ -156,7 +157,7 @@ def test_buffers_change_by_the_mean_of_the_chunks_changes(few_images: Arrays) ->
     for name, value in unchanged.items():
         state.model.register_buffer(name, value.clone())
     before = {name: value.clone() for name, value in state.model.named_buffers()}
-    engine.train(create(), state, Split(split), replace(config, num_epochs=1), Group())
+    Trainer(create(), state, Split(split), replace(config, num_epochs=1), Group()).train()
     after = dict(state.model.named_buffers())
     assert after["2.num_batches_tracked"] == 1
     for name in ("constant", *unchanged):
@@ -167,19 +168,20 @@ def test_buffers_change_by_the_mean_of_the_chunks_changes(few_images: Arrays) ->
 @pytest.mark.parametrize("is_in_place", [True, False])
 def test_a_step_begins_with_the_buffers_that_a_callback_has_set(is_in_place: bool) -> None:
     model: Any = nn.BatchNorm1d(1)
-    chunks = Chunks(model, 4, rank=0, world_size=1)
+    chunks = Chunks(model, Group(), 4, time.perf_counter)
+    micro_batches = [MicroBatch(torch.zeros(1), torch.zeros(1), 1, 4)] * 4
     for mean in (3.0, 5.0):
         model.running_mean.fill_(mean)
         seen = []
-        for chunk in chunks.start_step():
+        for chunk, micro_batch in chunks.plan(micro_batches):
             seen.append(float(model.running_mean))
-            moved = model.running_mean + chunk
-            if is_in_place:
-                model.running_mean.copy_(moved)
-            else:
-                model.running_mean = moved
-            chunks.collect(chunk, {"loss": torch.zeros(1)})
-        chunks.apply(4)
+            with chunks.accumulate(micro_batch):
+                moved = model.running_mean + chunk
+                if is_in_place:
+                    model.running_mean.copy_(moved)
+                else:
+                    model.running_mean = moved
+        chunks.finish()
         assert (seen, float(model.running_mean)) == ([mean] * 4, mean + 1.5)
 
 
@@ -192,14 +194,14 @@ class Normalized(Regression):
 def test_fillers_do_not_count_in_running_statistics(num_chunks: int) -> None:
     inputs = np.arange(12, dtype=np.float32).reshape(3, 1, 2, 2)
     config = TrainConfig(precision="fp32", num_epochs=1, batch_size=3, reproducible=True, num_chunks=num_chunks)
-    state = engine.create_state(Normalized(), config, 3, Group())
-    engine.train(Normalized(), state, Split(Arrays(inputs, np.zeros(3))), config, Group())
+    state = create_state(Normalized(), config, 3, Group())
+    Trainer(Normalized(), state, Split(Arrays(inputs, np.zeros(3))), config, Group()).train()
     normalization: Any = state.model.get_submodule("0")
     assert normalization.running_mean.item() == pytest.approx(0.1 * inputs.mean())
-    gradients = Gradients(Normalized(), state, replace(config, reproducible=False), Group())
+    step = Step(Normalized(), state, replace(config, reproducible=False), Group())
     filler = MicroBatch(torch.tensor(inputs[:1]), torch.zeros(1), 1, 3, is_filler=True)
     before = normalization.running_mean.item()
-    gradients.compute([filler])
+    step.take([filler])
     assert normalization.running_mean.item() == before
 
 

@@ -29,11 +29,11 @@ from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
-from mnist_ray.training import engine
 from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Workload
 from tests.conftest import folder_at
 from tests.ranks import Hooks, call_on_ranks
@@ -160,11 +160,11 @@ def trained(
             norms.append((len(losses), norm))
 
     split = Split(few_words(config))
-    state = engine.create_state(workload, config, len(split), group)
+    state = create_state(workload, config, len(split), group)
     if resumed is not None:
         assert checkpoint.restore_newest(resumed, state, group=group).name == MIDDLE
     hooks = Hooks(on_progress=note, on_checkpoint=save)
-    engine.train(workload, state, split, replace(config, checkpoint_every=4), group, [hooks])
+    Trainer(workload, state, split, replace(config, checkpoint_every=4), group, [hooks]).train()
     return state, losses, norms
 
 
@@ -221,7 +221,7 @@ def check_damage(run: RunFolder, group: Group) -> None:
     if group.rank == 0:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     dist.barrier()
-    state = engine.create_state(Words(), CONFIG, 141, group)
+    state = create_state(Words(), CONFIG, 141, group)
     restored = checkpoint.restore_newest(run, state, group=group)
     assert (restored.name, restored.damaged) == (MIDDLE, (END,))
     assert (state.epoch, state.step) == (0, 4)
@@ -235,7 +235,7 @@ def check_failure(folder: RunFolder, group: Group) -> None:
     if group.rank == 0:
         (Path(folder.path) / "model-00002-of-00002.safetensors").mkdir(parents=True)
     dist.barrier()
-    taken = checkpoint.snapshot(engine.create_state(Words(), CONFIG, 141, group), {}, group=group)
+    taken = checkpoint.snapshot(create_state(Words(), CONFIG, 141, group), {}, group=group)
     with pytest.raises(IsADirectoryError) if group.rank == 0 else contextlib.nullcontext():
         taken.write(folder, dist.group.WORLD)
     dist.barrier()
@@ -261,9 +261,9 @@ def check_scale(group: Group) -> None:
             super().unscale_(optimizer)
 
     config = replace(CONFIG, precision="fp16", num_epochs=1)
-    state = engine.create_state(Words(), config, 141, group)
+    state = create_state(Words(), config, 141, group)
     state.scaler = Spoils("cpu", init_scale=8.0)
-    engine.train(Words(), state, Split(few_words()), config, group, [Hooks(on_step=note)])
+    Trainer(Words(), state, Split(few_words()), config, group, [Hooks(on_step=note)]).train()
     assert torch.equal(weights[3], weights[2])
     assert not torch.equal(weights[4], weights[3])
     assert state.scaler.get_scale() == 4.0
@@ -271,10 +271,10 @@ def check_scale(group: Group) -> None:
 
 def check_later_freeze(group: Group) -> None:
     """A layer that is frozen after the start is one line: FSDP has noted which gradients to add up."""
-    state = engine.create_state(Words(), CONFIG, 141, group)
+    state = create_state(Words(), CONFIG, 141, group)
     hooks = Hooks(on_step=lambda state: next(state.model.parameters()).requires_grad_(False))
     with pytest.raises(TrainingStoppedError, match=r"^--strategy fsdp: a callback has changed .* in on_start$"):
-        engine.train(Words(), state, Split(few_words()), CONFIG, group, [hooks])
+        Trainer(Words(), state, Split(few_words()), CONFIG, group, [hooks]).train()
 
 
 def check_divergence(group: Group) -> None:
@@ -286,15 +286,15 @@ def check_divergence(group: Group) -> None:
 
     saved: list[int] = []
     hooks = Hooks(on_epoch=spoil, on_checkpoint=lambda state, progress: saved.append(state.step))
-    state = engine.create_state(Words(), CONFIG, 141, group)
+    state = create_state(Words(), CONFIG, 141, group)
     with pytest.raises(TrainingDivergedError):
-        engine.train(Words(), state, Split(few_words()), CONFIG, group, [hooks])
+        Trainer(Words(), state, Split(few_words()), CONFIG, group, [hooks]).train()
     assert saved == []
 
 
 def check_plain_state(group: Group) -> None:
     """A checkpoint refuses a plain tensor of a rank's rows, of which rank 0 would write its own for all."""
-    state = engine.create_state(Words(), CONFIG, 141, group)
+    state = create_state(Words(), CONFIG, 141, group)
     of_first = state.optimizer.state[parameter := next(state.model.parameters())]
     of_first |= {"step": torch.tensor(3.0), "momentum": torch.zeros_like(parameter)}
     checkpoint.snapshot(state, {}, group=group)
@@ -404,7 +404,7 @@ def test_a_checkpoint_with_a_damaged_part_is_damaged(runs: Path, tmp_path: Path,
         part.write_bytes((runs / "masked-3" / END / part.name).read_bytes())
     if damage == "changed":
         part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    state = engine.create_state(Words(), replace(CONFIG, strategy="ddp"), 141, Group())
+    state = create_state(Words(), replace(CONFIG, strategy="ddp"), 141, Group())
     with pytest.raises(checkpoint.DamagedCheckpointError, match=r"optimizer-00003-of-00003\.safetensors: "):
         checkpoint.restore(folder_at(tmp_path), state)
 

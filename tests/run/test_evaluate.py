@@ -13,7 +13,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.parallel.group import Group
 from mnist_ray.run.evaluate import evaluate_here, num_paying
-from mnist_ray.training import engine
+from mnist_ray.training.trainer import create_state
 from tests.conftest import folder_at, mnist
 
 
@@ -35,7 +35,7 @@ def test_a_test_computes_in_fp32_whatever_the_trainings_precision(few_images: Ar
     for number, precision in enumerate(precisions):
         config = asdict(TrainConfig(precision=precision))
         folder = folder_at(tmp_path / f"{number}-0")
-        state = engine.create_state(mnist(), TrainConfig(), 600, Group())
+        state = create_state(mnist(), TrainConfig(), 600, Group())
         checkpoint.snapshot(state, {"workload": mnist().identity, "config": config}).write(folder)
         losses.append(evaluate_here(folder, mnist(), Split(few_images), 0).values(mnist())["loss"])
     assert losses == [losses[0]] * 2

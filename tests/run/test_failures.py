@@ -59,12 +59,11 @@ from mnist_ray.run.life import Life
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted
 from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, checkpoint_name, locate
-from mnist_ray.training import engine
-from mnist_ray.training.engine import create_state
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Regression
 from tests.conftest import (
     Flags,
@@ -528,7 +527,7 @@ def test_each_part_of_a_workers_start_has_a_time_limit(
 ) -> None:
     monkeypatch.setattr(life, "SHOWN_EVERY_S", -1)
     begun: dict[str, int] = {}  # how many limits were set before each part
-    of_engine = [(worker, "resolve_precision"), (engine, "create_state")]
+    of_engine = [(worker, "resolve_precision"), (worker, "create_state")]
     parts: list[tuple[Any, str]] = [*of_engine, (worker, "_opened"), (checkpoint, "restore_newest")]
 
     def noting(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
@@ -556,7 +555,7 @@ def test_a_worker_may_wait_for_the_storage_for_longer_than_for_a_step(
     state.pace = Mock(wait=lambda: waits.append(limits[-1]), saving=contextlib.nullcontext)
     reporter.snapshot = lambda *args: copied.append(limits[-1])
     reporter._report = lambda *args: waits.append(limits[-1])  # waits for the other workers, which wait for the storage
-    reporter.on_checkpoint(state, Mock(so_far={}, examples_per_s=1.0))
+    reporter.on_checkpoint(state, Mock(so_far={}, logged={}, examples_per_s=1.0))
     assert (waits, copied, limits[-1]) == ([600 + life.STORAGE_LIMIT_S] * 2, [600], 600)
 
 
@@ -883,7 +882,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
         states[0].step += steps
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(engine, "train", fail)
+    monkeypatch.setattr(Trainer, "train", fail)
     workers = Mock(hang_timeout_s=600.0)
     job = Mock(run=run, train=config, workload=mnist(), workers=workers, callbacks=(), code_folders=[], initial=None)
     with pytest.raises(TrainingStoppedError if is_codes else torch.OutOfMemoryError) as raised:

@@ -90,11 +90,11 @@ def test_a_resumed_run_keeps_the_choice_of_one_thread(
 ) -> None:
     stops = callback_at(tmp_path / "halts.py", "wants_stop(self)", "return not os.path.exists(__file__ + '.go')")
     settings = {**here, "callback": stops, "cpus_per_worker": None}
-    monkeypatch.setattr("mnist_ray.training.threads.is_one_faster", lambda *given: True)
+    monkeypatch.setattr("mnist_ray.run.worker.is_one_thread_faster", lambda *given: True)
     with pytest.raises(JobError, match="a callback has stopped the training"):
         train(None, **settings)
     (tmp_path / "halts.py.go").touch()
-    monkeypatch.setattr("mnist_ray.training.threads.is_one_faster", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("mnist_ray.run.worker.is_one_thread_faster", Mock(side_effect=AssertionError))
     train(None, **settings, resume=True)
     notes = capsys.readouterr().out.count("note       steps are so small that one thread is as fast as several")
     assert notes == 2

@@ -15,7 +15,7 @@ from mnist_ray.job.job import read_job
 from mnist_ray.mnist.cnn import CNN
 from mnist_ray.parallel.group import Group
 from mnist_ray.tools import export
-from mnist_ray.training.engine import create_state
+from mnist_ray.training.trainer import create_state
 from tests.conftest import folder_at, mnist, run_main, with_data
 
 

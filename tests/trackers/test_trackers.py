@@ -23,9 +23,9 @@ from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
 from mnist_ray.trackers import Ending, start
 from mnist_ray.trackers.start import Trackers
-from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.training.stopwatch import PARTS
+from mnist_ray.training.trainer import create_state
 from mnist_ray.workload.figures import LOSS
 from tests.conftest import ROOT, Digits, folder_at, mnist
 

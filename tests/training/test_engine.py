@@ -25,14 +25,14 @@ from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group, resolve_precision
-from mnist_ray.training import engine
+from mnist_ray.training.cadence import Cadence
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
-from mnist_ray.training.gradients import backward
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
-from mnist_ray.training.window import LoggingWindow
+from mnist_ray.training.step import Step
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Regression
 from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
@@ -43,8 +43,8 @@ CONFIG = TrainConfig(
 
 
 def trained(config: TrainConfig, split: Arrays, *callbacks: Callback) -> TrainingState:
-    state = engine.create_state(mnist(), config, len(split), Group())
-    engine.train(mnist(), state, Split(split), config, Group(), callbacks)
+    state = create_state(mnist(), config, len(split), Group())
+    Trainer(mnist(), state, Split(split), config, Group(), callbacks).train()
     return state
 
 
@@ -54,7 +54,7 @@ def weights_after(config: TrainConfig, split: Arrays, *callbacks: Callback) -> d
 
 def plain_results(images: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the untrained model's logits and the labels of all images."""
-    model = engine.create_state(mnist(), CONFIG, len(images), Group()).model
+    model = create_state(mnist(), CONFIG, len(images), Group()).model
     return model(mnist().prepare(torch.tensor(images.inputs), None)), torch.tensor(images.targets).long()
 
 
@@ -107,10 +107,10 @@ def train_cases(group: Group, images: Arrays, folder: Path) -> None:
     """Train every case; rank 0 saves the weights."""
     for optimizer, case in TRAINED:
         config, (num_images, _) = config_of(case), CASES[case]
-        state = engine.create_state(mnist(), config, num_images, Group())
-        state.optimizer = OPTIMIZERS[optimizer](state.model.parameters())
+        state = create_state(mnist(), config, num_images, Group())
+        state.optimizers[""] = OPTIMIZERS[optimizer](state.model.parameters())
         split = Split(Arrays(images.inputs[:num_images], images.targets[:num_images]))
-        engine.train(mnist(), state, split, config, group, callbacks_of(case))
+        Trainer(mnist(), state, split, config, group, callbacks_of(case)).train()
         together = evaluate_together(mnist(), state.result, split, CONFIG, group)
         alone = evaluate(mnist(), state.result, split, CONFIG)
         assert together.batch_sums == alone.batch_sums
@@ -134,16 +134,14 @@ def check_buffers(group: Group, split: Split) -> None:
 
 def check_clocks(group: Group) -> None:
     """All ranks close the next window at the same step, although one rank's clock is slow."""
-    state = engine.create_state(mnist(), CONFIG, 600, Group())
-    sums, now = {"loss": torch.ones(1)[0], "accuracy": torch.zeros(1)[0]}, [0.0]
-    with mock.patch("mnist_ray.training.window.time", mock.Mock(perf_counter=lambda: now[0])):
-        window = LoggingWindow(mnist(), group)
-        window.add(sums, 20, {})
+    state = create_state(mnist(), CONFIG, 600, Group())
+    now, number = [0.0], 0
+    with mock.patch("mnist_ray.training.cadence.time", mock.Mock(perf_counter=lambda: now[0])):
+        cadence = Cadence(CONFIG, group)
         now[0] = 0.1 / (1 + group.rank)
-        window.close(state, stop_wanted=False, save_wanted=False)
-    number = 0
-    while not window.is_full(steps_left=1000):
-        window.add(sums, 20, {})
+        cadence.decide(state, num_steps=1, callbacks=())
+    state.step = 1
+    while not cadence.is_due(state, number):
         number += 1
     assert number == 5, "half a second by rank 0's clock"
 
@@ -161,7 +159,7 @@ def gloo_weights(request: pytest.FixtureRequest, trained_both_ways: Path) -> Pat
 def train_plainly(case: str, optimizer: str, few_images: Arrays) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Return the weights after whole batches in a loop of plain PyTorch, and the norm of each step's gradient."""
     config, (num_images, _) = config_of(case), CASES[case]
-    model = engine.create_state(mnist(), config, num_images, Group()).model
+    model = create_state(mnist(), config, num_images, Group()).model
     average: dict[str, torch.Tensor] = {}
     steps, norms = OPTIMIZERS[optimizer](model.parameters()), []
     images, labels = torch.tensor(few_images.inputs), torch.tensor(few_images.targets)
@@ -198,7 +196,7 @@ def test_each_case_agrees_with_a_plain_loop_on_any_number_of_processes(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_thirty_steps_move_the_weights_far_beyond_the_tolerance(gloo_weights: Path, optimizer: str) -> None:
-    before = engine.create_state(mnist(), CONFIG, 480, Group()).model.state_dict()
+    before = create_state(mnist(), CONFIG, 480, Group()).model.state_dict()
     assert largest_difference(load_file(gloo_weights / f"{optimizer}-even-1"), before) > 1e-2
 
 
@@ -246,19 +244,21 @@ def test_the_random_numbers_of_each_step_are_others_and_depend_on_the_seed(few_i
 
     drawn, workload, config = list[float](), Drawing(metadata=mnist().metadata), replace(CONFIG, num_epochs=2)
     for seed in (0, 1, 0):
-        state = engine.create_state(workload, config, len(few_images), Group())
-        engine.train(workload, state, Split(few_images), replace(config, seed=seed), Group())
+        state = create_state(workload, config, len(few_images), Group())
+        Trainer(workload, state, Split(few_images), replace(config, seed=seed), Group()).train()
     assert drawn[:60] == drawn[120:]
     assert len(set(drawn)) == 120
 
 
 def test_a_filler_adds_neither_to_gradients_nor_to_sums(few_images: Arrays) -> None:
-    model, image = engine.create_state(mnist(), CONFIG, 1, Group()).model, torch.tensor(few_images.inputs[:1])
+    state, image = create_state(mnist(), CONFIG, 1, Group()), torch.tensor(few_images.inputs[:1])
     filler = MicroBatch(image, torch.tensor(few_images.targets[:1]), 1, global_size=20, is_filler=True)
-    sums = backward(mnist(), model, filler, CONFIG, factor=0.05)
-    assert {*sums} >= {"loss", "accuracy"}
-    assert not any(sums.values())
-    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    step, workload = Step(mnist(), state, CONFIG, Group()), mnist()
+    step.begin([filler])
+    step.backward(workload.batch_loss)
+    assert {*step.sums} >= {"loss", "accuracy"}
+    assert not any(step.sums.values())
+    assert not any(parameter.grad.any() for parameter in state.model.parameters() if parameter.grad is not None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -281,8 +281,8 @@ def test_prepare_computes_in_full_precision_in_training_too(few_images: Arrays) 
 
     dtypes, workload, split = set[tuple[torch.dtype, bool]](), Products(metadata=mnist().metadata), Split(few_images)
     config = replace(CONFIG, precision="bf16", batch_size=300)
-    state = engine.create_state(workload, config, len(split), Group())
-    engine.train(workload, state, split, config, Group())
+    state = create_state(workload, config, len(split), Group())
+    Trainer(workload, state, split, config, Group()).train()
     evaluate(workload, state.model, split, config)
     assert dtypes == {(torch.float32, False), (torch.float32, True)}
 
@@ -342,9 +342,9 @@ def test_generators_of_torch_numpy_and_python_draw_the_same_in_a_repeated_and_in
     def run(first_epoch: int) -> list[float]:
         drawn.clear()
         config = replace(CONFIG, num_epochs=2, batch_size=4, lr_schedule="constant")
-        state = engine.create_state(Noisy(), config, 12, Group())
+        state = create_state(Noisy(), config, 12, Group())
         state.epoch = first_epoch
-        engine.train(Noisy(), state, Split(Arrays(np.ones((12, 2), np.float32), np.zeros(12))), config, Group())
+        Trainer(Noisy(), state, Split(Arrays(np.ones((12, 2), np.float32), np.zeros(12))), config, Group()).train()
         return [*drawn]
 
     whole = run(0)
@@ -368,11 +368,11 @@ def test_checkpoints_are_saved_every_n_steps_and_after_each_epoch(few_images: Ar
 
 def rates_of(config: TrainConfig) -> list[float]:
     """Return the learning rate of each of 60 steps."""
-    state, rates = engine.create_state(mnist(), replace(config, num_epochs=2), 600, Group()), []
+    state, rates = create_state(mnist(), replace(config, num_epochs=2), 600, Group()), []
     for _ in range(60):
-        rates.append(float(state.scheduler.get_last_lr()[0]))
+        rates.append(float(state.schedulers[""].get_last_lr()[0]))
         state.optimizer.step()
-        state.scheduler.step()
+        state.schedulers[""].step()
     return rates
 
 
@@ -441,7 +441,7 @@ def test_progress_has_the_largest_gradient_norm_before_clipping(
     ],
 )
 def test_the_optimizer_is_as_configured(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
-    optimizer = engine.create_state(mnist(), replace(config, lr_schedule="constant"), 600, Group()).optimizer
+    optimizer = create_state(mnist(), replace(config, lr_schedule="constant"), 600, Group()).optimizer
     assert type(optimizer) is kind
     assert {name: optimizer.param_groups[0][name] for name in options} == options
 
@@ -463,7 +463,7 @@ def test_training_stops_when_validation_stalls(
     hooks = Hooks(on_checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
     state = trained(config, few_images, hooks)
     assert state.epoch == epochs
-    engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])  # like a resumed run
+    Trainer(mnist(), state, Split(few_images), config, Group(), [hooks]).train()  # like a resumed run
     assert state.epoch == epochs
 
 
@@ -559,8 +559,8 @@ class InDict(type(mnist())):  # type: ignore[misc]
 
 def test_outputs_in_a_dict_reach_the_loss_in_fp32_and_measure_without_a_graph(few_images: Arrays) -> None:
     config, workload = replace(CONFIG, precision="bf16"), InDict(mnist().settings, mnist().metadata)
-    state = engine.create_state(workload, config, len(few_images), Group())
-    engine.train(workload, state, Split(few_images), config, Group())
+    state = create_state(workload, config, len(few_images), Group())
+    Trainer(workload, state, Split(few_images), config, Group()).train()
     assert state.epoch == 1
 
 
@@ -581,12 +581,12 @@ def test_complex_parameters_have_an_optimizer_that_takes_them() -> None:
 def trained_head(few_images: Arrays, *, is_frozen: bool) -> nn.Module:
     """Train the last layer only, with gradients that are all clipped; ``is_frozen``: the others have no gradients."""
     config = replace(CONFIG, lr_schedule="constant", clip_grad_norm=0.2)
-    state = engine.create_state(mnist(), config, len(few_images), Group())
-    state.optimizer = torch.optim.SGD(state.model.get_submodule("dense2").parameters(), lr=0.05)
-    state.scheduler = mnist().create_scheduler(state.optimizer, config, 1)
+    state = create_state(mnist(), config, len(few_images), Group())
+    state.optimizers[""] = torch.optim.SGD(state.model.get_submodule("dense2").parameters(), lr=0.05)
+    state.schedulers[""] = mnist().create_scheduler(state.optimizer, config, 1)
     for name, parameter in state.model.named_parameters():
         parameter.requires_grad = not is_frozen or name.startswith("dense2")
-    engine.train(mnist(), state, Split(few_images), config, Group())
+    Trainer(mnist(), state, Split(few_images), config, Group()).train()
     return state.model
 
 
@@ -600,5 +600,5 @@ def test_gradients_of_parameters_without_an_optimizer_are_not_clipped_and_do_not
 def test_a_layer_that_a_callback_freezes_at_the_start_does_not_move(few_images: Arrays, reproducible: bool) -> None:
     config = replace(CONFIG, reproducible=reproducible, weight_decay=0.1)
     hooks = Hooks(on_start=lambda state, group: state.model.get_submodule("conv1").requires_grad_(False))
-    before = engine.create_state(mnist(), config, 600, Group()).model.get_parameter("conv1.weight")
+    before = create_state(mnist(), config, 600, Group()).model.get_parameter("conv1.weight")
     assert torch.equal(trained(config, few_images, hooks).model.get_parameter("conv1.weight"), before)

@@ -6,8 +6,9 @@ import torch
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import engine, step
-from mnist_ray.training.precision import is_bf16_slow
+from mnist_ray.training import step
+from mnist_ray.training.timing import is_bf16_slow
+from mnist_ray.training.trainer import create_state
 from tests.conftest import mnist
 
 CONFIG = TrainConfig(precision="bf16", batch_size=20)
@@ -18,17 +19,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """Seconds that the next passes take, by precision; the first one warms up."""
     now, seconds = [0.0], {"bf16": [9.0], "fp32": [0.0]}
 
-    def forward(*given: object) -> object:
-        now[0] += seconds[str(given[3])].pop(0)
-        return step.forward(*given)  # type: ignore[arg-type]
+    forward = step.forward
 
-    monkeypatch.setattr("mnist_ray.training.precision.forward", forward)
-    monkeypatch.setattr("mnist_ray.training.precision.time.thread_time", lambda: now[0])
+    def timed(*given: object) -> object:
+        now[0] += seconds[str(given[3])].pop(0)
+        return forward(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(step, "forward", timed)
+    monkeypatch.setattr("mnist_ray.training.timing.time.thread_time", lambda: now[0])
     return seconds
 
 
 def is_slow(images: Arrays, config: TrainConfig = CONFIG) -> bool:
-    state = engine.create_state(mnist(), config, len(images), Group())
+    state = create_state(mnist(), config, len(images), Group())
     return is_bf16_slow(mnist(), state, Split(images), config, Group())
 
 

@@ -24,9 +24,9 @@ from mnist_ray.errors import UsageError
 from mnist_ray.job.job import read_job
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
-from mnist_ray.training import engine
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import StopWantedError, TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Workload
 from tests.conftest import ROOT
 from tests.ranks import Hooks, call_on_ranks, joined
@@ -96,7 +96,7 @@ def _nothing_seen() -> Iterator[None]:
 def trained(kind: str, run: RunFolder | None = None, stop_after: int = -1, group: Group = ALONE) -> TrainingState:
     """Train, from the run's last checkpoint if it has one, with a checkpoint after each step."""
     split = Split(KINDS[kind])
-    state = engine.create_state(Numbers(), CONFIG, len(split), group)
+    state = create_state(Numbers(), CONFIG, len(split), group)
     if run is not None:
         checkpoint.restore_newest(run, state)
 
@@ -107,7 +107,7 @@ def trained(kind: str, run: RunFolder | None = None, stop_after: int = -1, group
     state.last_step = stop_after
     hooks = Hooks(on_checkpoint=save)
     try:
-        engine.train(Numbers(), state, split, replace(CONFIG, checkpoint_every=1), group, [hooks])
+        Trainer(Numbers(), state, split, replace(CONFIG, checkpoint_every=1), group, [hooks]).train()
     except StopWantedError:
         assert state.total_step == stop_after
     return state
@@ -122,8 +122,8 @@ def test_a_training_by_steps_goes_through_whole_passes(kind: str) -> None:
         assert sorted(number for batch in SEEN[first : first + 5] for number in batch) == list(range(50))
     assert SEEN[0] != SEEN[5], "each pass has an order of its own"
     assert (state.epoch, state.step) == (4, 0)
-    assert state.scheduler.last_epoch == 13
-    assert state.scheduler.get_last_lr()[0] < 0.1 * CONFIG.learning_rate, "the schedule spans the steps"
+    assert state.schedulers[""].last_epoch == 13
+    assert state.schedulers[""].get_last_lr()[0] < 0.1 * CONFIG.learning_rate, "the schedule spans the steps"
 
 
 def test_the_batches_are_those_of_the_passes_orders() -> None:
@@ -185,7 +185,7 @@ def test_a_training_goes_on_with_another_number_of_workers_and_the_same_batches(
         of_ranks = [json.loads((in_two_parts / f"{name}.{part}.{rank}.json").read_text()) for rank in range(world_size)]
         seen += [sorted(itertools.chain(*slices)) for slices in zip(*of_ranks, strict=True)]
     assert seen == SEEN
-    state = engine.create_state(Numbers(), CONFIG, len(NUMBERS), Group())
+    state = create_state(Numbers(), CONFIG, len(NUMBERS), Group())
     checkpoint.restore_newest(locate(str(in_two_parts), name), state)
     assert (state.epoch, state.step) == (4, 0)
     for key, value in state.model.state_dict().items():
@@ -194,13 +194,13 @@ def test_a_training_goes_on_with_another_number_of_workers_and_the_same_batches(
 
 def test_epochs_end_and_progress_counts_by_the_given_steps() -> None:
     split, ends, last = Split(KINDS["arrays"]), list[int](), list[Progress]()
-    state = engine.create_state(Numbers(), CONFIG, len(split), Group())
+    state = create_state(Numbers(), CONFIG, len(split), Group())
 
     def note(state: TrainingState, progress: Progress) -> None:
         ends.append(progress.step)
         last.append(progress)
 
-    engine.train(Numbers(), state, split, CONFIG, Group(), [Hooks(on_epoch=note)])
+    Trainer(Numbers(), state, split, CONFIG, Group(), [Hooks(on_epoch=note)]).train()
     assert ends == [4, 4, 4, 1]
     assert [progress.epoch_steps for progress in last] == [4, 4, 4, 1]
     assert last[0].num_examples == 44

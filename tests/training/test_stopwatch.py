@@ -20,10 +20,10 @@ from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import read_job
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import engine
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, DATA, PARTS, START, WORKERS, Pace, Stopwatch
+from mnist_ray.training.trainer import Trainer, create_state
 from tests.conftest import mnist
 from tests.ranks import Hooks, call_on_ranks, joined
 
@@ -117,8 +117,8 @@ def spent(examples: Any, config: TrainConfig = CONFIG, group: Group = Group(), *
         seconds += torch.tensor(progress.parts[0])
 
     split, workload = Split(examples), mnist()
-    state = engine.create_state(workload, config, len(split), group)
-    engine.train(workload, state, split, config, group, [Hooks(on_progress=add, **hooks)])
+    state = create_state(workload, config, len(split), group)
+    Trainer(workload, state, split, config, group, [Hooks(on_progress=add, **hooks)]).train()
     return dict(zip(PARTS, seconds.tolist(), strict=True))
 
 
@@ -218,9 +218,9 @@ def weights_and_saves(
             saves.append(state.total_step)
 
     saves, workload, split = list[int](), mnist(), Split(images)
-    state = engine.create_state(workload, config, len(split), Group())
+    state = create_state(workload, config, len(split), Group())
     state.pace = pace
-    engine.train(workload, state, split, config, Group(), [Hooks(on_checkpoint=save, **hooks)])
+    Trainer(workload, state, split, config, Group(), [Hooks(on_checkpoint=save, **hooks)]).train()
     return state.model.state_dict(), saves
 
 

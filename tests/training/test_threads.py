@@ -4,14 +4,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import engine
-from mnist_ray.training.threads import is_one_faster
+from mnist_ray.training.timing import is_one_thread_faster
+from mnist_ray.training.trainer import create_state
 from tests.conftest import mnist
 
 CONFIG = TrainConfig(precision="fp32", batch_size=20)
@@ -31,14 +32,16 @@ def choice(
     """Return the choice if a pass takes ``seconds`` by the number of threads, and the sizes of the slices tried."""
     now, sizes = [0.0], set[int]()
 
-    def backward(workload: object, model: object, slice_: MicroBatch, *_: object) -> None:
+    def batch_loss(model: nn.Module, batch: MicroBatch, step: object) -> Tensor:
         now[0] += seconds[torch.get_num_threads()]
-        sizes.add(len(slice_.targets))
+        sizes.add(len(batch.targets))
+        return next(model.parameters()).sum().expand(len(batch.targets))
 
-    monkeypatch.setattr("mnist_ray.training.threads.backward", backward)
-    monkeypatch.setattr("mnist_ray.training.threads.time.perf_counter", lambda: now[0])
-    state = engine.create_state(mnist(), config, len(split), Group())
-    return is_one_faster(mnist(), state, split, config, Group()), sizes
+    monkeypatch.setattr("mnist_ray.training.timing.time.perf_counter", lambda: now[0])
+    workload = mnist()
+    monkeypatch.setattr(workload, "batch_loss", batch_loss)
+    state = create_state(workload, config, len(split), Group())
+    return is_one_thread_faster(workload, state, split, config, Group()), sizes
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -71,8 +74,8 @@ def test_nothing_is_timed_where_a_step_cannot_be_short(few_images: Arrays, monke
     seconds = {1: 2e-4, 2: 3e-4}
     assert choice(monkeypatch, seconds, Split(Images(few_images))) == (False, set())
     assert choice(monkeypatch, seconds, Split(few_images), replace(CONFIG, compile=True)) == (False, set())
-    monkeypatch.setattr("mnist_ray.training.threads._MAX_MODEL_BYTES", 10)
+    monkeypatch.setattr("mnist_ray.training.timing._MAX_SMALL_BYTES", 10)
     assert choice(monkeypatch, seconds, Split(few_images)) == (False, set())
-    monkeypatch.setattr("mnist_ray.training.threads._MAX_MODEL_BYTES", 2**24)
-    monkeypatch.setattr("mnist_ray.training.threads.torch.get_num_threads", Mock(return_value=1))
+    monkeypatch.setattr("mnist_ray.training.timing._MAX_SMALL_BYTES", 2**24)
+    monkeypatch.setattr("mnist_ray.training.timing.torch.get_num_threads", Mock(return_value=1))
     assert choice(monkeypatch, seconds, Split(few_images)) == (False, set())

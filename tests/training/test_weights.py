@@ -25,10 +25,10 @@ from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.job.dry_run import check_batch
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import engine
 from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.state import TrainingState
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.figures import Metric
 from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
@@ -96,9 +96,9 @@ def trained(case: str, group: Group) -> tuple[TrainingState, dict[str, Tensor], 
             first.update({name: p.grad.clone() for name, p in state.model.named_parameters() if p.grad is not None})
 
     split, config = Split(words_of(case)), replace(CONFIG, **CASES[case])
-    state = engine.create_state(Words(), config, len(split), group)
+    state = create_state(Words(), config, len(split), group)
     hooks = Hooks(on_gradients=note, on_progress=lambda state, progress: losses.extend(progress.losses))
-    engine.train(Words(), state, split, config, group, [hooks])
+    Trainer(Words(), state, split, config, group, [hooks]).train()
     return state, first, losses
 
 
@@ -163,16 +163,16 @@ def test_gradients_and_losses_are_those_of_the_mean_over_all_tokens(runs: Path, 
 def test_a_batch_without_weight_only_moves_the_schedule_on() -> None:
     config = replace(CONFIG, precision="fp16", lr_schedule="linear", ema_decay=0.5, clip_grad_norm=1.0)
     split, seen = Split(words_of("a batch without words")), list[list[Tensor]]()
-    state = engine.create_state(Words(), config, len(split), Group())
+    state = create_state(Words(), config, len(split), Group())
     state.scaler = GradScaler("cpu", init_scale=8.0)  # of which no gradient is too large
 
     def note(state: TrainingState) -> None:
         momenta = [values["momentum_buffer"] for values in state.optimizer.state_dict()["state"].values()]
         assert state.average is not None
         kept = [*state.model.parameters(), *state.average.parameters(), *momenta]
-        seen.append([tensor.detach().clone() for tensor in (*kept, torch.tensor(state.scheduler.get_last_lr()))])
+        seen.append([tensor.detach().clone() for tensor in (*kept, torch.tensor(state.schedulers[""].get_last_lr()))])
 
-    engine.train(Words(), state, split, config, Group(), [Hooks(on_step=note)])
+    Trainer(Words(), state, split, config, Group(), [Hooks(on_step=note)]).train()
     assert len(seen) == 7
     for number, (before, after) in enumerate(itertools.pairwise(seen), start=1):
         *are_kept, rate_is_kept = (torch.equal(*pair) for pair in zip(before, after, strict=True))
@@ -273,9 +273,9 @@ def test_weights_that_cannot_be_divided_by_end_the_training(value: float) -> Non
             return torch.full((len(targets),), value)
 
     split = Split(few_words())
-    state = engine.create_state(Spoiled(), CONFIG, len(split), Group())
+    state = create_state(Spoiled(), CONFIG, len(split), Group())
     with pytest.raises(TrainingStoppedError, match=r"^Spoiled\.weights: one in step 1 of epoch 1 is negative"):
-        engine.train(Spoiled(), state, split, CONFIG, Group())
+        Trainer(Spoiled(), state, split, CONFIG, Group()).train()
 
 
 @pytest.mark.parametrize(

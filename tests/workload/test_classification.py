@@ -4,16 +4,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.data.batches import MicroBatch
 from mnist_ray.errors import ExampleError, UsageError
+from mnist_ray.parallel.group import Group
+from mnist_ray.training.state import TrainingState
+from mnist_ray.training.step import Step
 from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
 from mnist_ray.workload.drawing import confusion_matrix, drawable, image_grid
 
-SMOOTHED = TrainConfig(label_smoothing=0.2)
+SMOOTHED = TrainConfig(label_smoothing=0.2, precision="fp32")
 NAMES = ["ant", "bee", "cat", "dog", "elephant"]
 LABELS = np.array([0, 0, 0, 1, 1, 3, 3, 3, 3, 4])
 PREDICTIONS = np.array([0, 0, 1, 1, 0, 3, 3, 3, 0, 4])
@@ -78,16 +82,10 @@ def test_a_label_that_is_no_whole_number_is_refused_in_any_batch() -> None:
         workload().loss(outputs, targets + 0.5)
 
 
-def test_only_augment_may_return_probabilities_of_classes() -> None:
-    class Mixed(Classification):
-        def augment(self, inputs: Any, targets: Any, generator: torch.Generator) -> tuple[Any, Any]:
-            return inputs, F.one_hot(targets).float()
-
+def test_targets_may_be_probabilities_of_classes() -> None:
     outputs, targets = map(torch.from_numpy, outputs_and_targets())
     probabilities = F.one_hot(targets, outputs.shape[1]).float()
-    torch.testing.assert_close(Mixed().loss(outputs, probabilities), Mixed().loss(outputs, targets))
-    with pytest.raises(ExampleError, match="class labels must be whole numbers"):
-        workload().loss(outputs, probabilities)
+    torch.testing.assert_close(workload().loss(outputs, probabilities), workload().loss(outputs, targets))
 
 
 class OwnLoss(Classification):
@@ -97,10 +95,12 @@ class OwnLoss(Classification):
 
 @pytest.mark.parametrize("kind", [OwnLoss, Regression])
 def test_smoothing_is_refused_without_labels(kind: type[Workload]) -> None:
-    outputs, targets = map(torch.from_numpy, outputs_and_targets())
+    model = nn.Linear(1, 1)
+    step = Step(kind(), TrainingState(model, {}, {}), SMOOTHED, Group())
+    batch = MicroBatch(torch.ones(2, 1), torch.ones(2), 2, 2)
+    step.begin([batch])
     with pytest.raises(UsageError, match="--label-smoothing is for a Classification that has no loss of its own"):
-        kind().training_loss(outputs, targets, SMOOTHED)
-    assert kind().training_loss(outputs, targets, TrainConfig()) is None
+        step.backward(kind().batch_loss)
 
 
 def test_predictions_are_label_prediction_and_probabilities() -> None:

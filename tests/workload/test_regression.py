@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mnist_ray.training.metrics import MetricSums
-from mnist_ray.training.step import sums_of
 from mnist_ray.workload import Regression
 
 PREDICTIONS = np.array([3, -1, 4, 1, -5, 9, 2, 6, 5, 3], np.float32)
@@ -18,9 +17,8 @@ def values_of(predictions: np.ndarray, targets: np.ndarray, cuts: Sequence[int] 
     problem, sums = Regression(), MetricSums()
     for some, their_targets in zip(np.split(predictions, cuts), np.split(targets, cuts), strict=True):
         outputs, on_them = torch.from_numpy(some), torch.from_numpy(their_targets)
-        loss_sum = problem.loss(outputs, on_them).double().sum()
-        measured = sums_of(problem, outputs, on_them, loss_sum, len(some))
-        sums = sums.plus({name: value.numpy()[None] for name, value in measured.items()}, len(some))
+        values = {"loss": problem.loss(outputs, on_them).double(), **problem.measure(outputs, on_them)}
+        sums = sums.plus({name: each.sum().numpy()[None] for name, each in values.items()}, len(some))
     return sums.values(problem)
 
 

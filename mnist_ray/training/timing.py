@@ -1,0 +1,128 @@
+"""Choices that depend on how fast a processor computes the model: one thread, and fp32 in place of bf16.
+
+All ranks must call the functions, and all return the same. They time passes of a slice through another model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.data.batches import batch_loader, batches_of
+from mnist_ray.data.data import Split
+from mnist_ray.data.sampler import Request
+from mnist_ray.data.streamed import Streamed
+from mnist_ray.data.tensors import with_fast_layout
+from mnist_ray.parallel import sharding
+from mnist_ray.parallel.group import Group
+from mnist_ray.training.state import TrainingState
+from mnist_ray.training.step import Step
+from mnist_ray.workload.base import Workload
+
+_MAX_PASS_S = 1e-3  # a longer forward and backward pass gains from more threads
+_MAX_SMALL_BYTES = 2**24  # a larger model takes longer
+_NUM_PASSES = 10  # of which the fastest counts: other programs slow some
+
+# A pass in bf16 must take longer than one in fp32 by this factor and by these seconds: less is noise, or is cheap.
+_MIN_RATIO, _MIN_LOSS_S = 1.5, 5e-3
+_NUM_PRECISION_PASSES = 3  # in each precision, after one to warm up
+_MAX_MODEL_BYTES = 2**28  # a second model of this size fits beside the first
+
+
+def is_one_thread_faster(
+    workload: Workload, state: TrainingState, split: Split, config: TrainConfig, group: Group
+) -> bool:
+    """Return whether one thread is as fast as this process's threads at a forward and backward pass of a slice.
+
+    Several threads wait for each other longer than they compute if steps are small. Only for arrays in memory, because
+    reading a ``Dataset`` takes longer than such a pass.
+    """
+    num_bytes = sum(parameter.nbytes for parameter in state.model.parameters())
+    if group.device.type != "cpu" or config.compile or num_bytes > _MAX_SMALL_BYTES or split.whole_arrays is None:
+        return False
+    is_faster = torch.get_num_threads() > 1 and _is_one_faster_here(workload, split, config, group)
+    of_all = torch.tensor(int(is_faster))
+    if group.world_size > 1:
+        dist.all_reduce(of_all, dist.ReduceOp.MIN)
+    return bool(of_all)
+
+
+def _is_one_faster_here(workload: Workload, split: Split, config: TrainConfig, group: Group) -> bool:
+    planned, compute = torch.get_num_threads(), _pass(workload, split, config, group)
+
+    def seconds(num_threads: int) -> float:
+        with _threads(num_threads):
+            start = time.perf_counter()
+            compute()
+            return time.perf_counter() - start
+
+    if seconds(1) > 100 * _MAX_PASS_S or seconds(1) > 10 * _MAX_PASS_S:  # the first pass also warms up
+        return False
+    pairs = [(seconds(1), seconds(planned)) for _ in range(_NUM_PASSES)]
+    return min(alone for alone, _ in pairs) <= min(_MAX_PASS_S, *(together for _, together in pairs))
+
+
+def is_bf16_slow(workload: Workload, state: TrainingState, split: Split, config: TrainConfig, group: Group) -> bool:
+    """Return whether a pass takes much longer in bf16 than in fp32: CPUs have no fast bf16 kernels for some layers.
+
+    Rank 0 measures the CPU time of one thread, which other programs hardly change. Not measured on a GPU, whose bf16 is
+    fast; for ``--reproducible``, which must not depend on a clock; for a stream, which would be read from its start;
+    and for sharded models.
+    """
+    num_bytes = sum(parameter.nbytes for parameter in state.model.parameters())
+    is_unmeasured = state.is_sharded or num_bytes > _MAX_MODEL_BYTES or isinstance(split.examples, Streamed)
+    if config.reproducible or group.device.type != "cpu" or is_unmeasured:
+        return False
+    is_slow = torch.tensor(0)
+    if group.rank == 0:
+        is_slow.fill_(_is_bf16_slow_here(workload, split, config, group))
+    if group.world_size > 1:
+        dist.broadcast(is_slow, 0)
+    return bool(is_slow)
+
+
+def _is_bf16_slow_here(workload: Workload, split: Split, config: TrainConfig, group: Group) -> bool:
+    precisions: tuple[Precision, ...] = ("bf16", "fp32")
+    seconds: dict[str, list[float]] = {precision: [] for precision in precisions}
+    passes = {each: _pass(workload, split, replace(config, precision=each), group) for each in precisions}
+    with _threads(1):
+        for _ in range(1 + _NUM_PRECISION_PASSES):
+            for precision, compute in passes.items():
+                start = time.thread_time()
+                compute()
+                seconds[precision].append(time.thread_time() - start)
+    bf16, fp32 = (min(of_passes[1:]) for of_passes in seconds.values())
+    return bf16 > max(_MIN_RATIO * fp32, fp32 + _MIN_LOSS_S)
+
+
+def _pass(workload: Workload, split: Split, config: TrainConfig, group: Group) -> Callable[[], None]:
+    """Return a function that computes a gradient of another model, from the slice of a rank of ``group``."""
+    model = with_fast_layout(sharding.create_model(workload, config)).train()
+    size = min(len(split), math.ceil(config.batch_size / group.world_size))
+    request = Request(np.arange(min(size, config.micro_batch_size or size)), size)
+    (batch,) = batch_loader(batches_of(split, group.device, workload.collate), [request], group.device)
+    step = Step(workload, TrainingState(model, {}, {}), replace(config, reproducible=False), Group())
+
+    def compute() -> None:
+        step.begin([batch])
+        step.backward(workload.batch_loss)
+
+    return compute
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    planned = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(planned)
