@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from mnist_ray.report.run_files import (
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated, figures_of
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.figures import RATE, Figure
+from mnist_ray.workload.figures import RATE, Figure, logged_figures
 
 MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 
@@ -40,13 +40,21 @@ class History:
     def __init__(self, run: RunFolder, workload: Workload, config: TrainConfig) -> None:
         self._run = run
         self.figures = [figure for figure in workload.all_figures if not figure.needs or getattr(config, figure.needs)]
-        self._columns = ("epoch", *(figure.name for figure in self.figures if {"epoch", "validation"} & {*figure.at}))
         epochs = zip(read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE), strict=True)
         self.rows: dict[int, dict[str, Any]] = {int(numbers["epoch"]): dict(row) for numbers, row in epochs}
-        self._step_columns = ("step", "epoch", *(figure.name for figure in self.figures if "step" in figure.at))
         steps = read_numbers(run, STEPS_FILE, "step", "epoch")
         self._steps: list[Mapping[str, float]] = [{**row, "step": int(row["step"])} for row in steps]
+        for row in itertools.chain(self.rows.values(), self._steps):
+            self._note_logged(row)
         self.num_workers = 0  # in the last attempt; it may change in an elastic run
+
+    def _note_logged(self, names: Iterable[str]) -> None:
+        """Begin the column of a name that is logged for the first time."""
+        self.figures += logged_figures(names, self.figures)
+
+    @property
+    def _columns(self) -> list[str]:
+        return ["epoch", *(figure.name for figure in self.figures if {"epoch", "validation"} & {*figure.at})]
 
     def add(self, event: Event) -> None:
         """Record an event's values. If training restarts, drop the rows of the steps to be repeated."""
@@ -59,6 +67,7 @@ class History:
             case Progress():
                 self._add_step(event)
             case EpochFinished(last):
+                self._note_logged(last.logged)
                 rows = [row for row in self._steps if last.epoch - 1 < row["epoch"] <= last.epoch]
                 self._update(last.epoch, {**joined(rows, self.figures), **figures_of(event)})
             case Validated():
@@ -81,15 +90,16 @@ class History:
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.epoch_steps, 5)
+        self._note_logged(event.logged)
         self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event)})
         if len(self._steps) > MAX_STEP_ROWS:
             self._steps = merged(self._steps, MAX_STEP_ROWS // 2, self.figures)
 
     def write_steps(self) -> None:
         """Write steps.csv. Raises JobError."""
-        rows = self._steps
-        of_groups = [name for name in rows[-1] if name not in self._step_columns] if rows else []
-        self._run.write_text(STEPS_FILE, csv_text([*self._step_columns, *of_groups], rows, has_header=True))
+        columns = ["step", "epoch", *(figure.name for figure in self.figures if "step" in figure.at)]
+        of_groups = {name: None for row in self._steps for name in row if name not in columns}
+        self._run.write_text(STEPS_FILE, csv_text([*columns, *of_groups], self._steps, has_header=True))
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate (a kill may lose one); None without any."""
@@ -101,7 +111,7 @@ class History:
 
 def merged(rows: Sequence[Mapping[str, float]], max_rows: int, figures: Sequence[Figure]) -> list[Mapping[str, float]]:
     """Merge neighbouring rows of steps.csv into about ``max_rows``, with similar numbers of steps; means skip NaN."""
-    names = [figure.name for figure in figures if figure.over == "mean" and figure.name in rows[-1]]
+    names = [figure.name for figure in figures if figure.over == "mean" and "step" in figure.at]
     values = np.array([[row.get(name, math.nan) for name in names] for row in rows])
     steps = np.array([row["step"] for row in rows])
     width = 2.0 ** math.ceil(math.log2(steps[-1] / max_rows))  # a power of 2, so that whole rows are merged next time

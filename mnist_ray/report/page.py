@@ -88,9 +88,9 @@ def write(
         of_test = functools.partial(workload.pictures, result)
         with_examples = rows and drawn("images of the predictions", lambda: of_test(rows, test, columns))
         pictures += with_examples or drawn("images of the test", lambda: of_test([], None, columns))
-    for figure in workload.all_figures:
-        if "step" in figure.at and figure.over != "mean":  # curves of metrics have their validation, too
-            pictures += drawn(f"curve of the {figure.label}", functools.partial(_over_steps, record, figure))
+    not_metrics = [figure for figure in workload.all_figures if "step" in figure.at and figure.over != "mean"]
+    for figure in (*record.logged, *not_metrics):  # curves of metrics have their validation, too
+        pictures += drawn(f"curve of the {figure.label}", functools.partial(_over_steps, record, figure))
     pictures += drawn("plot of the time", lambda: _time_spent(record))
     pngs = {re.sub(r"[^\w.@-]", "_", picture.name): picture.png for picture in pictures}  # a "/" would name a folder
     for name, png in pngs.items():
@@ -282,9 +282,8 @@ def _members(record: RunRecord) -> list[Table]:
 def _epochs(record: RunRecord) -> list[Table]:
     if not record.epochs:
         return []
-    shown = [
-        figure for figure in record.workload.all_figures if figure.label and {"epoch", "validation"} & {*figure.at}
-    ]
+    every = (*record.workload.all_figures, *record.logged)
+    shown = [figure for figure in every if figure.label and {"epoch", "validation"} & {*figure.at}]
     known = [name for row in record.epochs for name, value in row.items() if not math.isnan(value)]
     shown = [figure for figure in shown if figure.over == "last" or figure.name in known]  # speed and time always
     rows = [

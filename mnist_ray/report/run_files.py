@@ -25,6 +25,7 @@ from mnist_ray.storage import (
 )
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import Figure, logged_figures
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
 TIMES_FILE = "times.csv"
@@ -120,6 +121,11 @@ class RunRecord:
     predictions: list[dict[str, str]]  # rows of predictions.csv; none until the run is tested
     trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is not a sweep
     members: list[MemberRecord]  # of a job of several runs
+
+    @property
+    def logged(self) -> list[Figure]:
+        """What the steps have logged."""
+        return logged_figures((name for row in self.steps[-1:] for name in row), self.workload.all_figures)
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:

@@ -57,6 +57,13 @@ def formatted(value: float, form: str, places: int = 2) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
 
 
+def logged_figures(names: Iterable[str], known: Iterable[Figure]) -> list[Figure]:
+    """Return the figures of what a run has logged: of the ``names`` of columns that are none of the ``known`` ones."""
+    others = {"step", "epoch", *(figure.name for figure in known)}
+    logged = [name for name in dict.fromkeys(names) if name not in others and not name.startswith("learning_rate.")]
+    return [Figure(name, ("step", "epoch"), "mean", label=name.replace("_", " ")) for name in logged]
+
+
 NOT_PREDICTED = ("index", "fold", "loss", "weight")  # columns of predictions.parquet that a workload does not define
 RATE = "examples_per_s"  # of training, over all ranks
 LEARNING_RATE = Figure("learning_rate", ("step",), "last", "g", "learning rate")

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -135,6 +136,19 @@ def test_figures_that_are_no_means_are_in_both_files_if_the_run_has_them(
     found = [(row["step"], row["gradient_norm"]) for row in read_csv(run, STEPS_FILE)]
     assert found == [("3", "9.0"), ("5", "5.0")]
     assert columns(run, "train_loss", "gradient_norm", "epoch_s") == [("0.5", "9.0", "2.0")]
+
+
+def test_a_name_that_is_logged_late_begins_its_column_late_also_in_a_resumed_run(run: RunFolder) -> None:
+    history = History(run, mnist(), TrainConfig())
+    for step, logged in ((2, {}), (5, {"kl": 0.5}), (9, {"kl": 0.25})):
+        history.add(replace(progress(step), others=logged, logged=logged))
+    history.add(EpochFinished(replace(progress(9), logged={"kl": 0.375})))
+    history.write_steps()
+    assert [row["kl"] for row in read_csv(run, STEPS_FILE)] == ["", "0.5", "0.25"]
+    again = History(run, mnist(), TrainConfig())
+    again.add(started(1))
+    again.add(replace(finished(2), last=replace(finished(2).last, logged={"kl": 0.125, "penalty": 2.0})))
+    assert columns(run, "epoch", "kl", "penalty") == [("1", "0.375", ""), ("2", "0.125", "2.0")]
 
 
 def test_a_row_of_merged_steps_leaves_out_what_is_not_known() -> None:
