@@ -514,15 +514,15 @@ class Late(Numbers):
 
 def log_late(rank: int, folder: Path) -> None:
     note = Hooks(on_step=lambda state: state.log("number", state.step % 2))
+    config = replace(CONFIG, micro_batch_size=1, num_steps=7, validate_every=7)  # all examples once
+    large = numbers().inputs[:, 0]
     for world_size in WORLD_SIZES:
         if rank < world_size:
             with joined(rank, world_size, folder / f"late-{world_size}") as group:
-                state = create_state(Late(), CONFIG, NUM_EXAMPLES, group)
                 last = list[Any]()
                 seen = Hooks(on_epoch=lambda state, progress, last=last: last.append(progress.logged))
-                config = replace(CONFIG, micro_batch_size=1, num_steps=7, validate_every=7)  # all examples once
+                state = create_state(Late(), config, NUM_EXAMPLES, group)
                 Trainer(Late(), state, Split(numbers()), config, group, [note, seen]).train()
-                large = numbers().inputs[:, 0]
                 assert last[0] == pytest.approx({"twice": 2, "number": 4 / 7, "large": large[large > 1].mean()})
 
 
