@@ -32,7 +32,6 @@ CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json",
 REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "sweep.png"
 MEMBERS_FOLDER, TRIALS_FOLDER = "members", "trials"  # of a job of several runs, and of a sweep
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
-SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
 _OPTIONAL = type(...)  # the file may lack it
 _NULL = type(None)
 _SETTINGS: dict[str, tuple[type, ...]] = {
@@ -246,15 +245,12 @@ class RunFolder:
                 for folder in ("", *self.inside(name).subfolders()):
                     self.create_folder_of(posixpath.join(self.path, name, folder, "-"))
 
-    def check_writable(self, *, retry: bool = False) -> None:
+    def check_writable(self) -> None:
         """Check that files can be written to the parent folder. Raises JobError."""
-        with in_one_line(f"cannot write to {self.storage_path}"):
-            with_retries(self._probe) if retry else self._probe()
-
-    def _probe(self) -> None:
         name = f".probe-{uuid4().hex}"  # unique, as another job may probe at the same time
-        self.storage._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
-        self.storage.delete_file(name)
+        with in_one_line(f"cannot write to {self.storage_path}"):
+            self.storage._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
+            self.storage.delete_file(name)
 
     def write_files(self, contents: Mapping[str, Sequence[Any]]) -> None:
         """Write files in the given order, with retries but not atomically. Raises STORAGE_ERRORS.

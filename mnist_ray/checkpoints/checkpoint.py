@@ -306,26 +306,40 @@ def restore_newest(
 ) -> Restored:
     """Load the newest intact checkpoint in a run's folder into ``state``; if there is none, leave ``state`` unchanged.
 
-    If the state is sharded, all ranks of ``group`` must call this, and the checkpoint is intact if all can read it.
-    Raises OtherModelError if the checkpoint does not fit the model, JobError if the storage cannot be read.
+    All ranks of ``group`` must call this, and all restore the same checkpoint: one that all can read, of those that
+    rank 0 sees; the others wait until their storage shows it. Raises OtherModelError if the checkpoint does not fit the
+    model, JobError if the storage cannot be read.
     """
-    damaged: list[str] = []
-    with in_one_line(f"cannot read {run.uri}"):
-        names = with_retries(run.checkpoint_names)
-    for name in reversed(names):
-        saved = None
+    group, damaged = group or Group(), list[str]()
+    seen: list[dict[str, bool]] = [{}]  # the checkpoints, and whether they have been written to their end
+    if group.rank == 0:
+        with in_one_line(f"cannot read {run.uri}"):
+            names = with_retries(run.checkpoint_names)
+            seen = [with_retries(lambda: {name: run.inside(name).exists(STATE_FILE) for name in names})]
+    if group.world_size > 1:
+        dist.broadcast_object_list(seen, 0)
+    for name, is_whole in reversed(seen[0].items()):
+        saved, folder = None, run.inside(name)
         with contextlib.suppress(DamagedCheckpointError, UsageError):
-            saved = _read_saved(run.inside(name), state)
-        if group is not None and state.is_sharded:
+            if is_whole:
+                with in_one_line(f"cannot read {run.uri}"):
+                    with_retries(functools.partial(_check_visible, folder))
+            saved = _read_saved(folder, state)
+        if group.world_size > 1:
             can_read = torch.tensor(int(saved is not None), device=group.device)
             dist.all_reduce(can_read, dist.ReduceOp.MIN)
             saved = saved if can_read.item() else None
         if saved is not None:
-            saved.load_into(state, callbacks, run.inside(name))
+            saved.load_into(state, callbacks, folder)
             metrics = CheckpointMetrics.of(saved.document.get("metrics", {}))
             return Restored(name, metrics, saved.document.get("arithmetic"), tuple(damaged))
         damaged.append(name)
     return Restored(damaged=tuple(damaged))
+
+
+def _check_visible(folder: RunFolder) -> None:
+    if not folder.exists(STATE_FILE):
+        raise FileNotFoundError(f"{folder.uri}, which another node sees")
 
 
 def read_state(folder: RunFolder) -> dict[str, Any]:
@@ -348,7 +362,7 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
             if not isinstance(document.get(name, {}), dict):
                 raise TypeError(f"{name} is {json.dumps(document[name]):.40}")
         metrics = CheckpointMetrics.of(document.get("metrics", {}))
-        if not all(isinstance(number, (int, float)) for number in (metrics.epoch, metrics.epochs, metrics.score)):
+        if not all(isinstance(number, (int, float)) for number in (metrics.epoch, metrics.epochs, *metrics.score)):
             raise TypeError("the metrics are not numbers")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(folder, f"{STATE_FILE}: {first_line(error)}") from error

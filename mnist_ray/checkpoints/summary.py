@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +23,9 @@ class CheckpointMetrics:
         return "val_score" in self.values
 
     @property
-    def score(self) -> float:
-        """The validation's score, larger for a better model; minus infinity without a validation."""
-        return float(self.values.get("val_score", -math.inf))
+    def score(self) -> tuple[float, ...]:
+        """The validation's score, larger for a better model; empty without a validation."""
+        return tuple(map(float, self.values.get("val_score", ())))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the flat dict."""

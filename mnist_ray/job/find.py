@@ -125,4 +125,4 @@ def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
             found.append((name, CheckpointMetrics.of(read_state(run.inside(name)).get("metrics", {}))))
     validated = [pair for pair in found if pair[1].is_validated]
     others = [pair for pair in reversed(found) if not pair[1].is_validated]
-    return sorted(validated, key=lambda pair: -pair[1].score) + others
+    return sorted(validated, key=lambda pair: pair[1].score, reverse=True) + others

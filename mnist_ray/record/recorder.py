@@ -137,6 +137,7 @@ class Recorder:
         self._fitted: Fitted | None = None
         self._has_report = False
         self._first_loss, self._has_grown = math.nan, False
+        self._validated = set[int]()  # epochs whose validation is recorded; restarted workers report the last one again
         self._is_slow = False  # and lines have said so
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
@@ -145,12 +146,17 @@ class Recorder:
 
     def on_event(self, event: Event) -> None:
         """Record an event from a worker or a task."""
+        if isinstance(event, Validated) and event.epoch in self._validated:
+            return
         if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
             # Imports matplotlib while the last validation and the workers finish.
             threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
         if isinstance(event, Progress) and event.total_step == len(event.losses):
             self._first_loss = event.losses[0]
+        if isinstance(event, Validated):
+            self._validated.add(event.epoch)
         if isinstance(event, Started):
+            self._validated = {epoch for epoch in self._validated if epoch <= event.epoch}
             worker = f"{event.device} with {count(event.threads, 'thread')}, {event.precision}"
             place = f"{event.processor} on {', '.join(dict.fromkeys(event.hosts))}"
             before = self._origin.get("precision", event.precision)

@@ -37,10 +37,6 @@ _ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
 _PEER_IS_GONE = re.compile("clos|refuse|reset|abort|exited|timed out|peer", re.IGNORECASE)
 
 
-class OldCheckpointError(JobError):
-    """The newest checkpoint is damaged. Ray must forget it, because a checkpoint of the same name will be written."""
-
-
 @contextlib.contextmanager
 def code_failures_placed(*folders: Path) -> Iterator[None]:
     """Raise the code's exceptions, even ``sys.exit()``, as a TrainingStoppedError with the place in ``folders``."""
@@ -79,7 +75,7 @@ class FailureCallback(UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Handle the exceptions of the failed ranks."""
         for error in worker_exceptions.values():
-            if isinstance(error, (TrainingStoppedError, OldCheckpointError)):
+            if isinstance(error, TrainingStoppedError):
                 raise error  # to Ray, this is an error of its own controller, so it does not retry
         if self._event_queue is not None:
             is_failure = not any(getattr(error, "preempted", False) for error in worker_exceptions.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -23,17 +24,16 @@ from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.find import Fitted, best_of
-from mnist_ray.job.retention import drop_worse
 from mnist_ray.job.session import Session
 from mnist_ray.process import in_thread
 from mnist_ray.run import evaluate
 from mnist_ray.run.event_queue import open_event_queue, taken
-from mnist_ray.run.failures import FailureCallback, OldCheckpointError, cause_of, reason_of
+from mnist_ray.run.failures import FailureCallback, cause_of, reason_of
 from mnist_ray.run.life import TOLD_EVERY_S
-from mnist_ray.run.trainer import create_trainer, drop_rays_list
+from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.storage import STORAGE_ERRORS, in_one_line
+from mnist_ray.storage import in_one_line
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
@@ -72,43 +72,34 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
         event_queue=event_queue,
         is_local=plan.is_local,
     )
-    outcome = fit_until_done(spec, plan, on_event)
+    outcome = fit_with_retries(spec, plan, on_event)
     if outcome.diverged is not None:
         raise outcome.diverged
     if outcome.is_stopped:  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
         raise JobError("a callback has stopped the training")
     with in_one_line("the storage has failed"):
-        drop_worse(job.run)  # Ray does not know the checkpoints from before a resume
         return best_of(job.run)
 
 
-def fit_until_done(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Outcome:
-    """Fit, and fit again if the storage fails or a checkpoint is damaged. Ray itself replaces lost workers.
-
-    Both count as failures of the run; the event ``WorkersLost`` reports Ray's. Raises like ``fit``.
-    """
-    failures_left, run, last_loss = spec.job.workers.max_failures, spec.job.run, ""
+def fit_with_retries(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Outcome:
+    """Fit; Ray replaces lost workers, and those whose storage has failed. Raises like ``fit``."""
+    last_loss = ""
 
     def pass_on(event: Event) -> None:
-        nonlocal failures_left, last_loss
+        nonlocal last_loss
         if isinstance(event, WorkersLost):
-            failures_left, last_loss = failures_left - event.is_failure, event.reason
+            last_loss = event.reason
         on_event(event)
 
-    while True:
+    with tempfile.TemporaryDirectory(prefix="mnist_ray-") as folder:
+        trainer = create_trainer(spec, plan, folder, spec.job.workers.max_failures, [FailureCallback(spec.event_queue)])
         try:
-            drop_rays_list(run)
-            trainer = create_trainer(spec, plan, failures_left, [FailureCallback(spec.event_queue)])
             return fit_and_listen(trainer, spec.event_queue, pass_on)
-        except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
+        except (ray.train.TrainingFailedError, RayError) as error:
             cause = cause_of(error)
             if isinstance(cause, TrainingStoppedError):
                 raise cause from error
-            # The storage has failed during Ray's own bookkeeping, or Ray has to forget a checkpoint.
-            if failures_left <= 0 or not isinstance(cause, (*STORAGE_ERRORS, OldCheckpointError)):
-                raise JobError(reason_of(error, last_loss)) from error
-            pass_on(WorkersLost(reason_of(error)))
-            run.check_writable(retry=True)
+            raise JobError(reason_of(error, last_loss)) from error
 
 
 def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> Outcome:

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 import ray.train
-import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
-from mnist_ray.checkpoints.checkpoint import Restored, Snapshot
+from mnist_ray.checkpoints.checkpoint import Restored
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
+from mnist_ray.job.retention import drop_worse
 from mnist_ray.parallel.group import Group
-from mnist_ray.parallel.sharding import is_wanted
 from mnist_ray.ray_versions import preemption_info
-from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
-from mnist_ray.run.life import STORAGE_LIMIT_S
+from mnist_ray.run.failures import code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
-from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
+from mnist_ray.storage import CONFIG_FILE, with_retries
 from mnist_ray.training.events import Event, NodeLeaving, Note, Outcome, Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
-from mnist_ray.training.stopwatch import STORAGE, Pace
 
 _ASK_INTERVAL_S = 5.0  # of training, between two checks for preempted nodes: every tenth window
 _SPARE_S = 2.0  # between a saved checkpoint and a node's preemption
@@ -67,18 +61,17 @@ def train_rank(spec: LoopSpec) -> None:
 
 
 class TrainReporter(Reporter):
-    """Reports to the driver's event queue, hands checkpoints to Ray Train, and watches for its node's preemption."""
+    """Reports to the driver's event queue, saves while training continues, and watches for its node's preemption."""
+
+    waits_for_storage = False
 
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         super().__init__(spec, group, config)
-        self._trained_s = self._next_question_s = self._asked_clock_s = self._saving_s = 0.0
+        self._trained_s = self._next_question_s = self._asked_clock_s = 0.0
         self._saved_for: set[tuple[object, ...]] = set()
-        # The threads that write a sharded checkpoint need their own group: training continues on the other one.
-        self._writers = dist.new_group(backend="gloo") if is_wanted(config, group.world_size) else None
         self._answers: list[Any] = []
-        current = ray.train.get_checkpoint()
-        self._known = current.path.rsplit("/", 1)[-1] if current else ""
-        with_retries(self._find_known)
+        if spec.event_queue is not None:  # else a trial, whose folder its workers make
+            with_retries(self._find_run)
         if "RAY_DEBUG" not in os.environ:  # Ray would skip breakpoints silently
             sys.breakpointhook = self._pass_over_breakpoint
 
@@ -86,24 +79,19 @@ class TrainReporter(Reporter):
         sys.breakpointhook = lambda *arguments, **options: None
         self.send(Note("skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"))
 
-    def _find_known(self) -> None:
-        """Raise a storage error if this node does not (or not yet) see the run or its last checkpoint."""
-        of_driver = "" if self._spec.event_queue is None else CONFIG_FILE  # Ray itself makes the folder of a trial
-        if not self._job.run.exists(known := self._known or of_driver):
-            place = f"{socket.gethostname()} does not see {self._job.run.inside(known).uri}"
+    def _find_run(self) -> None:
+        """Raise a storage error if this node does not (or not yet) see the run."""
+        if not self._job.run.exists(CONFIG_FILE):
+            place = f"{socket.gethostname()} does not see {self._job.run.inside(CONFIG_FILE).uri}"
             raise FileNotFoundError(f"{place}, which the job has written; use a storage that all nodes share")
 
     def on_restored(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
-        """Report the start. Raises OldCheckpointError if the last checkpoint that Ray has recorded is damaged."""
-        if position_of(restored.name) < position_of(self._known):
-            raise OldCheckpointError(f"{self._known} is damaged")
+        """Report the start and, since a kill may have lost it, the last validation."""
         super().on_restored(state, restored, hosts)
-        # Ray may not know the restored checkpoint: a kill came before Ray recorded it, or a sweep's trial wrote it.
-        # Report it now, or the run could end without its last checkpoint.
-        if position_of(restored.name) > position_of(self._known):
-            self._report(restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
-            if state.step == 0 and restored.metrics.is_validated:
-                self.send_validation(state.epoch, restored.metrics)
+        if restored.metrics.is_validated and state.step == 0:
+            self.send_validation(state.epoch, restored.metrics)
+        if restored.name:
+            self._report(restored.metrics)
 
     def end(self, state: TrainingState) -> None:
         """Report an early end of training, and wait until the driver's event queue has all events."""
@@ -156,47 +144,21 @@ class TrainReporter(Reporter):
         return any(ray.get(answered))
 
     def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
-        """Hand a checkpoint to Ray Train, on all ranks at once.
-
-        Rank 0 copies the state; one of Ray's threads writes the copy while training continues. If the state is sharded,
-        the other ranks do the same in threads of their own. Only one copy is written at a time; the next checkpoint
-        waits for it.
-        """
-        start = time.monotonic()
-        name, upload = checkpoint_name(state.epoch, state.step), None
+        """Save a checkpoint: rank 0 or, if the state is sharded, each rank its part. A trial then reports it."""
         if self._is_first or state.is_sharded:
-            with state.watch.on(STORAGE):
-                state.pace.wait()
-            self._life.show()  # a callback's state_dict may hang
-            write = functools.partial(self._write, self.snapshot(state, metrics), name, start, state.pace)
-            self._life.show(STORAGE_LIMIT_S)
-            if self._is_first:
-                upload = functools.partial(self._upload, write)
-            else:
-                threading.Thread(target=write, daemon=True).start()
+            self.save(state, metrics, self._drop_worse)
         else:
             for callback in self.callbacks:  # on every rank alike: it may communicate
                 callback.state_dict()
-        self._report(metrics, name, CheckpointUploadMode.ASYNC, upload)
+        if self._spec.event_queue is None:
+            self.finish_saving(state)
+            self._report(metrics)
 
-    def _report(self, metrics: CheckpointMetrics, name: str, mode: CheckpointUploadMode, upload: Any = None) -> None:
-        """Report a checkpoint; only rank 0 has it."""
-        folder = self._job.run.inside(name)
-        ray.train.report(
-            {"val_score": metrics.score, **metrics.to_dict()},  # Ray requires val_score in each report
-            checkpoint=Checkpoint(folder.path, filesystem=folder.filesystem) if self._is_first else None,
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=mode,
-            checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=False,  # there is no local copy
-        )
+    def _drop_worse(self) -> None:
+        if self._is_first:
+            drop_worse(self._job.run)
 
-    def _upload(self, write: Callable[[], None], checkpoint: Checkpoint, name: str) -> Checkpoint:
-        write()
-        return checkpoint
-
-    def _write(self, snapshot: Snapshot, name: str, start: float, pace: Pace) -> None:
-        """Write this rank's part of a checkpoint; on rank 0, raise the error of any rank."""
-        with pace.writing():
-            snapshot.write(self._job.run.inside(name), self._writers)
-            self._saving_s = time.monotonic() - start
+    def _report(self, metrics: CheckpointMetrics) -> None:
+        """In a trial, report to the process that passes it on to Tune."""
+        if self._spec.event_queue is None:
+            ray.train.report(metrics.to_dict())

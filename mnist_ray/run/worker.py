@@ -24,10 +24,11 @@ from mnist_ray.cluster.plan import threads_per_worker
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
-from mnist_ray.errors import JobError, TrainingStoppedError, first_line
+from mnist_ray.errors import TrainingStoppedError, first_line
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
+from mnist_ray.parallel.sharding import is_wanted
 from mnist_ray.process import in_thread, keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
@@ -35,7 +36,7 @@ from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, positi
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import batch_size_of, evaluate_together
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
-from mnist_ray.training.metrics import distinct, score
+from mnist_ray.training.metrics import score
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.training.timing import is_bf16_slow, is_one_thread_faster
@@ -154,6 +155,8 @@ def _opened(split: RemoteSplit | Split) -> Split:
 class Reporter(Callback):
     """Validates, saves checkpoints and reports events for a worker; subclasses decide where events go."""
 
+    waits_for_storage = True  # until a checkpoint is written that ends an epoch or a trial's segment
+
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         self._spec, self._group, self._config = spec, group, config
         self._job = job = spec.job
@@ -161,6 +164,9 @@ class Reporter(Callback):
         self._validation = None if spec.validation is None else _opened(spec.validation)
         self._batch_size: int | None = None  # of a validation; the first validation finds it
         self._saving: Future[None] | None = None  # of the last checkpoint, in its own thread
+        self._saving_s = 0.0  # that the last checkpoint took until it was written
+        # The threads that write a sharded checkpoint need their own group: training continues on the other one.
+        self._writers = torch.distributed.new_group(backend="gloo") if is_wanted(config, group.world_size) else None
         self._not_finite = 0, 0  # of the last validation
         self._has_begun_again = False  # a stream of training data
         # Checkpoints match callbacks by position. Each worker and each run in a process has its own.
@@ -172,12 +178,13 @@ class Reporter(Callback):
         """Report the start of training, from the ``restored`` checkpoint if there is one; from now on, show ``life``.
 
         If a trial was killed before the sweep recorded it, the checkpoint may be at the end of the trial's segment or
-        past it. Then report the checkpoint, and raise StopWantedError. Raises JobError if ranks restored different
-        checkpoints.
+        past it. Then report the checkpoint, and raise StopWantedError.
         """
         self._life, life.state = life, state
         life.show()
-        hosts = self._hosts_with(restored.name)
+        hosts = [socket.gethostname()] * self._group.world_size
+        if self._group.world_size > 1:
+            torch.distributed.all_gather_object(hosts, hosts[0])
         is_segment_over = state.total_step >= state.last_step and not is_over(state, self._config)
         if is_segment_over and not restored.metrics.is_validated:  # past the end: sweep.csv was lost
             metrics = replace(restored.metrics, values={**restored.metrics.values, **self._validated(state)})
@@ -191,7 +198,8 @@ class Reporter(Callback):
         self.send(self._started(state, restored, hosts))
 
     def end(self, state: TrainingState) -> None:
-        """Report the end of training if training stopped early."""
+        """Wait for the last checkpoint, and report the end of training if training stopped early."""
+        self.finish_saving(state)
         if state.epoch < self._config.num_epochs:
             self.send(StoppedEarly(state.epoch, best_epoch(state.scores) if state.scores else None))
 
@@ -204,15 +212,6 @@ class Reporter(Callback):
         if state.read_to is not None and state.read_to["rounds"] > 0 and not self._has_begun_again:
             self._has_begun_again = True
             self.send(Note(f"the stream of training data ended in step {state.total_step}; it begins again each time"))
-
-    def _hosts_with(self, checkpoint: str) -> list[str]:
-        """Return the ranks' hosts; all ranks must call this. Raises JobError if they restored different checkpoints."""
-        seen = [(socket.gethostname(), checkpoint)] * self._group.world_size
-        if self._group.world_size > 1:
-            torch.distributed.all_gather_object(seen, seen[0])
-        if len({name for _, name in seen}) > 1:  # a network file system may lag; Ray tries again
-            raise JobError(f"{self._job.run.uri} does not show the same checkpoints on all nodes")
-        return [host for host, _ in seen]
 
     def _started(self, state: TrainingState, restored: checkpoints.Restored, hosts: Sequence[str]) -> Started:
         has_changed = restored.arithmetic not in (None, arithmetic())
@@ -263,19 +262,25 @@ class Reporter(Callback):
     def save(self, state: TrainingState, metrics: CheckpointMetrics, drop: Callable[[], object]) -> None:
         """Let a thread write a checkpoint into the run's folder, and then ``drop`` others.
 
-        Wait for the previous one, and for this one if it is validated or ends an epoch. Raises JobError for either.
+        If the state is sharded, all ranks must call this. Wait for the previous one, and for this one if the reporter
+        waits for the storage. Raises JobError for either.
         """
+        start = time.monotonic()
         self.finish_saving(state)
-        state.pace.wait()
+        with state.watch.on(STORAGE):
+            state.pace.wait()
+        self._life.show()  # a callback's state_dict may hang
         copied, folder = self.snapshot(state, metrics), self._job.run.inside(checkpoint_name(state.epoch, state.step))
+        self._life.show(STORAGE_LIMIT_S)
 
         def write() -> None:
             with in_one_line("the storage has failed"), state.pace.writing():
-                copied.write(folder)
+                copied.write(folder, self._writers)
                 drop()
+            self._saving_s = time.monotonic() - start
 
         self._saving = in_thread(write)
-        if state.step == 0 or metrics.is_validated:
+        if self.waits_for_storage and (state.step == 0 or metrics.is_validated):
             self.finish_saving(state)
 
     def finish_saving(self, state: TrainingState) -> None:
@@ -302,12 +307,10 @@ class Reporter(Callback):
             self.send(EpochFinished(progress))
         epochs = state.epoch + state.step / state.steps_per_epoch
         is_due = self._validation is not None and (is_epoch_end or epochs >= self._spec.until_epoch)
-        values = {f"train_{name}": value for name, value in progress.so_far.items()}
+        values: dict[str, Any] = {f"train_{name}": value for name, value in progress.so_far.items()}
         values |= progress.logged
         values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
         values |= self._validated(state) if is_due else {}
-        if is_epoch_end and is_due:
-            values["val_score"] = distinct(values["val_score"], state.scores)
         metrics = CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
         if is_epoch_end and metrics.is_validated:
             state.scores.append(metrics.score)
@@ -325,7 +328,7 @@ class Reporter(Callback):
         for callback in self.callbacks:
             callback.on_validation(state, values)
 
-    def _validated(self, state: TrainingState) -> dict[str, float]:
+    def _validated(self, state: TrainingState) -> dict[str, Any]:
         """Let all ranks validate; return the validation's values for a checkpoint's metrics."""
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
@@ -348,7 +351,7 @@ class Reporter(Callback):
         of_metrics = {f"val_{name}": value for name, value in values.items()}
         seconds = time.perf_counter() - start
         rate = len(split) / seconds / self._group.world_size  # of one worker
-        return {**of_metrics, "val_score": score(workload, values), "val_s": seconds, "val_examples_per_s": rate}
+        return {**of_metrics, "val_score": [*score(workload, values)], "val_s": seconds, "val_examples_per_s": rate}
 
     def send_validation(self, epoch: int, metrics: CheckpointMetrics, not_finite: tuple[int, int] = (0, 0)) -> None:
         """Report the validation of an epoch."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.job import Job
-from mnist_ray.job.retention import drop_earlier, drop_worse
+from mnist_ray.job.retention import drop_earlier
 from mnist_ray.parallel.group import Group
 from mnist_ray.process import in_thread
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
-from mnist_ray.run.trainer import create_trainer, drop_rays_list
+from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.space import Point
@@ -79,22 +80,21 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
 
     Ray's own ``TuneReportCallback`` reports from another thread. If this one reports at that moment, both wait forever.
     """
-    drop_rays_list(loop_spec.job.run)
     reports = Queue(actor_options={"num_cpus": 0})
     callbacks = [_ReportCallback(reports), FailureCallback(None)]
-    fitted = in_thread(create_trainer(loop_spec, plan, max_failures=0, callbacks=callbacks).fit)
-    try:
-        while not fitted.done() or not reports.empty():
-            with contextlib.suppress(Empty):
-                tune.report(reports.get(timeout=_WAIT_S))
-        fitted.result()
-    except SystemExit:  # Tune stops the trial, and will end this process with all that it has started
-        wait([fitted])
-        raise
-    except ray.train.TrainingFailedError as error:
-        cause = cause_of(error)
-        raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
-    drop_worse(loop_spec.job.run)
+    with tempfile.TemporaryDirectory(prefix="mnist_ray-") as folder:
+        fitted = in_thread(create_trainer(loop_spec, plan, folder, max_failures=0, callbacks=callbacks).fit)
+        try:
+            while not fitted.done() or not reports.empty():
+                with contextlib.suppress(Empty):
+                    tune.report(reports.get(timeout=_WAIT_S))
+            fitted.result()
+        except SystemExit:  # Tune stops the trial, and will end this process with all that it has started
+            wait([fitted])
+            raise
+        except ray.train.TrainingFailedError as error:
+            cause = cause_of(error)
+            raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
 
 
 class _ReportCallback(UserCallback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,22 +148,11 @@ def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:
             raise UsageError(f"predictions: {name} differs in shape between examples, {found}; pad them to one")
 
 
-def distinct(score: float, earlier: Collection[float]) -> float:
-    """Return a score, slightly lower if an earlier epoch has the same: of equal ones, Ray would choose the last."""
-    while score in earlier:
-        score = math.nextafter(score, -math.inf)
-    return score
+def score(workload: Workload, values: Mapping[str, float]) -> tuple[float, float]:
+    """Return a pair that is larger for a better model, by the monitored metric and then by the loss; NaN is the worst.
 
-
-def score(workload: Workload, values: Mapping[str, float]) -> float:
-    """Return a number that is larger for a better model, by the monitored metric and then by the loss.
-
-    Ray ranks checkpoints by one number, so the pair (metric, −loss) is packed into one: the loss, bounded by the arc
-    tangent and multiplied by a billionth of the metric, only breaks ties. ``values`` come from the validation.
+    ``values`` come from the validation.
     """
-    value, loss = values[workload.monitor.name], math.atan(values["loss"])
-    loss = 2.0 if math.isnan(loss) else loss
-    if math.isnan(value):
-        return -1e30 * (2 + loss)  # below all values of a metric
-    tie_break = 1e-9 * min(abs(value), 1e300) or 1e-300
-    return (value if workload.monitor.mode == "max" else -value) - tie_break * loss
+    value = values[workload.monitor.name]
+    pair = value if workload.monitor.mode == "max" else -value, -values["loss"]
+    return -math.inf if math.isnan(pair[0]) else pair[0], -math.inf if math.isnan(pair[1]) else pair[1]

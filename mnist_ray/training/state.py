@@ -40,7 +40,7 @@ class TrainingState:
     finished_s: float = 0.0  # seconds of training in the finished epochs
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # scales the loss; for fp16 only
     average: nn.Module | None = None  # the weights' EMA, with --ema-decay
-    scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
+    scores: list[tuple[float, ...]] = field(default_factory=list)  # of each validated epoch; larger is better
     one_thread: bool = False  # each worker computes with one thread, because steps are small
     bf16_is_slow: bool = False  # --precision auto is fp32
     ends: bool = False  # set by a callback: no further epoch
@@ -101,6 +101,6 @@ def is_over(state: TrainingState, config: TrainConfig) -> bool:
     return state.epoch >= config.num_epochs or has_stalled or state.ends
 
 
-def best_epoch(scores: Sequence[float]) -> int:
+def best_epoch(scores: Sequence[tuple[float, ...]]) -> int:
     """Return the epoch with the best score, counted from 1; of equal scores, the first."""
     return scores.index(max(scores)) + 1

@@ -59,7 +59,7 @@ def train_and_save(
     def save(state: TrainingState, progress: Progress) -> None:
         folder = root / f"{state.epoch}-{state.step}"
         if state.step == 0:
-            state.scores.append(1 / state.epoch)
+            state.scores.append((1 / state.epoch, 0.0))
         checkpoint.snapshot(state, {"note": "hello", "workload": mnist().identity}, callbacks).write(folder_at(folder))
 
     state = create_state(workload, config, len(arrays), Group())
@@ -140,7 +140,7 @@ def test_an_ema_a_callback_scores_momentum_and_a_warm_up_resume_bit_identical(
         )
         whole, resumed = (tmp_path / name / "2-0" for name in ("whole", "resumed"))
         assert bits_of(resumed) == bits_of(whole)
-        assert state.scores == [1.0, 0.5]
+        assert state.scores == [(1.0, 0.0), (0.5, 0.0)]
     averaged = saved_model.load_model(folder_at(whole), mnist()).state_dict()
     assert any(not torch.equal(averaged[name], value) for name, value in state.model.state_dict().items())
     assert all(torch.equal(averaged[name], value) for name, value in state.result.state_dict().items())

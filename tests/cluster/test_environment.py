@@ -8,18 +8,12 @@ import warnings
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 
 from mnist_ray import cli, process, ray_versions
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import UsageError
-from mnist_ray.job.job import read_job
 from mnist_ray.run.rendezvous import use_nodes_interface
-from mnist_ray.run.trainer import create_trainer
-from mnist_ray.run.worker import LoopSpec
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +29,6 @@ def test_the_users_variables_win() -> None:
     environment.prepare(verbose=False)
     environment.prepare_local()
     assert given.items() <= os.environ.items()
-
-
-@pytest.mark.parametrize(
-    ("is_local", "batch_size", "interval_s"), [(True, 4, "0.05"), (True, 3, "0.2"), (False, 4, "0.2")]
-)
-def test_rays_controller_checks_workers_more_often_on_a_local_ray_with_short_epochs(
-    is_local: bool, batch_size: int, interval_s: str, tmp_path: Path
-) -> None:
-    job = read_job({"storage_path": str(tmp_path), "batch_size": batch_size})
-    spec = LoopSpec(job=job, train=Split(Arrays(np.ones(300), np.ones(300))))
-    create_trainer(spec, WorkerPlan(1, 1, use_gpu=False, must_scale_up=False, is_local=is_local), max_failures=0)
-    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == interval_s
 
 
 @pytest.mark.parametrize("left_by_ray", [False, True])

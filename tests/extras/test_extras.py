@@ -17,7 +17,6 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState
 
 from mnist_ray import extras, ray_versions
@@ -29,7 +28,6 @@ from mnist_ray.job.job import read_job
 from mnist_ray.run.rendezvous import WorkerGroupConfig
 from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec
-from mnist_ray.storage import SNAPSHOT_FILE
 from mnist_ray.training.events import WorkersLost
 from ray_fork import starting
 from tests.conftest import ROOT, Flags, run_main, weights
@@ -183,7 +181,7 @@ def test_a_trainer_creates_the_callbacks_that_are_left_out() -> None:
 def test_workers_that_are_replaced_because_their_node_is_to_leave_are_lost(tmp_path: Path) -> None:
     job, queue = read_job({"storage_path": str(tmp_path)}), Mock()
     spec = LoopSpec(job=job, train=Split(Arrays(np.ones(3), np.ones(3))), event_queue=queue)
-    trainer = create_trainer(spec, WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), max_failures=0)
+    trainer = create_trainer(spec, WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), str(tmp_path), max_failures=0)
     *_, callback = trainer._create_default_callbacks()
     leaving, restarting = map(object.__new__, (PreemptingState, RestartingState))
     for states in ((None, leaving), (leaving, restarting), (None, restarting)):
@@ -192,5 +190,4 @@ def test_workers_that_are_replaced_because_their_node_is_to_leave_are_lost(tmp_p
 
 
 def test_ray_uses_the_names_of_the_file_and_variable_that_are_read() -> None:
-    assert SNAPSHOT_FILE == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
     assert starting.JOB_CONFIG_VARIABLE == RAY_JOB_CONFIG_JSON_ENV_VAR

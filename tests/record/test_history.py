@@ -1,6 +1,7 @@
 import dataclasses
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -67,8 +68,8 @@ def test_epochs_that_a_killed_job_did_not_hear_of_are_filled_from_checkpoints(ru
     first = History(run, mnist(), TrainConfig())
     for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
         first.add(event)
-    values = {"train_loss": 8.0, "train_accuracy": 0.0, "examples_per_s": 5.0, "train_s": 2.0}
-    values |= {"val_loss": 0.75, "val_accuracy": 0.25, "val_score": 0.25, "val_s": 1.5}
+    values: dict[str, Any] = {"train_loss": 8.0, "train_accuracy": 0.0, "examples_per_s": 5.0, "train_s": 2.0}
+    values |= {"val_loss": 0.75, "val_accuracy": 0.25, "val_score": [0.25, -0.75], "val_s": 1.5}
     for epoch, step in ((2, 0), (3, 0), (3, 4), (4, 0)):
         metrics = CheckpointMetrics(epoch, step, values=values)
         document = {"format": FORMAT, "epoch": epoch, "step": step, "metrics": metrics.to_dict()}

@@ -210,10 +210,10 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_end_before_
             if ends == "by an interrupt":
                 signal.raise_signal(signal.SIGINT)
 
-    def write_late(snapshot: Snapshot, folder: RunFolder) -> None:
+    def write_late(snapshot: Snapshot, folder: RunFolder, writers: Any) -> None:
         assert snapshot.document["step"] != 20 or goes_on.wait(20), "training stands still until this is written"
         time.sleep(0.05)
-        write(snapshot, folder)
+        write(snapshot, folder, writers)
 
     monkeypatch.setattr(LocalReporter, "on_step", step)
     monkeypatch.setattr(Snapshot, "write", write_late)

@@ -41,7 +41,7 @@ def test_the_reports_of_a_trials_workers_come_from_its_own_thread(
 ) -> None:
     reported = list[tuple[int, int]]()
 
-    def create_trainer(spec: Any, plan: Any, max_failures: int, callbacks: Any) -> Any:
+    def create_trainer(spec: Any, plan: Any, folder: str, max_failures: int, callbacks: Any) -> Any:
         def fit() -> None:
             for number in range(3):
                 callbacks[0].after_report(None, [{"number": number}, {}], None)
@@ -50,8 +50,6 @@ def test_the_reports_of_a_trials_workers_come_from_its_own_thread(
 
     monkeypatch.setattr(trial, "create_trainer", create_trainer)
     monkeypatch.setattr(tune, "report", lambda metrics: reported.append((threading.get_ident(), metrics["number"])))
-    for name in ("drop_rays_list", "drop_worse"):
-        monkeypatch.setattr(trial, name, lambda run: None)
     trial.train_on_workers(Mock(), Mock())
     assert reported == [(threading.get_ident(), number) for number in range(3)]
 
@@ -95,9 +93,9 @@ def test_a_trial_goes_on_while_a_checkpoint_is_written_but_reports_a_validation_
     job, data = with_data(read_job({**given, "storage_path": str(tmp_path), "run_name": "trial"}))
     write, goes_on, reports = Snapshot.write, threading.Event(), list[tuple[float, bool]]()
 
-    def write_late(snapshot: Snapshot, folder: RunFolder) -> None:
+    def write_late(snapshot: Snapshot, folder: RunFolder, writers: Any) -> None:
         assert snapshot.document["step"] != 20 or goes_on.wait(20), "training stands still until this is written"
-        write(snapshot, folder)
+        write(snapshot, folder, writers)
 
     def report(metrics: dict[str, Any]) -> None:
         reports.append((metrics["epochs"], "val_score" in metrics))

@@ -460,7 +460,7 @@ def test_training_stops_when_validation_stalls(
     few_images: Arrays, scores: list[float], patience: int | None, epochs: int
 ) -> None:
     config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stopping_patience=patience)
-    hooks = Hooks(on_checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
+    hooks = Hooks(on_checkpoint=lambda state, progress: state.scores.append((scores[state.epoch - 1],)))
     state = trained(config, few_images, hooks)
     assert state.epoch == epochs
     Trainer(mnist(), state, Split(few_images), config, Group(), [hooks]).train()  # like a resumed run
