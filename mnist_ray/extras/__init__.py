@@ -106,11 +106,14 @@ EXTRAS = {
         ),
         is_of_train=True,
     ),
-    "groups": Extra(
+    "sweeps": Extra(
         "sweeps that lose no CPUs",
         "a sweep may lose count of CPUs",
         "2.51",
-        ("ray.air.execution.resources.placement_group:PlacementGroupResourceManager",),
+        (
+            "ray.air._internal.usage:tag_callbacks(callbacks)",
+            "ray.air.execution.resources.placement_group:PlacementGroupResourceManager",
+        ),
         is_of_train=True,
     ),
     "preemption": Extra(

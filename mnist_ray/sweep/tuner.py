@@ -99,13 +99,13 @@ def _run_segments(watcher: _Watcher, spec: TrialSpec, concurrent: int, deadline:
             verbose=0,
         ),
     )
-    safely: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if extras.is_on("groups", plain=watcher.sweep.job.workers.plain_ray):
-        from mnist_ray.extras import groups
+    frugally: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if extras.is_on("sweeps", plain=watcher.sweep.job.workers.plain_ray):
+        from mnist_ray.extras import sweeps
 
-        safely = groups.cancelled_once_created()
+        frugally = sweeps.frugal()
     try:
-        with in_one_line("the storage has failed"), safely:
+        with in_one_line("the storage has failed"), frugally:
             tuner.fit()
     except tune.TuneError as error:  # the text is a traceback
         known = watcher.failure or error.__context__
