@@ -32,8 +32,8 @@ class GradientSync:
     factor = 1
     """What a rank's losses must be multiplied by: more than 1 if gradients are averaged over the ranks."""
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
-        self.model, self.group = model, group
+    def __init__(self, model: nn.Module, group: Group, now: Callable[[], Any]) -> None:
+        self.model, self.group, self._now = model, group, now
         self.called = model  # what a loss calls for a forward pass
         self.ready_at: Any = None  # the moment when this rank had its own gradients, if it was noted
 
@@ -53,6 +53,7 @@ class GradientSync:
     def finish(self) -> None:
         """Complete the gradients; give all ranks the buffers of rank 0, which checkpoints keep."""
         if self.group.world_size > 1:
+            self.ready_at = self._now()
             add_over_ranks(self.model)
             self._share_buffers()
 
@@ -68,7 +69,7 @@ class Bucketed(GradientSync):
     """DDP adds up some gradients while others are computed, if the loss calls DDP's module."""
 
     def __init__(self, model: nn.Module, group: Group, now: Callable[[], Any], *, has_unused_parameters: bool) -> None:
-        super().__init__(model, group)
+        super().__init__(model, group, now)
         devices = [group.device] if group.device.type == "cuda" else None
         self._ddp = DistributedDataParallel(model, devices, find_unused_parameters=has_unused_parameters)
         self._ddp.register_forward_pre_hook(self._note_call)
@@ -77,7 +78,6 @@ class Bucketed(GradientSync):
             shared_memory.use_if_possible(self._ddp)
         first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         self._noting = first.register_post_accumulate_grad_hook(self._note_ready)  # it is the last to be ready
-        self._now = now
 
     def accumulate(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Let DDP add up only in the backward pass of the last micro-batch."""

@@ -84,8 +84,8 @@ class Chunks(GradientSync):
         *,
         has_unused_parameters: bool = False,
     ) -> None:
-        super().__init__(model, group)
-        self._own, self._num_chunks, self._now = part_of(num_chunks, group.rank, group.world_size), num_chunks, now
+        super().__init__(model, group, now)
+        self._own, self._num_chunks = part_of(num_chunks, group.rank, group.world_size), num_chunks
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._owners = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
         self._first = [_as_real(getattr(module, name)) for module, name in self._owners]

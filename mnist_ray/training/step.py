@@ -107,7 +107,7 @@ class Step:
         self._micro_batches: Sequence[MicroBatch] = ()
         self._micro_batch: MicroBatch | None = None  # whose losses are computed now
         self._found: dict[str, Tensor] = {}  # sums over its examples
-        self._sync = GradientSync(state.model, group)  # of the last ``backward``
+        self._sync = GradientSync(state.model, group, state.watch.now)  # of the last ``backward``
         self._reported: Tensor | None = None  # the micro-batch's losses that ``measure`` has reported, (N,)
         self._first: Tensor | None = None  # sum of the losses of the step's first ``backward``
         self._minimized = torch.zeros(())  # sum of the losses of the last ``backward``
@@ -183,6 +183,7 @@ class Step:
         else:
             self._check_flags("a closure in step.update")
             stepping.step(functools.partial(self._closed, closure, stepping))
+        self._state.watch.turn(COMPUTE)
         self.has_updated = True
         if optimizer is not None:
             self._clear(parameters_of(stepping))
@@ -348,11 +349,11 @@ class Step:
         if config.reproducible:
             sync = Chunks(model, group, config.num_chunks, now, has_unused_parameters=has_unused)
         elif self._state.is_sharded:
-            sync = Sharded(model, group)
+            sync = Sharded(model, group, now)
         elif group.world_size > 1 and optimizer is None:
             sync = Bucketed(model, group, now, has_unused_parameters=has_unused)
         else:
-            sync = GradientSync(model, group)
+            sync = GradientSync(model, group, now)
         self._syncs[optimizer] = trained, sync
         return sync
 
