@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import mnist_ray
-from mnist_ray.data.data import Arrays
-from mnist_ray.data.memory import owner_of
+from mnist_ray.data.data import Arrays, owner_of
 from mnist_ray.errors import JobError
 from mnist_ray.report.columns import read_columns
 from mnist_ray.report.run_files import read_numbers

@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.data.block_reader import BlockReader, OnDemand, ReadAhead
-from mnist_ray.data.data import Arrays, Blocks, Split
-from mnist_ray.data.memory import map_arrays
+from mnist_ray.data.data import Arrays, Blocks, Split, map_arrays
 from mnist_ray.data.order import Drawn, StreamOrder, part_of
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.splits import sizes_in

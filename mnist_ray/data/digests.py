@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from mnist_ray.data.data import Arrays, Blocks, Split, Splits
-from mnist_ray.data.memory import owner_of, span_of
+from mnist_ray.data.data import Arrays, Blocks, Split, Splits, owner_of, span_of
 
 _MAX_STATS = 1000  # of files, evenly spaced: file servers may be slow
 
