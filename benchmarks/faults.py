@@ -89,7 +89,7 @@ FAULTS = {
     "seeds and folds": [
         Fault(
             "folds are not shuffled",
-            "mnist_ray/data/folds.py",
+            "mnist_ray/data/splits.py",
             "Shuffled(size, [seed, _FOLD_SEED])[:]",
             "np.arange(size)",
         ),

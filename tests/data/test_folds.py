@@ -5,8 +5,7 @@ import pytest
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Data
-from mnist_ray.data.folds import folds_of_examples, folds_of_groups, random_groups
-from mnist_ray.data.splits import splits_of
+from mnist_ray.data.splits import folds_of_examples, folds_of_groups, random_groups, splits_of
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Classification
 from mnist_ray.workload.calls import data_of, splits_for
