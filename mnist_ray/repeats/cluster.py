@@ -12,9 +12,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
 from mnist_ray.cluster.remote_data import may_be_stored
-from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.data.data import Data, Split
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.job.session import Session, console_of

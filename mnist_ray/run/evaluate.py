@@ -20,9 +20,9 @@ from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, is_gpu_wanted
+from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import cpus_for_each
 from mnist_ray.cluster.remote_data import RemoteSplit, share
-from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import EvaluationConfig, TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import split_bounds

@@ -18,9 +18,9 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster.devices import usable
+from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.find import Fitted, best_of

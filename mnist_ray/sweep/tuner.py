@@ -18,8 +18,8 @@ from ray.tune.search import Searcher
 
 from mnist_ray import extras
 from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
-from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.retention import drop_trials

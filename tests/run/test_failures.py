@@ -39,7 +39,7 @@ from torch.utils.data import Dataset
 from mnist_ray.checkpoints import checkpoint
 from mnist_ray.checkpoints.checkpoint import restore_newest
 from mnist_ray.checkpoints.summary import CheckpointMetrics
-from mnist_ray.cluster import waiting
+from mnist_ray.cluster import nodes
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
