@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
@@ -17,7 +17,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.settings import build, check_known, declared
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, in_one_line, with_retries
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, in_one_line, position_of, with_retries
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 
@@ -126,3 +126,26 @@ def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
     validated = [pair for pair in found if pair[1].is_validated]
     others = [pair for pair in reversed(found) if not pair[1].is_validated]
     return sorted(validated, key=lambda pair: pair[1].score, reverse=True) + others
+
+
+NUM_KEPT = 2  # checkpoints of a run, the best by validation; the last one is kept, too, so one may be damaged
+
+
+def drop_worse(run: RunFolder) -> None:
+    """Delete a run's whole checkpoints except the NUM_KEPT best and the last. Raises JobError and STORAGE_ERRORS."""
+    whole = [name for name, _ in checkpoints_of(run)]
+    for name in set(whole).difference(whole[:NUM_KEPT], sorted(whole, key=position_of)[-1:]):
+        run.inside(name).delete()
+
+
+def drop_earlier(run: RunFolder, position: tuple[int, int]) -> None:
+    """Delete a one-worker trial's checkpoints before an epoch and step. Raises STORAGE_ERRORS."""
+    for name in run.checkpoint_names():
+        if position_of(name) < position:
+            run.inside(name).delete()
+
+
+def drop_trials(trials: RunFolder, names: Set[str]) -> None:
+    """Delete trials in a sweep's folder of ``trials``, so that its disk use does not grow. Raises STORAGE_ERRORS."""
+    for name in names & {*with_retries(trials.subfolders)}:
+        trials.inside(name).delete()

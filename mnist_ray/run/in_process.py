@@ -11,8 +11,7 @@ from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
-from mnist_ray.job.find import Fitted, best_of
-from mnist_ray.job.retention import drop_worse
+from mnist_ray.job.find import Fitted, best_of, drop_worse
 from mnist_ray.job.session import Session
 from mnist_ray.parallel.group import Group
 from mnist_ray.process import usable_cores

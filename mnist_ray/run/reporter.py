@@ -18,7 +18,7 @@ from mnist_ray.checkpoints.checkpoint import Restored
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
-from mnist_ray.job.retention import drop_worse
+from mnist_ray.job.find import drop_worse
 from mnist_ray.parallel.group import Group
 from mnist_ray.ray_versions import preemption_info
 from mnist_ray.run.failures import code_failures_placed

@@ -23,8 +23,8 @@ from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
+from mnist_ray.job.find import drop_earlier
 from mnist_ray.job.job import Job
-from mnist_ray.job.retention import drop_earlier
 from mnist_ray.parallel.group import Group
 from mnist_ray.process import in_thread
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of

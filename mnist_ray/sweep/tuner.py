@@ -22,7 +22,7 @@ from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.job.retention import drop_trials
+from mnist_ray.job.find import drop_trials
 from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, TRIALS_FOLDER, in_one_line
 from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments
 from mnist_ray.sweep.proposals import Candidates
