@@ -1,4 +1,4 @@
-"""The nodes of the Ray that this process is connected to."""
+"""The nodes of the Ray that this process is connected to, and what a job waits for."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from torch.utils.data import Dataset
 from mnist_ray.checkpoints import checkpoint
 from mnist_ray.checkpoints.checkpoint import restore_newest
 from mnist_ray.checkpoints.summary import CheckpointMetrics
-from mnist_ray.cluster import nodes
+from mnist_ray.cluster import nodes as ray_nodes
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
@@ -489,7 +489,7 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of ``time.monotonic()``, in a list."""
     now = [0.0]
-    for module in (life, fit, waiting):
+    for module in (life, fit, ray_nodes):
         monkeypatch.setattr(module, "time", Mock(monotonic=lambda: now[0], sleep=lambda seconds: time.sleep(0.01)))
     monkeypatch.setattr(fit, "_POLL_INTERVAL_S", 0)
     monkeypatch.setattr(fit, "_START_INTERVAL_S", 0)
