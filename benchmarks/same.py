@@ -1,8 +1,8 @@
 """Check that this version does the same as an earlier version.
 
     python benchmarks/same.py COMMIT             # 25 minutes on two cores
-    python benchmarks/same.py COMMIT --quick     # seven of the set-ups: 6 minutes
-    python benchmarks/same.py --prove            # that set-ups notice faults: 15 minutes
+    python benchmarks/same.py COMMIT --quick     # seven of the set-ups: 3 minutes
+    python benchmarks/same.py --prove            # that set-ups notice faults: 6 minutes
 
 Guards the weights: a change that is not about the training leaves those of every run the same, bit for bit.
 

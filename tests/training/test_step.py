@@ -30,7 +30,7 @@ from mnist_ray.training.events import figures_of
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.optimizers import learning_rates
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.step import Step
+from mnist_ray.training.step import Step, seed_of
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Workload
 from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
@@ -537,6 +537,24 @@ def test_a_value_cannot_be_logged_by_a_name_with_another_meaning(name: str) -> N
     note = Hooks(on_step=lambda state: state.log(name, 1.0))
     with pytest.raises(UsageError, match=f"^Numbers: '{name}' cannot be logged; choose another name$"):
         trained(Numbers(), note)
+
+
+def test_mixed_examples_are_those_of_a_plain_loop_in_one_process() -> None:
+    losses = list[float]()
+    trained(Mixup(), Hooks(on_progress=lambda state, progress: losses.extend(progress.losses)))
+    torch.manual_seed(CONFIG.seed)
+    workload, expected = Mixup(), list[float]()
+    model = workload.create_model()
+    optimizer: Any = workload.create_optimizer(model, CONFIG)
+    for number, (inputs, targets) in enumerate(batches(CONFIG.batch_size)):
+        torch.manual_seed(seed_of(CONFIG.seed, 0, 0) + number)
+        mixed, mixed_targets = mixup(inputs, targets)
+        model.zero_grad()
+        loss = workload.loss(model(mixed), mixed_targets).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def trained(workload: Workload, *callbacks: Callback, config: TrainConfig = CONFIG) -> TrainingState:
