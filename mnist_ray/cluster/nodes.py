@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -28,6 +31,14 @@ def session_folder() -> Path:
     own = ray.get_runtime_context().get_node_id()
     (socket,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == own]
     return Path(socket).parent.parent
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Yield a folder on this node: inside Ray's session, which takes it along if this process is killed."""
+    session = session_folder()
+    with tempfile.TemporaryDirectory(prefix="mnist_ray-", dir=session if os.access(session, os.W_OK) else None) as name:
+        yield name
 
 
 def num_nodes_here() -> int:

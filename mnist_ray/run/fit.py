@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -18,7 +17,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster.devices import usable
-from mnist_ray.cluster.nodes import Waiting
+from mnist_ray.cluster.nodes import Waiting, temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
@@ -91,7 +90,7 @@ def fit_with_retries(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event
             last_loss = event.reason
         on_event(event)
 
-    with tempfile.TemporaryDirectory(prefix="mnist_ray-") as folder:
+    with temporary_folder() as folder:
         trainer = create_trainer(spec, plan, folder, spec.job.workers.max_failures, [FailureCallback(spec.event_queue)])
         try:
             return fit_and_listen(trainer, spec.event_queue, pass_on)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ray.util.queue import Empty, Queue
 from mnist_ray.checkpoints.checkpoint import Restored
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import device_here
+from mnist_ray.cluster.nodes import temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
@@ -82,7 +82,7 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     """
     reports = Queue(actor_options={"num_cpus": 0})
     callbacks = [_ReportCallback(reports), FailureCallback(None)]
-    with tempfile.TemporaryDirectory(prefix="mnist_ray-") as folder:
+    with temporary_folder() as folder:
         fitted = in_thread(create_trainer(loop_spec, plan, folder, max_failures=0, callbacks=callbacks).fit)
         try:
             while not fitted.done() or not reports.empty():
