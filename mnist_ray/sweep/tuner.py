@@ -56,8 +56,8 @@ def run_sweep(
 ) -> TrialTable:
     """Run a sweep's unfinished trials; return the table of all its trials. Raises JobError if every trial failed."""
     os.environ.update(_SETTINGS)
-    config, table, begun = sweep.config, sweep.table(), time.monotonic()
-    deadline = begun + (config.time_budget_s or math.inf)
+    config, table = sweep.config, sweep.table()
+    deadline = time.monotonic() + (config.time_budget_s or math.inf)
     watcher = _Watcher(sweep, table, on_change, say)
     _run_segments(watcher, spec, concurrent, deadline)
     if watcher.failure is None and find_best(table) is not None:
@@ -70,7 +70,6 @@ def run_sweep(
             raise JobError(f"no trial was validated within --time-budget-s {config.time_budget_s:g}; allow more time")
         failed = f"every trial failed; the first one: {reasons[0]}"
         raise (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
-    say("time", watcher.shares(concurrent, time.monotonic() - begun))
     with in_one_line("the storage has failed"):
         _drop_checkpoints(sweep, table, num_confirmed=0)
     return table
@@ -163,9 +162,7 @@ class _Watcher(tune.Callback):
         self._waiting = Waiting("a trial", functools.partial(say, "note"))
         self._num_rungs = len(climb(sweep, table, self._candidates))  # that have begun
         self.failure: JobError | None = None  # of the storage; Tune would hide it, and repeat the trial
-        self._trained_s = self._sum_trained()  # in an interrupted sweep
-        self._validated_s = self._begun_s = 0.0  # of all segments
-        self._begun_at: dict[str, float] = {}  # the segments that are running
+        self._running = set[str]()  # Tune's names of the segments that are running
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Pickle nothing: Tune pickles callbacks for its own restore, which is never used."""
@@ -189,33 +186,17 @@ class _Watcher(tune.Callback):
             yield Segment(point, epoch)
 
     def on_step_begin(self, **info: Any) -> None:
-        self._waiting.look(is_waiting=not self._begun_at)
+        self._waiting.look(is_waiting=not self._running)
 
     def on_trial_start(self, trial: Trial, **info: Any) -> None:
         self._table.start(self._point(trial))
-        self._begun_at[trial.trial_id] = time.monotonic()
+        self._running.add(trial.trial_id)
         self._changed()
-
-    def _sum_trained(self) -> float:
-        return math.fsum(record.train_s for record in self._table.by_point.values())
-
-    def shares(self, concurrent: int, seconds: float) -> str:
-        """Return how the ``concurrent`` slots for trials spent these seconds, in words."""
-        trained_s, whole_s = self._sum_trained() - self._trained_s, concurrent * seconds
-        parts = {
-            "training": trained_s,
-            "validation": self._validated_s,
-            "starts and checkpoints": self._begun_s - trained_s - self._validated_s,
-            "waiting": whole_s - self._begun_s,
-        }
-        shown = ", ".join(f"{name} {part_s / whole_s:.0%}" for name, part_s in parts.items())
-        return f"{count(concurrent, 'trial')} at a time: {shown}"
 
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
         record, metrics = self._table.by_point[self._point(trial)], CheckpointMetrics.of(result)
         self._table.update(record, result)
         if metrics.is_validated:
-            self._validated_s += metrics.values.get("val_s", math.nan)
             record.add_report(metrics.epochs, record.val_monitor)
         self._changed()
 
@@ -246,8 +227,7 @@ class _Watcher(tune.Callback):
 
     def _segment_ended(self, trial: Trial, *ended: TrialRecord) -> None:
         """Record the end of a segment, and of its trial if it has ``ended``."""
-        now = time.monotonic()
-        self._begun_s += now - self._begun_at.pop(trial.trial_id, now)
+        self._running.discard(trial.trial_id)
         self._changed(*ended)
         self._begin_rungs()
 
