@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.process import usable_cores
-from mnist_ray.text import count, size_of
+from mnist_ray.text import count
 
 _MAX_WORKERS_PER_CORE = 8  # each worker is a process of about 500 MiB
 _MIN_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, perhaps slower
@@ -26,7 +25,6 @@ class Node:
     num_cpus: int
     num_gpus: int = 0
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
-    num_bytes: float = field(default=math.inf, compare=False)  # of memory, Ray's object store included
 
     def room(self, cpus: int, use_gpu: bool) -> int:
         """Return how many workers fit, with ``cpus`` CPUs each and, if ``use_gpu``, a GPU each."""
@@ -66,8 +64,7 @@ def node_of(resources: Mapping[str, Any], labels: Mapping[str, str] | None = Non
     """
     is_apple = any(map(_APPLE_CHIP.match, resources))
     num_gpus = 0 if is_apple else int(resources.get("GPU", 0))
-    num_bytes = sum(resources.get(name, math.inf) for name in ("memory", "object_store_memory"))
-    return Node(int(resources.get("CPU", 0)), num_gpus, labels or {}, num_bytes)
+    return Node(int(resources.get("CPU", 0)), num_gpus, labels or {})
 
 
 def suitable(nodes: Sequence[Node], selector: Mapping[str, str]) -> tuple[Node, ...]:
@@ -188,21 +185,6 @@ def held_at_once(plan: WorkerPlan, nodes: Sequence[Node]) -> int:
     """Return how many runs with such workers the nodes hold at a time, at least one."""
     rooms = [node.room(plan.cpus_per_worker, plan.use_gpu) for node in suitable(nodes, plan.labels)]
     return max(1, sum(rooms) // plan.num_workers)
-
-
-def check_memory(plan: WorkerPlan, nodes: Sequence[Node], held_bytes: int) -> None:
-    """Raise UsageError if workers with ``held_bytes`` each exceed the nodes' memory. GPUs have their own memory."""
-    if plan.use_gpu or plan.must_scale_up or not held_bytes:
-        return
-    rooms = [min(node.room(plan.cpus_per_worker, plan.use_gpu), node.num_bytes // held_bytes) for node in nodes]
-    if sum(rooms) < (plan.min_workers or plan.num_workers):
-        known = [size_of(node.num_bytes) for node in nodes if node.num_bytes < math.inf]
-        held, there = size_of(held_bytes), " and ".join(known)
-        remedy = "use --strategy fsdp with more workers on more nodes, or a smaller model"
-        raise UsageError(
-            f"each worker holds {held} of weights, gradients and optimizer state, too much for the nodes' memory of "
-            f"{there}; {remedy}"
-        )
 
 
 def _cannot_hold(

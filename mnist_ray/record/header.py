@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mnist_ray.cluster.plan import WorkerPlan, check_memory, suitable
+from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.data import Splits
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.job.job import Job, report_command
@@ -115,20 +115,19 @@ def _note_batch_normalization(session: Session, plan: WorkerPlan, model: nn.Modu
 
 
 def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module, why_whole: str) -> None:
-    """Print what each worker holds of a sharded model. Raises UsageError if the nodes lack memory for it."""
+    """Print what each worker holds of a sharded model."""
     from mnist_ray.parallel import sharding
 
     workload, config = session.job.workload, session.job.train
-    held = sharding.held_bytes(model, workload, config, plan.num_workers)
-    if sharding.is_wanted(config, plan.num_workers):
-        units = sharding.units_of(workload, model)
-        largest = max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units)
-        whole = sharding.held_bytes(model, workload, config, 1)
-        session.console.say(
-            "sharding",
-            f"{count(len(units), 'unit')} of up to {size_of(largest)}; each worker holds {size_of(held)} of weights, "
-            f"gradients and optimizer state, not {size_of(whole)}",
-        )
-        if why_whole:
-            session.console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")
-    check_memory(plan, suitable(session.cluster.nodes, plan.labels), held)
+    if not sharding.is_wanted(config, plan.num_workers):
+        return
+    units = sharding.units_of(workload, model)
+    largest = max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units)
+    held, whole = (sharding.held_bytes(model, workload, config, number) for number in (plan.num_workers, 1))
+    session.console.say(
+        "sharding",
+        f"{count(len(units), 'unit')} of up to {size_of(largest)}; each worker holds {size_of(held)} of weights, "
+        f"gradients and optimizer state, not {size_of(whole)}",
+    )
+    if why_whole:
+        session.console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,6 @@ from mnist_ray.cluster.plan import (
     Cluster,
     Node,
     WorkerPlan,
-    check_memory,
     cpus_for_each,
     node_of,
     plan_workers,
@@ -169,21 +167,3 @@ def test_a_containers_quota_limits_the_cores(
     monkeypatch.setattr("mnist_ray.process._CGROUP", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64), raising=False)
     assert usable_cores() == expected
-
-
-NODES_WITH_MEMORY = [
-    node_of({"CPU": 4.0, "memory": 6.0 * 2**30, "object_store_memory": 2.0 * 2**30}),
-    node_of({"CPU": 1.0, "memory": 20.0 * 2**30}),  # has no figure for the object store, so its memory is unknown
-]
-
-
-@pytest.mark.parametrize(("held_gib", "fits"), [(0, True), (2, True), (2.5, True), (3.9, False), (9, False)])
-def test_what_workers_hold_must_fit_into_the_nodes_memory(held_gib: float, fits: bool) -> None:
-    plan = WorkerPlan(4, 1, use_gpu=False, must_scale_up=False)  # the second node has a CPU for one
-    if fits:
-        check_memory(plan, NODES_WITH_MEMORY, int(held_gib * 2**30))
-        return
-    message = rf"^each worker holds {held_gib}\.?\d? GiB of .*, too much for the nodes' memory of 8\.0 GiB"
-    with pytest.raises(UsageError, match=message):
-        check_memory(plan, NODES_WITH_MEMORY, int(held_gib * 2**30))
-    check_memory(replace(plan, use_gpu=True), NODES_WITH_MEMORY, 2**50)
