@@ -22,6 +22,8 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
 
+_NOTHING = contextlib.nullcontext()
+
 
 class GradientSync:
     """Adds up at once when all gradients are computed: for any loss, and for parameters that change from call to call.
@@ -44,7 +46,7 @@ class GradientSync:
 
     def accumulate(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Return the context of a micro-batch's forward and backward pass."""
-        return contextlib.nullcontext()
+        return _NOTHING
 
     def collect(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the sums over a micro-batch in the form in which those of a step are added up."""
@@ -79,10 +81,21 @@ class Bucketed(GradientSync):
         first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         self._noting = first.register_post_accumulate_grad_hook(self._note_ready)  # it is the last to be ready
 
-    def accumulate(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
-        """Let DDP add up only in the backward pass of the last micro-batch."""
+    @contextlib.contextmanager
+    def accumulate(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Let DDP add up only in the backward pass of the last micro-batch.
+
+        Raises TrainingStoppedError if some parameters had no gradient in the last step.
+        """
         self.factor = 1
-        return contextlib.nullcontext() if micro_batch.ends_step else self._ddp.no_sync()
+        try:
+            with _NOTHING if micro_batch.ends_step else self._ddp.no_sync():
+                yield
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" not in str(error):
+                raise
+            found = "some parameters had no gradient in the last step"
+            raise TrainingStoppedError(f"{found}; set has_unused_parameters = True if that is intended") from error
 
     def finish(self) -> None:
         """Add up what DDP has not."""
@@ -106,23 +119,11 @@ class Sharded(GradientSync):
     def accumulate(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Let FSDP add up only in the backward pass of the last micro-batch."""
         self.model.set_requires_gradient_sync(micro_batch.ends_step)  # type: ignore[operator]
-        return contextlib.nullcontext()
+        return _NOTHING
 
     def finish(self) -> None:
         """Give all ranks the buffers of rank 0."""
         self._share_buffers()
-
-
-@contextlib.contextmanager
-def unused_explained(name: str) -> Iterator[None]:
-    """Turn DDP's error about parameters without a gradient into a TrainingStoppedError; ``name``: the workload's."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "finished reduction in the prior iteration" not in str(error):
-            raise
-        found = f"{name}: some parameters had no gradient in the last step"
-        raise TrainingStoppedError(f"{found}; set has_unused_parameters = True if that is intended") from error
 
 
 def add_over_ranks(model: nn.Module) -> None:

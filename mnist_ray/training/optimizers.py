@@ -42,16 +42,19 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
-    """Return the learning rate of each parameter group by the name of its column.
+def learning_rates(optimizers: Mapping[str, Optimizer]) -> list[float]:
+    """Return the learning rate of each parameter group."""
+    return [float(group["lr"]) for optimizer in optimizers.values() for group in optimizer.param_groups]
+
+
+def names_of_rates(optimizers: Mapping[str, Optimizer]) -> list[str]:
+    """Return the names of the columns with the learning rates of the parameter groups.
 
     A group may have an entry ``name`` that no other has; otherwise its number is its name.
     """
-    rates = dict[str, float]()
+    names = list[str]()
     for key, optimizer in optimizers.items():
         given = [group.get("name") for group in optimizer.param_groups]
-        for number, group in enumerate(optimizer.param_groups):
-            own = group.get("name")
-            name = str(own) if own and given.count(own) == 1 else str(number)
-            rates[".".join(["learning_rate", *filter(None, [key, name])])] = float(group["lr"])
-    return rates
+        own = [str(name) if name and given.count(name) == 1 else str(number) for number, name in enumerate(given)]
+        names += [".".join(["learning_rate", *filter(None, [key, name])]) for name in own]
+    return names

@@ -48,7 +48,7 @@ class TrainingState:
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step that ends the trial's segment, or the training; the worker sets it
-    learning_rates: dict[str, float] = field(default_factory=dict)  # of the last step, by parameter group
+    learning_rates: list[float] = field(default_factory=list)  # of the last step, of each parameter group
     logged: dict[str, list[Tensor]] = field(default_factory=dict)  # outside of losses, since the last report
     watch: Stopwatch = field(default_factory=Stopwatch)
     pace: Pace = field(default_factory=Pace)

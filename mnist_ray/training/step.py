@@ -23,7 +23,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.data.batches import MicroBatch, seed_generators
 from mnist_ray.data.tensors import as_fp32, autocast, buffers_kept, detached, is_sharded, rows_here
 from mnist_ray.errors import TrainingStoppedError, UsageError
-from mnist_ray.parallel.gradients import Bucketed, GradientSync, Sharded, unused_explained
+from mnist_ray.parallel.gradients import Bucketed, GradientSync, Sharded
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.reproducible import Chunks
 from mnist_ray.parallel.whole_batch import of_all_ranks
@@ -35,6 +35,7 @@ from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, OPTIMIZER, WORKERS
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.calls import check_numbers
 
+_NOTHING = contextlib.nullcontext()
 _MINIMIZED = "minimized"  # the sum of a call's losses
 Loss = Callable[[nn.Module, MicroBatch, "Step"], Tensor]
 """Returns the losses to minimize of a micro-batch, (N,)."""
@@ -149,7 +150,7 @@ class Step:
         if self._first is not None:  # before a step's first gradient, there is none
             self._clear(own)
         total: Mapping[str, Tensor] = {}
-        with contextlib.nullcontext() if optimizer is None else self._alone(optimizer):
+        with _NOTHING if optimizer is None else self._alone(optimizer):
             self._sync = sync = self._sync_for(optimizer)
             for seed_number, batch in sync.plan(self._micro_batches):
                 if seed_number is not None:
@@ -221,7 +222,7 @@ class Step:
     def in_fp32(self) -> AbstractContextManager[object]:
         """Return a context that computes in fp32 within a loss, whatever the run's precision is."""
         if self.config.precision == "fp32":
-            return contextlib.nullcontext()
+            return _NOTHING
         return torch.autocast(self._group.device.type, enabled=False)
 
     def measure(self, outputs: Any, targets: Any) -> Tensor:
@@ -252,7 +253,7 @@ class Step:
         """
         self._micro_batch, self._found, self._reported = batch, {}, None
         try:
-            with buffers_kept(self.model) if batch.is_filler else contextlib.nullcontext():
+            with buffers_kept(self.model) if batch.is_filler else _NOTHING:
                 with autocast(self.model, self.config.precision):
                     losses = loss(self.model, batch, self)
                     total = self._sum_of(losses, getattr(loss, "__name__", name))
@@ -260,8 +261,7 @@ class Step:
                     place = f"{self._name}.{getattr(loss, '__name__', name)}"
                     raise UsageError(f"{place} does not depend on the model's parameters: nothing would be learned")
                 factor = 0.0 if batch.is_filler else self._sync.factor / batch.global_size
-                with unused_explained(self._name):
-                    self._state.scaler.scale(total * factor).backward()  # type: ignore[no-untyped-call]
+                self._state.scaler.scale(total * factor).backward()  # type: ignore[no-untyped-call]
         finally:
             self._micro_batch = None
         self._add_losses(losses, total.detach(), name, batch)
@@ -295,7 +295,8 @@ class Step:
     def _sum_of(self, values: Tensor, place: str) -> Tensor:
         batch = self._micro_batch
         assert batch is not None
-        if not (self._workload.compares_examples and batch.is_filler):  # no losses of all ranks are a filler's
+        # What ``measure`` has returned is checked; a filler has no losses among those of all ranks.
+        if values is not self._reported and not (self._workload.compares_examples and batch.is_filler):
             check_per_example(f"{self._name}.{place}", values, batch.num_examples)
         return values.sum() if values.dtype == torch.float64 else values.float().sum()
 

@@ -19,6 +19,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training.cadence import Decision
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import COUNT, LOGGED, WEIGHT, MetricSums, TrainingDivergedError, check_logged
+from mnist_ray.training.optimizers import names_of_rates
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS
 from mnist_ray.workload.base import Workload
@@ -60,8 +61,9 @@ class LoggingWindow:
         others = window.logged
         if self._norms:
             others[GRADIENT_NORM.name] = GRADIENT_NORM.join(torch.stack(self._norms).tolist())
-        if len(state.learning_rates) > 1:
-            others |= state.learning_rates
+        rates = state.learning_rates
+        if len(rates) > 1:
+            others |= dict(zip(names_of_rates(state.optimizers), rates, strict=False))
         self._sums, self._sizes, self._norms = [], [], []
         return Progress(
             epoch=state.epoch + 1,
@@ -72,7 +74,7 @@ class LoggingWindow:
             so_far=state.sums.values(self._workload),
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,
-            learning_rate=next(iter(state.learning_rates.values()), math.nan),
+            learning_rate=rates[0] if rates else math.nan,
             total_step=state.total_step,
             saves=decision.saves,
             stops=decision.stops,
@@ -116,7 +118,7 @@ class LoggingWindow:
         """Return the sums of each step, (steps, names) or, with --reproducible, (steps, names, chunks), in double."""
         nothing = torch.full_like(self._sums[0]["loss"], missing)
         rows = [step.get(name, nothing) for step in self._sums for name in names]
-        return torch.stack([row.double() for row in rows]).unflatten(0, (len(self._sums), len(names)))
+        return torch.stack(rows).double().unflatten(0, (len(self._sums), len(names)))
 
     def _losses(self, sums: Mapping[str, np.ndarray], state: TrainingState) -> list[float]:
         """Return each step's mean loss: NaN if it has no weight."""

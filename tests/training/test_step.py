@@ -28,7 +28,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import figures_of
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.optimizers import learning_rates
+from mnist_ray.training.optimizers import names_of_rates
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import Step, seed_of
 from mnist_ray.training.trainer import Trainer, create_state
@@ -574,7 +574,7 @@ def test_each_parameter_group_has_a_column_with_its_learning_rate() -> None:
     assert {"learning_rate": 0.05} in rates
     one, other = nn.Linear(1, 1).parameters()
     of_one_name = torch.optim.SGD([{"params": [each], "name": "same"} for each in (one, other)])
-    assert [*learning_rates({"": of_one_name})] == ["learning_rate.0", "learning_rate.1"]
+    assert names_of_rates({"": of_one_name}) == ["learning_rate.0", "learning_rate.1"]
 
 
 def test_the_gradient_norm_is_the_largest_of_all_optimizers_and_rates_are_there_without_weight() -> None:
