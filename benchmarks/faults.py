@@ -142,12 +142,12 @@ FAULTS = {
         ),
     ],
     "two optimizers": [
-        Fault("gradients are not summed", "mnist_ray/training/parts.py", "dist.all_reduce(flat)", "flat.clone()"),
+        Fault("gradients are not summed", "mnist_ray/parallel/gradients.py", "dist.all_reduce(flat)", "flat.clone()"),
         Fault(
-            "optimizers step in another order",
-            "mnist_ray/training/parts.py",
-            "for part, optimizer in self.optimizers.items():\n            self.part = part",
-            "for part, optimizer in reversed(self.optimizers.items()):\n            self.part = part",
+            "the first optimizer steps each time",
+            "mnist_ray/training/step.py",
+            "        return self.optimizers[name]\n",
+            "        return next(iter(self.optimizers.values()))\n",
         ),
     ],
 }

@@ -43,7 +43,7 @@ MUTATIONS = [
     ),
     (
         "training/test_weights",
-        Fault("a batch without weight moves the weights", STEP, "raise NoWeightError\n", "pass\n"),
+        Fault("a batch without weight moves the weights", STEP, "raise NoWeightError\n", "return\n"),
     ),
     (
         "training/test_engine training/test_steps",

@@ -66,9 +66,9 @@ def test_a_file_imports_only_from_its_room_and_from_rooms_that_the_tour_lists_be
             assert floor_of(used) >= floor_of(own), f"{own} imports {used}"
 
 
-@pytest.mark.parametrize("package", ["mnist_ray", "ray_fork"])
+@pytest.mark.parametrize("package", ["mnist_ray", "ray_fork", "benchmarks"])
 def test_each_source_file_that_a_package_names_by_its_path_exists(package: str) -> None:
-    places = [ROOT, ROOT / package, *map(Path, site.getsitepackages())]
+    places = [ROOT, ROOT / package, ROOT / "mnist_ray", *map(Path, site.getsitepackages())]
     for file in (ROOT / package).rglob("*.py"):
         for path in re.findall(r"(?<![\w}])[\w./-]*/\w+\.py\b", file.read_text(encoding="utf-8")):
             is_made = path in new._FILES  # in a project of its own
