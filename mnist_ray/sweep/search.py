@@ -30,7 +30,7 @@ from mnist_ray.storage import (
     RunFolder,
     in_one_line,
 )
-from mnist_ray.sweep.race import error_of_fraction
+from mnist_ray.sweep.halving import error_of_fraction
 from mnist_ray.sweep.ranking import find_best, result_of
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments
+from mnist_ray.sweep.halving import Segment, climb, rungs_of, segments, still_racing
 from mnist_ray.sweep.proposals import Candidates
-from mnist_ray.sweep.race import still_racing
 from mnist_ray.sweep.ranking import FAILING, find_best, score_at
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, WAITING, Sweep
