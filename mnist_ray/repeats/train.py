@@ -40,7 +40,7 @@ def _train_several(job: Job) -> None:
         say_result(console_of(job), job)
         return
     job = dataclasses.replace(job, workers=job.workers.of_many)
-    with started(job, preload="mnist_ray.repeats.member") as start:
+    with started(job, preload="mnist_ray.repeats.cluster") as start:
         data = data_of(job.workload)
         splits = splits_for(job.workload, data, job.train)
         job = check_against_data(job, splits)
