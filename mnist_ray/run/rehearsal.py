@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mnist_ray import extras
-from mnist_ray.cluster.node_checks import check_nodes
+from mnist_ray.cluster.devices import check_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.job.find import read_initial
 from mnist_ray.job.session import Session

@@ -12,7 +12,7 @@ import torch
 from ray.cluster_utils import Cluster as Nodes
 
 from mnist_ray import provenance
-from mnist_ray.cluster import devices, node_checks
+from mnist_ray.cluster import devices
 from mnist_ray.cluster.devices import UnusableGPUError, device_here
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import TrainConfig
@@ -66,7 +66,7 @@ def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(run: R
     run.storage.write_text("probe", "probe")
     for local, problem in (("+cu128", ""), (".1+cpu", "has torch")):
         drivers = {**provenance.versions(), "torch": torch_version + local}
-        found = node_checks.check_here(run, "probe", drivers)[1]
+        found = devices.check_here(run, "probe", drivers)[1]
         assert found[: len("has torch")] == problem
 
 

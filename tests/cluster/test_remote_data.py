@@ -5,8 +5,8 @@ import pytest
 import ray
 
 from mnist_ray import provenance
-from mnist_ray.cluster import node_checks
-from mnist_ray.cluster.node_checks import check_nodes
+from mnist_ray.cluster import devices
+from mnist_ray.cluster.devices import check_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder, locate
@@ -34,8 +34,8 @@ def test_storage_that_a_node_does_not_see_is_named(
     ray_address: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     elsewhere = locate(str(tmp_path / "elsewhere"), "run")
-    check_here = node_checks.check_here
-    monkeypatch.setattr(node_checks, "check_here", lambda run, *rest: check_here(elsewhere, *rest))
+    check_here = devices.check_here
+    monkeypatch.setattr(devices, "check_here", lambda run, *rest: check_here(elsewhere, *rest))
     with pytest.raises(JobError, match=r"^node \S+ does not see --storage-path \S+elsewhere: .+; use a path that all"):
         check_nodes(run, PLAN)
 
