@@ -1,6 +1,6 @@
 """Check that the tests of the core notice small faults.
 
-    python benchmarks/mutations.py                 # 14 minutes on two cores
+    python benchmarks/mutations.py                 # 6 minutes on two cores
     python benchmarks/mutations.py --only 3 7      # two of the faults
 
 Guards the tests of ``training/``, ``parallel/`` and ``data/``: each fault below, put into a copy of this version, makes

@@ -282,16 +282,15 @@ def load_predictor(
     workload: AnyWorkload = None,
     storage_path: str | Path | None = None,
     device: str = "auto",
-    features: str | None = None,
 ) -> Predictor:
     """Load a run's model once, for many predictions.
 
     ``run``: as for ``evaluate``. ``device``: such as ``cpu`` or ``cuda:1``; ``auto``: the GPU, if PyTorch can use one.
-    ``features``: a layer of the model, whose outputs ``columns`` returns, too. Raises UsageError and JobError.
+    Raises UsageError and JobError.
     """
     from mnist_ray.predictions.predictor import Predictor  # imports torch
 
-    return Predictor.of(find(run, workload, storage_path), device, features)
+    return Predictor.of(find(run, workload, storage_path), device)
 
 
 def load_run(

@@ -306,9 +306,6 @@ class ScaleConfig:
     column: tuple[str, ...] = setting(
         (), "columns of a table that hold the input; default: the workload's, or the only one that fits", metavar="NAME"
     )
-    features: str | None = setting(
-        None, "a layer of the model, whose outputs are written, too, as the column features", metavar="NAME"
-    )
     num_actors: int | None = setting(
         None, "processes that share the input; default: one for each GPU or, without GPUs, for each CPU", **at_least(1)
     )

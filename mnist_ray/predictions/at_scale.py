@@ -62,13 +62,10 @@ def predict_at_scale(
     if config.input is None or config.output is None:
         raise UsageError("--input and --output belong together: give both")
     inputs, folder = find_inputs(config.input, found.workload, config.column), locate(config.output, "", "--output")
-    if config.features is not None:
-        Predictor.of(found, "cpu", config.features)  # raises now if there is no such layer
     with in_one_line(f"cannot read {found.checkpoint.uri}"):
         weights = weights_digest(read_state(found.checkpoint))
     column = [*found.workload.metadata.get("column_names", config.column)]
     asked = {"checkpoint": weights, "input": config.input, "column": column, "threshold": threshold}
-    asked["features"] = config.features
     with RunConsole(found.workload, 0, quiet=False) as console:
         for note in found.notes:
             console.say("note", note)
@@ -181,7 +178,7 @@ def _predicted(
         use_gpu = is_gpu_wanted(config.use_gpu, cluster, say)
         number, cpus, gpus = _resources(cluster, config, len(inputs.parts), use_gpu)
         console.say("actors", f"{number} × {count(cpus, 'CPU')}" + (f" and {gpus:.3g} GPU" if gpus else ""))
-        arguments = dataclasses.replace(inputs, parts={}), folder, threshold, config.features, cpus
+        arguments = dataclasses.replace(inputs, parts={}), folder, threshold, cpus
         actor = ray.remote(PartPredictor).options(num_cpus=cpus, num_gpus=gpus)
         create = functools.partial(actor.remote, found, *arguments)
         done, num_rows, begun, nouns = dict[str, dict[str, Any]](), 0, math.inf, found.workload.nouns
@@ -261,16 +258,14 @@ def _summary(
 class PartPredictor:
     """An actor's model, which predicts parts."""
 
-    def __init__(
-        self, found: Found, inputs: Inputs, folder: RunFolder, threshold: float, features: str | None, cpus: int
-    ) -> None:
+    def __init__(self, found: Found, inputs: Inputs, folder: RunFolder, threshold: float, cpus: int) -> None:
         self._found, self._inputs, self._folder = found, inputs, folder
-        self._threshold, self._features = threshold, features
+        self._threshold = threshold
         torch.set_num_threads(min(cpus, usable_cores()))
 
     @functools.cached_property
     def _predictor(self) -> Predictor:
-        return Predictor.of(self._found, device_here(), self._features)
+        return Predictor.of(self._found, device_here())
 
     def predict(self, part: str, files: Sequence[str]) -> dict[str, Any]:
         """Predict a part; return its numbers and the seconds. Raises UsageError and JobError."""

@@ -37,7 +37,7 @@ _ENDINGS: dict[str, tuple[str, ...]] = {  # of the files of each kind
     "CSV": tuple(f".csv{packed}" for packed in _PACKED),
 }
 _TABLES = ("Parquet", "JSON lines", "CSV")
-_ADDED = ("prediction", "probability", "probabilities", "features")  # the columns of predictions
+_ADDED = ("prediction", "probability", "probabilities")  # the columns of predictions
 _GROUP = 1000  # pictures or texts whose predictions one file has
 _AT_ONCE = 256  # rows
 _VALUES = (  # kinds of columns that are pictures or texts, not numbers

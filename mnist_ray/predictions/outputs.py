@@ -27,7 +27,7 @@ class ParquetFile:
         for name, values in columns.items():
             rows = rows.append_column(name, _array(values))
         if self._writer is None and len(rows) == 0:
-            self._empty = rows  # whose features have no size yet
+            self._empty = rows
             return
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._stream, rows.schema)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import math
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
@@ -92,27 +91,20 @@ class Predictor:
     model: nn.Module  # on the device, in evaluation mode
     checkpoint: str = ""  # path or URI
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    features: str | None = None  # the name of a layer in the model, as ``named_modules`` has it
 
     @classmethod
-    def of(cls, found: Found, device: str | torch.device = "auto", features: str | None = None) -> Predictor:
+    def of(cls, found: Found, device: str | torch.device = "auto") -> Predictor:
         """Load a checkpoint's model; ``auto``: onto the GPU, if PyTorch can use one. Raises UsageError and JobError."""
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = found.load_model()
-        if features is not None and kind_of(found.workload) == "texts":
-            raise UsageError("--features is for models that predict, not for one that continues texts")
-        if features is not None and features not in (layers := dict(model.named_modules())):
-            raise UsageError(
-                f"--features {features}: the model has no such layer, only {', '.join(filter(None, layers))}"
-            )
         try:
             device = torch.device(device)
             model = with_fast_layout(model.to(device))
         except (AssertionError, RuntimeError) as error:  # the first if PyTorch was built without CUDA
             raise UsageError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
-        return cls(found.workload, model, found.checkpoint.uri, device, features)
+        return cls(found.workload, model, found.checkpoint.uri, device)
 
     @property
     def name(self) -> str:
@@ -157,7 +149,7 @@ class Predictor:
         A text's only prediction is its continuation. Raises UsageError.
         """
         predictions = list[Prediction]()
-        for batch, tops, _, _ in self._computed(inputs):
+        for batch, tops, _ in self._computed(inputs):
             predictions += [Prediction("", taken, tuple(top)) for taken, top in zip(batch, tops, strict=True)]
         return predictions
 
@@ -165,20 +157,13 @@ class Predictor:
         """Return the same predictions as columns, (N,): ``prediction`` and its ``probability``.
 
         A ``Classification`` adds ``probabilities``, (N, classes) in the order of its classes. A ``Regression`` and a
-        language model have only ``prediction``. With the predictor's ``features``, and at least one input, these
-        follow, (N, …) flattened. Raises UsageError.
+        language model have only ``prediction``. Raises UsageError.
         """
-        best, probabilities, features = list[tuple[Any, float]](), list[np.ndarray](), list[np.ndarray]()
-        for _, tops, outputs, kept in self._computed(inputs):
+        best, probabilities = list[tuple[Any, float]](), list[np.ndarray]()
+        for _, tops, outputs in self._computed(inputs):
             best += [top[0] for top in tops]
             if self._inherits(Classification):
                 probabilities.append(outputs.softmax(1)[: len(tops)].cpu().numpy())
-            if kept is not None:
-                features.append(kept.flatten(1)[: len(tops)].float().cpu().numpy())
-        columns = self._columns_of(best, probabilities)
-        return {**columns, "features": np.concatenate(features)} if features else columns
-
-    def _columns_of(self, best: Sequence[tuple[Any, float]], probabilities: list[np.ndarray]) -> dict[str, np.ndarray]:
         columns = {"prediction": _column([prediction for prediction, _ in best], [0.0])}
         if self.takes == "texts" or self._inherits(Regression):
             return columns
@@ -201,35 +186,20 @@ class Predictor:
         """Return whether the predictions are those of ``base``."""
         return type(self.workload).top_predictions is base.top_predictions
 
-    def _computed(self, inputs: Iterable[Any]) -> Iterator[tuple[list[Any], list[Any], Any, Tensor | None]]:
-        """Yield batches of inputs with the top predictions for each input, the model's outputs, and its features."""
+    def _computed(self, inputs: Iterable[Any]) -> Iterator[tuple[list[Any], list[Any], Any]]:
+        """Yield batches of inputs with the top predictions for each input, and the model's outputs in fp32."""
         inputs = iter(inputs)
         while batch := [*islice(inputs, BATCH_SIZE)]:
             if self.takes == "texts":
-                yield batch, [[(self._continued(text), math.nan)] for text in batch], None, None
+                yield batch, [[(self._continued(text), math.nan)] for text in batch], None
                 continue
-            outputs, features = self._outputs(batch + batch[-1:] * (-len(batch) % _TILE))
+            padded = batch + batch[-1:] * (-len(batch) % _TILE)
+            with placed(self.workload, "a prediction"), torch.inference_mode():
+                joined, targets = self._collated(padded)
+                loaded = to_device(MicroBatch(joined, targets, len(padded), len(padded)), self.device)
+                outputs = forward(self.workload, self.model, loaded)
             with placed(self.workload, "top_predictions"):
-                yield batch, self.workload.top_predictions(outputs)[: len(batch)], outputs, features
-
-    def _outputs(self, batch: Sequence[Any]) -> tuple[Any, Tensor | None]:
-        """Return the model's outputs in fp32 and those of the features' layer, on the device. Raises UsageError."""
-        kept = list[Any]()
-        with placed(self.workload, "a prediction"), torch.inference_mode(), contextlib.ExitStack() as at_the_end:
-            if self.features is not None:
-                hook = self.model.get_submodule(self.features).register_forward_hook(
-                    lambda *call: kept.append(call[-1])
-                )
-                at_the_end.callback(hook.remove)
-            joined, targets = self._collated(batch)
-            loaded = to_device(MicroBatch(joined, targets, len(batch), len(batch)), self.device)
-            outputs = forward(self.workload, self.model, loaded)
-        if self.features is None:
-            return outputs, None
-        if not kept or not isinstance(kept[-1], Tensor) or kept[-1].shape[:1] != (len(batch),):
-            got = "is not called" if not kept else "does not return a tensor with a row per input"
-            raise UsageError(f"--features {self.features}: this layer {got}; choose another one")
-        return outputs, kept[-1]
+                yield batch, self.workload.top_predictions(outputs)[: len(batch)], outputs
 
     def _collated(self, batch: Sequence[Any]) -> tuple[Any, Any]:
         if type(self.workload).collate is Workload.collate and all(isinstance(taken, np.ndarray) for taken in batch):

@@ -76,7 +76,7 @@ class Echo(Workload):
 def predicted(workload: Workload, place: Path, output: Path, columns: tuple[str, ...] = ()) -> None:
     """Predict all parts in this process, as an actor does."""
     found, folder = find_inputs(str(place), workload, columns), locate(str(output), "")
-    actor = at_scale.PartPredictor(None, found, folder, 0.8, None, 1)  # type: ignore[arg-type]
+    actor = at_scale.PartPredictor(None, found, folder, 0.8, 1)  # type: ignore[arg-type]
     actor.__dict__["_predictor"] = Predictor(workload, workload.create_model().eval())
     for part in found.parts.items():
         actor.predict(*part)

@@ -3,7 +3,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch import nn
 
@@ -74,19 +73,3 @@ def test_a_device_that_does_not_exist_is_one_line(finished_run: Path) -> None:
     for device in ("nowhere", "cuda:99"):
         with pytest.raises(UsageError, match=f"^device {device} cannot be used: "):
             mnist_ray.load_predictor(finished_run, device=device)
-
-
-def test_features_are_the_outputs_of_a_layer_row_by_row(finished_run: Path, mnist_test: Arrays) -> None:
-    layer = [name for name, module in mnist().create_model().named_modules() if isinstance(module, nn.Linear)][-1]
-    predictor = mnist_ray.load_predictor(finished_run, device="cpu", features=layer)
-    columns = predictor.columns(mnist_test.inputs[:70])
-    assert columns["features"].shape == (70, 10)
-    np.testing.assert_allclose(torch.tensor(columns["features"]).softmax(1), columns["probabilities"], atol=1e-6)
-    again = predictor.columns(mnist_test.inputs[7:10])["features"]
-    np.testing.assert_array_equal(again, columns["features"][7:10])
-    assert "features" not in mnist_ray.load_predictor(finished_run, device="cpu").columns(mnist_test.inputs[:2])
-
-
-def test_a_layer_that_the_model_lacks_is_one_line(finished_run: Path) -> None:
-    with pytest.raises(UsageError, match=r"^--features head: the model has no such layer, only \w+"):
-        mnist_ray.load_predictor(finished_run, features="head")
