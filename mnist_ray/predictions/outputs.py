@@ -20,26 +20,19 @@ class ParquetFile:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._writer: pq.ParquetWriter | None = None
-        self._empty: pa.Table | None = None  # of a file without rows
 
     def write(self, rows: pa.Table, columns: dict[str, np.ndarray]) -> None:
         """Write rows. Raises pyarrow.ArrowException if they do not fit those before."""
         for name, values in columns.items():
             rows = rows.append_column(name, _array(values))
-        if self._writer is None and len(rows) == 0:
-            self._empty = rows
-            return
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._stream, rows.schema)
-        if len(rows):
-            self._writer.write_table(rows.cast(self._writer.schema))
+        self._writer.write_table(rows.cast(self._writer.schema))
 
     def close(self) -> None:
         """Write the footer."""
         if self._writer is not None:
             self._writer.close()
-        elif self._empty is not None:
-            pq.write_table(self._empty, self._stream)
 
 
 class LinesFile:
