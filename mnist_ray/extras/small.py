@@ -29,8 +29,6 @@ _SETTINGS = {
     "RAY_worker_niceness": "0",
     # Start no processes in advance: a job's processes have an environment of their own.
     "RAY_prestart_worker_first_driver": "0",
-    # A local Ray is never preempted; this saves the watcher's actor.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _END_TIMEOUT_S = 5.0  # for one of Ray's processes
 _started: list[services.ConsolePopen] = []  # Ray's processes

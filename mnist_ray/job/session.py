@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from mnist_ray.config import WorkerConfig
 from mnist_ray.data.data import Blocks, Split, Splits
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
-from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
 from mnist_ray.process import usable_cores
@@ -27,7 +27,40 @@ from mnist_ray.settings import flag
 from mnist_ray.signals import if_ended, take_signals
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.text import size_of
+from mnist_ray.training.events import EpochFinished, Event, Started, Validated
 from ray_fork.starting import Forking, prepared_forking
+
+
+class Clock:
+    """Measures the seconds of each part of a job, from the creation of the clock on."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._parts: dict[str, float] = {}
+        self._has_trained = False
+
+    def mark(self, name: str) -> None:
+        """Add the time since the last mark to the part ``name``."""
+        now = time.perf_counter()
+        self._parts[name] = self._parts.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def note(self, event: Event) -> None:
+        """Mark the end of the start, of an epoch's training, and of its validation."""
+        if isinstance(event, Started) and not self._has_trained:
+            self._has_trained = True
+            self.mark("start")
+        if isinstance(event, (EpochFinished, Validated)):
+            self.mark("training")
+        if isinstance(event, Validated):  # events of a short epoch come together
+            own = min(event.seconds, self._parts["training"])
+            self._parts["training"] -= own
+            self._parts["validation"] = self._parts.get("validation", 0.0) + own
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each part, and the total."""
+        parts = {name: round(seconds, 3) for name, seconds in self._parts.items()}
+        return {**parts, "total": round(self._last - self._start, 3)}
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
 from mnist_ray.cluster.remote_data import may_be_stored
 from mnist_ray.data.data import Data, Split
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
-from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job
-from mnist_ray.job.session import Session, console_of
+from mnist_ray.job.session import Clock, Session, console_of
 from mnist_ray.record.recorder import known_repository, recorded
 from mnist_ray.repeats.members import Member, members_of
 from mnist_ray.report.console import RunConsole

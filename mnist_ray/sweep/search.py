@@ -13,9 +13,8 @@ from mnist_ray.cluster.nodes import current_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
-from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job
-from mnist_ray.job.session import Session, console_of
+from mnist_ray.job.session import Clock, Session, console_of
 from mnist_ray.record.header import say_run
 from mnist_ray.record.recorder import logs_named, recorded, write_settings
 from mnist_ray.run import fit

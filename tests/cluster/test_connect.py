@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 
-from mnist_ray.cluster import connection
+from mnist_ray.cluster import connect as connecting
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.session_files import removed_unless_failed
 from mnist_ray.config import WorkerConfig
@@ -306,6 +306,6 @@ def test_a_note_says_who_can_use_a_local_ray(
     address: str, mode: str, has_tokens: bool, note: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: address)
-    monkeypatch.setattr(connection, "has_tokens", lambda: has_tokens)
+    monkeypatch.setattr(connecting, "has_tokens", lambda: has_tokens)
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    assert connection.about_access() == ([note] if note else [])
+    assert connecting.about_access() == ([note] if note else [])

@@ -13,7 +13,7 @@ import pytest
 from mnist_ray import cli, process, ray_versions
 from mnist_ray.cluster import environment
 from mnist_ray.errors import UsageError
-from mnist_ray.run.rendezvous import use_nodes_interface
+from mnist_ray.run.trainer import use_nodes_interface
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,7 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.extras import EXTRAS, is_on, listed, loopback, note, processes, small
 from mnist_ray.job.job import read_job
-from mnist_ray.run.rendezvous import WorkerGroupConfig
-from mnist_ray.run.trainer import create_trainer
+from mnist_ray.run.trainer import WorkerGroupConfig, create_trainer
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.training.events import WorkersLost
 from ray_fork import starting

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from mnist_ray.job.clock import Clock
+from mnist_ray.job.session import Clock
 from mnist_ray.training.events import EpochFinished, Validated
 
 

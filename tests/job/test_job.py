@@ -18,10 +18,9 @@ from mnist_ray.config import OutputConfig
 from mnist_ray.data.data import Arrays, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.clock import Clock
 from mnist_ray.job.job import Job, read_job, resume_command
 from mnist_ray.job.job_data import load_splits
-from mnist_ray.job.session import Session, Start, connected, ending_explained
+from mnist_ray.job.session import Clock, Session, Start, connected, ending_explained
 from mnist_ray.record.recorder import write_settings
 from mnist_ray.repository import Repository
 from mnist_ray.runs import untrusted_folders
