@@ -128,21 +128,11 @@ def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
     return sorted(validated, key=lambda pair: pair[1].score, reverse=True) + others
 
 
-NUM_KEPT = 2  # checkpoints of a run, the best by validation; the last one is kept, too, so one may be damaged
-
-
-def drop_worse(run: RunFolder) -> None:
-    """Delete a run's whole checkpoints except the NUM_KEPT best and the last. Raises JobError and STORAGE_ERRORS."""
+def drop_worse(run: RunFolder, num_best: int) -> None:
+    """Delete whole checkpoints except the last and the ``num_best`` by validation. Raises JobError, STORAGE_ERRORS."""
     whole = [name for name, _ in checkpoints_of(run)]
-    for name in set(whole).difference(whole[:NUM_KEPT], sorted(whole, key=position_of)[-1:]):
+    for name in set(whole).difference(whole[:num_best], sorted(whole, key=position_of)[-1:]):
         run.inside(name).delete()
-
-
-def drop_earlier(run: RunFolder, position: tuple[int, int]) -> None:
-    """Delete a one-worker trial's checkpoints before an epoch and step. Raises STORAGE_ERRORS."""
-    for name in run.checkpoint_names():
-        if position_of(name) < position:
-            run.inside(name).delete()
 
 
 def drop_trials(trials: RunFolder, names: Set[str]) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 
-from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
-from mnist_ray.job.find import Fitted, best_of, drop_worse
+from mnist_ray.job.find import Fitted, best_of
 from mnist_ray.job.session import Session
 from mnist_ray.parallel.group import Group
 from mnist_ray.process import usable_cores
-from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
+from mnist_ray.run.worker import LoopSpec, Sink, train_worker
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.training.events import Event, Progress, Stopping
-from mnist_ray.training.state import StopWantedError, TrainingState
+from mnist_ray.training.events import Event, Stopping
+from mnist_ray.training.state import StopWantedError
 
 
 def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
@@ -28,8 +25,7 @@ def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], Non
     group = Group(device=torch.device("cuda" if plan.use_gpu else "cpu"))
     try:
         with first_only_noted() as interrupted:
-            create_reporter = functools.partial(LocalReporter, on_event=on_event, interrupted=interrupted)
-            train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
+            train_worker(spec, group, LocalSink(on_event, interrupted), job.workers.cpus_per_worker or usable_cores())
     except ExampleError as error:
         if error.__cause__ is not None:
             raise  # an error of the user's code: its traceback helps
@@ -42,30 +38,19 @@ def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], Non
     return best_of(job.run)
 
 
-class LocalReporter(Reporter):
-    """Passes events on, validates and saves at every checkpoint, and keeps the best checkpoints and the last one."""
+class LocalSink(Sink):
+    """Passes events on in this process."""
 
-    def __init__(
-        self, spec: LoopSpec, group: Group, config: TrainConfig, on_event: Callable[[Event], None], interrupted: Noted
-    ) -> None:
-        super().__init__(spec, group, config)
+    def __init__(self, on_event: Callable[[Event], None], interrupted: Noted) -> None:
         self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
 
     def send(self, event: Event) -> None:
         """Pass on an event."""
         self._on_event(event)
 
-    def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Pass on the progress."""
-        self.send(progress)
-
-    def wants_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Return whether Ctrl-C was pressed, and report that once."""
         if self._interrupted.is_set and not self._is_stopping:
             self._is_stopping = True
             self.send(Stopping())
         return self._is_stopping
-
-    def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
-        """Save a checkpoint, and delete those that are no longer needed."""
-        self.save(state, metrics, functools.partial(drop_worse, self._job.run))

@@ -47,8 +47,11 @@ class Life:
             if workers.num_workers != 0:
                 end_if_hung(workers.hang_timeout_s + longer_s)
 
-    def end(self) -> None:
-        """Set no further limit: the upload of a checkpoint may follow."""
+    def __enter__(self) -> Life:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Set no further limit."""
         self._shown_at = math.inf
         faulthandler.cancel_dump_traceback_later()
 

@@ -23,7 +23,7 @@ from mnist_ray import extras
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.nodes import session_folder
 from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.run.reporter import train_loop_per_worker
+from mnist_ray.run.ray_worker import train_loop_per_worker
 from mnist_ray.run.worker import LoopSpec
 from ray_fork.shim import own_folder
 

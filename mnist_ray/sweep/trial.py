@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +14,20 @@ from ray import tune
 from ray.train import UserCallback
 from ray.util.queue import Empty, Queue
 
-from mnist_ray.checkpoints.checkpoint import Restored
-from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.nodes import temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.job.find import drop_earlier
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group
 from mnist_ray.process import in_thread
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
 from mnist_ray.run.trainer import create_trainer
-from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
+from mnist_ray.run.worker import LoopSpec, TrialSink, train_worker
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.space import Point
-from mnist_ray.training.state import StopWantedError, TrainingState, is_over
+from mnist_ray.training.state import StopWantedError
 
 _WAIT_S = 0.1  # for a report, before looking whether the training has ended
 
@@ -62,11 +57,13 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
         with code_failures_placed(*spec.job.code_folders):
             job = spec.job.with_values({**point.values, "seed": point.seed})
             job = dataclasses.replace(job, run=spec.folder.inside(point.name))
-            loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation, until_epoch=until_epoch)
+            loop_spec = LoopSpec(
+                job=job, train=spec.train, validation=spec.validation, until_epoch=until_epoch, is_trial=True
+            )
             if spec.plan.num_workers > 1:
                 train_on_workers(loop_spec, spec.plan)
             else:
-                train_worker(loop_spec, Group(device=device_here()), TuneReporter, spec.plan.cpus_per_worker)
+                train_worker(loop_spec, Group(device=device_here()), TrialSink(tune.report), spec.plan.cpus_per_worker)
         return
     except StopWantedError:  # the segment ends before the training
         return
@@ -105,20 +102,3 @@ class _ReportCallback(UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         self._reports.put(metrics[0])
-
-
-class TuneReporter(Reporter):
-    """Saves, validates and reports to Tune at every checkpoint. Tune may end the trial then."""
-
-    def on_restored(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
-        """Report a finished segment again: it was killed after its last checkpoint, before the sweep recorded it."""
-        if is_over(state, self._config) or restored.metrics.epochs >= self._spec.until_epoch:
-            self._report(restored.metrics)
-
-    def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
-        """Save a checkpoint, remove the earlier ones, and report; an intact checkpoint always exists."""
-        self.save(state, metrics, functools.partial(drop_earlier, self._job.run, (state.epoch, state.step)))
-        self._report(metrics)
-
-    def _report(self, metrics: CheckpointMetrics) -> None:
-        tune.report(metrics.to_dict())

@@ -115,10 +115,11 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """All ranks have handed over the checkpoint of an epoch."""
+    """All ranks have handed over the checkpoint of an epoch. A trial sends this for each checkpoint."""
 
-    epoch: int  # counted from 1
-    parts: Sequence[Sequence[float]]  # of each rank: its seconds since the last progress, by stopwatch.PARTS
+    epoch: int  # finished epochs
+    metrics: Mapping[str, Any]  # of the checkpoint, as state.json has them
+    parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class Trainer:
         self._save(progress)
 
     def _save(self, progress: Progress) -> None:
-        """Let the callbacks validate and save: a worker's ``Reporter`` does. Raises TrainingDivergedError."""
+        """Let the callbacks validate and save: a run's ``Worker`` does. Raises TrainingDivergedError."""
         state = self.state
         weights = [rows_here(tensor) for tensor in {*state.model.parameters(), *state.result.parameters()}]
         is_finite = torch.stack([rows.isfinite().all() for rows in weights]).all().int()  # a GPU is asked only once

@@ -38,7 +38,7 @@ def test_seconds_are_kept_by_epoch_and_worker(run: RunFolder) -> None:
     times = TimeSpent(run)
     times.add(progress(1, in_parts(1.0, 0.5), in_parts(2.0)))
     times.add(progress(1, in_parts(0.25), in_parts(0.5)))
-    times.add(Saved(1, [in_parts(0.0, 1.0), in_parts(0.0, 1.0)]))
+    times.add(Saved(1, {}, [in_parts(0.0, 1.0), in_parts(0.0, 1.0)]))
     times.write()
     again = TimeSpent(run)
     again.add(progress(2, in_parts(4.0)))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mnist_ray.checkpoints import checkpoint
-from mnist_ray.checkpoints.checkpoint import restore_newest
+from mnist_ray.checkpoints.checkpoint import Restored, restore_newest
 from mnist_ray.checkpoints.summary import CheckpointMetrics
 from mnist_ray.cluster import nodes as ray_nodes
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
@@ -50,18 +50,20 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.shared_memory import Exchange
 from mnist_ray.record.recorder import logs_named
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.run import failures, fit, life, reporter, worker
+from mnist_ray.run import checkpointer, failures, fit, life, ray_worker, worker
 from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.event_queue import EventQueue
 from mnist_ray.run.failures import describe
 from mnist_ray.run.life import Life
-from mnist_ray.run.worker import LoopSpec
+from mnist_ray.run.ray_worker import Preemption, QueueSink
+from mnist_ray.run.worker import LoopSpec, Worker
 from mnist_ray.signals import Noted
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError
+from mnist_ray.training.stopwatch import Pace
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Regression
 from tests.conftest import (
@@ -434,40 +436,55 @@ def test_a_job_waits_for_a_node_for_longer_than_ray_may_be_silent(
     assert weights(gate.run) == weights(finished_run)
 
 
-@pytest.fixture
-def reporter_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., reporter.TrainReporter]:
-    """Return a function that creates the reporter of a run's only worker; it sends its events to a Mock."""
-    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
-    monkeypatch.setattr("sys.breakpointhook", sys.breakpointhook)  # a worker sets its own
-
-    def create(run: Any = None, **spec: Any) -> reporter.TrainReporter:
-        job = Mock(callbacks=(), run=run or Mock(), workload=mnist())
-        return reporter.TrainReporter(LoopSpec(job=job, train=Mock(), **spec), Group(), TrainConfig())
-
-    return create
-
-
-def wanted_after(worker: reporter.TrainReporter, *seconds: float) -> list[bool]:
-    """Let a window of training end after each number of seconds; return whether the worker wants a checkpoint."""
+def wanted_after(policy: Preemption, *seconds: float) -> list[bool]:
+    """Let a window of training end after each number of seconds; return whether a checkpoint is wanted."""
     wanted = []
     for trained_s in seconds:
-        worker.on_progress(Mock(finished_s=0.5, epoch_s=trained_s - 0.5), Mock())
-        wanted.append(worker.wants_checkpoint())
+        policy.on_progress(Mock(finished_s=0.5, epoch_s=trained_s - 0.5, pace=Pace()), Mock())
+        wanted.append(policy.wants_checkpoint())
     return wanted
+
+
+def worker_of(life: Life, sink: Any = None) -> Worker:
+    """Return the worker of a run with one."""
+    state = create_state(mnist(), TrainConfig(), 600, Group())
+    state.last_step = state.total_steps
+    spec = LoopSpec(job=Mock(workload=mnist()), train=Mock())
+    return Worker(spec, state, TrainConfig(), Group(), (), sink or Mock(), life)
+
+
+def train_on_a_worker(
+    monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any], code_folder: Path | None = None, **values: Any
+) -> tuple[Outcome, Sequence[Any]]:
+    """Call the training function of a worker, which calls ``train``; return what it sends, and its policies."""
+    monkeypatch.setattr("sys.breakpointhook", sys.breakpointhook)  # a worker sets its own
+    monkeypatch.setattr(ray_worker, "train_worker", Mock(side_effect=train))
+    monkeypatch.setattr("ray.wait", Mock())
+    monkeypatch.setattr("ray.get_runtime_context", Mock())
+    context = Mock(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr("ray.train.get_context", lambda: context)
+    spec: Any = Mock(
+        is_trial=False, **{"is_local": False, "job": Mock(code_folders=[code_folder] * bool(code_folder)), **values}
+    )
+    ray_worker.train_loop_per_worker({"spec": spec})
+    *_, outcome = [sent.args[0] for sent in spec.event_queue.put.remote.mock_calls]
+    return outcome, ray_worker.train_worker.call_args.args[-1]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("is_local", "num_asked"), [(True, 0), (False, 3)])
 def test_ray_is_asked_for_preempted_nodes_every_five_seconds_and_only_on_a_cluster(
-    is_local: bool, num_asked: int, reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    is_local: bool, num_asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Mock(return_value=None)
     monkeypatch.setattr("ray.train.get_preemption_info", asked)
-    assert not any(wanted_after(reporter_on(is_local=is_local), *(number / 2 for number in range(1, 26))))
+    _, policies = train_on_a_worker(monkeypatch, Mock(), is_local=is_local)
+    for policy in policies:
+        assert not any(wanted_after(policy, *(number / 2 for number in range(1, 26))))
     assert asked.call_count == num_asked
 
 
 def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_first_deadline(
-    reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def announced(*nodes: str) -> PreemptionInfo:
         return PreemptionInfo(deadline_ms=1_010_000, preempted_node_to_ranks={node: [0] for node in nodes})
@@ -479,9 +496,9 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
         return answers.pop(0)
 
     monkeypatch.setattr("ray.train.get_preemption_info", ask)
-    monkeypatch.setattr(reporter, "broadcast_from_rank_zero", lambda values: values)
-    monkeypatch.setattr(reporter, "time", Mock(time=lambda: now[0]))
-    wanted = wanted_after(reporter_on(), 1, *range(10, 20))
+    monkeypatch.setattr(ray_worker, "broadcast_from_rank_zero", lambda values: values)
+    monkeypatch.setattr(ray_worker, "time", Mock(time=lambda: now[0]))
+    wanted = wanted_after(Preemption(Mock()), 1, *range(10, 20))
     assert [1000 + number for number, is_wanted in enumerate(wanted[1:]) if is_wanted] == [1000, 1004, 1008]
 
 
@@ -509,13 +526,10 @@ def job_of(num_workers: int = 1, **values: Any) -> Any:
     return Mock(**{"workers": workers, "code_folders": [], **values})
 
 
-def test_a_hung_workers_time_limit_is_for_a_step_not_for_a_window(
-    reporter_on: Callable[..., Any], now: list[float], limits: list[float]
-) -> None:
-    reporter, shown = reporter_on(), Life(job_of(), 0)
-    reporter._life = shown
+def test_a_hung_workers_time_limit_is_for_a_step_not_for_a_window(now: list[float], limits: list[float]) -> None:
+    worker = worker_of(Life(job_of(), 0))
     for now[0] in (0, 0.01, 9, 20):
-        reporter.on_step(Mock(read_to=None))
+        worker.on_step(Mock(read_to=None))
     assert limits == [600] * 3  # two steps within a hundredth of a second share one
     Life(job_of(num_workers=0), 0)
     assert len(limits) == 3
@@ -538,25 +552,26 @@ def test_each_part_of_a_workers_start_has_a_time_limit(
 
     for module, name in parts:
         monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
-    monkeypatch.setattr(worker.Reporter, "start", Mock(side_effect=StopWantedError))
+    monkeypatch.setattr(Worker, "start", Mock(side_effect=StopWantedError))
     job = job_of(run=run, train=TrainConfig(), workload=mnist(), callbacks=(), initial=None)
     with pytest.raises(StopWantedError):
-        worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
+        worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), Mock(), 1)
     assert begun == {"resolve_precision": 1, "_opened": 1, "create_state": 2, "restore_newest": 3}
 
 
 def test_a_worker_may_wait_for_the_storage_for_longer_than_for_a_step(
-    reporter_on: Callable[..., Any], limits: list[float], monkeypatch: pytest.MonkeyPatch
+    limits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits, reporter, state = list[float](), reporter_on(), create_state(mnist(), TrainConfig(), 600, Group())
-    reporter._life, state.step = Life(job_of(), 0), 1
-    copied: list[float] = []
-    state.pace = Mock(wait=lambda: waits.append(limits[-1]), saving=contextlib.nullcontext)
-    state.pace.writing = contextlib.nullcontext
-    reporter.snapshot = Mock(side_effect=lambda *args: copied.append(limits[-1]))
-    monkeypatch.setattr(worker, "in_thread", Mock())
-    monkeypatch.setattr("ray.train.report", Mock())
-    reporter.on_checkpoint(state, Mock(so_far={}, logged={}, examples_per_s=1.0))
+    waits, copied, worker = list[float](), list[float](), worker_of(Life(job_of(), 0))
+    state = Mock(
+        step=1, steps_per_epoch=10, epoch=0, is_sharded=False, scores=[], ends=False, epoch_s=0.1, finished_s=0
+    )
+    state.watch.on = state.pace.saving = state.pace.writing = contextlib.nullcontext
+    state.pace.wait = lambda: waits.append(limits[-1])
+    monkeypatch.setattr(checkpointer, "asdict", Mock(return_value={}))
+    monkeypatch.setattr(checkpointer, "snapshot", lambda *args: copied.append(limits[-1]))
+    monkeypatch.setattr(checkpointer, "in_thread", Mock())
+    worker.on_checkpoint(state, Mock(so_far={}, logged={}, examples_per_s=1.0))
     assert (waits, copied, limits[-1]) == ([600 + life.STORAGE_LIMIT_S], [600], 600)
 
 
@@ -593,36 +608,30 @@ def test_a_worker_that_waits_in_shared_memory_tells_that_it_waits_for_another(
     assert "it waits for another worker" in str(told)
 
 
-def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(reporter_on: Callable[..., Any]) -> None:
+def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.breakpointhook", sys.breakpointhook)
     event_queue = Mock()
-    reporter_on(event_queue=event_queue)
+    QueueSink(event_queue, 0)
     for _ in range(2):
         breakpoint()
     said = "skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"
     event_queue.put.remote.assert_called_once_with(Note(said))
 
 
-def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_missing(
-    reporter_on: Callable[..., Any],
-) -> None:
-    event_queue = Mock()
-    reporter = reporter_on(event_queue=event_queue)
-    reporter.send_validation(
-        1, CheckpointMetrics.of({"epoch": 1, "val_loss": 0.5, "val_score": [-0.5, -0.5], "val_s": 1.0})
-    )
-    (event,) = event_queue.put.remote.call_args.args
-    assert event.values["loss"] == 0.5
-    assert math.isnan(event.values["accuracy"])
+def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_missing() -> None:
+    sink, metrics = Mock(), {"epoch": 1, "val_loss": 0.5, "val_score": [-0.5, -0.5], "val_s": 1.0}
+    worker_of(Life(job_of(num_workers=0), 0), sink).start(Restored("a checkpoint", CheckpointMetrics.of(metrics)))
+    _, (validated,) = [sent.args for sent in sink.send.mock_calls]
+    assert validated.values["loss"] == 0.5
+    assert math.isnan(validated.values["accuracy"])
 
 
-def test_a_worker_that_does_not_see_the_run_says_so(
-    run: RunFolder, reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_does_not_see_the_run_says_so(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     run.write_text("other.json", "Ray itself makes the folder")
     monkeypatch.setattr("mnist_ray.storage._RETRIED_FOR_S", 0)
     said = r"^\S+ does not see \S+/run/config\.json, which the job has written; use a storage that all nodes share$"
     with pytest.raises(FileNotFoundError, match=said):
-        reporter_on(run=run, event_queue=Mock())
+        train_on_a_worker(monkeypatch, Mock(), job=Mock(run=run, code_folders=[]))
 
 
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
@@ -685,13 +694,13 @@ def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not
         state.epoch = epoch
         checkpoint.snapshot(state, about).write(run.inside(checkpoint_name(epoch, 0)))
         if epoch == 4:
-            drop_worse(run)
+            drop_worse(run, 2)
             assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 4)]
     assert best_of(run).checkpoint.name == checkpoint_name(2, 0)
     run.inside(checkpoint_name(2, 0)).write_text("state.json", "")
     (Path(run.path) / checkpoint_name(7, 0)).mkdir()  # cut off by a kill
     assert best_of(run).metrics.score == (0.7, 0.0)
-    drop_worse(run)
+    drop_worse(run, 2)
     assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 5, 6, 7)]
     assert find(run.uri, "~/ray_results").checkpoint.name == checkpoint_name(3, 0)
 
@@ -763,26 +772,16 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
     )
 
 
-def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> Outcome:
-    monkeypatch.setattr(reporter, "train_rank", fail)
-    monkeypatch.setattr("ray.get", Mock())
-    monkeypatch.setattr("ray.train.get_context", Mock(return_value=Mock(get_world_rank=lambda: 0)))
-    spec: Any = Mock(job=Mock(code_folders=[]))
-    reporter.train_loop_per_worker({"spec": spec})
-    ((outcome,),) = [sent.args for sent in spec.event_queue.put.remote.mock_calls]
-    return outcome
-
-
 def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
+    outcome, _ = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
     said = "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate, scale inputs and targets, or "
     assert str(pickle.loads(pickle.dumps(outcome)).diverged) == f"{said}fix the data"
-    assert train_on_a_worker(monkeypatch, Mock(side_effect=StopWantedError)) == Outcome(is_stopped=True)
-    assert train_on_a_worker(monkeypatch, Mock()) == Outcome()
+    assert train_on_a_worker(monkeypatch, Mock(side_effect=StopWantedError))[0] == Outcome(is_stopped=True)
+    assert train_on_a_worker(monkeypatch, Mock())[0] == Outcome()
 
 
 def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(spec: Any) -> None:
+    def fail(*args: Any) -> None:
         evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images), TrainConfig())
 
     with pytest.raises(TrainingStoppedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(step\.py, line \d+\)$"):
@@ -797,14 +796,11 @@ class Stop(BaseException):
 def test_code_that_raises_anything_else_ends_the_run_with_its_place(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(spec: Any) -> None:
+    def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(reporter, "train_rank", fail)
-    spec: Any = Mock()
-    spec.job.code_folders = [Path(__file__).parent]
     with pytest.raises(TrainingStoppedError, match=rf"^{type(error).__name__}: .* \(test_failures\.py, line \d+\)$"):
-        reporter.train_loop_per_worker({"spec": spec})
+        train_on_a_worker(monkeypatch, fail, code_folder=Path(__file__).parent)
 
 
 @pytest.mark.parametrize(
@@ -850,7 +846,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     checkpoint.snapshot(create_state(mnist(), config, 600, Group()), {}).write(run.inside(FIRST))
     states = []
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
-    monkeypatch.setattr(worker.Reporter, "start", lambda self, state, *others: states.append(state))
+    monkeypatch.setattr(Worker, "start", lambda worker, restored: states.append(worker._state))
 
     def fail(*args: Any, **options: Any) -> None:
         states[0].step += steps
@@ -860,7 +856,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     workers = Mock(hang_timeout_s=600.0)
     job = Mock(run=run, train=config, workload=mnist(), workers=workers, callbacks=(), code_folders=[], initial=None)
     with pytest.raises(TrainingStoppedError if is_codes else torch.OutOfMemoryError) as raised:
-        worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
+        worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), Mock(), 1)
     advice = (
         "CUDA out of memory. Tried to allocate 2.00 GiB; try --micro-batch-size 16, lower --batch-size, or override"
     )
@@ -892,13 +888,13 @@ def test_too_many_shapes_to_compile_are_one_line(tmp_path: Path, monkeypatch: py
     run, config = locate(str(tmp_path), "run"), TrainConfig(precision="fp32", batch_size=1, compile=True)
     compile_model = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_model(self, backend="eager", **options))
-    monkeypatch.setattr(worker.Reporter, "start", lambda self, state, restored, life: setattr(self, "_life", life))
+    monkeypatch.setattr(Worker, "start", Mock())
     job = Mock(run=run, train=config, workload=OfLengths(), callbacks=(), code_folders=[], initial=None)
     job.workers = Mock(hang_timeout_s=600.0, loader_workers=0, read_ahead_mib=1)
     spec = LoopSpec(job=job, train=Split(Lengths()))
     said = "^--compile: the inputs have too many shapes; pad them to a few in collate$"
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False), pytest.raises(TrainingStoppedError, match=said):
-        worker.train_worker(spec, Group(), worker.Reporter, 1)
+        worker.train_worker(spec, Group(), Mock(), 1)
 
 
 @pytest.mark.parametrize("method", ["create_model", "measure"])

@@ -24,7 +24,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.run.in_process import LocalReporter
+from mnist_ray.run.worker import Worker
 from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.training.metrics import score
 from mnist_ray.training.state import TrainingState
@@ -144,7 +144,7 @@ def test_a_step_may_take_any_time(here: dict[str, Any], monkeypatch: pytest.Monk
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *given, **options: armed.append(True))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
     seen: list[bool] = []
-    monkeypatch.setattr(LocalReporter, "on_step", lambda reporter, state: seen.extend(armed or [False]))
+    monkeypatch.setattr(Worker, "on_step", lambda worker, state: seen.extend(armed or [False]))
     train(None, **here, num_epochs=1)
     assert set(seen) == {False}
 
@@ -204,7 +204,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_end_before_
 ) -> None:
     write, goes_on = Snapshot.write, threading.Event()
 
-    def step(reporter: LocalReporter, state: TrainingState) -> None:
+    def step(worker: Worker, state: TrainingState) -> None:
         if state.step == 30:
             goes_on.set()
             if ends == "by an interrupt":
@@ -215,7 +215,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_end_before_
         time.sleep(0.05)
         write(snapshot, folder, writers)
 
-    monkeypatch.setattr(LocalReporter, "on_step", step)
+    monkeypatch.setattr(Worker, "on_step", step)
     monkeypatch.setattr(Snapshot, "write", write_late)
     with pytest.raises(KeyboardInterrupt) if ends == "by an interrupt" else contextlib.nullcontext():
         train(None, **here, num_epochs=1, checkpoint_every=20)
@@ -235,12 +235,12 @@ def test_a_job_saves_at_a_sigterm_that_the_users_code_would_ignore(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return load_data(workload)
 
-    def step(reporter: LocalReporter, state: TrainingState) -> None:
+    def step(worker: Worker, state: TrainingState) -> None:
         if state.step == 10:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(MNIST, "load_data", load_and_ignore)
-    monkeypatch.setattr(LocalReporter, "on_step", step)
+    monkeypatch.setattr(Worker, "on_step", step)
     with pytest.raises(KeyboardInterrupt, match="to resume: "):
         train(None, **here, num_epochs=1)
     assert folder_at(tmp_path / "run").checkpoint_names()

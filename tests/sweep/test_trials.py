@@ -22,12 +22,11 @@ from mnist_ray.job.job import read_job
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.report.run_files import csv_text
-from mnist_ray.run.worker import LoopSpec, train_worker
+from mnist_ray.run.worker import LoopSpec, TrialSink, Worker, train_worker
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.sweep import trial, tuner
 from mnist_ray.sweep.ranking import finalists, find_best, may_be_tested, ranked, result_of
 from mnist_ray.sweep.space import space_of
-from mnist_ray.sweep.trial import TuneReporter
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
 from mnist_ray.sweep.tune import SweepConsole, read_sweep
 from mnist_ray.training.state import StopWantedError
@@ -104,11 +103,10 @@ def test_a_trial_goes_on_while_a_checkpoint_is_written_but_reports_a_validation_
             assert read_state(job.run.inside(checkpoint_name(0, 36)))["step"] == 36
 
     monkeypatch.setattr(Snapshot, "write", write_late)
-    monkeypatch.setattr(tune, "report", report)
-    monkeypatch.setattr(TuneReporter, "on_step", lambda reporter, state: goes_on.set() if state.step == 30 else None)
-    spec = LoopSpec(job=job, train=data.train, validation=data.validation, until_epoch=0.75)
+    monkeypatch.setattr(Worker, "on_step", lambda worker, state: goes_on.set() if state.step == 30 else None)
+    spec = LoopSpec(job=job, train=data.train, validation=data.validation, until_epoch=0.75, is_trial=True)
     with pytest.raises(StopWantedError):
-        train_worker(spec, Group(), TuneReporter, cpus=1)
+        train_worker(spec, Group(), TrialSink(report), cpus=1)
     assert reports == [(pytest.approx(20 / 48), False), (0.75, True)]
 
 
