@@ -297,7 +297,7 @@ class ScaleConfig:
 
     input: str | None = setting(
         None,
-        "file, folder, URI or pattern of pictures, texts, Parquet, JSON lines or CSV, instead of IMAGE_OR_FOLDER",
+        "file, folder, URI or pattern of pictures, texts or Parquet files, instead of IMAGE_OR_FOLDER",
         metavar="PLACE",
     )
     output: str | None = setting(

@@ -29,11 +29,11 @@ from mnist_ray.api import reference_of
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import read_job
-from mnist_ray.job.job_data import load_splits
 from mnist_ray.mnist import MNIST
 from mnist_ray.storage import locate
 from mnist_ray.sweep.trials import Sweep
 from mnist_ray.workload import Data, Regression
+from mnist_ray.workload.calls import data_of
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import prepared_forking
 from tests.conftest import CELL, QUICK, ROOT, callback_at
@@ -77,11 +77,11 @@ def test_a_failed_call_leaves_no_fork_server_and_no_variable(
     monkeypatch.setenv(SOCKET_VARIABLE, "")  # restored afterwards
     before, started = children(), list[set[int]]()
 
-    def look(job: Any) -> Any:
+    def look(workload: Any) -> Any:
         started.append(children() - before)
-        return load_splits(job)
+        return data_of(workload)
 
-    monkeypatch.setattr("mnist_ray.run.train.load_splits", look)
+    monkeypatch.setattr("mnist_ray.repeats.train.data_of", look)
     with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
         mnist_ray.train(settings=MNIST.Settings(data_dir=small_data), storage_path=tmp_path, batch_size=10_000)
     assert [len(servers) for servers in started] == [1]

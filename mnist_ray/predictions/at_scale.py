@@ -36,7 +36,8 @@ from mnist_ray.cluster.plan import Cluster, cpus_for_each
 from mnist_ray.config import ScaleConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.job.find import Found
-from mnist_ray.predictions.inputs import CODECS, Chunk, DamagedTableError, Inputs, find_inputs
+from mnist_ray.predictions.inputs import Chunk, DamagedTableError, Inputs, find_inputs
+from mnist_ray.predictions.outputs import ParquetFile
 from mnist_ray.predictions.predictor import Predictor
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
@@ -279,7 +280,7 @@ class PartPredictor:
         """Write a part's predictions, then the reasons why rows have none; last, that the part is done."""
         totals, counts, reasons = dict.fromkeys(_NUMBERS, 0), Counter[str](), list[str]()
         try:
-            with _new_file(self._folder, part) as stream, self._inputs.writer(stream) as writer:
+            with _new_file(self._folder, part) as stream, contextlib.closing(ParquetFile(stream)) as writer:
                 for chunk in self._inputs.chunks(part, files, self._predictor):
                     readable, columns, wrong = predicted(self._predictor, chunk)
                     writer.write(readable, columns)
@@ -300,7 +301,7 @@ class PartPredictor:
         return done
 
 
-def predicted(predictor: Predictor, chunk: Chunk) -> tuple[Any, dict[str, np.ndarray], dict[int, str]]:
+def predicted(predictor: Predictor, chunk: Chunk) -> tuple[pa.Table, dict[str, np.ndarray], dict[int, str]]:
     """Return the rows that have a prediction, the predictions, and by row the reason why there is none.
 
     If no row can be computed, the model is the cause, or the choice of the column: raises UsageError.
@@ -325,9 +326,7 @@ def predicted(predictor: Predictor, chunk: Chunk) -> tuple[Any, dict[str, np.nda
         wrong |= {rows[index]: "the prediction is not a finite number" for index in np.flatnonzero(~is_number)}
         rows = [row for row in rows if row not in wrong]
         columns = {name: values[is_number] for name, values in columns.items()}
-    if isinstance(chunk.rows, pa.Table):
-        return chunk.rows.take(pa.array(rows, pa.int64())), columns, wrong
-    return [chunk.rows[row] for row in rows], columns, wrong
+    return chunk.rows.take(pa.array(rows, pa.int64())), columns, wrong
 
 
 def _are_numbers(columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -341,11 +340,10 @@ def _are_numbers(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 @contextlib.contextmanager
 def _new_file(folder: RunFolder, name: str) -> Iterator[Any]:
-    """Open a file, compressed as its name says, that gets its name at the end. Raises STORAGE_ERRORS."""
+    """Open a file that gets its name at the end. Raises STORAGE_ERRORS."""
     target, temporary = (posixpath.join(folder.path, path) for path in (name, f"{_TEMPORARY}/{uuid4().hex}"))
     for path in (target, temporary):
         folder.create_folder_of(path)
-    codec = CODECS.get(posixpath.splitext(name)[1])
-    with folder.filesystem.open_output_stream(temporary, compression=codec) as stream:
+    with folder.filesystem.open_output_stream(temporary) as stream:
         yield stream
     folder.filesystem.move(temporary, target)

@@ -24,15 +24,13 @@ from mnist_ray.data.data import Data, Split
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.job.job import Job
 from mnist_ray.job.session import Clock, Session, console_of
-from mnist_ray.record.recorder import known_repository, recorded
+from mnist_ray.record.recorder import known_repository
 from mnist_ray.repeats.members import Member, members_of
 from mnist_ray.report.console import RunConsole
 from mnist_ray.report.run_files import METRICS_FILE, number_of, read_numbers
 from mnist_ray.repository import Repository
-from mnist_ray.run.evaluate import evaluate_fitted
 from mnist_ray.run.failures import cause_of, code_failures_placed, may_pass
-from mnist_ray.run.fit import fit
-from mnist_ray.run.in_process import fit_here
+from mnist_ray.run.fit import train_run
 from mnist_ray.storage import ORIGIN_FILE, RESULT_FILE
 from mnist_ray.text import count
 from mnist_ray.workload.calls import data_of, splits_for
@@ -72,9 +70,7 @@ def train_here(job: Job, spec: MemberSpec, data: Data, console: RunConsole) -> N
     repository.set_result(spec.repository)
     splits = splits_for(job.workload, data, job.train)
     session = Session(job, job.workers, splits, console, Clock(), spec.cluster, repository, spec.own_unused)
-    with recorded(session, spec.plan) as record:
-        fitted = (fit_here if session.is_here else fit)(session, spec.plan, record.on_event)
-        evaluate_fitted(session, spec.plan, record, fitted, is_last=False)
+    train_run(session, spec.plan, is_last=False)
 
 
 class NotesConsole(RunConsole):

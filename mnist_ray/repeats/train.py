@@ -1,4 +1,4 @@
-"""A job of one or of several runs. Imports neither torch nor Ray at the top."""
+"""``train`` on one screen: a run, or a run for each seed and fold. Imports neither torch nor Ray at the top."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from mnist_ray.job.session import console_of, opened, started
 from mnist_ray.record.header import say_plan, say_result, say_run
 from mnist_ray.repeats.members import members_of
 from mnist_ray.report.console import RunConsole
-from mnist_ray.run import train as run
 from mnist_ray.storage import CONFIG_FILE, MEMBERS_FOLDER
 from mnist_ray.text import count
 from mnist_ray.workload.calls import data_of, splits_for
@@ -21,31 +20,22 @@ _MANY_FOLDS = 20
 
 
 def train(job: Job) -> None:
-    """Train what the settings ask for: one run, or a run for each seed and fold.
+    """Load data, start Ray, train, test, report. Several runs train at a time; their mean and its interval is reported.
 
-    Raises UsageError, JobError, KeyboardInterrupt with one-line texts.
-    """
-    if job.train.is_several:
-        _train_several(job)
-    else:
-        run.train(job)
-
-
-def _train_several(job: Job) -> None:
-    """Train and test a run for each seed and fold, several at a time; report their mean and its interval.
-
-    If the job is interrupted and resumed, its finished runs stay as they are.
+    If the job is interrupted and resumed, its finished runs stay as they are. Raises UsageError, JobError,
+    KeyboardInterrupt with one-line texts.
     """
     if job.is_finished:
         say_result(console_of(job), job)
         return
-    job = dataclasses.replace(job, workers=job.workers.of_many)
+    if job.train.is_several:
+        job = dataclasses.replace(job, workers=job.workers.of_many)
     with started(job, preload="mnist_ray.repeats.cluster") as start:
         data = data_of(job.workload)
         splits = splits_for(job.workload, data, job.train)
         job = check_against_data(job, splits)
         console = console_of(job)
-        with opened(start, job, splits, console, functools.partial(say_several, console, job, splits)) as session:
+        with opened(start, job, splits, console, functools.partial(_say_header, console, job, splits)) as session:
             from mnist_ray.record.recorder import logs_named, write_settings  # torch was loaded while Ray started
             from mnist_ray.repeats import summary
             from mnist_ray.repeats.cluster import train_members
@@ -53,21 +43,29 @@ def _train_several(job: Job) -> None:
 
             plan = fit.plan(session)
             if job.output.dry_run:
-                rehearsal.check(session, plan)
-                return
-            say_plan(session, plan)
-            write_settings(session, plan, CONFIG_FILE, job.values)
-            job.run.check_subfolders(MEMBERS_FOLDER)
-            with logs_named(session):
-                train_members(session, plan, data)
-            summary.write(session, splits.test)
+                say_plan(session, plan)
+                rehearsal.check_nodes_for(session, plan)
+            elif not job.train.is_several:
+                fit.train_run(session, plan)
+            else:
+                say_plan(session, plan)
+                write_settings(session, plan, CONFIG_FILE, job.values)
+                job.run.check_subfolders(MEMBERS_FOLDER)
+                with logs_named(session):
+                    train_members(session, plan, data)
+                summary.write(session, splits.test)
+
+
+def _say_header(console: RunConsole, job: Job, splits: Splits) -> None:
+    say_run(console, job, splits)
+    if job.train.is_several:
+        say_several(console, job, splits)
 
 
 def say_several(console: RunConsole, job: Job, splits: Splits) -> None:
-    """Print the header of a job of several runs."""
+    """Print how many runs there are, and for what."""
     config = job.train
     parts = [f"{config.num_seeds} seeds"] * (config.num_seeds > 1) + [f"{config.folds} folds"] * config.is_folded
-    say_run(console, job, splits)
     console.say("runs", f"{len(members_of(job)):,}, for {' and '.join(parts)}")
     if config.is_folded and config.folds is not None and config.folds > _MANY_FOLDS:
         tested = count(len(splits.test) // config.folds, job.workload.noun)

@@ -1,4 +1,4 @@
-"""``fit`` trains a run with Ray Train. The workers' events reach the driver through a queue."""
+"""A run from start to end; ``fit`` trains it with Ray Train. The workers' events reach the driver through a queue."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.find import Fitted, best_of
 from mnist_ray.job.session import Session
 from mnist_ray.process import in_thread
+from mnist_ray.record.recorder import recorded
 from mnist_ray.run import evaluate
 from mnist_ray.run.event_queue import open_event_queue, taken
 from mnist_ray.run.failures import FailureCallback, cause_of, reason_of
+from mnist_ray.run.in_process import fit_here
 from mnist_ray.run.life import TOLD_EVERY_S
 from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec
@@ -50,6 +52,16 @@ def plan(session: Session) -> WorkerPlan:
     if is_on_gpu:
         usable(torch.device("cuda"))
     return WorkerPlan(0, 0, is_on_gpu, must_scale_up=False)
+
+
+def train_run(session: Session, plan: WorkerPlan, *, is_last: bool = True) -> float:
+    """Train, test and report one run, from its last checkpoint; return the monitored value. Raises like ``fit``.
+
+    ``is_last``: nothing needs the cluster after the test.
+    """
+    with recorded(session, plan) as record:  # writes a report however the run ends
+        fitted = (fit_here if session.is_here else fit)(session, plan, record.on_event)
+        return evaluate.evaluate_fitted(session, plan, record, fitted, is_last=is_last)
 
 
 def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:

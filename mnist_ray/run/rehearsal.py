@@ -10,15 +10,8 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.job.find import read_initial
 from mnist_ray.job.session import Session
 from mnist_ray.provenance import versions
-from mnist_ray.record.header import say_plan
 from mnist_ray.storage import INITIAL_FILE
 from mnist_ray.text import count, format_settings
-
-
-def check(session: Session, plan: WorkerPlan) -> None:
-    """Print how a run would go, and check every node. Raises JobError if a node cannot take part."""
-    say_plan(session, plan)
-    check_nodes_for(session, plan)
 
 
 def check_nodes_for(session: Session, plan: WorkerPlan) -> None:

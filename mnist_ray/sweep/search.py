@@ -16,9 +16,8 @@ from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.job.session import Clock, Session, console_of
 from mnist_ray.record.header import say_run
-from mnist_ray.record.recorder import logs_named, recorded, write_settings
+from mnist_ray.record.recorder import logs_named, write_settings
 from mnist_ray.run import fit
-from mnist_ray.run.evaluate import evaluate_fitted
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import (
     RESULT_FILE,
@@ -168,9 +167,7 @@ def train_and_test(
         _copy_checkpoint(session.job.run.inside(TRIALS_FOLDER).inside(trial.point.name), job.run)
     with console:
         say_run(console, job, session.data)
-        with recorded(run, plan) as record:
-            fitted = fit.fit(run, plan, record.on_event)
-            return evaluate_fitted(run, plan, record, fitted, is_last=is_last)
+        return fit.train_run(run, plan, is_last=is_last)
 
 
 def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:

@@ -1,9 +1,7 @@
 """Data at scale, mostly part by part in this process; two tests use Ray."""
 
-import csv
-import functools
-import gzip
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -151,14 +149,6 @@ def test_a_folder_that_another_user_has_begun_is_rejected(finished_run: Path, sc
         scale(finished_run, scans, output)
 
 
-@pytest.mark.parametrize(("kind", "text"), {"jsonl": '{"x": [1, 2]}\n' * 300, "csv": "x,y\n" + "1,2\n" * 300}.items())
-def test_the_predictions_of_a_finished_part_are_counted(kind: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / f"a.{kind}").write_text(text)
-    found = find_inputs(str(tmp_path / f"a.{kind}"), Sums(), ("x", "y") if kind == "csv" else ("x",))
-    predicted(Sums(), tmp_path / f"a.{kind}", tmp_path / "out", found.columns)
-    assert found.num_predicted(locate(str(tmp_path / "out"), ""), f"a.{kind}") == 300
-
-
 def test_an_error_in_an_actor_is_one_line_and_a_killed_actor_is_replaced(
     ray_address: str, finished_run: Path, scans: Path, tmp_path: Path, write: Callable[..., Path]
 ) -> None:
@@ -195,115 +185,18 @@ def test_an_error_in_an_actor_is_one_line_and_a_killed_actor_is_replaced(
         scale(finished_run, scans, tmp_path / "other", "--workload", str(wrong))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_json_lines_keep_their_columns_and_lines_that_cannot_be_read_have_a_reason(
-    tmp_path: Path, packed: bool
-) -> None:
-    lines: list[dict[str, Any]] = [
-        {"id": "7", "x": [1, 2.5], "note": None},
-        {"id": 8, "x": [3, 4]},
-        {"id": 9, "x": [1, [2]]},
-        {"id": 10},
-    ]
-    texts = [
-        *map(json.dumps, lines),
-        "{",
-        '{"id": 11, "x": [1, 2, 3]}',
-        '{"x": [NaN, 1]}',
-        '{"x": [1, 2], "x": [3, 4]}',
-    ]
-    place = tmp_path / "in" / ("a.jsonl.gz" if packed else "a.jsonl")
-    place.parent.mkdir()
-    place.write_bytes(gzip.compress("\n".join(texts).encode()) if packed else "\n".join(texts).encode())
-    predicted(Sums(), place, tmp_path / "out")
-    content = (tmp_path / "out" / place.name).read_bytes()
-    rows = [json.loads(line) for line in (gzip.decompress(content) if packed else content).splitlines()]
-    assert rows == [
-        {**lines[0], "prediction": 3.5},
-        {**lines[1], "prediction": 7.0},
-    ]
-    reasons = unreadable(tmp_path / "out")
-    assert [*reasons] == [f"{place.name}, row {row}" for row in range(3, 9)]
-    assert reasons[f"{place.name}, row 3"] == "lists of different lengths are no input"
-    assert reasons[f"{place.name}, row 4"] == "has no column x"
-    assert reasons[f"{place.name}, row 5"].startswith("no JSON: ")
-    assert reasons[f"{place.name}, row 6"].startswith("Sums, a prediction: RuntimeError")
-    assert reasons[f"{place.name}, row 7"] == "the prediction is not a finite number"
-    assert reasons[f"{place.name}, row 8"] == "no JSON: several columns x"
-
-
-def test_csv_keeps_its_cells_as_they_are_and_several_columns_are_one_input(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('﻿id,x,y,note\n007,1,2,"a, b"\n8,x,2,\n9,1\n010,1e1,-1.50,"c\nd"\n', "utf-8")
-    predicted(Sums(), tmp_path / "a.csv", tmp_path / "out", ("x", "y"))
-    with (tmp_path / "out" / "a.csv").open(newline="") as file:
-        rows = [*csv.reader(file)]
-    assert rows == [
-        ["id", "x", "y", "note", "prediction"],
-        ["007", "1", "2", "a, b", "3.0"],
-        ["010", "1e1", "-1.50", "c\nd", "8.5"],
-    ]
-    assert unreadable(tmp_path / "out") == {
-        "a.csv, row 2": "holds no number: could not convert string to float: 'x'",
-        "a.csv, row 3": "has 2 cells, and the header 4",
-    }
-
-
 @pytest.mark.parametrize("columns", [(), ("x", "y"), ("y", "x")])
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_columns_that_the_workload_names_are_found_in_any_order(
-    kind: str, columns: tuple[str, ...], tmp_path: Path
-) -> None:
-    table = pd.DataFrame({"y": [2.0], "id": [7.0], "x": [1.0]})
-    place = tmp_path / f"table.{kind}"
-    write: dict[str, Callable[[Path], Any]] = {
-        "csv": functools.partial(table.to_csv, index=False),
-        "jsonl": functools.partial(table.to_json, orient="records", lines=True),
-        "parquet": table.to_parquet,
-    }
-    write[kind](place)
-    predicted(NAMED, place, tmp_path / "out", columns)
-    read: dict[str, Callable[[Path], pd.DataFrame]] = {
-        "csv": pd.read_csv,
-        "jsonl": functools.partial(pd.read_json, lines=True),
-        "parquet": pd.read_parquet,
-    }
-    assert [*read[kind](tmp_path / "out" / place.name).prediction] == [21.0]
-
-
-@pytest.mark.parametrize(
-    ("rows", "reason"),
-    [
-        ('x,y,note\n1,2,"5 inch\n3,4,\n', "unexpected end of data"),
-        ('x,y,note\n1,2,"5 inch\n3,4,"7 inch\n', "',' expected after '\"'"),
-        ("x,y,x\n1,2,3\n", "it has several columns x"),
-    ],
-    ids=["quote", "quotes", "columns"],
-)
-def test_a_table_of_csv_that_is_ambiguous_is_not_predicted(tmp_path: Path, rows: str, reason: str) -> None:
-    for name, text in {"a.csv": "x,y\n1,2\n", "b.csv": rows}.items():
-        (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / name).write_text(text)
-    predicted(Sums(), tmp_path / "in", tmp_path / "out", ("x", "y"))
-    assert unreadable(tmp_path / "out") == {"b.csv": f"the file cannot be read: {reason}"}
-    assert not (tmp_path / "out" / "b.csv").exists()
-
-
-def test_a_column_whose_first_cell_is_empty_may_be_the_input(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("id,x\n1,\n2,3\n")
-    with pytest.raises(UsageError, match=r"several columns fit \(id, x\): choose with --column"):
-        predicted(Sums(), tmp_path / "a.csv", tmp_path / "out")
-
-
-def test_a_cell_of_csv_may_be_longer_than_pythons_own_limit(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text(f"x,y,note\n1,2,{'a' * 2**18}\n")
-    predicted(Sums(), tmp_path / "a.csv", tmp_path / "out", ("x", "y"))
-    assert (tmp_path / "out" / "a.csv").read_text().endswith("a,3.0\n")
+def test_columns_that_the_workload_names_are_found_in_any_order(columns: tuple[str, ...], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"y": [2.0], "id": [7.0], "x": [1.0]}), tmp_path / "a.parquet")
+    predicted(NAMED, tmp_path / "a.parquet", tmp_path / "out", columns)
+    assert pd.read_parquet(tmp_path / "out" / "a.parquet").prediction.tolist() == [21.0]
 
 
 def test_parquet_keeps_types_and_names_and_rows_with_nulls_have_a_reason(tmp_path: Path) -> None:
     (tmp_path / "in" / "more").mkdir(parents=True)
-    at = pa.array([1, 2, 3], pa.timestamp("us", "UTC"))
-    table = pa.table({"at": at, "x": pa.array([[1, 2], None, [3, 4]], pa.list_(pa.float32()))})
+    at = pa.array([1, 2, 3, 4, 5], pa.timestamp("us", "UTC"))
+    lists = [[1, 2], None, [3, 4], [1, 2, 3], [math.nan, 1]]
+    table = pa.table({"at": at, "x": pa.array(lists, pa.list_(pa.float32()))})
     pq.write_table(table, tmp_path / "in" / "more" / "a.parquet")
     pq.write_table(table.slice(0, 0), tmp_path / "in" / "empty.parquet")
     (tmp_path / "in" / "cut.parquet").write_bytes((tmp_path / "in" / "more" / "a.parquet").read_bytes()[:100])
@@ -314,6 +207,8 @@ def test_parquet_keeps_types_and_names_and_rows_with_nulls_have_a_reason(tmp_pat
     assert pq.read_table(tmp_path / "out" / "empty.parquet").schema.equals(written.schema)
     reasons = unreadable(tmp_path / "out")
     assert reasons["more/a.parquet, row 2"] == "column x has nulls"
+    assert reasons["more/a.parquet, row 4"].startswith("Sums, a prediction: RuntimeError")
+    assert reasons["more/a.parquet, row 5"] == "the prediction is not a finite number"
     assert reasons["cut.parquet"].startswith("the file cannot be read: ")
     assert not (tmp_path / "out" / "cut.parquet").exists()
 
@@ -327,31 +222,15 @@ def test_texts_are_continued(tmp_path: Path) -> None:
     assert unreadable(tmp_path / "out") == {"b.txt": "no text in UTF-8"}
 
 
-def test_files_that_do_not_fit_into_memory_or_are_cut_do_not_stop_the_others(
+def test_a_text_that_does_not_fit_into_memory_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "_MAX_BYTES", 1000)
-    line = '{"x": [1, 2]}\n'
-    contents = {
-        "a.jsonl": line.encode(),
-        "long.jsonl": (line + " " * 1001 + "\n").encode(),
-        "cut.jsonl.gz": gzip.compress(np.random.default_rng(0).bytes(9000))[:5000],
-        "deep.jsonl": f'{line}{{"x": {"[" * 990}\n'.encode(),
-        "taken.jsonl": (line + '{"x": [1, 2], "prediction": 3}\n').encode(),
-    }
-    (tmp_path / "in").mkdir()
-    for name, content in contents.items():
-        (tmp_path / "in" / name).write_bytes(content)
-    predicted(Sums(), tmp_path / "in", tmp_path / "out")
-    reasons = unreadable(tmp_path / "out")
-    assert reasons["long.jsonl"] == f"the file cannot be read: a line has more than {size_of(1000)}"
-    assert reasons["cut.jsonl.gz"].startswith("the file cannot be read: ")
-    assert reasons["deep.jsonl, row 2"].startswith("no JSON: ")
-    assert reasons["taken.jsonl, row 2"] == "already has a column prediction"
-    assert (tmp_path / "out" / "a.jsonl").read_text() == '{"x": [1, 2], "prediction": 3.0}\n'
-    (tmp_path / "in" / "huge.txt").write_text("a" * 1001)
-    predicted(Echo(), tmp_path / "in" / "*.txt", tmp_path / "texts")
+    (tmp_path / "huge.txt").write_text("a" * 1001)
+    (tmp_path / "small.txt").write_text("a")
+    predicted(Echo(), tmp_path / "*.txt", tmp_path / "texts")
     assert unreadable(tmp_path / "texts") == {"huge.txt": f"has more than {size_of(1000)}"}
+    assert pd.read_parquet(tmp_path / "texts").prediction.tolist() == ["aa"]
 
 
 def test_tables_that_differ_have_a_reason(tmp_path: Path) -> None:
@@ -414,7 +293,7 @@ TABLE = {"id": [1], "image": [b""], "other": [b""], "numbers": [[1.0, 2.0]]}
         (Sums(), {"a.png": {}}, (), "Sums takes arrays, but"),
         (NAMED, {"a.parquet": {"x": [1], "z": [1]}}, (), "has no column y, only x, z"),
         (NAMED, {"a.parquet": {"x": [1], "y": [1]}}, ("x",), "Weighted takes the columns x, y; name all of them, or"),
-        (Sums(), {}, (), "has no picture, text, Parquet, JSON lines or CSV files"),
+        (Sums(), {}, (), "has no picture, text or Parquet files"),
         (Echo(), {"a.parquet": TABLE}, (), "Echo takes texts, and no column fits: id (int), image (bytes)"),
     ],
 )
