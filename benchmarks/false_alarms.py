@@ -30,8 +30,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.digests import digests_of
 from mnist_ray.data.splits import splits_of
 from mnist_ray.parallel.group import Group
-from mnist_ray.record.history import write_predictions
-from mnist_ray.report.columns import read_columns
+from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training.evaluation import evaluate
@@ -85,7 +84,7 @@ def trained(folder: RunFolder, flipped: float, seed: int) -> float:
     state = create_state(workload, config, NUM_TRAIN, Group())
     Trainer(workload, state, splits.train, config, Group(), []).train()
     tested = evaluate(workload, state.model, splits.test, config)
-    write_predictions(folder, workload, tested.columns, {"index": splits.test.all_places, **tested.losses})
+    write_columns(folder, {"index": splits.test.all_places, **tested.losses, **tested.columns})
     folder.write_text("config.json", json_lines({**values_of(config), "flipped": flipped}))
     folder.write_text("origin.json", json_lines({"data": digests_of(splits)}))
     formats = {"test_accuracy": "fraction"}

@@ -195,7 +195,7 @@ def comparable(run: Path) -> Any:
     """Return what must not depend on kills: figures, predictions, and each member's weights."""
     result = result_of(run)
     weights = [result_of(run / member)["weights_sha256"] for member in result["members"]]
-    return result["spread"], result["checkpoint"], (run / "predictions.csv").read_text(), weights
+    return result["spread"], result["checkpoint"], (run / "predictions.parquet").read_bytes(), weights
 
 
 PARTS: dict[str, Callable[[Path, int], None]] = {

@@ -7,9 +7,8 @@ batch different ones: the loss compares the examples of the global batch, on any
 shows what the representation knows: it is fitted to half of the test images with their labels, and tested on the rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,10 +91,6 @@ class SimCLR(Workload):
     def predictions(self, outputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return each image's representation, for the probe, and its label, which the loss never sees."""
         return {"feature": outputs["feature"], "label": targets}
-
-    def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
-        """Write no table: predictions.parquet has the representations."""
-        return {}
 
     def summarize_predictions(self, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Fit a linear probe to the first half of the images by least squares; return its accuracy on the others."""

@@ -7,7 +7,7 @@ the one whose images, as a whole, are the most like MNIST's.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -105,17 +105,13 @@ class GAN(Workload):
         """Return the fake images, and as many of MNIST's, (N, 28, 28)."""
         return {"fake": (outputs["fake"][:, 0] * 255).round().to(torch.uint8), "real": targets}
 
-    def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
-        """Write no table: predictions.parquet has the images."""
-        return {}
-
     def summarize_predictions(self, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Return the Fréchet distance of coarse images (7×7): of their means and covariances, as FID has it."""
         (mean, spread), (own_mean, own_spread) = (_moments(columns[name]) for name in ("real", "fake"))
         common = np.sqrt(np.linalg.eigvals(spread @ own_spread).real.clip(0)).sum()
         return {"distance": float(((mean - own_mean) ** 2).sum() + np.trace(spread + own_spread) - 2 * common)}
 
-    def pictures(self, result: Any, rows: Any, test: Any, columns: Mapping[str, np.ndarray]) -> list[Picture]:
+    def pictures(self, result: Any, test: Any, columns: Mapping[str, np.ndarray]) -> list[Picture]:
         """Return the first fake images."""
         if len(fake := columns.get("fake", np.empty(0))[: ROWS**2]) < ROWS**2:
             return []

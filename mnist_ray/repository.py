@@ -16,7 +16,6 @@ from pathlib import Path
 from mnist_ray.errors import first_line
 from mnist_ray.text import masked
 
-CHANGES_FILE = "changes.diff"
 TIME_LIMIT_S = 5.0  # of a call of git
 _MAX_DIFF_BYTES = 2**20
 _MAX_LINE = 2_000  # characters; secrets are not searched for in longer lines, which would take long

@@ -7,11 +7,13 @@ you import an extra's module: modules of extras that are off must not be importe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,3 +174,14 @@ def note(*, plain: bool) -> str:
     *most, last = [extra.gain for extra in off]
     losses = "; ".join({extra.loss: None for extra in off if extra.loss})
     return f"Ray {ray_version()}: without {' and '.join(filter(None, [', '.join(most), last]))}; {losses}"
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Inside the block, give an attribute of ``owner`` another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

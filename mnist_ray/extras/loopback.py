@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from ray._private import ray_constants
 
-from mnist_ray.extras.replaced import replaced
+from mnist_ray.extras import replaced
 from mnist_ray.ray_versions import must_ask_for_tokens
 from ray_fork.ray_internals import read_settings_again
 

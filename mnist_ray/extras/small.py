@@ -20,7 +20,7 @@ from ray._private import services, utils
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
-from mnist_ray.extras.replaced import replaced
+from mnist_ray.extras import replaced
 
 _SETTINGS = {
     # Keep an evaluation's process for the next evaluation; Ray would end it after a second. Starts are expensive.

@@ -18,7 +18,7 @@ import ray
 from ray.air._internal import usage
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from mnist_ray.extras.replaced import replaced
+from mnist_ray.extras import replaced
 
 _LOOK_EVERY_S = 1
 

@@ -382,10 +382,9 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict
         warnings.simplefilter("ignore")  # so few examples may lack some class
         arrays = {key: values.numpy() for key, values in columns.items()}
         of_all = workload.summarize_predictions(arrays)
-    with placed(workload, "details, readable or lines"), warnings.catch_warnings():
+    with placed(workload, "details or lines"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         json.dumps(workload.details(arrays))
-        workload.readable(arrays)
         workload.lines(arrays)
     _check_dict(f"{name}.summarize_predictions", of_all)
     for key, value in {**summary, **of_all}.items():

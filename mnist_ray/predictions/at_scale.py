@@ -25,6 +25,7 @@ import pyarrow as pa
 import ray
 import torch
 from pyarrow import fs
+from pyarrow import parquet as pq
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from mnist_ray import extras
@@ -37,7 +38,6 @@ from mnist_ray.config import ScaleConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.job.find import Found
 from mnist_ray.predictions.inputs import Chunk, DamagedTableError, Inputs, find_inputs
-from mnist_ray.predictions.outputs import ParquetFile
 from mnist_ray.predictions.predictor import Predictor
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
@@ -347,3 +347,30 @@ def _new_file(folder: RunFolder, name: str) -> Iterator[Any]:
     with folder.filesystem.open_output_stream(temporary) as stream:
         yield stream
     folder.filesystem.move(temporary, target)
+
+
+class ParquetFile:
+    """Writes tables."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, rows: pa.Table, columns: dict[str, np.ndarray]) -> None:
+        """Write rows. Raises pyarrow.ArrowException if they do not fit those before."""
+        for name, values in columns.items():
+            rows = rows.append_column(name, _array(values))
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._stream, rows.schema)
+        self._writer.write_table(rows.cast(self._writer.schema))
+
+    def close(self) -> None:
+        """Write the footer."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _array(values: np.ndarray) -> pa.Array:
+    if values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    return pa.array(values)

@@ -1,10 +1,8 @@
 """A run's values as CSV files. They are written during training, so that an interrupted run has them too.
 
-metrics.csv      a row per epoch, written at once
-steps.csv        a row about every half second of training, with the mean over the steps since the previous row; in a
-                 long run, rows are merged, since all are written at each checkpoint
-predictions.csv  a row per test example, in the data set's order; written when the run is tested, beside
-                 predictions.parquet, which has the columns as arrays
+metrics.csv  a row per epoch, written at once
+steps.csv    a row about every half second of training, with the mean over the steps since the previous row; in a long
+             run, rows are merged, since all are written at each checkpoint
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.job.find import checkpoints_of
 from mnist_ray.report.run_files import (
     METRICS_FILE,
-    PREDICTIONS_FILE,
     STEPS_FILE,
     csv_text,
     read_csv,
@@ -128,20 +125,3 @@ def joined(rows: Sequence[Mapping[str, float]], figures: Sequence[Figure]) -> di
     """Return one value for these rows of steps.csv, for each figure that is not a mean."""
     others = [figure for figure in figures if "step" in figure.at and figure.over != "mean"]
     return {figure.name: figure.join(row.get(figure.name, math.nan) for row in rows) for figure in others}
-
-
-def write_predictions(
-    run: RunFolder, workload: Workload, predictions: Mapping[str, np.ndarray], more: Mapping[str, np.ndarray]
-) -> str:
-    """Write predictions.csv and predictions.parquet, if there are predictions; return a note about the latter.
-
-    ``predictions``: the workload's columns, (N, ...) each. ``more``: columns for predictions.parquet. Raises JobError.
-    """
-    from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
-
-    if not predictions:
-        return ""
-    if columns := workload.readable(predictions):
-        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        run.write_text(PREDICTIONS_FILE, csv_text(list(columns), rows, has_header=True))
-    return write_columns(run, {**more, **predictions})

@@ -24,10 +24,10 @@ from mnist_ray.job.session import Session
 from mnist_ray.output import finite
 from mnist_ray.provenance import origin
 from mnist_ray.record.header import say_plan
-from mnist_ray.record.history import History, write_predictions
+from mnist_ray.record.history import History
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.report.run_files import FORMAT_VERSION
-from mnist_ray.repository import CHANGES_FILE, TIME_LIMIT_S, Repository
+from mnist_ray.repository import TIME_LIMIT_S, Repository
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
@@ -98,24 +98,13 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
             "data_name": session.data.name,
             "data": digests_of(session.data),
             "unused_settings": sorted(session.unused),
-            "repository": _write_changes(session),
+            "repository": dataclasses.asdict(repository) if (repository := known_repository(session)) else None,
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
         run.write_text(_WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
         if (file := job.settings_file) is not None:
             run.write_text(file.copy_name, masked(file.text))  # the same, with its comments
     if_ended(f"; to resume: {job.resume_with}")
-
-
-def _write_changes(session: Session) -> dict[str, Any] | None:
-    """Write the diff of the user's repository; return what else is known of it, if there is one."""
-    state = known_repository(session)
-    if state is None:
-        return None
-    about = dataclasses.asdict(state)
-    if changes := about.pop("changes"):
-        session.job.run.write_text(CHANGES_FILE, changes)
-    return about
 
 
 def known_repository(session: Session) -> Repository | None:
@@ -209,9 +198,12 @@ class Recorder:
         self._clock.mark("evaluation")
         job, workload = self._job, self._job.workload
         self._fitted, self._result = fitted, self._result_of(fitted, tested)
-        more = {"index": self._session.data.test.all_places, **tested.losses}
-        if note := write_predictions(job.run, workload, tested.columns, more):
-            self._warn(note)
+        if tested.columns:
+            from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
+
+            places = {"index": self._session.data.test.all_places}
+            if note := write_columns(job.run, {**places, **tested.losses, **tested.columns}):
+                self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
         self._console.show_evaluation(tested)
         for note in self._result["notes"]:

@@ -13,10 +13,9 @@ from mnist_ray.data.data import Split
 from mnist_ray.job.session import Session
 from mnist_ray.output import finite
 from mnist_ray.provenance import origin
-from mnist_ray.record.history import write_predictions
 from mnist_ray.repeats.members import Member, members_of
 from mnist_ray.report import page
-from mnist_ray.report.columns import read_columns
+from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.intervals import mean_interval
 from mnist_ray.report.run_files import number_of
 from mnist_ray.settings import json_lines
@@ -38,8 +37,7 @@ def write(session: Session, test: Split) -> None:
     kept = max(members, key=lambda member: _metrics_of(results[member.name]).score)
     columns = _of_folds(members, config.seed) if config.is_folded else read_columns(kept.job.run)
     predictions = {name: values for name, values in columns.items() if name not in NOT_PREDICTED}
-    others = {name: values for name, values in columns.items() if name in NOT_PREDICTED}
-    if note := write_predictions(run, job.workload, predictions, others):
+    if columns and (note := write_columns(run, columns)):
         console.say("note", note)
     session.clock.mark("runs")
     result = {

@@ -70,15 +70,16 @@ def write(
 ) -> dict[str, bytes]:
     """Write report.html and its images as PNGs; return the PNGs by name. Raises UsageError and JobError.
 
-    ``test`` has the examples of predictions.csv; without it, no examples are shown. If an image cannot be drawn,
-    ``warn`` gets a note.
+    ``test`` has the examples that were predicted; without it, none are shown. If an image cannot be drawn, ``warn``
+    gets a note.
     """
     record = RunRecord.read(run, workload)
-    result, rows, columns = record.result, record.predictions, read_columns(run)
+    result, columns = record.result, read_columns(run)
+    num_predicted = len(next(iter(columns.values()), ()))
     notes = list[str]()
     drawn = functools.partial(_drawn, workload, notes)
-    if test is not None and rows and len(test) != len(rows):
-        notes.append(f"no {workload.nouns} are shown: the test set had {len(rows):,} and now has {len(test):,}")
+    if test is not None and columns and len(test) != num_predicted:
+        notes.append(f"no {workload.nouns} are shown: the test set had {num_predicted:,} and now has {len(test):,}")
         test = None
     pictures = drawn("plot of the trials", lambda: _sweep_picture(record))
     for metric in workload.all_metrics:
@@ -86,8 +87,8 @@ def write(
         pictures += drawn(f"curve of {metric.name}", functools.partial(curves, record, metric))
     if result:
         of_test = functools.partial(workload.pictures, result)
-        with_examples = rows and drawn("images of the predictions", lambda: of_test(rows, test, columns))
-        pictures += with_examples or drawn("images of the test", lambda: of_test([], None, columns))
+        of_examples = columns and drawn("images of the predictions", lambda: of_test(test, columns))
+        pictures += of_examples or drawn("images of the test", lambda: of_test(None, {}))
     not_metrics = [figure for figure in workload.all_figures if "step" in figure.at and figure.over != "mean"]
     for figure in (*record.logged, *not_metrics):  # curves of metrics have their validation, too
         pictures += drawn(f"curve of the {figure.label}", functools.partial(_over_steps, record, figure))

@@ -27,8 +27,7 @@ from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import Figure, logged_figures
 
-METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
-TIMES_FILE = "times.csv"
+METRICS_FILE, STEPS_FILE, TIMES_FILE = "metrics.csv", "steps.csv", "times.csv"
 FORMAT_VERSION = 2  # of the files
 
 
@@ -118,7 +117,6 @@ class RunRecord:
     steps: list[dict[str, float]]  # rows of steps.csv
     times: list[dict[str, float]]  # rows of times.csv
     result: dict[str, Any] | None  # None until the run is tested
-    predictions: list[dict[str, str]]  # rows of predictions.csv; none until the run is tested
     trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is not a sweep
     members: list[MemberRecord]  # of a job of several runs
 
@@ -139,7 +137,6 @@ class RunRecord:
             steps=read_numbers(run, STEPS_FILE, "step", "epoch"),
             times=read_numbers(run, TIMES_FILE, "epoch", "worker"),
             result=run.read_json(RESULT_FILE),
-            predictions=read_csv(run, PREDICTIONS_FILE),
             trials=read_csv(run, TRIALS_FILE),
             members=MemberRecord.read_all(run),
         )

@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from mnist_ray.data.data import Data, Split
 
 
-CsvRows = Sequence[Mapping[str, str]]  # a CSV file's rows, each a mapping from column names to values
-
-
 @dataclass(frozen=True)
 class Picture:
     """A plot or an image in the report."""
@@ -237,12 +234,8 @@ class Workload(UserClass):
         """Raise UsageError if a model's outputs do not fit the targets; called once, before the training."""
 
     def predictions(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Return named values per example, (N, ...) each: the columns of predictions.csv."""
+        """Return named values per example, (N, ...) each: the columns of predictions.parquet."""
         return {}
-
-    def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
-        """Return the columns as they are written to predictions.csv."""
-        return {name: values.tolist() for name, values in columns.items()}
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Return entries about the test set for result.json, as values that JSON can hold."""
@@ -253,11 +246,11 @@ class Workload(UserClass):
         return []
 
     def pictures(
-        self, result: Mapping[str, Any], rows: CsvRows, test: Split | None, columns: Mapping[str, np.ndarray]
+        self, result: Mapping[str, Any], test: Split | None, columns: Mapping[str, np.ndarray]
     ) -> list[Picture]:
-        """Draw the report's plots from result.json, the rows of predictions.csv ([] if missing) and the test set.
+        """Draw the report's plots from result.json, the test set and the columns of ``predictions``, (N, ...) each.
 
-        ``columns`` are those of ``predictions``, (N, ...) each; none if they are missing or too large to be kept.
+        Columns may be missing, or too large to be kept; ``test`` is None if its examples cannot be shown.
         """
         return []
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.errors import ExampleError, UsageError
-from mnist_ray.workload.base import CsvRows, Picture, Workload
+from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
 from mnist_ray.workload.figures import ACCURACY, Metric
 
@@ -126,15 +126,6 @@ class Classification(Workload):
         of_all = {"probabilities": probabilities} if self.num_classes <= _MAX_PROBABILITIES else {}
         return {"label": targets, "prediction": best.indices, "probability": best.values, **of_all}
 
-    def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
-        """Return labels and predictions as names of classes, and further columns as they are, but no long vectors."""
-        readable = super().readable({name: columns[name] for name in columns if name != "probabilities"})
-        for name in {"label", "prediction"} & readable.keys():
-            readable[name] = [self.class_names[number] for number in readable[name]]
-        if "probability" in readable:
-            readable["probability"] = [f"{probability:.6f}" for probability in columns["probability"]]
-        return readable
-
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Return the accuracy per class (None without examples) and the confusion matrix.
 
@@ -170,12 +161,12 @@ class Classification(Workload):
         return lines
 
     def pictures(
-        self, result: Mapping[str, Any], rows: CsvRows, test: Split | None, columns: Mapping[str, np.ndarray]
+        self, result: Mapping[str, Any], test: Split | None, columns: Mapping[str, np.ndarray]
     ) -> list[Picture]:
         """Return the confusion matrix, and examples with their predictions."""
         from mnist_ray.workload import drawing  # imports matplotlib
 
-        return drawing.of_classification(self, self.class_names, result, rows, test)
+        return drawing.of_classification(self, self.class_names, result, test, columns)
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mnist_ray.data.data import Split
 from mnist_ray.text import escaped
-from mnist_ray.workload.base import CsvRows, Picture, Workload
+from mnist_ray.workload.base import Picture, Workload
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
 _SIZE = (4.8, 4.0)  # inches: fits on a phone; plots side by side on a page have the same height
@@ -64,11 +64,12 @@ def of_classification(
     workload: Workload,
     classes: Sequence[Any],
     result: Mapping[str, Any],
-    rows: CsvRows,
     test: Split | None,
+    columns: Mapping[str, np.ndarray],
 ) -> list[Picture]:
     """Return the confusion matrix, if there is one, and some examples, if they are images."""
-    examples = _examples(workload, rows, test) if rows and test is not None else []
+    are_known = test is not None and {"label", "prediction", "probability"} <= columns.keys()
+    examples = _examples(workload, classes, test, columns) if are_known and test is not None else []
     plots = [_confusion(classes, result)] if "confusion_matrix" in result else []
     return [*plots, *examples]
 
@@ -86,12 +87,15 @@ def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
     return Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
 
 
-def _examples(workload: Workload, rows: CsvRows, test: Split) -> list[Picture]:
+def _examples(
+    workload: Workload, classes: Sequence[Any], test: Split, columns: Mapping[str, np.ndarray]
+) -> list[Picture]:
     """Return test examples with their predictions, and the most confident mistakes; [] if examples are not images."""
     if workload.as_picture(test[0][0]) is None:
         return []
-    labels, predicted = (np.array([row[name] for row in rows]) for name in ("label", "prediction"))
-    probabilities, is_right = np.array([float(row["probability"]) for row in rows]), labels == predicted
+    names = np.array([*map(str, classes)])
+    labels, predicted = names[columns["label"].astype(int)], names[columns["prediction"].astype(int)]
+    probabilities, is_right = columns["probability"], columns["label"] == columns["prediction"]
     rng = np.random.default_rng(0)
     drawn = rng.choice(len(labels), min(_NUM_RANDOM, len(labels)), replace=False)
     wrong = np.flatnonzero(~is_right)
@@ -116,9 +120,11 @@ def _examples(workload: Workload, rows: CsvRows, test: Split) -> list[Picture]:
     return pictures
 
 
-def of_regression(rows: CsvRows) -> list[Picture]:
+def of_regression(columns: Mapping[str, np.ndarray]) -> list[Picture]:
     """Plot predictions against targets, and the distribution of the errors."""
-    pairs = np.array([(float(row["target"]), float(row["prediction"])) for row in rows]).reshape(-1, 2)
+    if not {"target", "prediction"} <= columns.keys():
+        return []
+    pairs = np.stack([columns["target"], columns["prediction"]], 1).astype(float)
     targets, predictions = pairs[np.isfinite(pairs).all(1)].T
     if not len(targets):
         return []

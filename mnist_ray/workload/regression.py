@@ -10,7 +10,7 @@ import numpy as np
 
 from mnist_ray.data.data import Split
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import CsvRows, Picture, Workload
+from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
 from mnist_ray.workload.figures import Metric
 
@@ -69,12 +69,12 @@ class Regression(Workload):
         return [[(value, math.nan)] for value in _flat(outputs).tolist()]
 
     def pictures(
-        self, result: Mapping[str, Any], rows: CsvRows, test: Split | None, columns: Mapping[str, np.ndarray]
+        self, result: Mapping[str, Any], test: Split | None, columns: Mapping[str, np.ndarray]
     ) -> list[Picture]:
         """Plot predictions against targets, and the distribution of the errors."""
         from mnist_ray.workload import drawing  # imports matplotlib
 
-        return drawing.of_regression(rows)
+        return drawing.of_regression(columns)
 
 
 def _flat(outputs: Tensor) -> Tensor:

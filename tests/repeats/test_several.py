@@ -89,7 +89,6 @@ def test_every_example_is_predicted_once_by_a_run_that_has_not_seen_it(crossed: 
     columns, labels = read_columns(crossed.folder), read_columns(crossed.folder)["label"]
     assert [*columns][:3] == ["fold", "index", "loss"]
     assert columns["index"].tolist() == [*range(120)]
-    assert len((crossed.folder.read_text("predictions.csv") or "").splitlines()) == 121
     for fold, member in enumerate(crossed.members[:3], 1):
         own = read_columns(member.folder)
         assert np.array_equal(np.flatnonzero(columns["fold"] == fold), own["index"])

@@ -18,7 +18,7 @@ from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
-from mnist_ray.record.history import History, write_predictions
+from mnist_ray.record.history import History
 from mnist_ray.report import page
 from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.plots import Curve, scale_axis, smoothed
@@ -108,16 +108,11 @@ def test_the_result_has_the_forms_of_all_figures(finished_run: Path) -> None:
     assert "gradient_norm" not in formats
 
 
-def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images: Split) -> None:
-    rows = read_csv(folder_at(finished_run), "predictions.csv")
-    labels, predicted, probabilities = (
-        np.array([float(row[name]) for row in rows]) for name in ("label", "prediction", "probability")
-    )
-    np.testing.assert_array_equal(labels, test_images.examples.targets)
-    result = json.loads((finished_run / "result.json").read_text())
-    assert (labels == predicted).mean() == pytest.approx(result["test_accuracy"])
-    assert probabilities.min() >= 0.1
-    assert probabilities.max() <= 1
+def test_the_columns_of_predictions_agree_with_the_result(finished_run: Path, test_images: Split) -> None:
+    columns, result = read_columns(folder_at(finished_run)), json.loads((finished_run / "result.json").read_text())
+    np.testing.assert_array_equal(columns["label"], test_images.examples.targets)
+    assert (columns["label"] == columns["prediction"]).mean() == pytest.approx(result["test_accuracy"])
+    assert 0.1 <= columns["probability"].min() <= columns["probability"].max() <= 1
 
 
 def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Split, run: RunFolder) -> None:
@@ -315,7 +310,7 @@ def tested_run(run: RunFolder) -> RunFolder:
     history.write_steps()
     columns = {name: np.array([1, 2]) for name in ("label", "prediction")} | {"probability": np.array([0.5, 1.0])}
     tested = Evaluation(({"loss": 1.0, "accuracy": 2.0},), 2, columns)
-    assert write_predictions(run, workload, columns, {"index": np.array([4, 2])}) == ""
+    assert write_columns(run, {"index": np.array([4, 2]), **columns}) == ""
     result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 3.0}, "num_workers": 1}
     run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, "examples_per_s": 50.0}))
     run.write_text("config.json", json_lines(values_of(TrainConfig(num_epochs=2), WorkerConfig())))
@@ -351,7 +346,7 @@ def test_columns_that_are_too_large_are_not_kept_and_a_note_says_so(run: RunFold
 
 
 RAGGED = (b"\xff\xfe", b"a,b\nx\n")
-DAMAGED = [(name, content) for name in ("predictions.csv", "sweep.csv") for content in RAGGED]
+DAMAGED = [("sweep.csv", content) for content in RAGGED]
 DAMAGED += [("predictions.parquet", content) for content in (b"", b"PAR1", b"PAR1\0\0\0\0PAR1", *RAGGED)]
 for name in ("metrics.csv", "steps.csv", "origin.json", "result.json"):
     DAMAGED += [(name, content) for content in (b"", b"[1, 2]", *RAGGED)]
@@ -381,12 +376,6 @@ def test_figures_of_steps_have_a_curve_and_those_of_epochs_a_column(tested_run: 
     (header, *rows) = [row for row in Page(text).rows if len(row) == 8 and row[0] in ("epoch", "1", "2")]
     assert header[-3:] == ["gradient norm", "seconds", "images/s"]
     assert [row[-3] for row in rows] == ["-", "3.2500"]
-
-
-def test_a_prediction_may_be_long(run: RunFolder) -> None:
-    run.write_text("predictions.csv", f"label,mask\n1,{'1' * 200_000}\n")
-    (row,) = read_csv(run, "predictions.csv")
-    assert len(row["mask"]) == 200_000
 
 
 def test_a_metric_that_only_the_validation_has_gets_no_empty_column(

@@ -71,7 +71,7 @@ def test_it_writes_the_files_of_any_run(run: Path) -> None:
     folder = folder_at(run)
     assert [row["val_loss"] != "" for row in read_csv(folder, "metrics.csv")] == [True, True]
     assert read_csv(folder, "steps.csv")[-1]["step"] == "96"
-    assert {"result.json", "report.html", "predictions.csv"} <= {file.name for file in run.iterdir()}
+    assert {"result.json", "report.html", "predictions.parquet"} <= {file.name for file in run.iterdir()}
 
 
 @pytest.mark.long

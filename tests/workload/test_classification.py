@@ -108,7 +108,6 @@ def test_predictions_are_label_prediction_and_probabilities() -> None:
     columns = workload().predictions(torch.from_numpy(outputs), torch.from_numpy(targets))
     assert list(columns) == ["label", "prediction", "probability", "probabilities"]
     np.testing.assert_allclose(columns["probabilities"], softmax(outputs), rtol=1e-5)
-    assert "probabilities" not in workload().readable({name: column.numpy() for name, column in columns.items()})
     np.testing.assert_array_equal(columns["label"], targets)
     np.testing.assert_array_equal(columns["prediction"], outputs.argmax(1))
     np.testing.assert_allclose(columns["probability"], softmax(outputs).max(1), rtol=1e-5)
@@ -186,7 +185,7 @@ def test_very_many_classes_have_no_confusion_matrix_but_their_accuracies() -> No
     many = workload([*range(100_000)])
     details = many.details({"label": np.array([7, 7]), "prediction": np.array([7, 99_999])})
     assert (details["test_accuracy_per_class"][7], len(details["test_accuracy_per_class"])) == (0.5, 100_000)
-    assert many.pictures(details, [], None, {}) == []
+    assert many.pictures(details, None, {}) == []
 
 
 def test_details_are_json() -> None:
@@ -213,26 +212,16 @@ def test_more_classes_than_a_terminal_is_wide_show_no_table() -> None:
     assert workload([*range(13)]).lines({"label": np.array([4, 0]), "prediction": np.array([1, 0])}) == []
 
 
-def test_labels_and_predictions_are_written_by_name_and_further_columns_as_they_are() -> None:
-    columns = {"label": np.array([4, 0]), "prediction": np.array([1, 0]), "probability": np.array([0.5, 1 / 3])}
-    assert workload().readable({**columns, "score": np.array([0.5, 1 / 3])}) == {
-        "label": ["elephant", "ant"],
-        "prediction": ["bee", "ant"],
-        "probability": ["0.500000", "0.333333"],
-        "score": [0.5, 1 / 3],
-    }
-
-
 @pytest.mark.filterwarnings("error")
 def test_names_with_characters_that_the_font_lacks_are_drawn_as_escapes() -> None:
     assert drawable("naïve 猫\x1b\n×") == "naïve \\u732b\\x1b\n×"
     odd = workload(["ant", "bee", "猫", "\u202edog", "elephant"])
-    assert "Names are escaped" in odd.pictures(odd.details(COLUMNS), [], None, {})[0].caption
-    assert "Names are escaped" not in workload().pictures(odd.details(COLUMNS), [], None, {})[0].caption
+    assert "Names are escaped" in odd.pictures(odd.details(COLUMNS), None, {})[0].caption
+    assert "Names are escaped" not in workload().pictures(odd.details(COLUMNS), None, {})[0].caption
 
 
 def test_the_report_has_pictures_without_examples_to_show() -> None:
-    pictures = workload().pictures(workload().details(COLUMNS), [], None, {})
+    pictures = workload().pictures(workload().details(COLUMNS), None, {})
     assert [picture.name for picture in pictures] == ["confusion"]
     assert pictures[0].alt == "Confusion matrix: 3 mistakes among 10; most often ant was taken for bee (1)"
 

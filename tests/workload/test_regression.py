@@ -83,8 +83,8 @@ def test_predictions_tell_target_and_prediction(shape: tuple[int, ...]) -> None:
 
 
 def test_the_report_has_pictures_if_there_are_predictions() -> None:
-    rows = [{"target": "1.0", "prediction": "1.5"}, {"target": "12345.0", "prediction": "2.0"}]
-    pictures = Regression().pictures({}, rows, None, {})
+    columns = {"target": np.array([1.0, 12345.0]), "prediction": np.array([1.5, 2.0])}
+    pictures = Regression().pictures({}, None, columns)
     assert [picture.name for picture in pictures] == ["predictions", "errors"]
     assert pictures[0].alt == "2 predictions against their targets, from 1 to 12345"
-    assert Regression().pictures({}, [], None, {}) == []
+    assert Regression().pictures({}, None, {}) == []
