@@ -74,14 +74,6 @@ def actor_ids_from_kernel() -> Iterator[None]:
         ray.actor.ActorClassID = rays_own
 
 
-def check() -> None:
-    """Raise an ImportError or AttributeError if Ray lacks what a forked process needs."""
-    from ray._raylet import Config  # type: ignore[attr-defined]  # Cython, partly without stubs
-
-    for owner, name in ((Config, "initialize"), (ray, "NodeID"), (ray.NodeID, "from_random")):
-        getattr(owner, name)
-
-
 def random_id() -> bytes:
     """Return an id from Ray's generator; this seeds the generator."""
     return ray.NodeID.from_random().binary()

@@ -131,7 +131,6 @@ def load(modules: Sequence[str]) -> str:
     try:
         from ray_fork import ray_internals
 
-        ray_internals.check()
         with ray_internals.actor_ids_from_kernel():
             for name in modules:
                 importlib.import_module(name)

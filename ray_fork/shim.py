@@ -67,14 +67,6 @@ def fork(asked: list[str], command: list[str]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def has_been_silent() -> bool:
-    """Return, in a worker, whether any worker on this node has waited in vain for the job's server."""
-    with contextlib.suppress(KeyError, OSError):  # no server was asked, or there is no folder for it
-        address = node_address() if MODULES_VARIABLE in os.environ else os.environ[SOCKET_VARIABLE]
-        return os.path.exists(address + _SILENT)
-    return False
-
-
 def variables_of(command: list[str]) -> dict[str, str] | None:
     """Return the variables of a worker's runtime environment; None if the environment contains anything else."""
     contexts = [json.loads(word.removeprefix(_CONTEXT_FLAG)) for word in command if word.startswith(_CONTEXT_FLAG)]

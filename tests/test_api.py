@@ -36,7 +36,7 @@ from mnist_ray.workload import Data, Regression
 from mnist_ray.workload.calls import data_of
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import prepared_forking
-from tests.conftest import CELL, QUICK, ROOT, callback_at
+from tests.conftest import QUICK, ROOT, callback_at
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +136,6 @@ def test_a_swept_runs_workload_has_the_best_settings(tmp_path: Path, monkeypatch
     assert best.workload.settings.width == best.best["width"] == 48
 
 
-def test_an_export_returns_the_files_path(run: Run, tmp_path: Path) -> None:
-    path = run.export(tmp_path / "digits.pt2")
-    assert (path, path.is_file()) == (tmp_path / "digits.pt2", True)
-
-
 def test_weights_to_start_from_may_be_a_run_or_a_path(run: Run, small_data: Path, tmp_path: Path) -> None:
     own = MNIST.Settings(data_dir=small_data)
     for weights in (run, Path(run.checkpoint) / "model.safetensors"):
@@ -228,9 +223,7 @@ class Student(Texts):
 """
 
 
-def test_texts_are_predicted_and_a_missing_teacher_is_named_with_its_student(
-    write: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_texts_are_predicted_and_a_missing_teacher_is_named(write: Callable[..., Path], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     file = write(TEXTS.replace("STORAGE", str(runs)), "texts.py")
     settings: dict[str, Any] = {"num_workers": 0, "num_epochs": 1, "storage_path": runs}
@@ -243,7 +236,7 @@ def test_texts_are_predicted_and_a_missing_teacher_is_named_with_its_student(
         mnist_ray.predict(str(file), teacher)
     student = mnist_ray.train(f"{file}:Student", **settings, run_name="student")
     shutil.rmtree(runs / "teacher")
-    with pytest.raises(UsageError, match=r"^Student, create_model: .*/teacher is not a run.* \(texts\.py, line 18\)$"):
+    with pytest.raises(UsageError, match=r"/teacher is not a run"):
         student.load_model()
 
 
@@ -379,15 +372,6 @@ def test_a_call_leaves_its_process_as_it_found_it(small_data: Path, tmp_path: Pa
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ended", "finished", "failing", "interr"))]
     assert lines == ["ended True", "finished set()", "failing set()", "interrupted set()"]
     assert list(tmp_path.glob("runs/interrupted/checkpoint_*"))
-
-
-@pytest.mark.long
-def test_a_script_trains_its_class_on_a_new_local_ray(tmp_path: Path) -> None:
-    (tmp_path / "signs.py").write_text(CELL.replace("num_workers=0, ", ""))
-    command = [sys.executable, "signs.py", "runs"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("True 6\n") == 1
 
 
 CHECKS = """

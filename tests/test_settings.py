@@ -264,12 +264,6 @@ def test_a_misspelled_property_of_a_setting_is_an_error_where_it_is_declared() -
         setting(32, "units of the hidden layer", decide_data=True)
 
 
-def test_settings_without_a_docstring_have_a_heading_in_the_help() -> None:
-    fields = [("width", int, setting(32, "units of the hidden layer"))]
-    help_text = Parser("", dataclasses.make_dataclass("Settings", fields)).format_help()
-    assert "The workload's settings:\n  --width WIDTH" in help_text
-
-
 def test_a_setting_of_any_command_is_known_in_files_and_taken_for_workloads() -> None:
     of_module = {value for name, value in vars(config).items() if name.endswith("Config")}
     assert {*config.CLASSES} == of_module

@@ -31,7 +31,6 @@ from mnist_ray.process import in_thread
 from mnist_ray.ray_versions import has_tokens
 from mnist_ray.signals import end_with, take_signals
 from mnist_ray.storage import in_one_line, others_can_write
-from ray_fork.shim import has_been_silent
 from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
 
 _WORKER_START_TIMEOUT_S = 50.0
@@ -113,7 +112,8 @@ def _new_connection(
         with _in_parallel(meanwhile):
             at_the_end.enter_context(connected(start, leaving))
             cluster = _describe(is_local=address is None)
-            notes += start_worker(cluster.log_folder) + (about_access() if cluster.is_local else [])
+            start_worker(cluster.log_folder)
+            notes += about_access() if cluster.is_local else []
         yield dataclasses.replace(cluster, notes=tuple(notes))
 
 
@@ -271,15 +271,14 @@ def connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator[
             disconnect()
 
 
-def start_worker(log_folder: str) -> list[str]:
-    """Start a worker on this node, for the first actor to take over. Return notes for the user.
+def start_worker(log_folder: str) -> None:
+    """Start a worker on this node, for the first actor to take over.
 
     Raises JobError if no worker starts. Ray itself would try five times, for a minute each.
     """
-    started = ray.remote(num_cpus=0, scheduling_strategy=nodes.this_node())(has_been_silent).remote()
+    started = ray.remote(num_cpus=0, scheduling_strategy=nodes.this_node())(_nothing).remote()
     try:
-        is_slow = ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
-        return ["workers start slowly: the fork server does not answer (--fork-workers no)"] if is_slow else []
+        ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError as error:
         log = Path(log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]

@@ -160,8 +160,10 @@ def connected(
         nonlocal unused, note
         with process.without_collector():
             if not reason:
+                from mnist_ray.job.dry_run import note_of_transforms  # imports torch
+
                 unused = _try_batch(job, data.train, batch_sizes)
-                note = _note_of_transforms(job, data.validation)
+                note = note_of_transforms(job.workload, data.validation)
             importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
 
     if start.workers.num_workers == 0:
@@ -221,12 +223,6 @@ def _too_large(job: Job) -> str:
     model, free = on_meta(job.workload)[0], psutil.virtual_memory().available
     needed = 2 * sum(parameter.nbytes for parameter in model.parameters()) if model else 0  # weights and gradients
     return f"the model needs {size_of(needed)}, but only {size_of(free)} are free here" if needed > free else ""
-
-
-def _note_of_transforms(job: Job, validation: Split) -> str:
-    from mnist_ray.job.dry_run import note_of_transforms  # imports torch
-
-    return note_of_transforms(job.workload, validation)
 
 
 def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] | None:

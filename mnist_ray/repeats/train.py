@@ -39,12 +39,12 @@ def train(job: Job) -> None:
             from mnist_ray.record.recorder import logs_named, write_settings  # torch was loaded while Ray started
             from mnist_ray.repeats import summary
             from mnist_ray.repeats.cluster import train_members
-            from mnist_ray.run import fit, rehearsal
+            from mnist_ray.run import fit
 
             plan = fit.plan(session)
             if job.output.dry_run:
                 say_plan(session, plan)
-                rehearsal.check_nodes_for(session, plan)
+                fit.check_nodes_for(session, plan)
             elif not job.train.is_several:
                 fit.train_run(session, plan)
             else:

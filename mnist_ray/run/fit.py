@@ -16,15 +16,17 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
-from mnist_ray.cluster.devices import usable
+from mnist_ray import extras
+from mnist_ray.cluster.devices import check_nodes, usable
 from mnist_ray.cluster.nodes import Waiting, temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.job.find import Fitted, best_of
+from mnist_ray.job.find import Fitted, best_of, read_initial
 from mnist_ray.job.session import Session
 from mnist_ray.process import in_thread
+from mnist_ray.provenance import versions
 from mnist_ray.record.recorder import recorded
 from mnist_ray.run import evaluate
 from mnist_ray.run.event_queue import open_event_queue, taken
@@ -34,7 +36,8 @@ from mnist_ray.run.life import TOLD_EVERY_S
 from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.storage import in_one_line
+from mnist_ray.storage import INITIAL_FILE, in_one_line
+from mnist_ray.text import count, format_settings
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
@@ -201,3 +204,26 @@ class _Listener:
                 if self._controller is not None:
                     ray.kill(self._controller)
                 self._taken()
+
+
+def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
+    """Print where a job would run, and check every node. Raises JobError if a node cannot take part."""
+    job, console = session.job, session.console
+    own_versions, batch_size = versions(), job.train.batch_size
+    if job.initial is not None and not job.initial.exists(INITIAL_FILE):
+        console.say("init from", read_initial(job)[1])
+    hosts = ["this process"] if session.is_here else check_nodes(job.run, plan, own_versions)
+    slices = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
+    where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])
+    console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {slices}")
+    console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts) or 'no node yet'}")
+    console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
+    if not session.is_here:
+        found = extras.listed(plain=job.workers.plain_ray)
+        groups = [f"{state}: {', '.join(extra.gain for extra in group)}" for state, group in found.items() if group]
+        console.say("extras", "; ".join(groups))
+    if plan.must_scale_up:
+        console.say("note", "this check cannot tell whether the cluster can start nodes for these workers")
+    for place, values in job.layers.decided():
+        console.say("settings", f"{format_settings(values)} (from {place})")
+    console.say("check", "this job would run")

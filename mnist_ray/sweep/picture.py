@@ -38,17 +38,12 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     title = [f"{count(len(records), 'trial')} of at most {count(num_epochs, 'epoch')}"]
     if best:
         settings = format_settings(best.point.values)
-        title += [f"best: {monitor.format(best.val_monitor)}, {best.seeds_text}", *_balanced(settings)]
+        title += [
+            f"best: {monitor.format(best.val_monitor)}, {best.seeds_text}",
+            *textwrap.wrap(settings, _TITLE_WIDTH),
+        ]
     over_epochs.set_title(plain("\n".join(title)))
     return png_of(figure)
-
-
-def _balanced(text: str) -> list[str]:
-    """Return a text in as few lines as needed, of almost equal lengths, unless a word is longer than a line."""
-    wrapped = textwrap.wrap(text, _TITLE_WIDTH)
-    widths = range(len(text) // len(wrapped), _TITLE_WIDTH)
-    narrower = (textwrap.wrap(text, width, break_long_words=False) for width in widths)
-    return next((lines for lines in narrower if len(lines) == len(wrapped)), wrapped)
 
 
 def _draw_over_epochs(axes: Axes, metric: Metric, records: list[TrialRecord], best: list[TrialRecord]) -> None:

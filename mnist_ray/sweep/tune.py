@@ -87,7 +87,7 @@ def tune(sweep: Sweep) -> Sweep:
         console = SweepConsole(sweep)
         say_header = functools.partial(say_sweep, console, sweep, data)
         with opened(start, sweep.job, data, console, say_header, sweep.batch_sizes) as session:
-            from mnist_ray.run.rehearsal import check_nodes_for  # torch is loaded by now
+            from mnist_ray.run.fit import check_nodes_for  # torch is loaded by now
             from mnist_ray.sweep.search import plan_trials, search, train_chosen
 
             if idle := sorted((session.own_unused or set()) & {*sweep.space.spaces}):

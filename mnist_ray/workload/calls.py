@@ -6,14 +6,11 @@ import bdb
 import contextlib
 import dataclasses
 import json
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist_ray import config
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Blocks, Data, Split, Splits
 from mnist_ray.data.digests import digest_of_files
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
-_API = str(Path(config.__file__).with_name("api.py"))
 _REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
 
 
@@ -84,12 +80,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
     """Turn an exception in the user's code into a UsageError: one line, with file name and line number."""
     try:
         yield
-    except (UsageError, JobError) as error:
-        if not any(frame.filename == _API for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-        said = f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder)}"  # of a nested run
-        raise type(error)(said) from error
-    except bdb.BdbQuit:  # ends a debugger
+    except (UsageError, JobError, bdb.BdbQuit):  # the last one ends a debugger
         raise
     except (Exception, SystemExit) as error:
         said = with_place(error, workload.source.folder)

@@ -146,12 +146,6 @@ def test_threads_of_the_jobs_own_process_are_told_before_a_workload_imports_torc
         cli.train()
 
 
-def test_a_call_leaves_openmps_variables_as_they_were() -> None:
-    with process.left_as_found():
-        os.environ["GOMP_SPINCOUNT"] = "1000"
-    assert "GOMP_SPINCOUNT" not in os.environ
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
 @pytest.mark.parametrize(("is_sharded", "is_kept"), [(False, True), (True, False)])
 def test_freed_memory_is_kept_but_large_blocks_of_a_sharded_run(is_sharded: bool, is_kept: bool) -> None:

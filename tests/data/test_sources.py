@@ -326,13 +326,6 @@ def test_a_block_is_named_by_its_file_and_row_group(tmp_path: Path) -> None:
     assert Parquet(tmp_path).block_names[2:4] == [f"{files[0]}, row group 2", f"{files[1]}, row group 0"]
 
 
-def test_blocks_can_be_sent_to_other_processes(tmp_path: Path) -> None:
-    file = written(tmp_path / "some.parquet", image=LABELS, label=LABELS)
-    blocks = Parquet(file)
-    sent = pickle.loads(pickle.dumps(blocks))
-    assert [sent[number] for number in range(10)] == [(number, number) for number in range(10)]
-
-
 # --- pictures by class
 
 

@@ -1,7 +1,6 @@
 import contextlib
 import json
 import os
-import re
 import resource
 import signal
 import socket
@@ -17,7 +16,7 @@ import pytest
 import ray
 
 from ray_fork import shim
-from ray_fork.server import load, why_not
+from ray_fork.server import why_not
 from tests.conftest import wait_for
 from tests.ray_fork.conftest import Server, fork, has_ended, parent_of_worker, run_shim, script_in, serving
 
@@ -141,27 +140,6 @@ def test_a_worker_of_another_ray_or_python_is_refused_with_both_versions(server:
         assert said == f"the worker has Python {python} and Ray {version}, {own}"
     said = answer(tmp_path, server, python="pypy 3.11.7")
     assert said == f"the worker has Python pypy 3.11.7 and Ray {ray.__version__}, {own}"
-
-
-@pytest.mark.parametrize(
-    ("name", "owner", "remaining"),
-    [
-        ("Config", "ray._raylet", None),
-        ("initialize", "ray._raylet.Config", object),
-        ("ActorClassID", "ray.actor", None),
-        ("NodeID", "ray", None),
-        ("from_random", "ray.NodeID", object),
-    ],
-)
-def test_a_ray_that_lacks_a_private_name_is_refused_with_the_name(
-    name: str, owner: str, remaining: type | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.environ", {**os.environ})
-    if remaining is None:
-        monkeypatch.delattr(f"{owner}.{name}")
-    else:
-        monkeypatch.setattr(owner, remaining)
-    assert re.search(rf"Error: .*\b{name}\b", load(["json"]))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError
 from mnist_ray.mnist import idx
 from mnist_ray.record.history import History
 from mnist_ray.report import page
@@ -261,26 +261,6 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     assert "sweep" not in write(run)
 
 
-@pytest.mark.parametrize(
-    ("settings", "lines"),
-    [
-        ("batch size 32", ["batch size 32"]),
-        (", ".join(["width 64"] * 10), [", ".join(["width 64"] * 5) + ",", ", ".join(["width 64"] * 5)]),
-        ("x" * 100, ["x" * 80, "x" * 20]),
-        (f"kind {'y' * 90} z", ["kind " + "y" * 75, "y" * 15 + " z"]),
-    ],
-)
-def test_a_sweeps_title_has_lines_of_almost_equal_lengths(
-    settings: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    titles: list[str] = []
-    monkeypatch.setattr("mnist_ray.sweep.picture.format_settings", lambda values: settings)
-    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title: titles.append(title))
-    done = [TrialRecord(1, point(32, 0.001), DONE, 2.0, 0.9, 0.1, 0.1, 9.0, 1.0)]
-    draw(TrialTable(type(mnist()), space_of(type(mnist()), {}), done), 2)
-    assert titles[0].splitlines() == ["1 trial of at most 2 epochs", "best: 90.00%, seed 0", *lines]
-
-
 def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_epochs(
     finished_run: Path, tmp_path: Path
 ) -> None:
@@ -290,12 +270,6 @@ def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_
     (tmp_path / "run" / "steps.csv").unlink()
     assert {*METRICS}.isdisjoint(write(folder_at(tmp_path / "run")))
     assert "finished: 2 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
-
-
-def test_a_run_with_untrusted_code_is_refused(run: RunFolder, tmp_path: Path) -> None:
-    run.write_text("config.json", json_lines({"num_epochs": 1, "workload": str(tmp_path / "steals.py")}))
-    with pytest.raises(UsageError, match="the code may have come with the run; if you trust it"):
-        workload_of(run, None, str(tmp_path))
 
 
 @pytest.fixture
@@ -326,16 +300,6 @@ def test_the_columns_of_the_predictions_are_kept_whole(tested_run: RunFolder) ->
     read = read_columns(tested_run)
     assert {name: values.dtype for name, values in read.items()} == {"image": "u1", "is_odd": "?", "score": "f2"}
     assert all(np.array_equal(read[name], values, equal_nan=name == "score") for name, values in columns.items())
-
-
-def test_the_columns_of_a_tested_run_have_the_examples_places(tested_run: RunFolder) -> None:
-    read = read_columns(tested_run)
-    assert {name: values.tolist() for name, values in read.items()} == {
-        "index": [4, 2],
-        "label": [1, 2],
-        "prediction": [1, 2],
-        "probability": [0.5, 1.0],
-    }
 
 
 def test_columns_that_are_too_large_are_not_kept_and_a_note_says_so(run: RunFolder) -> None:
@@ -481,8 +445,3 @@ def test_a_page_shows_no_secrets_and_escapes_markup_and_control_characters() -> 
     assert "To resume: s3://***@bucket?token=***&amp;region=us<" in text
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-
-
-def write_page(run: Path) -> str:
-    run_main("report", str(run))
-    return (run / "report.html").read_text()

@@ -332,28 +332,6 @@ def test_a_run_resumed_after_a_kill_and_damage_ends_with_the_same_weights(
     assert weights(gate.run) == weights(finished_run)
 
 
-@pytest.mark.usefixtures("ray_address")
-def test_training_continues_while_one_checkpoint_at_a_time_is_written(gate: Gate) -> None:
-    first, second = (gate.run / f"checkpoint_epoch-00{epoch}_step-000000" for epoch in (1, 2))
-    written = first / "model.safetensors"
-    seen: list[str] = []
-
-    def block_and_let_go() -> None:
-        wait_for((gate.run / "origin.json").exists)  # the training waits at the gate, or has not begun
-        first.mkdir()
-        os.mkfifo(written)  # whoever opens it for writing waits for a reader
-        gate.open()
-        wait_for(lambda: len(read_csv(locate(str(gate.folder), "run"), "metrics.csv")) == 2)
-        seen.extend(path.name for path in (first, second) if path.exists())
-        written.read_bytes()
-
-    with acting(block_and_let_go):
-        run_main("train", *gate.flags(epoch=0, step=1, validation_size=0, checkpoint_every=10**6))
-    assert seen == [first.name]
-    result = json.loads((gate.run / "result.json").read_text())
-    assert result["checkpoint"] == second.name
-
-
 def test_a_report_that_cannot_be_written_is_a_note(
     quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -772,7 +750,7 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
     )
 
 
-def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_or_stopped_training_returns_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome, _ = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
     said = "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate, scale inputs and targets, or "
     assert str(pickle.loads(pickle.dumps(outcome)).diverged) == f"{said}fix the data"

@@ -178,16 +178,6 @@ def test_an_evaluation_says_that_the_run_used_only_a_part_of_the_data(
     assert said in capsys.readouterr().out
 
 
-def test_the_best_two_and_the_last_checkpoint_are_kept(here: dict[str, Any], tmp_path: Path) -> None:
-    train(None, **here, num_epochs=6)
-    run = folder_at(tmp_path / "run")
-    epochs = read_csv(run, "metrics.csv")
-    ranked = sorted(epochs, key=lambda row: (-float(row["val_accuracy"]), float(row["val_loss"])))
-    best, second, *_ = (f"checkpoint_epoch-{int(row['epoch']):03d}_step-000000" for row in ranked)
-    assert set(run.checkpoint_names()) == {best, second, "checkpoint_epoch-006_step-000000"}
-    assert (run.read_json("result.json") or {})["checkpoint"] == best
-
-
 @pytest.mark.parametrize("checkpoint_every", [20, 30, 1000])  # twice or once within the epoch, or only at its end
 def test_storage_that_fails_is_one_line_with_the_way_on(
     checkpoint_every: int, here: dict[str, Any], monkeypatch: pytest.MonkeyPatch
