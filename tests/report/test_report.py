@@ -437,8 +437,7 @@ def test_a_page_shows_no_secrets_and_escapes_markup_and_control_characters() -> 
     command_line = "train --storage-path http://user:password@host"
     rows = [("command_line", command_line), ("data_dir", "<script>alert(1)</script>")]
     status = "To resume: s3://KEY:SECRET@bucket?token=SECRET&region=us"
-    rows.append(("run", "\u202egnp.\x1b[31m"))
-    tables = [page.Table("Origin", (), rows)]
+    tables = [page.Table("Origin", (), [*rows, ("run", "\u202egnp.\x1b[31m")])]
     text = page.page_of(title="a run", status=status, headlines={}, notes=(), pictures=(), tables=tables)
     assert r"<td>\u202egnp.\x1b[31m</td>" in text
     assert "train --storage-path http://***@host<" in text
