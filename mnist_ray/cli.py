@@ -187,7 +187,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit with its status: 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     signals.take_signals()
     prepare_output()
-    status = status_of(functools.partial(signals.supervise, functools.partial(status_of, main)))
+    status = status_of(signals.supervise)
+    if signals.is_supervised():  # this process is the child, and does the work
+        try:
+            status = status_of(main)
+        finally:
+            signals.if_ended(signals.DONE)
     with contextlib.suppress(OSError):  # a closed pipe or a full disk, already reported
         sys.stdout.flush()
     sys.stderr.flush()

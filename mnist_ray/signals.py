@@ -1,7 +1,7 @@
 """Ends a job early: Ctrl-C, SIGTERM, SIGHUP or an error in a thread raises an exception in the main thread.
 
 Ray ends a driver without an exception if its raylet or GCS is gone; so does the kernel if memory runs out. Therefore
-``supervise`` runs the job in a child process, and prints why the child exited and how to resume. This module imports
+``supervise`` lets a child process run the job, and prints why the child exited and how to resume. This module imports
 nothing heavy, since the fork must come before all heavy imports.
 """
 
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
@@ -143,11 +143,11 @@ def _exit(reason: str) -> None:
     """End this process with an error, on behalf of its main thread."""
     with contextlib.suppress(OSError, JobError):
         say(f"error: {reason}{_state.advice}", file=sys.stderr)
-    if_ended(_DONE)
+    if_ended(DONE)
     os._exit(1)
 
 
-_DONE, _PIPE_BYTES = "\0", 2**16
+DONE, _PIPE_BYTES = "\0", 2**16
 
 
 def if_ended(advice: str) -> None:
@@ -158,8 +158,16 @@ def if_ended(advice: str) -> None:
             os.write(_state.to_supervisor, f"{advice}\n".encode())
 
 
-def supervise(work: Callable[[], int]) -> int:
-    """Run ``work`` in a child process that exits with this one; forward signals; return its exit status."""
+def is_supervised() -> bool:
+    """Return whether this is the child process of ``supervise``."""
+    return _state.to_supervisor is not None
+
+
+def supervise() -> int:
+    """Fork: in the child, which exits with this process, return at once; here, forward signals until it has exited.
+
+    Returns the child's exit status. At its end, the child calls ``if_ended(DONE)``; otherwise, it was killed.
+    """
     from_job, to_supervisor = os.pipe()
     from_supervisor, alive = os.pipe()
     awaited = {*signals(), signal.SIGCHLD}
@@ -174,10 +182,7 @@ def supervise(work: Callable[[], int]) -> int:
         os.close(alive)
         _state.to_supervisor = to_supervisor
         threading.Thread(target=_end_with_supervisor, args=[from_supervisor], daemon=True).start()
-        try:
-            return work()
-        finally:
-            if_ended(_DONE)
+        return 0
     os.close(to_supervisor)
     os.close(from_supervisor)
     ended, written = 0, b""
@@ -190,7 +195,7 @@ def supervise(work: Callable[[], int]) -> int:
         written = os.read(from_job, _PIPE_BYTES)
     advice = ["", *written.decode(errors="replace").splitlines()][-1]
     leave_closed_terminal()
-    if advice == _DONE:
+    if advice == DONE:
         return os.waitstatus_to_exitcode(state)
     if sys.stdout.isatty():
         sys.stdout.write("\r\x1b[K\x1b[?25h")  # removes the live line, and shows the cursor again

@@ -17,6 +17,14 @@ import os, signal, sys, time
 from mnist_ray import signals
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored here, as under nohup
 signals.take_signals()
+def supervised(work):  # as cli.run does
+    status = signals.supervise()
+    if not signals.is_supervised():
+        return status
+    try:
+        return work()
+    finally:
+        signals.if_ended(signals.DONE)
 """
 SAVING = """
 def work():
@@ -31,7 +39,7 @@ def work():
                 time.sleep(0.01)
     except KeyboardInterrupt:
         return 130
-os._exit(signals.supervise(work))  # like jobs: Python's own exit would first reset the handlers
+os._exit(supervised(work))  # like jobs: Python's own exit would first reset the handlers
 """
 Starter = Callable[[str], "subprocess.Popen[str]"]
 
@@ -66,8 +74,8 @@ def ending(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_the_works_status_and_traceback_are_passed_on(start: Starter) -> None:
-    assert ending(start("sys.exit(signals.supervise(lambda: 3))")) == (3, "")
-    status, errors = ending(start("sys.exit(signals.supervise(lambda: 1 / 0))"))
+    assert ending(start("sys.exit(supervised(lambda: 3))")) == (3, "")
+    status, errors = ending(start("sys.exit(supervised(lambda: 1 / 0))"))
     assert (status, errors.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
 
 
@@ -85,7 +93,7 @@ def test_the_works_status_and_traceback_are_passed_on(start: Starter) -> None:
 )
 def test_if_the_process_is_killed_one_line_says_so_and_how_to_resume(start: Starter, end: str, message: str) -> None:
     code = f"signals.work = lambda: (signals.if_ended('; early'), signals.if_ended('; to resume: this'), {end})"
-    status, errors = ending(start(f"{code}\nsys.exit(signals.supervise(signals.work))"))
+    status, errors = ending(start(f"{code}\nsys.exit(supervised(signals.work))"))
     assert (status, errors.count("\n")) == (1, 1)
     assert message in errors
     assert errors.endswith("; to resume: this\n")
@@ -122,7 +130,7 @@ def work():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as long as Ray's C++ does not return
     threading.Thread(target=signals.end_with, args=[RuntimeError("Ray is silent")]).start()
     threading.Event().wait()
-os._exit(signals.supervise(work))
+os._exit(supervised(work))
 """
 
 

@@ -454,7 +454,8 @@ def _check_step(
     model.train()
     try:
         with placed(workload, "training_step"):
-            step.take([batch])
+            with step.on([batch]):
+                workload.training_step(step)
             step.take_logged()
             check_logged(workload, [key.removeprefix(LOGGED) for key in step.sums if key.startswith(LOGGED)])
     except UsageError as error:

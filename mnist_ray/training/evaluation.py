@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import batch_loader, batches_of, checked, to_device
+from mnist_ray.data.batches import MicroBatch, batch_loader, batches_of, checked, to_device
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request, split_bounds
 from mnist_ray.errors import UsageError
@@ -133,15 +133,10 @@ def evaluate(
     with evaluating(model):
         for request, loaded in zip(requests, loader, strict=True):
             on_batch(int(request.indices[0]))
-            batch = to_device(loaded, device)
-            outputs, targets = forward(workload, model, batch), batch.targets
-            loss = workload.loss(outputs, targets)
-            check_per_example(f"{type(workload).__name__}.loss", loss, batch.num_examples)
-            values = {"loss": loss, **measured_of(workload, outputs, targets, batch.num_examples)}
+            values, of_batch = _evaluated(workload, model, to_device(loaded, device))
             sums.append({name: each.sum() for name, each in values.items()})
-            columns.append(workload.predictions(outputs, targets))
-            weights = workload.weights(targets)
-            losses.append({"loss": loss} if weights is None else {"loss": loss, WEIGHT: weights})
+            columns.append(of_batch)
+            losses.append({name: values[name] for name in ("loss", WEIGHT) if name in values})
             is_finite.append(torch.stack([each.isfinite() for each in values.values()]).all(0))
             num_bytes += sum(values.nbytes for values in columns[-1].values())
             if num_bytes > MAX_COLUMN_BYTES:
@@ -151,6 +146,15 @@ def evaluate(
     batch_sums = tuple(dict(zip(by_name, values, strict=True)) for values in zip(*by_name.values(), strict=True))
     check_columns(columns)
     return Evaluation(batch_sums, len(split), _joined(columns), _joined(losses), torch.cat(is_finite).cpu().numpy())
+
+
+def _evaluated(workload: Workload, model: nn.Module, batch: MicroBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return loss, measures and weights of a batch, and the columns of its predictions, (N, ...) each."""
+    outputs, targets = forward(workload, model, batch), batch.targets
+    loss = workload.loss(outputs, targets)
+    check_per_example(f"{type(workload).__name__}.loss", loss, batch.num_examples)
+    values = {"loss": loss, **measured_of(workload, outputs, targets, batch.num_examples)}
+    return values, workload.predictions(outputs, targets)
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:

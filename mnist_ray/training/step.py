@@ -116,11 +116,12 @@ class Step:
         if len(self.optimizers) > 1:
             self._check_flags("several optimizers")
 
-    def take(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Let the workload take a step with this rank's slice of a batch. Raises UsageError for a wrong step."""
+    @contextlib.contextmanager
+    def on(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+        """Take a step on this rank's slice of a batch inside the block. Raises UsageError if it has no gradient."""
         self.begin(micro_batches)
         with contextlib.suppress(NoWeightError):
-            self._workload.training_step(self)
+            yield
         if self._first is None:
             raise UsageError(f"{self._name}.training_step must call step.backward")
         self.sums.setdefault("loss", self._first)
@@ -155,9 +156,13 @@ class Step:
             for seed_number, batch in sync.plan(self._micro_batches):
                 if seed_number is not None:
                     self._seed(seed_number)
-                with sync.accumulate(batch):
-                    sums = self._of_micro_batch(loss, name, batch)
-                total = _added(total, sync.collect(sums)) if total else sync.collect(sums)
+                with sync.accumulate(batch), self._computing(batch):
+                    losses = self._sum_of_losses(loss, name, batch)
+                    # So, the gradients of all slices add up to that of the global batch's mean, even if slices are
+                    # uneven. A filler adds zeros.
+                    factor = 0.0 if batch.is_filler else sync.factor / batch.global_size
+                    self._state.scaler.scale(losses * factor).backward()  # type: ignore[no-untyped-call]
+                total = _added(total, sync.collect(self._found)) if total else sync.collect(self._found)
             sync.finish()
         if sync.ready_at is not None:
             self._state.watch.turn(WORKERS, sync.ready_at)
@@ -245,29 +250,29 @@ class Step:
 
     # --- the parts of a step
 
-    def _of_micro_batch(self, loss: Loss, name: str, batch: MicroBatch) -> dict[str, Tensor]:
-        """Add a micro-batch's gradients to the model's; return the sums over its examples. A filler adds zeros.
-
-        With a factor of 1 / global batch size, the gradients of all slices add up to that of the global batch's mean
-        loss, even if slices are uneven.
-        """
+    @contextlib.contextmanager
+    def _computing(self, batch: MicroBatch) -> Iterator[None]:
+        """Find the sums over a micro-batch's examples inside the block; of a filler, they are 0."""
         self._micro_batch, self._found, self._reported = batch, {}, None
         try:
             with buffers_kept(self.model) if batch.is_filler else _NOTHING:
-                with autocast(self.model, self.config.precision):
-                    losses = loss(self.model, batch, self)
-                    total = self._sum_of(losses, getattr(loss, "__name__", name))
-                if not total.requires_grad:
-                    place = f"{self._name}.{getattr(loss, '__name__', name)}"
-                    raise UsageError(f"{place} does not depend on the model's parameters: nothing would be learned")
-                factor = 0.0 if batch.is_filler else self._sync.factor / batch.global_size
-                self._state.scaler.scale(total * factor).backward()  # type: ignore[no-untyped-call]
+                yield
         finally:
             self._micro_batch = None
-        self._add_losses(losses, total.detach(), name, batch)
         if batch.is_filler:
-            return {key: torch.zeros_like(value) for key, value in self._found.items()}
-        return self._found
+            self._found = {key: torch.zeros_like(value) for key, value in self._found.items()}
+
+    def _sum_of_losses(self, loss: Loss, name: str, batch: MicroBatch) -> Tensor:
+        """Return the sum of a micro-batch's losses; add it to the sums. Raises UsageError if nothing can be learned."""
+        own_name = getattr(loss, "__name__", name)
+        with autocast(self.model, self.config.precision):
+            losses = loss(self.model, batch, self)
+            total = self._sum_of(losses, own_name)
+        if not total.requires_grad:
+            place = f"{self._name}.{own_name}"
+            raise UsageError(f"{place} does not depend on the model's parameters: nothing would be learned")
+        self._add_losses(losses, total.detach(), name, batch)
+        return total
 
     def _add_losses(self, losses: Tensor, total: Tensor, name: str, batch: MicroBatch) -> None:
         """Add the sums of the reported and of the minimized losses, ``total``, to what was found in a micro-batch."""

@@ -147,7 +147,8 @@ class Trainer:
         """Let the workload take a step; then move the EMA and the learning rates."""
         state, step = self.state, self.step
         state.learning_rates = learning_rates(state.optimizers)
-        step.take(micro_batches)
+        with step.on(micro_batches):
+            self.workload.training_step(step)
         state.watch.turn(OPTIMIZER)
         if step.has_updated and self.config.ema_decay is not None:
             move_average(state, self.config.ema_decay)

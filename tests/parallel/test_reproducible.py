@@ -201,7 +201,8 @@ def test_fillers_do_not_count_in_running_statistics(num_chunks: int) -> None:
     step = Step(Normalized(), state, replace(config, reproducible=False), Group())
     filler = MicroBatch(torch.tensor(inputs[:1]), torch.zeros(1), 1, 3, is_filler=True)
     before = normalization.running_mean.item()
-    step.take([filler])
+    with step.on([filler]):
+        Normalized().training_step(step)
     assert normalization.running_mean.item() == before
 
 
