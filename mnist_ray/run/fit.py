@@ -143,10 +143,11 @@ class _Listener:
     def __init__(self, result: Future[ray.train.Result], event_queue: Any, on_event: Callable[[Event], None]) -> None:
         self.result, self.outcome = result, Outcome()
         self._event_queue, self._on_event = event_queue, on_event
-        self._is_training, self._stopping_at = False, math.inf
+        self._is_training = False
         self._controller: Any = None  # its actor, once it has started
-        self._alive_at = math.inf  # when the controller last showed life
-        self._told_at = self._lived_at = -math.inf  # when a worker last reported, and when one last made progress
+        self._alive_at: float | None = None  # when the controller last showed life
+        self._told_at: float | None = None  # when a worker last reported
+        self._moved_at: float | None = None  # after Ctrl-C: when a worker last made progress
         self._waiting = Waiting("the workers to start", lambda text: on_event(Note(text)))
 
     def listen(self, interrupted: Noted) -> None:
@@ -156,19 +157,19 @@ class _Listener:
             interval = _POLL_INTERVAL_S if self._is_training else _START_INTERVAL_S
             is_running = bool(wait([self.result], interval).not_done)  # checked before the last events are taken
             events = self._taken()
-            if time.monotonic() - self._alive_at > MAX_SILENCE_S:
+            if self._alive_at is not None and time.monotonic() - self._alive_at > MAX_SILENCE_S:
                 with contextlib.suppress(RayError):
                     ray.kill(self._controller)  # else it could continue to train once it answers again
                 raise RaySilentError.of("Ray Train's controller")
             for event in events:
                 self._pass_on(event)
-            is_waiting = not self._is_training and time.monotonic() - self._told_at > 2 * TOLD_EVERY_S
-            self._waiting.look(is_waiting=is_waiting)
-            if interrupted.is_set and self._is_training and self._stopping_at == math.inf:
-                self._stopping_at = time.monotonic()
+            is_quiet = self._told_at is None or time.monotonic() - self._told_at > 2 * TOLD_EVERY_S
+            self._waiting.look(is_waiting=is_quiet and not self._is_training)
+            if interrupted.is_set and self._is_training and self._moved_at is None:
+                self._moved_at = time.monotonic()
                 self._event_queue.want_stop.remote()
                 self._on_event(Stopping())
-            if time.monotonic() - max(self._stopping_at, self._lived_at) > _STOP_TIMEOUT_S:
+            if self._moved_at is not None and time.monotonic() - self._moved_at > _STOP_TIMEOUT_S:
                 silence = f"no worker has made progress for {_STOP_TIMEOUT_S:.0f} s"
                 self._on_event(Note(f"no checkpoint is saved: {silence}"))
                 return
@@ -185,7 +186,8 @@ class _Listener:
         match event:
             case WorkerAlive():
                 self._told_at = time.monotonic()
-                self._lived_at = max(self._lived_at, self._told_at - event.silent_s)
+                if self._moved_at is not None:
+                    self._moved_at = max(self._moved_at, self._told_at - event.silent_s)
             case Outcome():
                 self.outcome = event
             case _:
