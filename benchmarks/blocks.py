@@ -10,7 +10,7 @@ Writes MNIST's images as Parquet, and serves them over a link whose rate can be 
 
 traffic   bytes and requests of an epoch that 1, 2 and 4 workers read, and whether their batches are the same
 speed     images/s of training if the link carries twice what is needed / the same images in memory, in turns
-memory    a worker's memory after each epoch, of data 10 and 40 times as large as --read-ahead-mib
+memory    a worker's memory after each epoch, of data 10 and 40 times as large as read_ahead_mib
 start     seconds to the first step, of a run and of one that resumes in the middle of an epoch, also in memory
 peers     the same reading with mosaicml-streaming and litdata; PEERS_PYTHON names a Python that has both
 accuracy  ten seeds: all examples shuffled, blocks as MNIST lies, and blocks of MNIST sorted by class
@@ -338,7 +338,7 @@ def speed(folder: Path) -> None:
 def memory(folder: Path) -> None:
     """Print a worker's memory after each epoch, of data 10 and 40 times as large as the read-ahead."""
     read_ahead_mib = 8
-    print("| data / --read-ahead-mib | MiB after epochs 1, 2, 3 |\n|---|---|")
+    print("| data / read_ahead_mib | MiB after epochs 1, 2, 3 |\n|---|---|")
     for times in (10, 40):
         number = times * read_ahead_mib * 2**20 // PIXELS
         write(folder / "bucket" / f"{times}" / "a.parquet", images(number))

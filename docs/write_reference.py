@@ -94,7 +94,7 @@ def row_of(about: Setting) -> str:
         default = "on" if default else "off"
     elif isinstance(default, float):
         default = f"{default:g}"
-    name = f"`{flag(about.name)}`" + (f", `--no-{flag(about.name)[2:]}`" if about.plain is bool else "")
+    name = f"`{about.shown}`" + (f", `--no-{flag(about.name)[2:]}`" if about.plain is bool else "")
     meaning = "; ".join(part for part in parts if part not in chosen).partition(": FILE.py[")[0]
     meaning = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", meaning)
     return f"| {name} | {default} | {values_of(about)} | {meaning}{searched(about)} |"

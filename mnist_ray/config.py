@@ -152,6 +152,14 @@ class TrainConfig:
         unset="auto",
         **at_least(1),
     )
+    keep_checkpoints: int | None = setting(
+        2,
+        "how many of the best checkpoints by validation to keep beside the last one; or all",
+        decides_weights=False,
+        is_searchable=False,
+        unset="all",
+        **at_least(1),
+    )
     reproducible: bool = setting(
         False, "bit-identical weights for any number of workers; slower: CPUs only, one thread per worker"
     )
@@ -215,7 +223,10 @@ class WorkerConfig:
         0, "processes per worker to read a Dataset; 0: the worker reads it; not used for arrays", **at_least(0)
     )
     read_ahead_mib: int = setting(
-        READ_AHEAD_MIB, "with data in blocks: memory per worker, in MiB, for reading ahead", **at_least(1)
+        READ_AHEAD_MIB,
+        "with data in blocks: memory per worker, in MiB, for reading ahead",
+        has_flag=False,
+        **at_least(1),
     )
     min_workers: int | None = setting(
         None, "minimum number of workers to continue with if the cluster has no room for all", **at_least(1)

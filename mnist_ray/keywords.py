@@ -48,6 +48,7 @@ class TrainKeywords(TypedDict, total=False):
     limit: float
     overfit_batches: int | None
     checkpoint_every: int | None
+    keep_checkpoints: int | None
     reproducible: bool
     num_chunks: int
     num_streams: int

@@ -72,6 +72,12 @@ class Setting:
     is_searchable: bool = True  # the trials of a sweep may have different values
     is_single: bool = False  # giving the flag twice is an error
     on_resume: Literal["saved", "given", "dropped"] = "saved"  # saved with the run; given again on resume; or neither
+    has_flag: bool = True  # otherwise, only settings files and keywords set it
+
+    @property
+    def shown(self) -> str:
+        """What messages call the setting."""
+        return flag(self.name) if self.has_flag else self.name
 
     @property
     def has_word_for_none(self) -> bool:
@@ -107,7 +113,7 @@ class Setting:
             return None
         if isinstance(value, bool) and {"yes", "no"} <= {*self.arguments}:
             value = "yes" if value else "no"
-        name, plain, arguments = flag(self.name), self.plain, self.arguments
+        name, plain, arguments = self.shown, self.plain, self.arguments
         if self.code:
             try:
                 value = references_of(value)
@@ -301,6 +307,8 @@ class Parser(argparse.ArgumentParser):
             title = title_of(config_class)
             group: Any = self if title == "Options" else self.add_argument_group(title)  # beside --help
             for name, about in declared(config_class).items():
+                if not about.has_flag:
+                    continue
                 form = about.form | ({"choices": choices[name]} if name in choices else {})
                 help_text = about.help_with(defaults.get(name, about.default)).replace("%", "%%")
                 group.add_argument(flag(name), default=UNSET, help=help_text, **form)

@@ -96,16 +96,6 @@ def test_before_the_first_commit_staged_files_are_the_changes(git: Git, tmp_path
     assert "\n+one\n" in state.changes
 
 
-def test_a_changed_submodule_is_named_as_changed(git: Git, root: Path, tmp_path: Path) -> None:
-    git("init", "--quiet", "other", folder=tmp_path)
-    git("commit", "--quiet", "--allow-empty", "--message", "first", folder=tmp_path / "other")
-    git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(tmp_path / "other"), "inner")
-    git("commit", "--quiet", "--message", "second")
-    assert known_state(root).changes == ""
-    (root / "inner" / "new.py").touch()
-    assert "-dirty\n" in known_state(root).changes
-
-
 def test_without_a_repository_or_git_there_is_no_state(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Blocks, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job
-from mnist_ray.settings import flag
+from mnist_ray.settings import declared
 from mnist_ray.text import count
 from mnist_ray.workload.calls import data_of, splits_for
 
@@ -57,7 +58,8 @@ def _check_streams(job: Job, examples: object) -> list[str]:
     """Return a note if there are fewer blocks than streams. Raises UsageError if there are too few."""
     if not isinstance(examples, Blocks):
         for name in sorted(job.given & {"num_streams", "read_ahead_mib"}):
-            raise UsageError(f"{flag(name)} has no effect: the data are not in blocks; leave it out")
+            shown = declared(TrainConfig, WorkerConfig)[name].shown
+            raise UsageError(f"{shown} has no effect: the data are not in blocks; leave it out")
         return []
     if job.train.reproducible_chunks not in (None, job.train.num_streams):
         raise UsageError("--reproducible: data in blocks need as many --num-streams as --num-chunks")

@@ -27,11 +27,11 @@ from mnist_ray.training.stopwatch import STORAGE
 class Checkpointer:
     """Copies the state; a thread writes the copy into the run's folder, and then deletes checkpoints.
 
-    The last one and the ``num_best`` by validation are kept.
+    The last one and the ``num_best`` by validation are kept; for None, all.
     """
 
     def __init__(
-        self, job: Job, config: TrainConfig, group: Group, callbacks: Sequence[Callback], num_best: int
+        self, job: Job, config: TrainConfig, group: Group, callbacks: Sequence[Callback], num_best: int | None
     ) -> None:
         self._job, self._config, self._group, self._callbacks = job, config, group, callbacks
         self._num_best = num_best

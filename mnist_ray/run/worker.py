@@ -206,7 +206,8 @@ class Worker(Callback):
         self._validator = None
         if spec.validation is not None:
             self._validator = Validator(spec.job, _opened(spec.validation), config, group, life)
-        self.checkpointer = Checkpointer(spec.job, config, group, callbacks, num_best=0 if spec.is_trial else 2)
+        num_best = 0 if spec.is_trial else config.keep_checkpoints
+        self.checkpointer = Checkpointer(spec.job, config, group, callbacks, num_best)
         self._has_begun_again = False  # a stream of training data
         life.state = state
 

@@ -265,7 +265,7 @@ def test_a_run_without_ray_may_have_a_files_settings_of_workers_and_flags_that_i
     read: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text('{"placement_strategy": "SPREAD", "max_failures": 0}')
-    flags = ["--cpus-per-worker", "1", "--use-gpu", "no", "--loader-workers", "1", "--read-ahead-mib", "64"]
+    flags = ["--cpus-per-worker", "1", "--use-gpu", "no", "--loader-workers", "1"]
     assert (
         read("--config", str(tmp_path / "config.json"), "--num-workers", "0", *flags).workers.placement_strategy
         == "SPREAD"

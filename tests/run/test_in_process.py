@@ -178,6 +178,11 @@ def test_an_evaluation_says_that_the_run_used_only_a_part_of_the_data(
     assert said in capsys.readouterr().out
 
 
+def test_all_checkpoints_are_kept_if_asked(here: dict[str, Any], tmp_path: Path) -> None:
+    train(None, **here, num_epochs=4, keep_checkpoints=None)
+    assert len(folder_at(tmp_path / "run").checkpoint_names()) == 4
+
+
 @pytest.mark.parametrize("checkpoint_every", [20, 30, 1000])  # twice or once within the epoch, or only at its end
 def test_storage_that_fails_is_one_line_with_the_way_on(
     checkpoint_every: int, here: dict[str, Any], monkeypatch: pytest.MonkeyPatch
