@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_ray.checkpoints.checkpoint import STATE_FILE
+from mnist_ray.checkpoints.state_file import STATE_FILE
 from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.settings import declared
 from mnist_ray.sweep.space import Space

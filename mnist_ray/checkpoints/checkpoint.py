@@ -19,9 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,37 +29,41 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.state_file import (
+    FORMAT,
+    MODEL,
+    OPTIMIZER,
+    STATE_FILE,
+    TRAINED,
+    TRAINING_FILE,
+    CheckpointMetrics,
+    DamagedCheckpointError,
+    decoded,
+    digest_of,
+    read_state,
+    reading,
+    tensors_of,
+    unpickled,
+)
 from mnist_ray.checkpoints.tensor_files import (
-    DamagedFileError,
     Rows,
-    TensorFiles,
     check_held,
     content_of,
     file_name,
-    files_of,
 )
 from mnist_ray.data.tensors import is_sharded, map_tensors
-from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
+from mnist_ray.errors import TrainingStoppedError, UsageError, first_line
 from mnist_ray.parallel.group import Group
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, position_of, with_retries
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.optimizers import parameters_of
 from mnist_ray.training.state import TrainingState
 
-STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
-MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
-FORMAT = 3
-_FILE_NAME = re.compile(r"[\w-]+\.(safetensors|pt|json)", re.ASCII)
 _RESTORE = "restore the code and the settings (the run's workload.py is a copy of the code)"
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "bf16_is_slow", "ends")
 """Fields of a TrainingState, stored unchanged."""
-
-
-class DamagedCheckpointError(JobError):
-    """A checkpoint was cut off because its job was killed, or has changed since it was written."""
 
 
 class OtherModelError(TrainingStoppedError):
@@ -214,13 +216,6 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
-def digest_of(document: dict[str, Any]) -> str:
-    """Return the SHA-256 of a state.json's content, whatever its formatting, without the entry for this digest."""
-    document = {**document, "sha256": {name: value for name, value in document["sha256"].items() if name != STATE_FILE}}
-    as_read = json.loads(json.dumps(document))  # turns keys into strings: numbers would be sorted differently
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
-
-
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Load a checkpoint into a newly created ``state``; return its state.json.
 
@@ -280,7 +275,7 @@ def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
             document,
             weights=tensors_of(folder, document, MODEL).read_all(state.result.state_dict()),
             trained=tensors_of(folder, document, TRAINED).read_all(state.model.state_dict()),
-            training=_decoded(folder, TRAINING_FILE, document, functools.partial(_training_of, document, tensors)),
+            training=decoded(folder, TRAINING_FILE, document, functools.partial(_training_of, document, tensors)),
         )
 
 
@@ -340,88 +335,6 @@ def restore_newest(
 def _check_visible(folder: RunFolder) -> None:
     if not folder.exists(STATE_FILE):
         raise FileNotFoundError(f"{folder.uri}, which another node sees")
-
-
-def read_state(folder: RunFolder) -> dict[str, Any]:
-    """Return the content of a checkpoint's state.json. Raises UsageError and JobError."""
-    content = read_file(folder, STATE_FILE)
-    if content is None:
-        raise UsageError(f"{folder.uri} is not a checkpoint: it has no {STATE_FILE}")
-    try:
-        document = json.loads(content)
-        if document["sha256"][STATE_FILE] != digest_of(document):
-            raise ValueError("its digest is wrong")
-        if document.get("format") != FORMAT:
-            found = f"checkpoint {folder.uri} has format {document.get('format')}"
-            raise UsageError(f"{found}; this version reads {FORMAT}")
-        if position_of(folder.name) not in ((), (document["epoch"], document["step"])):
-            raise ValueError(f"it is of epoch {document['epoch']}, step {document['step']}")
-        if wrong := [name for name in document["sha256"] if not _FILE_NAME.fullmatch(name)]:
-            raise ValueError(f"{wrong[0]} is not the name of one of its files")
-        for name in ("config", "tensors", "metrics"):
-            if not isinstance(document.get(name, {}), dict):
-                raise TypeError(f"{name} is {json.dumps(document[name]):.40}")
-        metrics = CheckpointMetrics.of(document.get("metrics", {}))
-        if not all(isinstance(number, (int, float)) for number in (metrics.epoch, metrics.epochs, *metrics.score)):
-            raise TypeError("the metrics are not numbers")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise _damaged(folder, f"{STATE_FILE}: {first_line(error)}") from error
-    return document
-
-
-def workload_in(folder: RunFolder, document: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry about the workload in a checkpoint's state.json. Raises DamagedCheckpointError."""
-    kinds, saved = {"reference": str, "sha256": str, "settings": dict, "metadata": dict}, document.get("workload")
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
-        raise _damaged(folder, f"{STATE_FILE}: its workload is incomplete")
-    return saved
-
-
-def read_file(folder: RunFolder, name: str) -> bytes | None:
-    """Return a file's content, or None if it does not exist. Raises JobError."""
-    with in_one_line(f"cannot read the checkpoint {folder.uri}"):
-        return with_retries(functools.partial(folder.read_bytes, name))
-
-
-def tensors_of(folder: RunFolder, document: dict[str, Any], kind: str) -> TensorFiles:
-    """Return the tensors of a kind, such as MODEL; reads only the files' headers. Call it within ``reading``."""
-    digests = document["sha256"]
-    files = TensorFiles(folder, {name: digests[name] for name in files_of(digests, kind)})
-    if document.get("tensors", {}).get(kind, len(files.shapes)) != len(files.shapes):
-        raise DamagedFileError(f"{kind}: some tensors are missing")
-    return files
-
-
-@contextlib.contextmanager
-def reading(folder: RunFolder) -> Iterator[None]:
-    """Turn errors of reading tensors into a DamagedCheckpointError or, if the storage fails, into a JobError."""
-    try:
-        with in_one_line(f"cannot read the checkpoint {folder.uri}"):
-            yield
-    except DamagedFileError as error:
-        raise _damaged(folder, str(error)) from error
-
-
-def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], Any]) -> Any:
-    """Return the decoded content of a checkpoint's file. Raises DamagedCheckpointError if it is damaged."""
-    content = read_file(folder, name)
-    if content is None or hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
-        raise _damaged(folder, f"{name}: it is missing" if content is None else f"{name}: its digest is wrong")
-    try:
-        return decode(content)
-    except MemoryError:
-        raise
-    except Exception as error:  # a file that another program has written may raise anything
-        raise _damaged(folder, f"{name}: {first_line(error)}") from error
-
-
-def _damaged(folder: RunFolder, reason: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; use another one")
-
-
-def unpickled(content: bytes) -> Any:
-    """Return what ``torch.save`` has written, without running code."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFolder) -> None:

@@ -11,16 +11,8 @@ import psutil
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from mnist_ray.checkpoints.checkpoint import (
-    MODEL,
-    STATE_FILE,
-    load_weights,
-    read_file,
-    read_state,
-    reading,
-    tensors_of,
-    unpickled,
-)
+from mnist_ray.checkpoints.checkpoint import load_weights
+from mnist_ray.checkpoints.state_file import MODEL, STATE_FILE, read_file, read_state, reading, tensors_of, unpickled
 from mnist_ray.checkpoints.tensor_files import Rows, files_of
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder

@@ -10,9 +10,14 @@ from typing import Any
 
 from safetensors.torch import save
 
-from mnist_ray.checkpoints.checkpoint import STATE_FILE, DamagedCheckpointError, read_state, workload_in
 from mnist_ray.checkpoints.saved_model import load_fitting, load_model, read_weights
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.state_file import (
+    STATE_FILE,
+    CheckpointMetrics,
+    DamagedCheckpointError,
+    read_state,
+    workload_in,
+)
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.runs import find_run, untrusted_folders

@@ -29,8 +29,8 @@ from pyarrow import parquet as pq
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from mnist_ray import extras
-from mnist_ray.checkpoints.checkpoint import read_state
 from mnist_ray.checkpoints.saved_model import weights_digest
+from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, is_gpu_wanted
 from mnist_ray.cluster.plan import Cluster, cpus_for_each

@@ -13,8 +13,8 @@ from concurrent.futures import wait
 from datetime import datetime
 from typing import Any
 
-from mnist_ray.checkpoints.checkpoint import read_state
 from mnist_ray.checkpoints.saved_model import weights_digest
+from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.devices import check_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.digests import digests_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
 from mnist_ray.job.session import Session

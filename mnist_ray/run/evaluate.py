@@ -15,9 +15,8 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from mnist_ray import extras
-from mnist_ray.checkpoints.checkpoint import read_state
 from mnist_ray.checkpoints.saved_model import load_model
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.state_file import CheckpointMetrics, read_state
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, is_gpu_wanted
 from mnist_ray.cluster.nodes import Waiting

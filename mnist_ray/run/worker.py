@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_ray.checkpoints import checkpoint as checkpoints
 from mnist_ray.checkpoints.saved_model import load_fitting, read_weights
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.plan import threads_per_worker
 from mnist_ray.cluster.remote_data import RemoteSplit

@@ -8,7 +8,7 @@ import functools
 import math
 
 from mnist_ray import settings
-from mnist_ray.checkpoints.checkpoint import DamagedCheckpointError, read_state
+from mnist_ray.checkpoints.state_file import DamagedCheckpointError, read_state
 from mnist_ray.cluster.nodes import current_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share

@@ -17,7 +17,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from mnist_ray import extras
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
 from mnist_ray.config import SweepConfig

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_ray.checkpoints import checkpoint, saved_model
-from mnist_ray.checkpoints.checkpoint import DamagedCheckpointError, OtherModelError
+from mnist_ray.checkpoints import checkpoint, saved_model, state_file
+from mnist_ray.checkpoints.checkpoint import OtherModelError
+from mnist_ray.checkpoints.state_file import DamagedCheckpointError
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.tensors import map_tensors
@@ -163,7 +164,7 @@ def as_numbers(position: str) -> list[int]:
 
 
 def test_a_checkpoint_has_a_state_file(saved: Path, tmp_path: Path) -> None:
-    state = checkpoint.read_state(folder_at(saved / "1-0"))
+    state = state_file.read_state(folder_at(saved / "1-0"))
     assert (state["epoch"], state["step"], state["note"]) == (1, 0, "hello")
     with pytest.raises(UsageError, match=r"is not a checkpoint: it has no state\.json"):
         saved_model.load_model(folder_at(tmp_path), mnist())
@@ -199,7 +200,7 @@ def changed(folder: Path, changes: dict[str, Any], *, is_signed: bool = False) -
         contents = {name: (folder / name).read_bytes() for name in state["sha256"] if name != "state.json"}
         contents |= {name: header_of(content) for name, content in contents.items() if name.endswith(".safetensors")}
         state["sha256"] |= {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        state["sha256"]["state.json"] = checkpoint.digest_of(state)
+        state["sha256"]["state.json"] = state_file.digest_of(state)
     (folder / "state.json").write_text(json.dumps(state))
     return folder
 

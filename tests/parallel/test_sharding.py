@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mnist_ray.checkpoints import checkpoint, saved_model
+from mnist_ray.checkpoints import checkpoint, saved_model, state_file
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
@@ -405,7 +405,7 @@ def test_a_checkpoint_with_a_damaged_part_is_damaged(runs: Path, tmp_path: Path,
     if damage == "changed":
         part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     state = create_state(Words(), replace(CONFIG, strategy="ddp"), 141, Group())
-    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"optimizer-00003-of-00003\.safetensors: "):
+    with pytest.raises(state_file.DamagedCheckpointError, match=r"optimizer-00003-of-00003\.safetensors: "):
         checkpoint.restore(folder_at(tmp_path), state)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mnist_ray.checkpoints.checkpoint import FORMAT, Snapshot
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.checkpoint import Snapshot
+from mnist_ray.checkpoints.state_file import FORMAT, CheckpointMetrics
 from mnist_ray.config import TrainConfig
 from mnist_ray.record.history import History, merged
 from mnist_ray.report.run_files import STEPS_FILE, read_csv

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mnist_ray.checkpoints import checkpoint
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.parallel.group import Group

@@ -38,7 +38,7 @@ from torch.utils.data import Dataset
 
 from mnist_ray.checkpoints import checkpoint
 from mnist_ray.checkpoints.checkpoint import Restored, restore_newest
-from mnist_ray.checkpoints.summary import CheckpointMetrics
+from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster import nodes as ray_nodes
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig

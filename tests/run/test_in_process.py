@@ -19,7 +19,8 @@ import pytest
 from torch import nn
 
 from mnist_ray import evaluate, train
-from mnist_ray.checkpoints.checkpoint import Snapshot, read_state
+from mnist_ray.checkpoints.checkpoint import Snapshot
+from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report import page

@@ -20,7 +20,7 @@ import ray
 import torch
 from torch import nn
 
-from mnist_ray.checkpoints.checkpoint import digest_of
+from mnist_ray.checkpoints.state_file import digest_of
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig

@@ -13,7 +13,7 @@ import pytest
 from ray import tune
 from ray.tune.search import Searcher
 
-from mnist_ray.checkpoints.checkpoint import read_state
+from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.config import SweepConfig

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mnist_ray.checkpoints.checkpoint import digest_of
+from mnist_ray.checkpoints.state_file import digest_of
 from mnist_ray.config import PredictionConfig
 from mnist_ray.data import images
 from mnist_ray.data.data import Arrays
