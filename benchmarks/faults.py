@@ -95,7 +95,7 @@ FAULTS = {
         ),
         Fault(
             "all runs have one seed",
-            "mnist_ray/repeats/members.py",
+            "mnist_ray/repeats/train.py",
             "replace(config, seed=seed, ",
             "replace(config, seed=config.seed, ",
         ),

@@ -9,25 +9,19 @@ from __future__ import annotations
 import html
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mnist_ray import layers, process
 from mnist_ray.cluster import environment
 from mnist_ray.config import (
     EvaluationConfig,
     ExportConfig,
-    OutputConfig,
-    SourceConfig,
-    SweepConfig,
-    TrainConfig,
-    WorkerConfig,
 )
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
-from mnist_ray.layers import ONLY_FLAGS
 from mnist_ray.repeats.train import train as train_job
 from mnist_ray.report.run_files import (
     METRICS_FILE,
@@ -59,21 +53,6 @@ if TYPE_CHECKING:
 
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
 _REPORT_HEIGHT = 600  # pixels, in a notebook
-C = TypeVar("C", bound=Callable[..., Any])
-
-
-def _listing(*classes: type) -> Callable[[C], C]:
-    """Return a decorator that lists settings in a function's signature, for completion in notebooks."""
-
-    def listed(function: C) -> C:
-        own = inspect.signature(function)
-        first = [parameter for parameter in own.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
-        names = [name for name in declared(*classes) if name not in {*own.parameters, *ONLY_FLAGS}]
-        others = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
-        function.__signature__ = own.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
-        return function
-
-    return listed
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,7 +142,6 @@ class SweptRun(Run):
     default: Run | None  # the run of the default configuration; None if this configuration is the best
 
 
-@_listing(TrainConfig, WorkerConfig, OutputConfig, SourceConfig)
 @process.left_as_found()
 def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TrainKeywords]) -> Run:
     """Train, evaluate and report like ``jobs/train.py``; return the run.
@@ -177,7 +155,6 @@ def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unp
     return _run(job)
 
 
-@_listing(SweepConfig, TrainConfig, WorkerConfig, OutputConfig, SourceConfig)
 @process.left_as_found()
 def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TuneKeywords]) -> SweptRun:
     """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.

@@ -1,17 +1,12 @@
 """The types of the settings as keyword arguments. `python -m tests.test_keywords` writes the module again."""
 
 import dataclasses
-import inspect
 from pathlib import Path
 
-import pytest
-
-import mnist_ray
 from mnist_ray import keywords, train, tune
 from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.layers import ONLY_FLAGS
 from mnist_ray.mnist import MNIST
-from mnist_ray.settings import declared
 from tests.conftest import ROOT
 
 HEAD = '''"""The settings of ``train`` and ``tune`` as keyword arguments, for type checkers. Written by a test."""
@@ -63,13 +58,6 @@ def text() -> str:
 
 def test_the_keywords_are_those_of_the_settings() -> None:
     assert Path(keywords.__file__).read_text() == text(), "run: python -m tests.test_keywords"
-
-
-@pytest.mark.parametrize("call", [mnist_ray.train, mnist_ray.tune])
-def test_a_call_completes_its_keywords_in_a_notebook(call: object) -> None:
-    known = inspect.signature(call).parameters  # type: ignore[arg-type]
-    assert {*declared(TrainConfig, WorkerConfig)} | {"workload", "settings"} <= known.keys()
-    assert ("num_trials" in known) == (call is mnist_ray.tune)
 
 
 def users_script() -> None:

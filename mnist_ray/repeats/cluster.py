@@ -25,7 +25,7 @@ from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.job.job import Job
 from mnist_ray.job.session import Clock, Session, console_of
 from mnist_ray.record.recorder import known_repository
-from mnist_ray.repeats.members import Member, members_of
+from mnist_ray.repeats.train import Member, members_of
 from mnist_ray.report.console import RunConsole
 from mnist_ray.report.run_files import METRICS_FILE, number_of, read_numbers
 from mnist_ray.repository import Repository

@@ -13,7 +13,7 @@ from mnist_ray.data.data import Split
 from mnist_ray.job.session import Session
 from mnist_ray.output import finite
 from mnist_ray.provenance import origin
-from mnist_ray.repeats.members import Member, members_of
+from mnist_ray.repeats.train import Member, members_of
 from mnist_ray.report import page
 from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.intervals import mean_interval

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
@@ -156,16 +155,6 @@ def evaluate_in_tasks(
         if isinstance(cause, RayError):
             raise JobError(f"the evaluation was lost: {first_line(cause)}") from error
         raise cause from error  # the task's own exception, whose text is one line
-
-
-def start_process() -> None:
-    """Start an evaluation's process early, so that it imports torch while the workers start."""
-    _import_this.remote()
-
-
-@ray.remote(num_cpus=0)
-def _import_this() -> None:
-    importlib.import_module(__name__)
 
 
 def _evaluate_split(

@@ -76,8 +76,6 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
     if plan.min_workers is not None:  # how long Ray waits to replace a lost node's workers before it runs fewer
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    if not plan.use_gpu and not job.workers.plain_ray:  # its imports would slow down those of other new processes
-        evaluate.start_process()
     event_queue = open_event_queue()  # its process starts while the data are shared
     spec = LoopSpec(
         job=job,

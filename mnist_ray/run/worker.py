@@ -7,6 +7,7 @@ import copy
 import functools
 import math
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,16 +32,50 @@ from mnist_ray.process import keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic
 from mnist_ray.run.checkpointer import Checkpointer
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
-from mnist_ray.run.validator import Validator
 from mnist_ray.storage import INITIAL_FILE, position_of
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import batch_size_of, evaluate_together
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
+from mnist_ray.training.metrics import score
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
-from mnist_ray.training.stopwatch import CHECKPOINTS
+from mnist_ray.training.stopwatch import CHECKPOINTS, VALIDATION
 from mnist_ray.training.timing import is_bf16_slow, is_one_thread_faster
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import RATE
+
+
+class Validator:
+    """Evaluates the model on the validation split; each rank computes its part of it."""
+
+    def __init__(self, job: Job, split: Split, config: TrainConfig, group: Group, life: Life) -> None:
+        self._job, self._split, self._config, self._group, self._life = job, split, config, group, life
+        self._batch_size: int | None = None  # the first validation finds it
+        self.not_finite = 0, 0  # in the last validation: how many examples, and the first one's position
+
+    def validate(self, state: TrainingState) -> dict[str, Any]:
+        """Return the values of a validation for a checkpoint's metrics. All ranks must call this."""
+        workload, start = self._job.workload, time.perf_counter()
+        loader_workers = self._job.workers.loader_workers
+        with state.watch.on(VALIDATION):
+            if self._batch_size is None:
+                self._batch_size = batch_size_of(workload, state.result, self._split, self._config, loader_workers)
+            evaluation = evaluate_together(
+                workload,
+                state.result,
+                self._split,
+                self._config,
+                self._group,
+                num_loader_processes=loader_workers,
+                on_batch=lambda num_done: self._life.show(),
+                batch_size=self._batch_size,
+            )
+        self.not_finite = evaluation.not_finite
+        values = evaluation.values(workload)
+        of_metrics = {f"val_{name}": value for name, value in values.items()}
+        seconds = time.perf_counter() - start
+        rate = len(self._split) / seconds / self._group.world_size  # of one worker
+        return {**of_metrics, "val_score": [*score(workload, values)], "val_s": seconds, "val_examples_per_s": rate}
 
 
 @dataclass(frozen=True, kw_only=True)
