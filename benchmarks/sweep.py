@@ -41,7 +41,7 @@ def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
     job = spec.job.with_values({**tune_config, "seed": seed})
     folder = spec.folder.inside(Point(tuple(tune_config.items()), seed).name)
     job = dataclasses.replace(job, run=folder)
-    trial.train_on_workers(LoopSpec(job=job, train=spec.train, validation=spec.validation), spec.plan)
+    trial.train_on_workers(LoopSpec(job=job, train=spec.train, validation=spec.validation, is_trial=True), spec.plan)
 
 
 def naive_sweep(points: list[Point], spec: trial.TrialSpec, storage: str, concurrent: int) -> int:
