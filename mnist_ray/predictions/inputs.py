@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ _MAX_BYTES = 2**26  # of a picture or a text
 _FITS: dict[Kind, tuple[Callable[[Any], bool], ...]] = {  # values of the input's column; the first kind found is taken
     "pictures": (lambda value: isinstance(value, (bytes, dict)), lambda value: isinstance(value, (list, np.ndarray))),
     "texts": (lambda value: isinstance(value, str),),
-    "arrays": (lambda value: isinstance(value, (list, np.ndarray)), lambda value: isinstance(value, (int, float))),
+    "arrays": (lambda value: isinstance(value, (list, np.ndarray)), lambda value: _may_be_number(value)),
 }
 
 
@@ -165,8 +166,9 @@ def find_inputs(place: str, workload: Workload, columns: Sequence[str]) -> Input
     by_kind = {kind: [path for path in paths if path.lower().endswith(endings)] for kind, endings in _ENDINGS.items()}
     usable = [kind for kind, found in by_kind.items() if found and kind in (takes, "Parquet")]
     if not usable:
-        found = " and ".join(kind for kind, found in by_kind.items() if found) or "files of other kinds"
-        raise UsageError(f"{name} takes {takes}, but {place} has only {found}; choose another run with --run")
+        found = " and ".join(kind for kind, found in by_kind.items() if found)
+        known = f"{found}; choose another run with --run" if found else "other files; rewrite tables as Parquet"
+        raise UsageError(f"{name} takes {takes}, but {place} has only {known}")
     if len(usable) > 1:
         pattern = f"{place.rstrip('/')}/*{_ENDINGS[usable[0]][0]}"
         raise UsageError(f"{place} has {' and '.join(usable)}: choose by a pattern, such as '{pattern}'")
@@ -197,3 +199,13 @@ def _column_of(row: dict[str, Any], takes: Kind, where: str) -> str:
         if found:
             raise UsageError(f"{where}, and several columns fit ({', '.join(found)}): choose with --column")
     raise UsageError(f"{where}, and no column fits: {', '.join(f'{k} ({type(v).__name__})' for k, v in row.items())}")
+
+
+def _may_be_number(value: Any) -> bool:
+    """Return whether a column with this value in its first row may hold numbers; there, it may be missing."""
+    if value is None:
+        return True
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False

@@ -192,6 +192,12 @@ def test_columns_that_the_workload_names_are_found_in_any_order(columns: tuple[s
     assert pd.read_parquet(tmp_path / "out" / "a.parquet").prediction.tolist() == [21.0]
 
 
+def test_a_column_whose_first_cell_is_empty_may_be_the_input(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1, 2], "x": [None, 3], "is_new": [True, False]}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"several columns fit \(id, x\): choose with --column"):
+        predicted(Sums(), tmp_path / "a.parquet", tmp_path / "out")
+
+
 def test_parquet_keeps_types_and_names_and_rows_with_nulls_have_a_reason(tmp_path: Path) -> None:
     (tmp_path / "in" / "more").mkdir(parents=True)
     at = pa.array([1, 2, 3, 4, 5], pa.timestamp("us", "UTC"))
