@@ -133,11 +133,8 @@ def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
     return sorted(validated, key=lambda pair: pair[1].score, reverse=True) + others
 
 
-def drop_worse(run: RunFolder, num_best: int | None) -> None:
-    """Delete whole checkpoints except the last and the ``num_best`` by validation; for None, delete none.
-
-    Raises JobError and STORAGE_ERRORS.
-    """
+def drop_worse(run: RunFolder, num_best: int) -> None:
+    """Delete whole checkpoints except the last and the ``num_best`` by validation. Raises JobError, STORAGE_ERRORS."""
     whole = [name for name, _ in checkpoints_of(run)]
     for name in set(whole).difference(whole[:num_best], sorted(whole, key=position_of)[-1:]):
         run.inside(name).delete()

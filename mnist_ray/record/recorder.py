@@ -201,8 +201,8 @@ class Recorder:
         if tested.columns:
             from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
 
-            places = {"index": self._session.data.test.all_places}
-            if note := write_columns(job.run, {**places, **tested.losses, **tested.columns}):
+            columns = {"index": self._session.data.test.all_places, **tested.losses, **tested.columns}
+            if note := write_columns(job.run, columns):
                 self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
         self._console.show_evaluation(tested)

@@ -16,6 +16,8 @@ from mnist_ray.storage import CONFIG_FILE, MEMBERS_FOLDER, RESULT_FILE
 from mnist_ray.text import count
 from mnist_ray.workload.calls import data_of, splits_for
 
+_MANY_FOLDS = 20
+
 
 @dataclass(frozen=True)
 class Member:
@@ -45,11 +47,8 @@ def members_of(job: Job) -> list[Member]:
     return members
 
 
-_MANY_FOLDS = 20
-
-
 def train(job: Job) -> None:
-    """Load data, start Ray, train, test, report. Several runs train at a time; their mean and its interval is reported.
+    """Load data, start Ray, train, test, report. Of several runs, report the means and their intervals.
 
     If the job is interrupted and resumed, its finished runs stay as they are. Raises UsageError, JobError,
     KeyboardInterrupt with one-line texts.
@@ -64,7 +63,7 @@ def train(job: Job) -> None:
         splits = splits_for(job.workload, data, job.train)
         job = check_against_data(job, splits)
         console = console_of(job)
-        with opened(start, job, splits, console, functools.partial(_say_header, console, job, splits)) as session:
+        with opened(start, job, splits, console, functools.partial(say_header, console, job, splits)) as session:
             from mnist_ray.record.recorder import logs_named, write_settings  # torch was loaded while Ray started
             from mnist_ray.repeats import summary
             from mnist_ray.repeats.cluster import train_members
@@ -85,15 +84,12 @@ def train(job: Job) -> None:
                 summary.write(session, splits.test)
 
 
-def _say_header(console: RunConsole, job: Job, splits: Splits) -> None:
+def say_header(console: RunConsole, job: Job, splits: Splits) -> None:
+    """Print a job's header; of several runs, also how many there are, and for what."""
     say_run(console, job, splits)
-    if job.train.is_several:
-        say_several(console, job, splits)
-
-
-def say_several(console: RunConsole, job: Job, splits: Splits) -> None:
-    """Print how many runs there are, and for what."""
     config = job.train
+    if not config.is_several:
+        return
     parts = [f"{config.num_seeds} seeds"] * (config.num_seeds > 1) + [f"{config.folds} folds"] * config.is_folded
     console.say("runs", f"{len(members_of(job)):,}, for {' and '.join(parts)}")
     if config.is_folded and config.folds is not None and config.folds > _MANY_FOLDS:

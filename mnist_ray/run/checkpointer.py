@@ -63,7 +63,7 @@ class Checkpointer:
         def write() -> None:
             with in_one_line("the storage has failed"), state.pace.writing():
                 copied.write(folder, self._writers)
-                if self._group.rank == 0:
+                if self._group.rank == 0 and self._num_best is not None:
                     drop_worse(self._job.run, self._num_best)
 
         self._writing = in_thread(write)

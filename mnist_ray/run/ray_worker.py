@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import socket
@@ -41,6 +42,8 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
     sink = TrialSink(ray.train.report) if spec.is_trial else QueueSink(spec.event_queue, group.rank)
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     policies = [] if spec.is_local else [Preemption(sink)]
+    if "RAY_DEBUG" not in os.environ:  # Ray would skip breakpoints silently
+        sys.breakpointhook = functools.partial(_pass_over_breakpoint, sink)
     try:
         with code_failures_placed(*spec.job.code_folders):
             if not spec.is_trial:  # a trial's folder is made by its workers
@@ -53,8 +56,6 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
     except StopWantedError:
         outcome = Outcome(is_stopped=True)
     sink.send(outcome)
-    if isinstance(sink, QueueSink):
-        sink.wait()
 
 
 def _check_visible(run: RunFolder) -> None:
@@ -64,19 +65,24 @@ def _check_visible(run: RunFolder) -> None:
         raise FileNotFoundError(f"{place}, which the job has written; use a storage that all nodes share")
 
 
+def _pass_over_breakpoint(sink: Sink, *arguments: Any, **options: Any) -> None:
+    sys.breakpointhook = lambda *arguments, **options: None
+    sink.send(Note("skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"))
+
+
 class QueueSink(Sink):
     """Puts the events of rank 0 into the driver's queue. The other ranks send nothing."""
 
     def __init__(self, event_queue: Any, rank: int) -> None:
         self._put = event_queue.put.remote if rank == 0 else None
         self._answers: list[Any] = []
-        if "RAY_DEBUG" not in os.environ:  # Ray would skip breakpoints silently
-            sys.breakpointhook = self._pass_over_breakpoint
 
     def send(self, event: Event) -> None:
-        """On rank 0, send an event to the driver."""
+        """On rank 0, send an event to the driver; after the last one, wait until all are in the queue."""
         if self._put is not None:
             self._answers.append(self._put(event))
+            if isinstance(event, Outcome):  # a short training may end before the queue's process starts
+                ray.wait(self._answers, num_returns=len(self._answers))
 
     def stop_requested(self) -> bool:
         """Return whether the driver has answered that the training must stop."""
@@ -84,15 +90,6 @@ class QueueSink(Sink):
             return False
         answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
         return any(ray.get(answered))
-
-    def wait(self) -> None:
-        """Wait until all events are in the queue: a short training may end before the queue's process starts."""
-        if self._answers:
-            ray.wait(self._answers, num_returns=len(self._answers))
-
-    def _pass_over_breakpoint(self, *arguments: Any, **options: Any) -> None:
-        sys.breakpointhook = lambda *arguments, **options: None
-        self.send(Note("skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"))
 
 
 class Preemption(Callback):

@@ -306,7 +306,9 @@ class Worker(Callback):
             if self._spec.is_trial and metrics.is_validated:  # it may end with the report
                 self.checkpointer.wait(state)
         self._life.show()
-        if state.step == 0 or self._spec.is_trial:
+        if self._spec.is_trial:
+            self._sink.send(Saved(state.epoch, metrics.to_dict()))
+        elif state.step == 0:
             self._sink.send(Saved(state.epoch, metrics.to_dict(), self._seconds_of_all(state)))
 
     def _metrics(self, state: TrainingState, progress: Progress) -> CheckpointMetrics:

@@ -38,10 +38,8 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     title = [f"{count(len(records), 'trial')} of at most {count(num_epochs, 'epoch')}"]
     if best:
         settings = format_settings(best.point.values)
-        title += [
-            f"best: {monitor.format(best.val_monitor)}, {best.seeds_text}",
-            *textwrap.wrap(settings, _TITLE_WIDTH),
-        ]
+        title.append(f"best: {monitor.format(best.val_monitor)}, {best.seeds_text}")
+        title += textwrap.wrap(settings, _TITLE_WIDTH)
     over_epochs.set_title(plain("\n".join(title)))
     return png_of(figure)
 

@@ -90,7 +90,7 @@ class Progress(Event):
     total_step: int  # finished steps over all epochs
     saves: bool = False  # whether a checkpoint follows
     stops: bool = False  # whether the training stops after that
-    parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
+    parts: Sequence[Sequence[float]] = ()  # of a run's ranks: seconds since the last progress, by stopwatch.PARTS
     others: Mapping[str, float] = field(default_factory=dict)  # what these steps logged, and figures that are no means
     logged: Mapping[str, float] = field(default_factory=dict)  # what the epoch has logged so far
 
@@ -115,11 +115,11 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """All ranks have handed over the checkpoint of an epoch. A trial sends this for each checkpoint."""
+    """All ranks have handed over a checkpoint: a run's at an epoch's end, or any of a trial's."""
 
     epoch: int  # finished epochs
     metrics: Mapping[str, Any]  # of the checkpoint, as state.json has them
-    parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
+    parts: Sequence[Sequence[float]] = ()  # of a run's ranks: seconds since the last progress, by stopwatch.PARTS
 
 
 @dataclass(frozen=True)

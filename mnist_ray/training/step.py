@@ -158,8 +158,8 @@ class Step:
                     self._seed(seed_number)
                 with sync.accumulate(batch), self._computing(batch):
                     losses = self._sum_of_losses(loss, name, batch)
-                    # So, the gradients of all slices add up to that of the global batch's mean, even if slices are
-                    # uneven. A filler adds zeros.
+                    # With this factor, the gradients of all slices add up to that of the global batch's mean loss,
+                    # even if slices are uneven. A filler adds zeros.
                     factor = 0.0 if batch.is_filler else sync.factor / batch.global_size
                     self._state.scaler.scale(losses * factor).backward()  # type: ignore[no-untyped-call]
                 total = _added(total, sync.collect(self._found)) if total else sync.collect(self._found)

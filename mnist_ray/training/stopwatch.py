@@ -105,7 +105,7 @@ class Pace:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._saved_at = now, now()
         self._stall_s, self._write_s, self._is_late = _FIRST_S * _MAX_COST, 0.0, False
-        self._began_at, self.saving_s = now(), 0.0  # that the last checkpoint took until it was written
+        self._began_at, self.saving_s = now(), 0.0  # seconds of the last checkpoint, until it was written
         self._written = threading.Event()
         self._written.set()
 

@@ -55,7 +55,7 @@ from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.event_queue import EventQueue
 from mnist_ray.run.failures import describe
 from mnist_ray.run.life import Life
-from mnist_ray.run.ray_worker import Preemption, QueueSink
+from mnist_ray.run.ray_worker import Preemption
 from mnist_ray.run.worker import LoopSpec, Worker
 from mnist_ray.signals import Noted
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
@@ -587,13 +587,13 @@ def test_a_worker_that_waits_in_shared_memory_tells_that_it_waits_for_another(
 
 
 def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.breakpointhook", sys.breakpointhook)
-    event_queue = Mock()
-    QueueSink(event_queue, 0)
-    for _ in range(2):
-        breakpoint()
-    said = "skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"
-    event_queue.put.remote.assert_called_once_with(Note(said))
+    def train(*args: Any) -> None:
+        for _ in range(2):
+            breakpoint()
+
+    event_queue, said = Mock(), "skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"
+    train_on_a_worker(monkeypatch, train, event_queue=event_queue)
+    assert event_queue.put.remote.mock_calls == [call(Note(said)), call(Outcome())]
 
 
 def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_missing() -> None:
