@@ -167,8 +167,8 @@ def find_inputs(place: str, workload: Workload, columns: Sequence[str]) -> Input
     usable = [kind for kind, found in by_kind.items() if found and kind in (takes, "Parquet")]
     if not usable:
         found = " and ".join(kind for kind, found in by_kind.items() if found)
-        known = f"{found}; choose another run with --run" if found else "other files; rewrite tables as Parquet"
-        raise UsageError(f"{name} takes {takes}, but {place} has only {known}")
+        others = f"{found}; choose another run with --run" if found else "other files; rewrite tables as Parquet"
+        raise UsageError(f"{name} takes {takes}, but {place} has only {others}")
     if len(usable) > 1:
         pattern = f"{place.rstrip('/')}/*{_ENDINGS[usable[0]][0]}"
         raise UsageError(f"{place} has {' and '.join(usable)}: choose by a pattern, such as '{pattern}'")
