@@ -95,9 +95,9 @@ FAULTS = {
         ),
         Fault(
             "all runs have one seed",
-            "mnist_ray/repeats/train.py",
-            "replace(config, seed=seed, ",
-            "replace(config, seed=config.seed, ",
+            "mnist_ray/many/table.py",
+            '"seed": point.seed, "fold": point.fold, "num_seeds": 1',
+            '"seed": self.job.train.seed, "fold": point.fold, "num_seeds": 1',
         ),
     ],
     "reproducible, 1 worker killed, resumed by 2": [
@@ -123,7 +123,7 @@ FAULTS = {
         ),
     ],
     "killed sweep": [
-        Fault("trials are renumbered", "mnist_ray/sweep/trials.py", 'int(row["trial"])', 'int(row["trial"]) + 1'),
+        Fault("trials get other seeds", "mnist_ray/many/table.py", 'int(row["seed"])', 'int(row["seed"]) + 1'),
     ],
     "killed prediction": [
         Fault(

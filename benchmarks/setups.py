@@ -23,7 +23,7 @@ IN_PROCESS = ["--num-workers", "0", *ONE_CPU]
 FSDP = ["--strategy", "fsdp", *TABLE]
 DIES = ["--callback", f"{SMALL}:Dies"]
 SWEEP = ["--num-trials", "4", "--max-concurrent-trials", "1", "--num-confirmed", "1", "--limit", "0.1"]
-SWEEP += [*ONE_EPOCH, *ONE_CPU]
+SWEEP += [*ONE_EPOCH, "--num-workers", "1", *ONE_CPU]
 INPUTS = "{inputs}"
 """In a command, the folder with the input files."""
 PREDICT = ["predict", "--run", "run", "--input", f"{INPUTS}/parts", "--output", "{storage}/predicted"]
@@ -113,7 +113,7 @@ SETUPS = {
     ),
     "killed sweep": Setup(
         [["tune", "--run-name", "run", *SWEEP], resumed(command="tune")],
-        killed_at="run/trials/*/checkpoint*",
+        killed_at="run/*/*/checkpoint*",
         has_console=False,
     ),
     "killed prediction": Setup(

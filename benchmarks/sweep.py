@@ -17,36 +17,34 @@ import json
 import tempfile
 import time
 from typing import Any
-from unittest.mock import patch
 
+import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.connect import connect
-from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.cluster.remote_data import share
-from mnist_ray.job.job_data import load_splits
-from mnist_ray.run.worker import LoopSpec
-from mnist_ray.storage import locate
-from mnist_ray.sweep import trial, tuner
-from mnist_ray.sweep.space import Point
-from mnist_ray.sweep.trials import DONE
-from mnist_ray.sweep.tune import check_sweep, read_sweep
+from mnist_ray.cluster.plan import Cluster, plan_workers
+from mnist_ray.many.executor import at_a_time, train_members
+from mnist_ray.many.jobs import check_data, read_sweep
+from mnist_ray.many.member import MemberSpec, NotesConsole
+from mnist_ray.many.points import Point
+from mnist_ray.many.table import DONE
+from mnist_ray.run.fit import train_run
+from mnist_ray.workload.calls import data_of, splits_for
 
 
-def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
+def naive_trial(tune_config: dict[str, Any], spec: MemberSpec) -> None:
     """Train one point with a new TorchTrainer of one worker."""
-    seed = tune_config.pop("seed")
-    job = spec.job.with_values({**tune_config, "seed": seed})
-    folder = spec.folder.inside(Point(tuple(tune_config.items()), seed).name)
-    job = dataclasses.replace(job, run=folder)
-    trial.train_on_workers(LoopSpec(job=job, train=spec.train, validation=spec.validation, is_trial=True), spec.plan)
+    job = spec.many.member(Point(**tune_config))
+    job = dataclasses.replace(job, run=spec.many.job.run.inside("naive").inside(job.run.name))
+    session = spec.session(job, NotesConsole(job), ray.get(spec.stored))
+    train_run(dataclasses.replace(session, workers=job.workers), spec.plan, is_tested=False)
 
 
-def naive_sweep(points: list[Point], spec: trial.TrialSpec, storage: str, concurrent: int) -> int:
+def naive_sweep(points: list[Point], spec: MemberSpec, storage: str, concurrent: int) -> int:
     """Run every point by ``naive_trial``; return how many finished."""
-    presets = [{**point.values, "seed": point.seed} for point in points]
+    presets = [dataclasses.asdict(point) for point in points]
     tuner = tune.Tuner(
         tune.with_resources(functools.partial(naive_trial, spec=spec), tune.PlacementGroupFactory([{"memory": 2**20}])),
         param_space=dict.fromkeys(presets[0]),
@@ -70,28 +68,23 @@ def main() -> None:
     args = parser.parse_args()
     environment.prepare(verbose=False)
     with tempfile.TemporaryDirectory() as storage:
-        flags = ["--num-trials", str(args.num_trials), "--scheduler", "none", "--num-confirmed", "0"]
-        where = ["--num-epochs", "1", "--storage-path", storage, "--run-name", "ours"]
-        with patch("sys.argv", ["jobs/tune.py", *flags, *where]):
-            asked = read_sweep()
-            data = load_splits(asked.job)
-            asked = check_sweep(asked, data)
-        job = asked.job
-        with connect(asked.workers) as cluster:
-            plan = plan_workers(asked.workers, cluster)
-            concurrent = tuner.trials_at_a_time(asked.config, plan, cluster, autoscaling=False)
-            shared = share(job.workload, data.train), share(job.workload, data.validation)
-            spec = trial.TrialSpec(job, *shared, plan, job.run.inside("trials"))
+        few = {"num_trials": args.num_trials, "scheduler": "none", "num_confirmed": 0, "num_epochs": 1}
+        many = read_sweep({**few, "storage_path": storage, "run_name": "ours"})
+        data = data_of(many.job.workload)
+        many = check_data(many, splits_for(many.job.workload, data, many.job.train))
+        with connect(many.job.workers) as found:
+            plan, cluster = plan_workers(many.job.workers, found), Cluster(found.is_local, found.nodes, "")
+            concurrent = at_a_time(many, plan, cluster)
+            spec = MemberSpec(many, plan, cluster, None, None, ("benchmarks/sweep.py",), ray.put(data))
             start = time.perf_counter()
-            table = tuner.run_sweep(asked, spec, concurrent, lambda table, ended: None, print)
+            table = train_members(spec, data, concurrent, lambda table, ended: None, print)
             ours_s = time.perf_counter() - start
-            bound_s = sum(record.train_s for record in table.by_point.values()) / concurrent
+            bound_s = sum(member.figures["train_s"] for member in table.by_point.values()) / concurrent
             assert table.count(DONE) == args.num_trials
 
-            naive = dataclasses.replace(spec, folder=locate(storage, "naive"))
             start = time.perf_counter()
             naive_points = list(table.by_point)[: args.num_naive_trials]
-            finished = naive_sweep(naive_points, naive, storage, concurrent)
+            finished = naive_sweep(naive_points, spec, storage, concurrent)
             naive_s = time.perf_counter() - start
             assert finished == len(naive_points)
     trial_s, naive_trial_s = ours_s / args.num_trials, naive_s / finished

@@ -7,8 +7,8 @@ and trains no reported epoch again.
 
 Each sweep has eight trials by halving, two at a time, on a cluster of a head and two nodes on this machine. At a random
 moment, its driver is killed and the sweep resumed, a trial's process is killed, or a node is removed and replaced. A
-sweep counts as the same if it ends with the best.json of an undisturbed one and reports the same values for each trial.
-`repeated` counts the trials that were trained again from before an epoch that sweep.csv had at the time of the kill.
+sweep counts as the same if it ends with the best.json of an undisturbed one, the same weights, and the same values for
+each trial. `repeated` counts the trials that were trained again from before an epoch that members.csv had at the kill.
 """
 
 from __future__ import annotations
@@ -79,15 +79,18 @@ class Sweep:
             )
 
     def reports(self) -> dict[tuple[float, int], str]:
-        """Return what sweep.csv has of each trial: `EPOCHS:MONITOR` for each report."""
-        file = self.folder / "run" / "sweep.csv"
+        """Return what members.csv has of each trial: `EPOCHS:MONITOR` for each report."""
+        file = self.folder / "run" / "members.csv"
         rows = csv.DictReader(file.read_text().splitlines() if file.exists() else [])
         return {(float(row["learning_rate"]), int(row["seed"])): row["reports"] for row in rows}
 
     def choice(self) -> object:
-        """Return best.json, apart from the callback's path, and the reports of all trials."""
-        best = self.folder / "run" / "best.json"
-        return best.exists() and ({**json.loads(best.read_text()), "callback": ""}, self.reports())
+        """Return best.json, apart from the callback's path, the weights' digest, and the reports of all trials."""
+        best, result = (self.folder / "run" / name for name in ("best.json", "result.json"))
+        if not result.exists():
+            return None
+        weights = json.loads(result.read_text())["weights_sha256"]
+        return {**json.loads(best.read_text()), "callback": ""}, weights, self.reports()
 
     def repeated(self, since: float, noted: dict[tuple[float, int], str]) -> int:
         """Count the trainings that started after a moment, from before an epoch that had been noted."""

@@ -37,9 +37,10 @@ def sweep(root: Path, storage: Path, *flags: str) -> dict[str, float]:
     subprocess.run(job, check=True, capture_output=True, env=environment)
     seconds, run = time.monotonic() - start, storage / "sweep"
     result, best = (json.loads((run / name).read_text()) for name in ("result.json", "best.json"))
-    with (run / "sweep.csv").open() as file:
+    table = next(file for file in (run / "members.csv", run / "sweep.csv") if file.exists())  # the latter: 3b8acb0's
+    with table.open() as file:
         trials = list(csv.DictReader(file))
-    searched = list(trials[0])[1 : list(trials[0]).index("seed")]
+    searched = [name for name in list(trials[0])[1 : list(trials[0]).index("seed")] if name != "run"]
     chosen = [trial for trial in trials if all(trial[name] == str(best[name]) for name in searched)]
     return {
         "seconds": seconds,

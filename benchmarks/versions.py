@@ -20,7 +20,8 @@ from pyarrow import parquet as pq
 from safetensors.torch import load_file
 from setups import Setup
 
-TABLES = ("metrics.csv", "sweep.csv")
+OF_SWEEPS = {"sweep.csv": ("trial",), "members.csv": ("member", "run", "fold")}
+"""The tables of sweeps, that of 3b8acb0 and today's, with the columns that are not compared."""
 NOT_COMPARED = re.compile(
     r"_s$|^(format_version|formats|seconds|num_workers|workers|is_resumed|command_line|git_commit|versions)$"
 )
@@ -111,25 +112,48 @@ class Version:
 
 
 def facts_in(storage: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield what the commands have written, by name."""
+    """Yield what the commands have written, by name; of a sweep, its table, choice and result."""
+    sweeps = {file.parent for file in storage.rglob("best.json")}
+    for sweep in sorted(sweeps):
+        yield from facts_of_sweep(sweep, str(sweep.relative_to(storage)))
     newest = {file.parent.parent: file.parent for file in sorted(storage.rglob("checkpoint_*/state.json"))}
     for run, checkpoint in sorted(newest.items()):
+        if sweeps & {run, *run.parents}:
+            continue
         for kind in ("model", "trained", "optimizer"):
             files = sorted(checkpoint.glob(f"{kind}*.safetensors"))
             yield f"{kind} {run.relative_to(storage)}", [digest_of(files)] if files else []
     for file in sorted(path for path in storage.rglob("*") if path.is_file()):
         name = str(file.relative_to(storage))
-        if file.name in TABLES:
+        if sweeps & {*file.parents}:
+            continue
+        if file.name == "metrics.csv":
             with file.open(encoding="utf-8") as table:
                 yield name, [" ".join(figures_of(row)) for row in csv.DictReader(table)]
         elif file.name == "result.json":
             yield name, [*figures_of(json.loads(file.read_text()))]
-        elif file.name == "best.json":  # the searched settings, which are columns of the sweep's table
-            searched = file.with_name("sweep.csv").read_text().partition("\n")[0].split(",")
-            yield name, [f"{key}={value}" for key, value in json.loads(file.read_text()).items() if key in searched]
         elif file.suffix == ".parquet":
-            columns = sorted(pq.read_table(file).to_pydict().items())  # in 3b8acb0, those of folds are in no order
-            yield name, [hashlib.sha256(repr(columns).encode()).hexdigest()]
+            yield name, [digest_of_columns(file)]
+
+
+def facts_of_sweep(run: Path, name: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the trials of a sweep, the searched settings of its choice, and the result with its weights."""
+    table = next(run / file for file in OF_SWEEPS if (run / file).exists())
+    with table.open(encoding="utf-8") as file:
+        rows = [{key: row[key] for key in row if key not in OF_SWEEPS[table.name]} for row in csv.DictReader(file)]
+    yield f"trials of {name}", sorted(" ".join(sorted(figures_of(row))) for row in rows)
+    best, result = (json.loads((run / file).read_text()) for file in ("best.json", "result.json"))
+    yield f"choice of {name}", [f"{key}={value}" for key, value in sorted(best.items()) if key in rows[0]]
+    known = {key: value for key, value in result.items() if key not in ("checkpoint", "members")}
+    yield f"{name}/result.json", [*figures_of(known)]
+    yield f"model {name}", [digest_of([run / result["checkpoint"] / "model.safetensors"])]
+    yield f"predictions of {name}", [digest_of_columns(run / "predictions.parquet")]
+
+
+def digest_of_columns(file: Path) -> str:
+    """Return a digest of a Parquet file's values."""
+    columns = sorted(pq.read_table(file).to_pydict().items())  # in 3b8acb0, those of folds are in no order
+    return hashlib.sha256(repr(columns).encode()).hexdigest()
 
 
 def digest_of(files: Sequence[Path]) -> str:

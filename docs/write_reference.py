@@ -163,7 +163,7 @@ def python() -> str:
         *about_class(Tracker),
         *about_class(Ending, has_signature=False),
     ]
-    for event in (events.Started, events.Progress, events.EpochFinished, events.Validated, events.TrialEnded):
+    for event in (events.Started, events.Progress, events.EpochFinished, events.Validated):
         lines += about_class(event, has_signature=False)
     return "\n".join(lines) + "\n"
 

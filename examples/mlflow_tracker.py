@@ -2,8 +2,8 @@
 
 MLFLOW_TRACKING_URI=sqlite:///mlflow.db python jobs/train.py --tracker examples/mlflow_tracker.py
 
-A resumed run continues its MLflow run. The trials of a sweep are runs nested in the sweep's run. The user and password
-of a server belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, not in the URI.
+A resumed run continues its MLflow run. The trials of a sweep are runs, too. The user and password of a server belong in
+MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, not in the URI.
 """
 
 import logging
@@ -21,7 +21,7 @@ from mnist_ray.storage import ORIGIN_FILE
 from mnist_ray.text import masked
 from mnist_ray.tools.export import inputs_of, test_batches
 from mnist_ray.trackers import Tracker
-from mnist_ray.training.events import Started, TrialEnded
+from mnist_ray.training.events import Started
 
 FOLDER = "mnist_ray.run"  # a tag with the run's folder, to find the MLflow run again
 MOST_METRICS = 1000  # a server accepts no more in one request
@@ -31,8 +31,6 @@ MAX_DIGEST = 36  # characters
 class MLflow(Tracker):
     """A run in the experiment ``mnist_ray``."""
 
-    follows_trials = True
-
     def __init__(self, run, workload, settings):
         super().__init__(run, workload, settings)
         # Otherwise, MLflow prints the run's address each time the run's state changes.
@@ -41,24 +39,17 @@ class MLflow(Tracker):
         self.experiment = mlflow.set_experiment("mnist_ray").experiment_id
         self.client = mlflow.MlflowClient()
         self.folder = masked(run.uri)
-        parent = self.find(masked(run.storage_path))
-        self.id = self.open(self.folder, run.name, settings, parent.info.run_id if parent else None)
+        self.id = self.open(settings)
         self.describe()
 
-    def find(self, folder):
-        """Return the MLflow run of a folder; None if there is none yet."""
-        query = f"tags.`{FOLDER}` = '{folder}'"
-        return next(iter(self.client.search_runs([self.experiment], query, max_results=1)), None)
-
-    def open(self, folder, name, settings, parent):
-        """Return the id of a folder's MLflow run; create the run if there is none."""
-        run = self.find(folder)
+    def open(self, settings):
+        """Return the id of the folder's MLflow run; create the run if there is none."""
+        query = f"tags.`{FOLDER}` = '{self.folder}'"
+        run = next(iter(self.client.search_runs([self.experiment], query, max_results=1)), None)
         if run is None:
-            tags = {FOLDER: folder} | ({"mlflow.parentRunId": parent} if parent else {})
-            run = self.client.create_run(self.experiment, run_name=name, tags=tags)
+            run = self.client.create_run(self.experiment, run_name=self.run.name, tags={FOLDER: self.folder})
         else:
             self.client.set_terminated(run.info.run_id, "RUNNING")
-        # Only new ones: MLflow refuses to change the sweep's settings, which a sweep's run has before the best run's.
         new = [Param(key, str(value)) for key, value in settings.items() if key not in run.data.params]
         self.client.log_batch(run.info.run_id, params=new)
         return run.info.run_id
@@ -77,34 +68,28 @@ class MLflow(Tracker):
         self.client.log_inputs(self.id, inputs)
 
     def log(self, event):
-        """Log an event's values; those of a trial go to a nested run."""
-        match event:
-            case Started():
-                self.client.set_tag(self.id, "workers", f"{event.num_workers} × {event.device}")
-            case TrialEnded():
-                trial = self.open(f"{self.folder}#{event.number}", f"trial {event.number}", event.settings, self.id)
-                self.log_metrics(trial, [(name, value, 0) for name, value in event.values.items()])
-                self.client.set_tag(trial, "state", event.state)
-                self.client.set_terminated(trial, "FAILED" if event.has_failed else "FINISHED")
-        self.log_metrics(self.id, self.scalars(event))
+        """Log an event's values."""
+        if isinstance(event, Started):
+            self.client.set_tag(self.id, "workers", f"{event.num_workers} × {event.device}")
+        self.log_metrics(self.scalars(event))
 
-    def log_metrics(self, run, values):
+    def log_metrics(self, values):
         """Log (name, value, step) triples."""
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, step) for name, value, step in values]
         for start in range(0, len(metrics), MOST_METRICS):
-            self.client.log_batch(run, metrics=metrics[start : start + MOST_METRICS])
+            self.client.log_batch(self.id, metrics=metrics[start : start + MOST_METRICS])
 
     def close(self, ending):
         """Log the test metrics, the pictures and the model."""
-        self.log_metrics(self.id, [(name, value, 0) for name, value in self.final(ending).items()])
+        self.log_metrics([(name, value, 0) for name, value in self.final(ending).items()])
         with tempfile.TemporaryDirectory() as folder:
             for name, png in ending.pictures.items():
                 (Path(folder) / f"{name}.png").write_bytes(png)
             self.client.log_artifacts(self.id, folder, "pictures")
         if ending.checkpoint is not None:
             self.log_model(ending.checkpoint)
-        self.client.set_terminated(self.id, "KILLED" if ending.result is None else "FINISHED")
+        self.client.set_terminated(self.id, "KILLED" if ending.has_failed else "FINISHED")
 
     def log_model(self, checkpoint):
         """Log the tested model if it takes a single tensor: MLflow asks for an example of the input."""

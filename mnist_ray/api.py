@@ -21,11 +21,14 @@ from mnist_ray.config import (
     ExportConfig,
 )
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.job import Job, read_job
-from mnist_ray.repeats.train import train as train_job
+from mnist_ray.job.job import Job
+from mnist_ray.many.jobs import read_sweep, read_train
+from mnist_ray.many.jobs import run as run_job
+from mnist_ray.many.points import options_text
 from mnist_ray.report.run_files import (
     METRICS_FILE,
     STEPS_FILE,
+    folder_of_result,
     number_of,
     read_numbers,
     settings_of,
@@ -33,11 +36,7 @@ from mnist_ray.report.run_files import (
 )
 from mnist_ray.runs import find_run
 from mnist_ray.settings import build, check_known, declared, values_of
-from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
-from mnist_ray.sweep.space import options_text
-from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
-from mnist_ray.sweep.tune import read_sweep
-from mnist_ray.sweep.tune import tune as tune_sweep
+from mnist_ray.storage import BEST_FILE, REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import Reference
 from ray_fork.starting import prepared_forking
@@ -135,11 +134,10 @@ class Run:
 
 @dataclass(frozen=True, repr=False)
 class SweptRun(Run):
-    """The run trained with a sweep's best configuration."""
+    """A sweep, with the run of its best configuration as its result."""
 
     best: dict[str, Any]  # the searched settings' values in the best configuration
-    trials: list[dict[str, Any]]  # the rows of sweep.csv, one per trial
-    default: Run | None  # the run of the default configuration; None if this configuration is the best
+    trials: list[dict[str, Any]]  # the rows of members.csv, one per trial
 
 
 @process.left_as_found()
@@ -150,30 +148,21 @@ def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unp
     instance of its ``Settings``; they may also be keywords, but type checkers do not know these. Raises UsageError,
     JobError, and, after Ctrl-C, KeyboardInterrupt.
     """
-    job = read_job(_given(workload, settings, keywords))
-    train_job(job)
-    return _run(job)
+    return _run(run_job(read_train(_given(workload, settings, keywords))).job)
 
 
 @process.left_as_found()
 def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TuneKeywords]) -> SweptRun:
-    """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.
+    """Search settings, and evaluate the best configuration once, like ``jobs/tune.py``; return the sweep.
 
     ``sweep`` may be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``. Raises the errors of ``train``.
     """
     if isinstance(searched := keywords.get("sweep"), Mapping):
         keywords["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
-    sweep = tune_sweep(read_sweep(_given(workload, settings, keywords)))
-    job, run = sweep.job, _run(sweep.job)
-    best = job.run.require_json(BEST_FILE)
-    default = job.run.inside(DEFAULT_FOLDER)
-    default_result = default.read_json(RESULT_FILE)
-    return SweptRun(
-        **vars(run),
-        best={name: best[name] for name in sweep.space.spaces},
-        trials=sweep.table().rows,
-        default=None if default_result is None else Run(default, job.workload, default_result),
-    )
+    many = run_job(read_sweep(_given(workload, settings, keywords)))
+    run = _run(many.job)
+    best = many.job.run.require_json(BEST_FILE)
+    return SweptRun(**vars(run), best={name: best[name] for name in many.space.spaces}, trials=many.table().rows)
 
 
 def _space_text(space: Any) -> str:
@@ -276,8 +265,8 @@ def load_run(
     """Return a trained and tested run by its name or path; default: the newest run. Raises UsageError and JobError."""
     storage_path = layers.storage_path(storage_path)
     folder = find_run(None if run is None else str(run), storage_path)
-    loaded = workload_of(folder, None if workload is None else reference_of(workload), storage_path)
-    return _finished(folder, loaded)
+    result, reference = folder_of_result(folder), None if workload is None else reference_of(workload)
+    return _finished(folder, workload_of(result, reference, storage_path, folder))
 
 
 def _run(job: Job) -> Run:
@@ -286,7 +275,7 @@ def _run(job: Job) -> Run:
             f"the dry run of {job.run.name} is done; dry_run=True trains nothing, so there is no run to return"
         )
     workload_class = type(job.workload)
-    settings: Any = build(workload_class.Settings, settings_of(job.run))  # of a sweep, the best ones
+    settings: Any = build(workload_class.Settings, settings_of(folder_of_result(job.run)))  # of a sweep, the best ones
     return _finished(job.run, workload_class(settings, job.workload.metadata))
 
 

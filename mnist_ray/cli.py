@@ -18,17 +18,16 @@ from mnist_ray import api, config, layers, signals
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
-from mnist_ray.job.job import Job, load_trusted, read_job, resume_command
+from mnist_ray.job.job import Job, load_trusted, resume_command
+from mnist_ray.many.jobs import read_sweep, read_train
+from mnist_ray.many.jobs import run as run_job
 from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
-from mnist_ray.repeats.train import train as train_job
 from mnist_ray.report.run_files import workload_of
-from mnist_ray.runs import find_run
+from mnist_ray.runs import find_run, is_sweep
 from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek, words_to_complete
 from mnist_ray.settings_files import read_settings
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, TRIALS_FILE, locate
-from mnist_ray.sweep.tune import read_sweep
-from mnist_ray.sweep.tune import tune as tune_sweep
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, locate
 from mnist_ray.text import PROGRAM, VERSION
 from mnist_ray.workload import loading
 from ray_fork.starting import prepared_forking
@@ -39,16 +38,14 @@ def train() -> None:
     if peek(config.WorkerConfig)[0].get("num_workers") == "0":
         spin_briefly_if_busy(usable_cores())  # before this process imports torch, as the workload's file may
     with _one_object(config.OutputConfig) as shown:
-        job = read_job()
-        train_job(job)
-        shown |= _result_of(job)
+        shown |= _result_of(run_job(read_train()).job)
 
 
 def tune() -> None:
     """Search settings with Ray Tune, train the best configuration and evaluate it once."""
     with _one_object(config.OutputConfig) as shown:
-        sweep = read_sweep()
-        shown |= {"trials": tune_sweep(sweep).table().rows, **_result_of(sweep.job)}
+        many = run_job(read_sweep())
+        shown |= {"trials": many.table().rows, **_result_of(many.job)}
 
 
 def evaluate() -> None:
@@ -108,7 +105,7 @@ def report() -> None:
     from mnist_ray.report import page
 
     output = config.OutputConfig(run_name=run.name, storage_path=run.storage_path)
-    resume_with = resume_command("tune" if run.exists(TRIALS_FILE) else "train", output)
+    resume_with = resume_command("tune" if is_sweep(run) else "train", output)
     page.write_again(run, flags.get("workload"), flags["storage_path"], resume_with)
 
 

@@ -16,8 +16,6 @@ from mnist_ray.storage import (
     MEMBERS_FOLDER,
     RESULT_FILE,
     STORAGE_ERRORS,
-    SWEEP_FILE,
-    TRIALS_FOLDER,
     RunFolder,
     locate,
     split_query,
@@ -76,9 +74,11 @@ def untrusted_folders(run: RunFolder, storage_path: str, *, is_run: bool = True)
 def _run_around(run: RunFolder) -> RunFolder | None:
     """Return the run in whose folder this one is, if there is one."""
     above = run.storage
-    if posixpath.basename(above.storage.path) == TRIALS_FOLDER:  # of a trial's checkpoint
+    if posixpath.basename(above.path) == MEMBERS_FOLDER:
         above = above.storage
-    if posixpath.basename(above.path) in (MEMBERS_FOLDER, TRIALS_FOLDER):
-        above = above.storage
-    is_run = above.exists(CONFIG_FILE) or above.exists(SWEEP_FILE)
-    return above if is_run and above.path != run.path else None
+    return above if above.exists(CONFIG_FILE) and above.path != run.path else None
+
+
+def is_sweep(run: RunFolder) -> bool:
+    """Return whether a run's settings are those of a sweep. Raises JobError."""
+    return "num_trials" in (run.read_json(CONFIG_FILE) or {})

@@ -28,9 +28,9 @@ from mnist_ray.settings import path_of
 
 T = TypeVar("T")
 
-CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json", "origin.json", "result.json"
-REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "sweep.png"
-MEMBERS_FOLDER, TRIALS_FOLDER = "members", "trials"  # of a job of several runs, and of a sweep
+CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, REPORT_FILE = "config.json", "origin.json", "result.json", "report.html"
+MEMBERS_FILE, MEMBERS_FOLDER = "members.csv", "members"  # of a job of many runs
+BEST_FILE, SWEEP_PICTURE_FILE = "best.json", "sweep.png"
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 _OPTIONAL = type(...)  # the file may lack it
 _NULL = type(None)
@@ -42,7 +42,6 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
 }
 _MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are read from these files by name
     CONFIG_FILE: _SETTINGS,
-    SWEEP_FILE: _SETTINGS,
     ORIGIN_FILE: {
         "versions": (dict, _OPTIONAL),
         "unused_settings": (list, _OPTIONAL),
@@ -59,7 +58,7 @@ _MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are re
     },
 }
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d{1,18})_step-(\d{1,18})", re.ASCII)
-_MEMBER = re.compile(rf"{MEMBERS_FOLDER}/seed-\d{{1,18}}(_fold-\d{{1,18}})?", re.ASCII)
+_MEMBER = re.compile(rf"{MEMBERS_FOLDER}/(?!\.\.?(/|$))[^/\0]{{1,255}}")
 _FORM = re.compile(r"number|fraction|[ +-]?\d{0,2}[,_]?(\.\d{1,2})?[eEfFgG%]?", re.ASCII)
 _CHECKS: dict[str, Callable[[Any], bool]] = {  # of values with the right type; paths are in the run's folder
     "checkpoint": lambda path: bool(re.fullmatch(rf"({_MEMBER.pattern}/)?{_CHECKPOINT_NAME.pattern}", path, re.ASCII)),

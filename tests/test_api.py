@@ -29,9 +29,10 @@ from mnist_ray.api import reference_of
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import read_job
+from mnist_ray.many.points import Point
+from mnist_ray.many.table import Many
 from mnist_ray.mnist import MNIST
 from mnist_ray.storage import locate
-from mnist_ray.sweep.trials import Sweep
 from mnist_ray.workload import Data, Regression
 from mnist_ray.workload.calls import data_of
 from ray_fork.shim import SOCKET_VARIABLE
@@ -81,7 +82,7 @@ def test_a_failed_call_leaves_no_fork_server_and_no_variable(
         started.append(children() - before)
         return data_of(workload)
 
-    monkeypatch.setattr("mnist_ray.repeats.train.data_of", look)
+    monkeypatch.setattr("mnist_ray.many.jobs.data_of", look)
     with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
         mnist_ray.train(settings=MNIST.Settings(data_dir=small_data), storage_path=tmp_path, batch_size=10_000)
     assert [len(servers) for servers in started] == [1]
@@ -114,7 +115,7 @@ def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(r
 def test_a_run_of_another_process_is_loaded_by_its_name_or_path(run: Run) -> None:
     for loaded in (mnist_ray.load_run("one", storage_path=run.folder.storage_path), mnist_ray.load_run(run.folder.uri)):
         assert (str(loaded), loaded.history, loaded.checkpoint) == (str(run), run.history, run.checkpoint)
-    with pytest.raises(UsageError, match=r"two is not a run, or is an unfinished sweep: it has no config\.json"):
+    with pytest.raises(UsageError, match=r"two is not a run: it has no config\.json"):
         mnist_ray.load_run("two", storage_path=run.folder.storage_path)
     unfinished = locate(f"{run.folder.storage_path}/more", "three")
     unfinished.write_text("config.json", '{"num_epochs": 2}')
@@ -123,14 +124,17 @@ def test_a_run_of_another_process_is_loaded_by_its_name_or_path(run: Run) -> Non
 
 
 def test_a_swept_runs_workload_has_the_best_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tuned(sweep: Sweep) -> Sweep:
-        for name in ("config.json", "best.json"):
-            sweep.job.run.write_text(name, '{"width": 48}')
-        result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}}
-        sweep.job.run.write_text("result.json", json.dumps(result))
-        return sweep
+    def tuned(many: Many) -> Many:
+        table = many.table()
+        table.start(Point((("width", 48),), 0))
+        table.write(many.job.run)
+        for name in ("members/best/config.json", "best.json"):
+            many.job.run.write_text(name, '{"width": 48}')
+        result = {"checkpoint": "members/best/checkpoint_epoch-001_step-000000", "seconds": {}}
+        many.job.run.write_text("result.json", json.dumps(result))
+        return many
 
-    monkeypatch.setattr("mnist_ray.api.tune_sweep", tuned)
+    monkeypatch.setattr("mnist_ray.api.run_job", tuned)
     shapes = ROOT / "examples" / "shapes.py"
     best = mnist_ray.tune(shapes, sweep={"width": [16, 48]}, storage_path=tmp_path, run_name="run")
     assert best.workload.settings.width == best.best["width"] == 48
@@ -333,7 +337,7 @@ import numpy, torch, torch._dynamo  # what an import changes stays
 import mnist_ray
 from mnist_ray.report import page
 from mnist_ray.run import fit, in_process
-from mnist_ray.sweep import tuner
+from mnist_ray.many import executor
 from mnist_ray.trackers import start
 
 

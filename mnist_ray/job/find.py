@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
@@ -123,13 +123,16 @@ def best_of(run: RunFolder) -> Fitted:
 
 
 def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
-    """Return the undamaged checkpoints and their metrics: the validated, best first; then the others, newest first."""
+    """Return the undamaged checkpoints and their metrics: validated epochs, best first; then the others, newest first.
+
+    A checkpoint within an epoch may be validated, where a sweep compares its trials, but a run would not have it.
+    """
     found = []
     for name in with_retries(run.checkpoint_names):
         with contextlib.suppress(DamagedCheckpointError, UsageError):
             found.append((name, CheckpointMetrics.of(read_state(run.inside(name)).get("metrics", {}))))
-    validated = [pair for pair in found if pair[1].is_validated]
-    others = [pair for pair in reversed(found) if not pair[1].is_validated]
+    validated = [pair for pair in found if pair[1].is_validated and pair[1].step == 0]
+    others = [pair for pair in reversed(found) if pair not in validated]
     return sorted(validated, key=lambda pair: pair[1].score, reverse=True) + others
 
 
@@ -140,7 +143,7 @@ def drop_worse(run: RunFolder, num_best: int) -> None:
         run.inside(name).delete()
 
 
-def drop_trials(trials: RunFolder, names: Set[str]) -> None:
-    """Delete trials in a sweep's folder of ``trials``, so that its disk use does not grow. Raises STORAGE_ERRORS."""
-    for name in names & {*with_retries(trials.subfolders)}:
-        trials.inside(name).delete()
+def drop_all_but_best(run: RunFolder) -> None:
+    """Delete a run's checkpoints except the best one. Raises STORAGE_ERRORS."""
+    for name, _ in checkpoints_of(run)[1:]:
+        run.inside(name).delete()

@@ -19,17 +19,15 @@ from mnist_ray.job.lease import remove_dead_owner
 from mnist_ray.layers import FLAGS, ONLY_FLAGS, Layers
 from mnist_ray.ray_versions import check_workers
 from mnist_ray.references import split_call
-from mnist_ray.runs import find_run
+from mnist_ray.runs import find_run, is_sweep
 from mnist_ray.settings import Given, Parser, Setting, declared, flag, peek
 from mnist_ray.settings_files import SettingsFile, read_settings
 from mnist_ray.storage import (
     CONFIG_FILE,
-    MEMBERS_FOLDER,
+    MEMBERS_FILE,
     ORIGIN_FILE,
     REPORT_FILE,
     RESULT_FILE,
-    SWEEP_FILE,
-    TRIALS_FILE,
     RunFolder,
 )
 from mnist_ray.text import PROGRAM, command, count, masked
@@ -41,7 +39,6 @@ _OF_RAY = {  # settings that do nothing with --num-workers 0
     *("min_workers", "placement_strategy", "label_selector", "autoscaling"),
     *("max_failures", "fork_workers", "plain_ray", "hang_timeout_s"),
 }
-_FILES = {"train": CONFIG_FILE, "tune": SWEEP_FILE}  # of a run's settings
 _DECIDING: dict[str, tuple[type, ...]] = {"train": (TrainConfig,), "tune": (SweepConfig, TrainConfig)}
 _DESCRIPTIONS = {
     "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
@@ -128,7 +125,7 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     _check_unchanged(kind, job, saved, ordered)
     if job.output.resume == "auto" and run.read_json(RESULT_FILE) is not None:
         return dataclasses.replace(job, is_finished=True)
-    return _with_origin(kind, job)
+    return _with_origin(job)
 
 
 def _classes(kind: str, *of_workload: type) -> list[type]:
@@ -138,20 +135,20 @@ def _classes(kind: str, *of_workload: type) -> list[type]:
 
 def _choose_run(kind: str, early: Given) -> tuple[RunFolder, dict[str, Given]]:
     """Return a job's folder, and a resumed run's settings by their file; empty for a new run. Raises like read_job."""
-    output, file = settings.build(OutputConfig, early), _FILES[kind]
+    output = settings.build(OutputConfig, early)
     if output.resume != "no" and output.run_name is None:
         raise UsageError("--resume needs --run-name NAME")
     run = storage.locate(output.storage_path, output.run_name or storage.new_name(kind))
     if output.resume == "no":
         return run, {}
     with storage.in_one_line(f"cannot read {run.uri}"):
-        is_there, is_another = run.exists(file), any(map(run.exists, _FILES.values()))
-    if not is_there and (output.resume == "yes" or is_another):
+        saved = run.read_json(CONFIG_FILE)
+    if (saved is None and output.resume == "yes") or (saved is not None and is_sweep(run) != (kind == "tune")):
         raise UsageError(f"--resume: there is no run of {kind} in {run.uri}; check --run-name and --storage-path")
-    if not is_there:
+    if saved is None:
         return run, {}
     check_free(run, resume=output.resume, is_resumed=True)
-    return run, {run.inside(file).uri: run.require_json(file)}
+    return run, {run.inside(CONFIG_FILE).uri: saved}
 
 
 def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None:
@@ -166,7 +163,7 @@ def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None
             result = run.inside(RESULT_FILE).uri
             raise UsageError(f"--resume: run {run.name} is finished; its result is in {result}{advice}")
     # With auto, the folder may be that of a start that was killed before it had settings.
-    elif any(map(run.exists, _FILES.values() if resume == "auto" else [""])):
+    elif run.exists(CONFIG_FILE if resume == "auto" else ""):
         raise UsageError(f"run {run.uri} already exists; add --resume to continue it, or give another --run-name")
 
 
@@ -303,9 +300,6 @@ def _check_used(kind: str, job: Job) -> None:
         remedy = "call every expert, also on no rows, and leave has_unused_parameters out"
         raise UsageError(f"--strategy fsdp needs all parameters in each step: {remedy}")
     check_workers(job.workers)
-    if kind == "tune" and job.train.is_several:
-        remedy = "use --num-confirmed for seeds, and --folds with --fold for one fold"
-        raise UsageError(f"a sweep has no --num-seeds and no --folds; {remedy}, then train the best with them")
     if kind == "train" and "num_chunks" in job.given and not job.train.reproducible:
         raise UsageError("--num-chunks has no effect without --reproducible; leave it out")
     if kind == "train" and type(job.workload).create_optimizer is Workload.create_optimizer:
@@ -379,13 +373,12 @@ def _is_same_code(old: str, new: str) -> bool:
     return arguments == new_arguments and Path(then).name == Path(now).name
 
 
-def _with_origin(kind: str, job: Job) -> Job:
+def _with_origin(job: Job) -> Job:
     """Return a resumed job with its origin, and with notes for the user."""
     run, source, notes = job.run, job.workload.source, [*job.notes]
     origin = run.read_json(ORIGIN_FILE) or {}
-    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names() or run.exists(MEMBERS_FOLDER)):
-        missing = "finished trial" if kind == "tune" else "checkpoint"
-        notes.append(f"run {run.name} has no {missing} yet; starting from the beginning")
+    if not (run.exists(MEMBERS_FILE) or run.checkpoint_names()):
+        notes.append(f"run {run.name} has no checkpoint yet; starting from the beginning")
     if origin.get("workload_sha256") not in (None, source.sha256):
         notes.append(f"the workload has changed since the run was started: {source.reference}")
     return dataclasses.replace(job, origin=origin, notes=tuple(notes))

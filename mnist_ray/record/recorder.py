@@ -44,20 +44,22 @@ _WORKLOAD_FILE = "workload.py"
 
 
 @contextlib.contextmanager
-def recorded(session: Session, plan: WorkerPlan) -> Iterator[Recorder]:
+def recorded(session: Session, plan: WorkerPlan, *, is_end: bool = True) -> Iterator[Recorder]:
     """Show a run and write its files. However the run ends, write its report and close its trackers.
 
-    An interrupt waits until both are done.
+    An interrupt waits until both are done. Before the ``is_end`` of its training, a sweep's trial has no report.
     """
     num_parameters = say_plan(session, plan)
     write_settings(session, plan, CONFIG_FILE, session.job.values)
     record = Recorder(session, plan, num_parameters)
+    has_failed = True
     try:
         with logs_named(session):
             yield record
+        has_failed = False
     finally:
         with first_only_noted() as interrupted:
-            record.close()
+            record.close(has_report=is_end, has_failed=has_failed)
     record.print_files()
     if interrupted.is_set:
         raise KeyboardInterrupt
@@ -225,24 +227,26 @@ class Recorder:
             RATE: rate,
             "seconds": self._clock.seconds(),
             "is_resumed": self._job.is_resumed,
-            "num_workers": self._history.num_workers,
+            "num_workers": self._history.num_workers or self._plan.num_workers,
             "workers": self._origin.get("workers"),
             **origin(),
         }
         return finite(values)
 
-    def close(self) -> None:
+    def close(self, *, has_report: bool, has_failed: bool) -> None:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""
         pictures: Mapping[str, bytes] = {}
         try:
             self._write_steps()
-            pictures = self._draw_report()
-            self._has_report = True
+            if has_report:
+                pictures = self._draw_report()
+                self._has_report = True
         except (Exception, SystemExit) as error:  # must not hide the exception that has ended the run
             reason = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
             self._warn(f"no report: {reason}")
         self._clock.mark("report")
-        self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
+        checkpoint = self._fitted.checkpoint if self._fitted else None
+        self._trackers.close(Ending(self._result, pictures, checkpoint, has_failed))
         self._clock.mark("trackers")
         seconds = self._clock.seconds()
         if seconds["trackers"] > max(_MAX_TRACKING * seconds["total"], 1.0):
@@ -262,8 +266,9 @@ class Recorder:
         return page.write(job.run, job.workload, job.resume_with, test, self._warn)
 
     def print_files(self) -> None:
-        """Print where the time went, and the paths of the run's files."""
-        assert self._result is not None
+        """Print where the time went, and the paths of the run's files, if it is tested."""
+        if self._result is None:
+            return
         console, run, parts = self._console, self._job.run, self._clock.seconds()
         total, tested = parts.pop("total"), self._result["seconds"]["total"]
         if of_workers := self._times.of_workers:

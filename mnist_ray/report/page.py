@@ -21,10 +21,10 @@ from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.output import say
 from mnist_ray.report.columns import read_columns
 from mnist_ray.report.plots import Curve, bands_of, curves_of, smoothed, stacked_bars
-from mnist_ray.report.run_files import RunRecord, number_of, settings_of, workload_of
+from mnist_ray.report.run_files import MemberRecord, RunRecord, number_of, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
-from mnist_ray.text import in_words, redact
+from mnist_ray.text import count, in_words, redact
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import data_of, splits_for
@@ -97,9 +97,8 @@ def write(
     for name, png in pngs.items():
         run.write_bytes(f"{PICTURES_FOLDER}/{name}.png", png)
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
-    trials = drawn("table of the trials", lambda: _trials(record)) if record.trials else []
     members = drawn("table of the runs", lambda: _members(record)) if record.members else []
-    tables = [*trials, *members, *_epochs(record), *_settings(record), *seconds]
+    tables = [*members, *_epochs(record), *_settings(record), *seconds]
     page = page_of(
         title=run.name,
         status=_status(record, resume_with),
@@ -128,10 +127,11 @@ def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], I
 
 def _status(record: RunRecord, resume_with: str) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
-    done = max(record.column("epoch"), default=0)  # a sweep's trial leaves only the last row
+    done = max(record.column("epoch"), default=0)
     epochs, nouns = f"{done:.0f} of {record.config.get('num_epochs', '?')} epochs", record.workload.nouns
     if record.members:
-        epochs = f"{sum(bool(member.result) for member in record.members)} of {len(record.members)} runs"
+        ended = sum(member.row["state"] in ("done", "stopped early", "failed") for member in record.members)
+        epochs = f"{ended} of {count(len(record.members), 'run')}"
     known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
     if record.result is None:
@@ -160,7 +160,7 @@ def _headlines(record: RunRecord) -> dict[str, str]:
 
 def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     steps = [row["step"] for row in record.steps]
-    if not steps:  # a sweep's trial trained this run
+    if not steps:
         return []
     total = steps[-1]
     training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
@@ -212,29 +212,38 @@ def _time_spent(record: RunRecord) -> list[Picture]:
 def _sweep_picture(record: RunRecord) -> list[Picture]:
     """Return the plots of a sweep's trials; none if the run is not a sweep."""
     png = record.run.read_bytes(SWEEP_PICTURE_FILE)
-    alt = f"Validation {record.workload.monitor.name} of {len(record.trials)} trials; the table has all values"
+    alt = f"Validation {record.workload.monitor.name} of {len(record.members)} trials; the table has all values"
     caption = "Grey or hollow: stopped early. Black or ringed: the best configuration."
     if png is None or not png.startswith(b"\x89PNG"):  # a link may lead to another file
         return []
     return [Picture("sweep", "Trials", alt, png, caption, is_wide=True)]
 
 
-def _trials(record: RunRecord) -> list[Table]:
-    """Return the rows of sweep.csv, best first."""
+def _members(record: RunRecord) -> list[Table]:
+    """Return the rows of members.csv, best first, with the tests of those that are tested."""
     monitor = record.workload.monitor
     shown = {figure.name: figure for figure in record.workload.all_figures if figure.at != ("step",)}
+    tests = [Metric(f"test_{metric.name}", metric.mode, metric.is_fraction) for metric in record.workload.all_metrics]
+    tests = [test for test in tests if any(test.name in member.result for member in record.members)]
+    kept = str((record.result or {}).get("checkpoint")).split("/")[1:2]
 
     def cell(name: str, text: str) -> str:
         return formatted(float(text or math.nan), shown[name].form) if name in shown else _shortened(text)
 
-    def rank(row: Mapping[str, str]) -> tuple[bool, float]:
-        value = float(row.get(f"val_{monitor.name}", math.nan))
+    def rank(member: MemberRecord) -> tuple[bool, float]:
+        value = float(member.row.get(f"val_{monitor.name}") or math.nan)
         return math.isnan(value), -value if monitor.mode == "max" else value
 
-    columns = [name for name in record.trials[0] if name != "reports"]
-    rows = [[cell(name, row[name]) for name in columns] for row in sorted(record.trials, key=rank)]
+    members = sorted(record.members, key=rank)
+    known = [name for name in members[0].row if any(member.row[name] for member in members)]
+    columns = [name for name in known if name not in ("run", "reports")]
+    rows = []
+    for member in members:
+        row = {**member.row, "state": member.row["state"] + ", kept" * ([member.row["run"]] == kept)}
+        of_test = [test.format(number_of(member.result.get(test.name))) for test in tests]
+        rows.append((*(cell(name, row[name]) for name in columns), *of_test))
     headers = [shown[name].label if name in shown else in_words(name) for name in columns]
-    return [Table("Trials, best first", headers, rows)]
+    return [Table("Runs, best first", [*headers, *(in_words(test.name) for test in tests)], rows)]
 
 
 def _shortened(text: str) -> str:
@@ -252,32 +261,19 @@ def _seconds(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _bands(record: RunRecord, metric: Metric) -> list[Picture]:
-    epochs = sorted({row["epoch"] for member in record.members for row in member.epochs})
+    epochs = sorted({row["epoch"] for member in record.tested for row in member.epochs})
 
     def values(column: str) -> np.ndarray:
-        runs = [{row["epoch"]: row.get(column, math.nan) for row in member.epochs} for member in record.members]
+        runs = [{row["epoch"]: row.get(column, math.nan) for row in member.epochs} for member in record.tested]
         return np.array([[run.get(epoch, math.nan) for epoch in epochs] for run in runs])
 
     columns = {"training": values(f"train_{metric.name}"), "validation": values(f"val_{metric.name}")}
     known = {label: of_runs for label, of_runs in columns.items() if not np.isnan(of_runs).all()}
     if not known:
         return []
-    alt = f"{metric.name} of {len(record.members)} runs over {len(epochs)} epochs"
-    caption = "Lines: means of the runs. Bands: from the lowest to the highest."
+    alt = f"{metric.name} of {count(len(record.tested), 'run')} over {len(epochs)} epochs"
+    caption = "Lines: means of the runs. Bands: from the lowest to the highest." if len(record.tested) > 1 else ""
     return [Picture(metric.name, metric.name, alt, bands_of(metric, epochs, known), caption)]
-
-
-def _members(record: RunRecord) -> list[Table]:
-    """Return a table of several runs: test figures, validation, speed."""
-    shown = [Metric(f"test_{metric.name}", metric.mode, metric.is_fraction) for metric in record.workload.all_metrics]
-    kept = str((record.result or {}).get("checkpoint")).split("/")[1:2]
-    rows = []
-    for member in record.members:
-        figures = [metric.format(number_of(member.result.get(metric.name))) for metric in shown]
-        seconds = formatted(number_of(member.result.get("seconds", {}).get("total")), ".1f")
-        state = "kept" if [member.name] == kept else "" if member.result else f"{len(member.epochs)} epochs"
-        rows.append((member.name, *figures, seconds, state))
-    return [Table("Runs", ["run", *(in_words(metric.name) for metric in shown), "seconds", ""], rows)]
 
 
 def _epochs(record: RunRecord) -> list[Table]:

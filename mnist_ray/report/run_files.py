@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
+import posixpath
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,11 @@ from mnist_ray.errors import UsageError
 from mnist_ray.runs import untrusted_folders
 from mnist_ray.storage import (
     CONFIG_FILE,
+    MEMBERS_FILE,
     MEMBERS_FOLDER,
     ORIGIN_FILE,
     RESULT_FILE,
-    TRIALS_FILE,
     RunFolder,
-    in_one_line,
 )
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
@@ -81,28 +80,38 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_h
     return text.getvalue()
 
 
+def read_members(run: RunFolder) -> list[dict[str, str]]:
+    """Return the rows of members.csv; none if the run is not one of many. Raises JobError."""
+    rows = read_csv(run, MEMBERS_FILE, ("member", "run", "seed", "fold", "state"))
+    for row in rows:
+        if row["run"] in ("", ".", "..") or "/" in row["run"]:
+            raise run.damaged(MEMBERS_FILE, f"{row['run']} is no name of a folder")
+    return rows
+
+
+def folder_of_result(run: RunFolder) -> RunFolder:
+    """Return the run that has made the tested checkpoint: of many runs, one of the members. Raises JobError."""
+    checkpoint = posixpath.dirname((run.read_json(RESULT_FILE) or {}).get("checkpoint", ""))
+    return run.inside(checkpoint) if checkpoint else run
+
+
 @dataclass(frozen=True)
 class MemberRecord:
-    """What a report shows of one of several runs."""
+    """What a report shows of one of many runs."""
 
-    name: str
+    row: dict[str, str]  # of members.csv
     epochs: list[dict[str, float]]  # rows of metrics.csv; NaN for missing values
     result: dict[str, Any]  # empty until the run is tested
 
     @classmethod
     def read_all(cls, run: RunFolder) -> list[MemberRecord]:
-        """Read the members of a job of several runs, in its order; none for a single run. Raises JobError."""
-        folder = run.inside(MEMBERS_FOLDER)
-        with in_one_line(f"cannot read {folder.uri}"):
-            names = sorted(folder.subfolders(), key=lambda name: [*map(int, re.findall(r"\d+", name))])
-        return [
-            cls(
-                name,
-                read_numbers(member := folder.inside(name), METRICS_FILE, "epoch"),
-                member.read_json(RESULT_FILE) or {},
-            )
-            for name in names
-        ]
+        """Read the members of a job of many runs, in its order; none for a single run. Raises JobError."""
+        found = []
+        for row in read_members(run):
+            member = run.inside(MEMBERS_FOLDER).inside(row["run"])
+            epochs = read_numbers(member, METRICS_FILE, "epoch")
+            found.append(cls(row, epochs, member.read_json(RESULT_FILE) or {}))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +126,13 @@ class RunRecord:
     steps: list[dict[str, float]]  # rows of steps.csv
     times: list[dict[str, float]]  # rows of times.csv
     result: dict[str, Any] | None  # None until the run is tested
-    trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is not a sweep
-    members: list[MemberRecord]  # of a job of several runs
+    members: list[MemberRecord]  # of a job of many runs
+
+    @property
+    def tested(self) -> list[MemberRecord]:
+        """The members of the result; all members if there is none yet."""
+        names = [posixpath.basename(path) for path in (self.result or {}).get("members", ())]
+        return [member for member in self.members if not names or member.row["run"] in names]
 
     @property
     def logged(self) -> list[Figure]:
@@ -137,7 +151,6 @@ class RunRecord:
             steps=read_numbers(run, STEPS_FILE, "step", "epoch"),
             times=read_numbers(run, TIMES_FILE, "epoch", "worker"),
             result=run.read_json(RESULT_FILE),
-            trials=read_csv(run, TRIALS_FILE),
             members=MemberRecord.read_all(run),
         )
 
@@ -164,7 +177,7 @@ class RunRecord:
 def settings_of(run: RunFolder) -> dict[str, Any]:
     """Return the settings of a run. Raises UsageError if it has none, JobError if they are damaged."""
     if not run.exists(CONFIG_FILE):
-        raise UsageError(f"{run.uri} is not a run, or is an unfinished sweep: it has no {CONFIG_FILE}")
+        raise UsageError(f"{run.uri} is not a run: it has no {CONFIG_FILE}")
     return run.require_json(CONFIG_FILE)
 
 

@@ -27,14 +27,11 @@ from mnist_ray.training.stopwatch import STORAGE
 class Checkpointer:
     """Copies the state; a thread writes the copy into the run's folder, and then deletes checkpoints.
 
-    The last one and the ``num_best`` by validation are kept; for None, all.
+    The last one and the best ``--keep-checkpoints`` by validation are kept; for None, all.
     """
 
-    def __init__(
-        self, job: Job, config: TrainConfig, group: Group, callbacks: Sequence[Callback], num_best: int | None
-    ) -> None:
+    def __init__(self, job: Job, config: TrainConfig, group: Group, callbacks: Sequence[Callback]) -> None:
         self._job, self._config, self._group, self._callbacks = job, config, group, callbacks
-        self._num_best = num_best
         self._writing: Future[None] | None = None  # of the last checkpoint
         # The threads that write a sharded checkpoint need their own group: training continues on the other one.
         self._writers = torch.distributed.new_group(backend="gloo") if is_wanted(config, group.world_size) else None
@@ -63,8 +60,8 @@ class Checkpointer:
         def write() -> None:
             with in_one_line("the storage has failed"), state.pace.writing():
                 copied.write(folder, self._writers)
-                if self._group.rank == 0 and self._num_best is not None:
-                    drop_worse(self._job.run, self._num_best)
+                if self._group.rank == 0 and self._config.keep_checkpoints is not None:
+                    drop_worse(self._job.run, self._config.keep_checkpoints)
 
         self._writing = in_thread(write)
 

@@ -76,8 +76,8 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
 
 def evaluate_fitted(
     session: Session, plan: WorkerPlan, record: Recorder, fitted: Fitted, *, is_last: bool = True
-) -> float:
-    """Evaluate the fitted checkpoint on the test set, and record the result. Return the monitored value.
+) -> None:
+    """Evaluate the fitted checkpoint on the test set, and record the result.
 
     ``is_last``: nothing needs the cluster afterwards; disconnect while the report is written.
     """
@@ -96,7 +96,6 @@ def evaluate_fitted(
     record.add_test(fitted, tested)
     if is_last:
         if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
-    return tested.values(job.workload)[job.workload.monitor.name]
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,9 @@ def evaluate_in_tasks(
     shared, show = share(workload, test), console.testing(len(test))
     # Ray ends the process after such a GPU task; with options(num_gpus=1), the process would keep the GPU's memory.
     selector = {"label_selector": dict(tasks.labels)} if tasks.labels else {}
-    task = ray.remote(num_cpus=tasks.cpus, num_gpus=int(tasks.use_gpu), **selector)(_evaluate_split)
+    resources = {"num_cpus": tasks.cpus, "num_gpus": int(tasks.use_gpu), **selector}
+    # DEFAULT: not among the resources that Tune has reserved for the process of a trial.
+    task = ray.remote(scheduling_strategy="DEFAULT", **resources)(_evaluate_split)
     bounds = split_bounds(len(test), tasks.number, workload.evaluation_batch_size(on_gpu=tasks.use_gpu))
     streams = [task.remote(checkpoint, shared, start, stop, loader_workers, tasks.cpus) for start, stop in bounds]
     waiting = Waiting(str(tasks), functools.partial(console.say, "note"))

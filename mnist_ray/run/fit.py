@@ -57,18 +57,37 @@ def plan(session: Session) -> WorkerPlan:
     return WorkerPlan(0, 0, is_on_gpu, must_scale_up=False)
 
 
-def train_run(session: Session, plan: WorkerPlan, *, is_last: bool = True) -> float:
-    """Train, test and report one run, from its last checkpoint; return the monitored value. Raises like ``fit``.
+def train_run(
+    session: Session,
+    plan: WorkerPlan,
+    *,
+    until_epoch: float = math.inf,
+    trained: Fitted | None = None,
+    is_tested: bool = True,
+    is_last: bool = True,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> None:
+    """Train a run from its last checkpoint, test and report it. Raises like ``fit``.
 
-    ``is_last``: nothing needs the cluster after the test.
+    ``until_epoch``: where to stop; a member of a sweep goes on from there later. ``trained``: the checkpoint to test of
+    a run that needs no training. ``is_last``: nothing needs the cluster after the test.
     """
-    with recorded(session, plan) as record:  # writes a report however the run ends
-        fitted = (fit_here if session.is_here else fit)(session, plan, record.on_event)
-        return evaluate.evaluate_fitted(session, plan, record, fitted, is_last=is_last)
+
+    def record_event(event: Event) -> None:
+        record.on_event(event)
+        on_event(event)
+
+    is_end = until_epoch >= session.job.train.num_epochs
+    with recorded(session, plan, is_end=is_end) as record:  # writes a report however the run ends
+        if trained is None:
+            train = fit_here if session.is_here else fit
+            trained = train(session, plan, record_event, until_epoch)
+        if is_tested:
+            evaluate.evaluate_fitted(session, plan, record, trained, is_last=is_last)
 
 
-def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
-    """Train on Ray, from the last checkpoint if there is one; pass events on; return the checkpoint to test.
+def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], until_epoch: float = math.inf) -> Fitted:
+    """Train on Ray, from the last checkpoint if there is one; pass events on; return the best checkpoint.
 
     Raises TrainingStoppedError if a retry would fail too; otherwise JobError. After Ctrl-C, KeyboardInterrupt.
     """
@@ -81,13 +100,14 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
         job=job,
         train=share(job.workload, session.data.train),
         validation=share(job.workload, validation) if len(validation) else None,
+        until_epoch=until_epoch,
         event_queue=event_queue,
         is_local=plan.is_local,
     )
     outcome = fit_with_retries(spec, plan, on_event)
     if outcome.diverged is not None:
         raise outcome.diverged
-    if outcome.is_stopped:  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
+    if outcome.is_stopped and math.isinf(until_epoch):  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
         raise JobError("a callback has stopped the training")
     with in_one_line("the storage has failed"):
         return best_of(job.run)

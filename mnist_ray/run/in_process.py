@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,10 +19,13 @@ from mnist_ray.training.events import Event, Stopping
 from mnist_ray.training.state import StopWantedError
 
 
-def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
+def fit_here(
+    session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], until_epoch: float = math.inf
+) -> Fitted:
     """Train in this process, and return the same as ``fit``. Raises the same errors, and those of the user's code."""
     job, data = session.job, session.data
-    spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
+    validation = data.validation if len(data.validation) else None
+    spec = LoopSpec(job=job, train=data.train, validation=validation, until_epoch=until_epoch)
     group = Group(device=torch.device("cuda" if plan.use_gpu else "cpu"))
     try:
         with first_only_noted() as interrupted:
@@ -31,7 +35,7 @@ def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], Non
             raise  # an error of the user's code: its traceback helps
         raise UnreadableDataError(str(error)) from None
     except StopWantedError as stop:
-        if not interrupted.is_set:
+        if not interrupted.is_set and math.isinf(until_epoch):
             raise JobError("a callback has stopped the training") from stop
     if interrupted.is_set:
         raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from mnist_ray.cluster.devices import device_here
 from mnist_ray.parallel.group import Group
 from mnist_ray.ray_versions import preemption_info
 from mnist_ray.run.failures import code_failures_placed
-from mnist_ray.run.worker import LoopSpec, Sink, TrialSink, train_worker
+from mnist_ray.run.worker import LoopSpec, Sink, train_worker
 from mnist_ray.storage import CONFIG_FILE, RunFolder, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Event, NodeLeaving, Note, Outcome, Progress
@@ -33,25 +33,21 @@ _SPARE_S = 2.0  # between a saved checkpoint and a node's preemption
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
     """Train on one worker of Ray Train; every rank calls this. Rank 0 reports to the driver's event queue how it ended.
 
-    Raises TrainingStoppedError if the code has a bug; other failures unchanged. If the loss is not finite, a run
-    returns normally; a trial, without a queue, raises.
+    Raises TrainingStoppedError if the code has a bug; other failures unchanged. If the loss is not finite, returns.
     """
     spec, outcome = loop_config["spec"], Outcome()
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), device_here())
-    sink = TrialSink(ray.train.report) if spec.is_trial else QueueSink(spec.event_queue, group.rank)
+    sink = QueueSink(spec.event_queue, group.rank)
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     policies = [] if spec.is_local else [Preemption(sink)]
     if "RAY_DEBUG" not in os.environ:  # Ray would skip breakpoints silently
         sys.breakpointhook = functools.partial(_pass_over_breakpoint, sink)
     try:
         with code_failures_placed(*spec.job.code_folders):
-            if not spec.is_trial:  # a trial's folder is made by its workers
-                with_retries(lambda: _check_visible(spec.job.run))
+            with_retries(lambda: _check_visible(spec.job.run))
             train_worker(spec, group, sink, cpus, context.get_local_world_size(), policies)
     except TrainingDivergedError as error:
-        if spec.is_trial:
-            raise
         outcome = Outcome(diverged=error)
     except StopWantedError:
         outcome = Outcome(is_stopped=True)

@@ -1,4 +1,4 @@
-"""A worker of a run or of a trial: its set-up, and what it does while the ``Trainer`` trains."""
+"""A worker of a run: its set-up, and what it does while the ``Trainer`` trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,10 +85,9 @@ class LoopSpec:
     job: Job
     train: RemoteSplit | Split
     validation: RemoteSplit | Split | None = None
-    until_epoch: float = math.inf  # the end of a trial's segment; raises StopWantedError if epochs are left
-    event_queue: Any = None  # the actor that rank 0 reports to; None without Ray, and for a trial
+    until_epoch: float = math.inf  # the end of a sweep's segment; raises StopWantedError if epochs are left
+    event_queue: Any = None  # the actor that rank 0 reports to; None without Ray
     is_local: bool = False  # on a local Ray; its node cannot be preempted
-    is_trial: bool = False  # reports each checkpoint; only the last one is kept
 
 
 class Sink:
@@ -101,18 +100,6 @@ class Sink:
     def stop_requested(self) -> bool:
         """Return whether the training must stop; rank 0 is asked."""
         return False
-
-
-class TrialSink(Sink):
-    """Reports each checkpoint to Ray Tune or, with several workers, to Ray Train; both may end the trial then."""
-
-    def __init__(self, report: Callable[[dict[str, Any]], object]) -> None:
-        self._report = report
-
-    def send(self, event: Event) -> None:
-        """Report a checkpoint."""
-        if isinstance(event, Saved):
-            self._report({**event.metrics})
 
 
 def train_worker(
@@ -241,31 +228,26 @@ class Worker(Callback):
         self._validator = None
         if spec.validation is not None:
             self._validator = Validator(spec.job, _opened(spec.validation), config, group, life)
-        num_best = 0 if spec.is_trial else config.keep_checkpoints
-        self.checkpointer = Checkpointer(spec.job, config, group, callbacks, num_best)
+        self.checkpointer = Checkpointer(spec.job, config, group, callbacks)
         self._has_begun_again = False  # a stream of training data
         life.state = state
 
     def start(self, restored: checkpoints.Restored) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one, and what a kill has lost.
 
-        If a trial was killed before the sweep recorded it, the checkpoint may be at the end of the trial's segment or
-        past it. Then report the checkpoint, and raise StopWantedError.
+        If a kill came before a sweep has recorded a segment, its end is the checkpoint: raise StopWantedError.
         """
         self._life.show()
         state, metrics = self._state, restored.metrics
         hosts = [socket.gethostname()] * self._group.world_size
         if self._group.world_size > 1:
             torch.distributed.all_gather_object(hosts, hosts[0])
-        is_segment_over = state.total_step >= state.last_step and not is_over(state, self._config)
-        if is_segment_over and self._validator and not metrics.is_validated:  # past the end: sweep.csv was lost
-            metrics = replace(metrics, values={**metrics.values, **self._validator.validate(state)})
         self._sink.send(self._started(restored, hosts))
         if metrics.is_validated and state.step == 0:
             self._send_validation(metrics)
-        if self._spec.is_trial and (is_segment_over or is_over(state, self._config)):
+        if metrics.is_validated:
             self._sink.send(Saved(state.epoch, metrics.to_dict()))
-        if is_segment_over:
+        if state.total_step >= state.last_step and not is_over(state, self._config):
             raise StopWantedError
 
     def end(self) -> None:
@@ -303,16 +285,14 @@ class Worker(Callback):
         self._life.show(STORAGE_LIMIT_S)
         with state.pace.saving():
             self.checkpointer.save(state, metrics, self._life)
-            if self._spec.is_trial and metrics.is_validated:  # it may end with the report
+            if metrics.is_validated and math.isfinite(self._spec.until_epoch):  # a sweep does not train it again
                 self.checkpointer.wait(state)
         self._life.show()
-        if self._spec.is_trial:
-            self._sink.send(Saved(state.epoch, metrics.to_dict()))
-        elif state.step == 0:
+        if metrics.is_validated or state.step == 0:
             self._sink.send(Saved(state.epoch, metrics.to_dict(), self._seconds_of_all(state)))
 
     def _metrics(self, state: TrainingState, progress: Progress) -> CheckpointMetrics:
-        """Return a checkpoint's metrics; where an epoch or a trial's segment ends, all ranks validate."""
+        """Return a checkpoint's metrics; where an epoch or a sweep's segment ends, all ranks validate."""
         epochs = state.epoch + state.step / state.steps_per_epoch
         values: dict[str, Any] = {f"train_{name}": value for name, value in progress.so_far.items()}
         values |= progress.logged

@@ -17,13 +17,11 @@ from mnist_ray.job.job import resume_command
 from mnist_ray.job.lease import owner_of
 from mnist_ray.output import finite, say
 from mnist_ray.report.console import LOG_WIDTH
-from mnist_ray.report.run_files import METRICS_FILE, number_of, read_csv
+from mnist_ray.report.run_files import METRICS_FILE, number_of, read_csv, read_members
+from mnist_ray.runs import is_sweep
 from mnist_ray.storage import (
     CONFIG_FILE,
-    MEMBERS_FOLDER,
     RESULT_FILE,
-    SWEEP_FILE,
-    TRIALS_FILE,
     RunFolder,
     in_one_line,
     locate,
@@ -84,18 +82,18 @@ def _names(storage_path: str) -> Iterator[str]:
 def _started(folder: RunFolder) -> float:
     """Return when the run's settings were written, in seconds since 1970; 0 if the folder is no run of this user."""
     try:
-        infos = [folder.info(name) for name in (SWEEP_FILE, CONFIG_FILE)]
+        info = folder.info(CONFIG_FILE)
     except PermissionError:
         return 0.0
-    return next((info.mtime_ns / 1e9 for info in infos if info.is_file and info.mtime_ns), 0.0)
+    return info.mtime_ns / 1e9 if info.is_file and info.mtime_ns else 0.0
 
 
 def _listed(folder: RunFolder, age_s: float) -> ListedRun:
     kind = "train"
     try:
         with in_one_line(f"cannot read {folder.uri}"):
-            kind = "tune" if folder.exists(SWEEP_FILE) else kind
-            result, progress = folder.read_json(RESULT_FILE), _progress(folder, kind)
+            kind = "tune" if is_sweep(folder) else kind
+            result, progress = folder.read_json(RESULT_FILE), _progress(folder)
             owner = None if result else owner_of(folder)
         values, forms, prefix = result or {}, (result or {}).get("formats", {}), "test_"
         if result is None and (rows := [row for row in read_csv(folder, METRICS_FILE) if row.get("val_loss")]):
@@ -110,11 +108,9 @@ def _listed(folder: RunFolder, age_s: float) -> ListedRun:
     return ListedRun(folder.name, kind, state, progress, metrics, age_s, resume_with, forms)
 
 
-def _progress(folder: RunFolder, kind: str) -> str:
-    """Return the epochs that a run has trained, the trials of a sweep, or the members of a job of several runs."""
-    if kind == "tune":
-        return count(len(read_csv(folder, TRIALS_FILE)), "trial")
-    if members := folder.inside(MEMBERS_FOLDER).subfolders():
+def _progress(folder: RunFolder) -> str:
+    """Return the epochs that a run has trained, or the members of a job of many runs."""
+    if members := read_members(folder):
         return count(len(members), "run")
     settings = folder.require_json(CONFIG_FILE)
     return f"epoch {len(read_csv(folder, METRICS_FILE))}/{settings.get('num_epochs', '?')}"

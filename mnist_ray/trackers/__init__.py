@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated, figures_of
@@ -16,21 +16,21 @@ from mnist_ray.workload.user_code import UserClass
 class Ending:
     """How a run ended."""
 
-    result: dict[str, Any] | None  # result.json; None if the run did not finish
+    result: dict[str, Any] | None  # result.json; None if the run was not tested
     pictures: Mapping[str, bytes]  # the report's PNGs, by name
     checkpoint: RunFolder | None  # the tested checkpoint
+    has_failed: bool = False
 
 
 class Tracker(UserClass):
-    """Follows one run, in a thread of the driver. A tracker that raises is dropped with a warning; training continues.
+    """Follows one run, in a thread of the driver; of a job of many runs, each, where it is trained.
+
+    A tracker that raises is dropped with a warning; training continues.
 
     A resumed run gets a new tracker, whose first event is ``Started`` with the step from which the run resumes; drop
     what an earlier tracker wrote for later steps. An epoch has two events: ``EpochFinished`` and, once it is validated,
     ``Validated``. ``RunFolder`` can replace a file, but not append to it: object stores cannot. Values may be NaN.
     """
-
-    follows_trials: ClassVar[bool] = False
-    """Whether the tracker also follows the search of a sweep, whose events are ``TrialEnded``."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
         """Start to follow ``run``; ``settings`` are the values in its config.json, as numbers and strings."""

@@ -82,26 +82,18 @@ def start(
     settings: Mapping[str, Any],
     output: OutputConfig,
     warn: Callable[[str], None],
-    *,
-    for_trials: bool = False,
 ) -> Trackers:
-    """Track a run in TensorBoard, and with the user's trackers.
-
-    ``for_trials``: track a sweep's trials, only with those of the user's trackers that follow trials.
-    """
+    """Track a run in TensorBoard, and with the user's trackers."""
     plain = {
         name: value if isinstance(value, (bool, int, float)) else redact(value) for name, value in settings.items()
     }
-    create: dict[str, Create] = (
-        {} if for_trials else {"TensorBoard": functools.partial(TensorBoard, run, workload, plain)}
-    )
+    create: dict[str, Create] = {"TensorBoard": functools.partial(TensorBoard, run, workload, plain)}
     for call in output.tracker:
         source = user_code.find_with_arguments(call, Tracker)
         own = user_code.load(source, Tracker)
-        if own.follows_trials or not for_trials:
-            number = sum(name.split()[0] == own.__name__ for name in create) + 1
-            name = own.__name__ if number == 1 else f"{own.__name__} ({number})"
-            create[name] = functools.partial(user_code.create, source, Tracker, run, workload, plain)
+        number = sum(name.split()[0] == own.__name__ for name in create) + 1
+        name = own.__name__ if number == 1 else f"{own.__name__} ({number})"
+        create[name] = functools.partial(user_code.create, source, Tracker, run, workload, plain)
     return Trackers(create, warn)
 
 

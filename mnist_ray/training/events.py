@@ -115,7 +115,7 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """All ranks have handed over a checkpoint: a run's at an epoch's end, or any of a trial's."""
+    """All ranks have handed over a checkpoint, at an epoch's end or where a sweep compares its trials."""
 
     epoch: int  # finished epochs
     metrics: Mapping[str, Any]  # of the checkpoint, as state.json has them
@@ -153,17 +153,6 @@ class StoppedEarly(Event):
 
     epoch: int  # the last epoch, counted from 1
     best_epoch: int | None  # None without validation
-
-
-@dataclass(frozen=True)
-class TrialEnded(Event):
-    """A trial of a sweep has ended."""
-
-    number: int  # counted from 1
-    settings: Mapping[str, Any]  # the searched settings and the seed
-    state: str
-    has_failed: bool
-    values: Mapping[str, float]  # the trial's columns of sweep.csv, except NaN
 
 
 def figures_of(event: Progress | EpochFinished | Validated) -> dict[str, float]:

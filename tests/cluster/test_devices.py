@@ -82,7 +82,7 @@ def test_the_test_asks_for_a_gpu_and_the_nodes_labels_for_each_task(
     monkeypatch.setattr(evaluate, "share", lambda workload, split: split)
     tasks = evaluate.Tasks(2, cpus=3, use_gpu=True, labels={"market": "spot"})
     tested = evaluate.evaluate_in_tasks(mnist(), Mock(), range(1000), tasks, 0, Mock())  # type: ignore[arg-type]
-    asked = {"num_cpus": 3, "num_gpus": 1, "label_selector": {"market": "spot"}}
+    asked = {"num_cpus": 3, "num_gpus": 1, "label_selector": {"market": "spot"}, "scheduling_strategy": "DEFAULT"}
     assert remote.call_args.kwargs == asked
     assert tested.columns["bounds"].tolist() == [[0, 512], [512, 1000]]
 

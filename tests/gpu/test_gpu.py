@@ -95,7 +95,7 @@ def test_a_run_is_resumed_on_the_other_device(devices: tuple[str, str], train: T
 def test_trials_share_the_gpus(small_data: Path, ray_address: str, tmp_path: Path) -> None:
     flags = {"data_dir": small_data, "limit": 0.1, "num_trials": 2, "num_epochs": 1, "num_confirmed": 0}
     run_main("tune", *as_flags({**flags, "use_gpu": "yes", "storage_path": tmp_path, "run_name": "sweep"}))
-    rows = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
+    rows = (tmp_path / "sweep" / "members.csv").read_text().splitlines()
     assert len(rows) == 3
 
 

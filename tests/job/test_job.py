@@ -127,10 +127,10 @@ def test_a_look_at_the_data_loads_no_code_that_came_with_a_run(sent: Path) -> No
 
 
 def test_code_beside_a_run_or_around_it_is_not_loaded_whatever_the_storage(sent: Path, tmp_path: Path) -> None:
-    member, trial = sent / "members" / "seed-0", sent / "trials" / "one"
-    for folder, name in ((sent, "sweep.json"), (sent, "config.json"), (member, "config.json")):
-        folder_at(folder).write_text(name, "{}")
-    for run in (sent, member, trial, trial / "checkpoint_epoch-001_step-000000"):
+    member = sent / "members" / "seed-0"
+    for folder in (sent, member):
+        folder_at(folder).write_text("config.json", "{}")
+    for run in (sent, member, member / "checkpoint_epoch-001_step-000000"):
         folders = untrusted_folders(folder_at(run), str(tmp_path / "another"))
         for place in (sent.parent, sent, sent / "members", run):
             assert user_code.why_untrusted(str(place / "steals.py"), folders) == "in a folder of runs"
@@ -615,13 +615,7 @@ def test_a_resumed_run_says_that_its_data_cannot_be_checked(tmp_path: Path) -> N
 
 
 def test_a_run_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([None, PermissionError(13, "Permission denied")])
-
-    def exists(folder: RunFolder, name: str = "") -> bool:
-        if (error := next(answers)) is not None:
-            raise error
-        return True
-
-    monkeypatch.setattr(RunFolder, "exists", exists)
-    with pytest.raises(JobError, match=f"^cannot read {tmp_path}/theirs: Permission denied$"):
+    monkeypatch.setattr(RunFolder, "exists", Mock(return_value=True))
+    monkeypatch.setattr(RunFolder, "info", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(JobError, match=rf"^cannot read {tmp_path}/theirs/config\.json: Permission denied$"):
         read_job({"resume": True, "run_name": "theirs", "storage_path": str(tmp_path)})

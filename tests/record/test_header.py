@@ -11,8 +11,9 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split, Splits
 from mnist_ray.job.job import read_job
+from mnist_ray.many.jobs import say_many
+from mnist_ray.many.table import Many
 from mnist_ray.record.header import say_plan
-from mnist_ray.repeats.train import say_header
 from tests.conftest import mnist
 
 EXAMPLES = Arrays(np.zeros((4400, 1), np.float32), np.zeros(4400, np.float32))
@@ -37,6 +38,6 @@ def test_batch_normalization_in_micro_batches_is_noted(micro_batch_size: int | N
 def test_many_folds_are_noted_with_their_examples(folds: int, tmp_path: Any) -> None:
     job = read_job({"folds": folds, "storage_path": str(tmp_path)})
     console = Mock()
-    say_header(console, job, Splits("numbers", Split(EXAMPLES), Split(EXAMPLES), Split(EXAMPLES)))
+    say_many(console, Many(job), Splits("numbers", Split(EXAMPLES), Split(EXAMPLES), Split(EXAMPLES)))
     said = "200 folds train a whole run each, to test it on 22 images"
     assert notes_of(console) == [f"{said}; 5 to 10 folds are usual"] * (folds > 20)

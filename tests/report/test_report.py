@@ -17,6 +17,10 @@ from PIL import Image
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import JobError
+from mnist_ray.many.jobs import read_sweep
+from mnist_ray.many.picture import draw
+from mnist_ray.many.points import space_of
+from mnist_ray.many.table import DONE, Member, Table
 from mnist_ray.mnist import idx
 from mnist_ray.record.history import History
 from mnist_ray.report import page
@@ -25,16 +29,13 @@ from mnist_ray.report.plots import Curve, scale_axis, smoothed
 from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
 from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder
-from mnist_ray.sweep.picture import draw
-from mnist_ray.sweep.space import space_of
-from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Picture
 from mnist_ray.workload.drawing import new_plot
 from mnist_ray.workload.figures import ACCURACY, LOSS, Metric
 from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
-from tests.sweep.conftest import point
+from tests.many.conftest import point
 
 PHOTOS = ["predictions", "mistakes"]
 METRICS = [metric.name for metric in mnist().all_metrics]
@@ -76,9 +77,14 @@ def write(run: RunFolder, test: Split | None = None) -> dict[str, bytes]:
     return page.write(run, mnist(), "python jobs/train.py --resume", test)
 
 
-def trials(*records: TrialRecord) -> str:
-    workload = type(mnist())
-    return TrialTable(workload, space_of(workload, {}), records).to_csv()
+def trial(number: int, accuracy: float) -> Member:
+    figures = {"epochs": 2.0, "val_accuracy": accuracy, "val_loss": 0.1, "train_loss": 0.1}
+    figures |= {"examples_per_s": 9.0, "train_s": 1.0}
+    return Member(number, point(32, 0.001 * number), DONE, figures)
+
+
+def table_of(*trials: Member) -> Table:
+    return Table(type(mnist()), space_of(type(mnist()), {}), trials)
 
 
 def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
@@ -126,7 +132,9 @@ def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Spli
 
 
 def test_an_interrupted_sweeps_report_says_how_to_resume_the_sweep(unfinished_run: Path) -> None:
-    (unfinished_run / "sweep.csv").write_text(trials(TrialRecord(1, point(32, 1e-3), DONE, 1.0, 0.9, 0.3)))
+    run = folder_at(unfinished_run)
+    table_of(trial(1, 0.9)).write(run)
+    run.write_text("config.json", json_lines({**run.require_json("config.json"), "num_trials": 4}))
     run_main("report", str(unfinished_run))
     assert "mnist-ray tune --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
 
@@ -242,9 +250,9 @@ def test_a_reports_curves_do_not_jump_at_a_single_step(tested_run: RunFolder) ->
 def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "sweep")
     run = folder_at(tmp_path / "sweep")
-    done = [TrialRecord(n, point(32, 0.001 * n), DONE, 2.0, 0.9 + n / 100, 0.1, 0.1, 9.0, 1.0) for n in (1, 2)]
-    run.write_text("sweep.csv", trials(*done))
-    run.write_bytes("sweep.png", draw(TrialTable(type(mnist()), space_of(type(mnist()), {}), done), 2))
+    table = table_of(trial(1, 0.91), trial(2, 0.92))
+    table.write(run)
+    run.write_bytes("sweep.png", draw(read_sweep({"storage_path": str(tmp_path)}), table))
     assert Image.open(io.BytesIO(write(run)["sweep"])).width == 1425
     text = (tmp_path / "sweep" / "report.html").read_text()
     assert '<figure class="card wide">\n<h2>Trials</h2>' in text
@@ -252,24 +260,13 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     best, other = [row for row in rows if "done" in row]
     assert (best[0], other[0]) == ("2", "1")
     others = [f"validation {name}" for name in METRICS[2:]]
-    assert best[6:] == ["92.00%", *["-"] * len(others), "0.1000", "0.1000", "9", "1.0", ""]
+    assert best[6:] == ["92.00%", "0.1000", *["-"] * len(others), "0.1000", "9", "1.0"]
     columns = re.findall('<th scope="col">(.*?)</th>', text)
-    assert columns[:7] == ["trial", "batch size", "learning rate", "seed", "state", "epochs", "validation accuracy"]
-    more = [*others, "validation loss", "training loss", "images/s", "seconds"]
+    assert columns[:7] == ["member", "batch size", "learning rate", "seed", "state", "epochs", "validation accuracy"]
+    more = ["validation loss", *others, "training loss", "images/s", "seconds"]
     assert columns[7 : 7 + len(more)] == more
     run.write_bytes("sweep.png", b"-----BEGIN OPENSSH PRIVATE KEY-----")  # a link in a foreign run
     assert "sweep" not in write(run)
-
-
-def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_epochs(
-    finished_run: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(finished_run, tmp_path / "run")
-    header, *_, last = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    (tmp_path / "run" / "metrics.csv").write_text(f"{header}\n{last}\n")
-    (tmp_path / "run" / "steps.csv").unlink()
-    assert {*METRICS}.isdisjoint(write(folder_at(tmp_path / "run")))
-    assert "finished: 2 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.fixture
@@ -289,7 +286,6 @@ def tested_run(run: RunFolder) -> RunFolder:
     run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, "examples_per_s": 50.0}))
     run.write_text("config.json", json_lines(values_of(TrainConfig(num_epochs=2), WorkerConfig())))
     run.write_text("origin.json", json_lines({"versions": {}, "metadata": workload.metadata}))
-    run.write_text("sweep.csv", trials(TrialRecord(1, point(32, 0.01), DONE, 2.0, 0.9, 0.1)))
     return run
 
 
@@ -310,7 +306,7 @@ def test_columns_that_are_too_large_are_not_kept_and_a_note_says_so(run: RunFold
 
 
 RAGGED = (b"\xff\xfe", b"a,b\nx\n")
-DAMAGED = [("sweep.csv", content) for content in RAGGED]
+DAMAGED = [("members.csv", content) for content in RAGGED]
 DAMAGED += [("predictions.parquet", content) for content in (b"", b"PAR1", b"PAR1\0\0\0\0PAR1", *RAGGED)]
 for name in ("metrics.csv", "steps.csv", "origin.json", "result.json"):
     DAMAGED += [(name, content) for content in (b"", b"[1, 2]", *RAGGED)]

@@ -60,7 +60,17 @@ from mnist_ray.run.worker import LoopSpec, Worker
 from mnist_ray.signals import Noted
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training.evaluation import evaluate
-from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
+from mnist_ray.training.events import (
+    ControllerAlive,
+    Event,
+    Note,
+    Outcome,
+    Started,
+    Stopping,
+    Validated,
+    WorkerAlive,
+    WorkersLost,
+)
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError
 from mnist_ray.training.stopwatch import Pace
@@ -599,7 +609,7 @@ def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(monkeypatch: pyte
 def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_missing() -> None:
     sink, metrics = Mock(), {"epoch": 1, "val_loss": 0.5, "val_score": [-0.5, -0.5], "val_s": 1.0}
     worker_of(Life(job_of(num_workers=0), 0), sink).start(Restored("a checkpoint", CheckpointMetrics.of(metrics)))
-    _, (validated,) = [sent.args for sent in sink.send.mock_calls]
+    (validated,) = [sent.args[0] for sent in sink.send.mock_calls if isinstance(sent.args[0], Validated)]
     assert validated.values["loss"] == 0.5
     assert math.isnan(validated.values["accuracy"])
 

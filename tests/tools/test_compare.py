@@ -218,7 +218,7 @@ def test_misuse_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "forged").mkdir()
     forged = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}, "members": ["../run"]}
     (tmp_path / "forged" / "result.json").write_text(json.dumps(forged))
-    with pytest.raises(UsageError, match=r"is not a run, or is an unfinished sweep: it has no config\.json"):
+    with pytest.raises(UsageError, match=r"is not a run: it has no config\.json"):
         compare(run, tmp_path / "none")
     with pytest.raises(UsageError, match=r"is not finished: it has no result\.json yet"):
         compare(run, tmp_path / "unfinished")

@@ -22,12 +22,10 @@ def storage(finished_run: Path, tmp_path: Path) -> Path:
     (tmp_path / "interrupted" / "result.json").unlink()
     (tmp_path / "damaged" / "result.json").write_text("[]")
     (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    (tmp_path / "sweep" / "config.json").write_text('{"num_trials": 4}')
     (tmp_path / "no_run").mkdir()
-    for age, name in enumerate(
-        ("sweep/sweep.json", *(f"{name}/config.json" for name in ("damaged", "interrupted", "finished")))
-    ):
-        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    for age, name in enumerate(("sweep", "damaged", "interrupted", "finished")):
+        os.utime(tmp_path / name / "config.json", (10**9 - age, 10**9 - age))
     return tmp_path
 
 

@@ -20,17 +20,17 @@ from mnist_ray.config import OutputConfig, TrainConfig
 from mnist_ray.parallel.group import Group
 from mnist_ray.report.plots import curves_of
 from mnist_ray.settings import values_of
-from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
+from mnist_ray.storage import ORIGIN_FILE, RunFolder
 from mnist_ray.trackers import Ending, start
 from mnist_ray.trackers.start import Trackers
-from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.training.trainer import create_state
 from mnist_ray.workload.figures import LOSS
 from tests.conftest import ROOT, Digits, folder_at, mnist
 
 EXAMPLES = ROOT / "examples"
-INTERRUPTED = Ending(None, {}, None)
+INTERRUPTED = Ending(None, {}, None, has_failed=True)
 PICTURE = curves_of(LOSS, [], 1)
 FORMATS = {"val_loss": "number", "test_loss": "number", "test_accuracy": "fraction", "examples_per_s": ",.0f"}
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "examples_per_s": 100.0, "formats": FORMATS}
@@ -184,24 +184,6 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(run: RunFolder, mlf
     assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
 
 
-def test_mlflow_has_the_runs_of_a_sweep_within_it_and_a_trial_once_that_a_resumed_sweep_reports_again(
-    tmp_path: Path, mlflow_tracker: Path
-) -> None:
-    config, run = OutputConfig(tracker=(str(mlflow_tracker),)), locate(str(tmp_path), "sweep")
-    for _ in range(2):
-        trackers = start.start(run, Digits(), {"num_trials": 1}, config, pytest.fail, for_trials=True)
-        trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, values={"val_loss": 0.5}))
-        trackers.close(INTERRUPTED)
-    start.start(locate(run.path, "default"), Digits(), {}, config, pytest.fail).close(Ending(RESULT, {}, None))
-    found = {run.info.run_name: run for run in in_mlflow(run)}
-    statuses = {name: run.info.status for name, run in found.items()}
-    assert statuses == {"sweep": "KILLED", "trial 1": "FAILED", "default": "FINISHED"}
-    sweep, trial = found.pop("sweep"), found["trial 1"].data
-    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {sweep.info.run_id}
-    assert (trial.params, trial.metrics) == ({"batch_size": "64"}, {"val_loss": 0.5})
-    assert trial.tags["state"] == "failed"
-
-
 def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on() -> None:
     leaving, broken, recorder, warnings = Mock(), Mock(), Mock(), list[str]()
     leaving.log.side_effect = SystemExit(3)
@@ -252,13 +234,6 @@ class Lines(Tracker):
     def close(self, ending):
         self.run.write_text(self.file, repr([*self.lines, *self.final(ending), self.settings["batch_size"]]))
 """
-
-
-def test_a_tracker_that_does_not_follow_trials_is_left_alone_during_a_search(tmp_path: Path) -> None:
-    (tmp_path / "not_of_trials.py").write_text(OWN)
-    run, config = locate(str(tmp_path), "sweep"), OutputConfig(tracker=(str(tmp_path / "not_of_trials.py"),))
-    start.start(run, Digits(), {}, config, pytest.fail, for_trials=True).close(INTERRUPTED)
-    assert not run.exists()
 
 
 def test_trackers_of_the_users_get_all_figures_each_with_its_arguments(run: RunFolder, tmp_path: Path) -> None:

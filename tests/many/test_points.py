@@ -6,12 +6,12 @@ import pytest
 
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.many import proposals
+from mnist_ray.many.points import Point, Space, space_of
 from mnist_ray.settings import Choice, Range
-from mnist_ray.sweep import proposals
-from mnist_ray.sweep.space import Point, Space, space_of
 from mnist_ray.workload import Workload, setting
 from tests.conftest import mnist
-from tests.sweep.conftest import point
+from tests.many.conftest import point
 
 WORKLOAD = type(mnist())
 
@@ -22,7 +22,11 @@ def over(*texts: str) -> Space:
 
 
 def propose(*texts: str, sweep: SweepConfig | None = None, seed: int = 0) -> list[Point]:
-    return proposals.propose(over(*texts), sweep or SweepConfig(), seed)
+    return points_of(over(*texts), sweep or SweepConfig(), seed)
+
+
+def points_of(space: Space, sweep: SweepConfig, seed: int = 0) -> list[Point]:
+    return [Point(configuration, 0) for configuration in proposals.propose(space, sweep, seed)]
 
 
 DEFAULT = point(*(WORKLOAD.recipes["default"][name] for name in ("batch_size", "learning_rate")))
@@ -65,8 +69,8 @@ def test_a_default_outside_the_space_is_not_tried() -> None:
 def test_a_space_up_to_a_number_has_this_number_in_place_of_larger_ones_also_as_the_default() -> None:
     less = over("batch_size=8:500", "beta1=0.5,0.6").up_to(100, "batch_size")
     assert less.texts() == ("batch_size=8:100", "beta1=0.5,0.6")
-    assert less.default_points(0) == []
-    assert over().up_to(100, "batch_size").default_points(0) == [point(100, DEFAULT.values["learning_rate"])]
+    assert less.default is None
+    assert over().up_to(100, "batch_size").default == point(100, DEFAULT.values["learning_rate"]).configuration
 
 
 def test_a_grid_covers_both_ends_for_every_batch_size() -> None:
@@ -96,13 +100,13 @@ def test_a_workloads_settings_are_searched_with_the_jobs_and_a_grid_takes_each_c
     found = space_of(Searched, {})
     assert list(found.spaces) == ["batch_size", "learning_rate", "width", "depth", "kind"]
     assert found.defaults == {"batch_size": 32, "learning_rate": 0.5, "width": 16, "depth": 2, "kind": "a"}
-    points = proposals.propose(found, SweepConfig(num_trials=100), seed=0)
+    points = points_of(found, SweepConfig(num_trials=100))
     assert {point.values["depth"] for point in points} == {1, 2, 3, 4, 5}
     assert {point.values["kind"] for point in points} == {"a", "b"}
     assert all(0.1 <= point.values["learning_rate"] <= 1.0 for point in points)
 
     found = space_of(Searched, {}, fixed=["batch_size", "plain"])
-    grid = proposals.propose(found, SweepConfig(search_algorithm="grid", num_trials=40), seed=0)
+    grid = points_of(found, SweepConfig(search_algorithm="grid", num_trials=40))
     assert len(grid) == len(set(grid)) == 2 * 2 * 3 * 3
     assert {point.values["depth"] for point in grid} == {1, 3, 5}
 
@@ -126,7 +130,7 @@ def test_only_named_settings_are_searched() -> None:
     found = space_of(Searched, {"sweep": ["plain=1:9", "clip-grad-norm=none,0.5", "kind=b,c"]})
     assert found.spaces == {"plain": Range(1, 9), "clip_grad_norm": Choice((None, 0.5)), "kind": Choice(("b", "c"))}
     assert found.defaults == {"plain": 3, "clip_grad_norm": None, "kind": "a"}
-    points = proposals.propose(found, SweepConfig(num_trials=60), seed=0)
+    points = points_of(found, SweepConfig(num_trials=60))
     assert {point.values["plain"] for point in points} == set(range(1, 10))
     assert found.texts() == ("plain=1:9", "clip_grad_norm=none,0.5", "kind=b,c")
     assert space_of(Searched, {"sweep": found.texts()}) == found
@@ -223,9 +227,9 @@ def test_a_range_may_be_one_value_and_booleans_and_none_are_read_back() -> None:
 
     assert space_of(Odd, {"sweep": space_of(Odd, {}).texts()}) == space_of(Odd, {})
     found = space_of(Odd, {"sweep": ["residual=False", "depth=none,8", "norm=none,batch"]})
-    drawn = proposals.propose(found, SweepConfig(num_trials=20), seed=0)
+    drawn = points_of(found, SweepConfig(num_trials=20))
     assert {point.values["residual"] for point in drawn} == {False}
     assert {point.values["depth"] for point in drawn} == {None, 8}
     for each in drawn:
         as_text = {name: "" if value is None else str(value) for name, value in each.values.items()}
-        assert found.point(as_text, 0) == each
+        assert found.configuration(as_text) == each.configuration

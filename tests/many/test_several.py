@@ -69,9 +69,10 @@ def digest(run: Run) -> str:
 
 
 def test_a_member_has_the_weights_of_its_run_alone(crossed: Run, where: dict[str, Any]) -> None:
-    alone = train(**where, folds=3, fold=2, seed=1, num_workers=0, cpus_per_worker=1)
     member = load_run(f"{crossed.folder.uri}/members/seed-1_fold-2")
-    assert digest(alone) == digest(member)
+    alone = train(**where, folds=3, fold=2, seed=1, num_workers=0, cpus_per_worker=1)
+    again = train(config=f"{member.folder.path}/config.json", storage_path=where["storage_path"], quiet=True)
+    assert digest(alone) == digest(member) == digest(again)
     assert alone.metrics == member.metrics
 
 
@@ -116,7 +117,8 @@ def test_the_kept_run_is_the_best_by_validation(crossed: Run) -> None:
 def test_the_report_has_bands_a_row_for_each_run_and_the_interval(crossed: Run) -> None:
     page = crossed.folder.read_text("report.html") or ""
     assert "finished: 6 of 6 runs, tested on 120" in page
-    assert page.count("<td>seed-") == 6
+    assert page.count("<td>done") == 6
+    assert page.count("<td>done, kept") == 1
     assert "Bands: from the lowest to the highest." in page
     assert "mean accuracy, 95 %" in page
 
@@ -128,6 +130,10 @@ def test_a_resumed_job_keeps_its_finished_runs_and_trains_the_others(
     for lost in ("result.json", "members/seed-0_fold-3/result.json"):
         (tmp_path / "crossed" / lost).unlink()
     shutil.rmtree(tmp_path / "crossed" / "members" / "seed-1_fold-1")
+    table = tmp_path / "crossed" / "members.csv"
+    left = [line for line in table.read_text().splitlines() if "seed-1_fold-1" not in line]
+    left = [line.replace(",done", ",running") if "seed-0_fold-3" in line else line for line in left]
+    table.write_text("\n".join(left))
     before = (tmp_path / "crossed/members/seed-0_fold-1/result.json").stat().st_mtime_ns
     again = train(where["workload"], storage_path=tmp_path, run_name="crossed", resume=True)
     said = capsys.readouterr().out
@@ -164,11 +170,12 @@ def test_an_error_names_the_run(where: dict[str, Any], ray_address: str, tmp_pat
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_seeds_train_also_without_ray_and_with_several_workers(
+def test_seeds_train_also_without_ray_and_with_several_workers_and_without_validation(
     where: dict[str, Any], ray_address: str, num_workers: int
 ) -> None:
-    several = train(**where, num_seeds=2, seed=5, num_workers=num_workers)
-    alone = train(**where, seed=6, num_workers=num_workers, cpus_per_worker=1)
+    same = {**where, "num_workers": num_workers, "validation_size": 0}
+    several = train(**same, num_seeds=2, seed=5)
+    alone = train(**same, seed=6, cpus_per_worker=1)
     assert [run.name for run in several.members] == ["seed-5", "seed-6"]
     assert digest(several.members[1]) == digest(alone)
     assert several.result["num_test_examples"] == 30
@@ -188,11 +195,6 @@ def test_seeds_train_also_without_ray_and_with_several_workers(
 def test_impossible_folds_are_refused(where: dict[str, Any], settings: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=f"^{message}"):
         train(**where, **settings, num_workers=0)  # type: ignore[arg-type]
-
-
-def test_a_sweep_has_no_seeds_and_folds_of_its_trials(where: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="a sweep has no --num-seeds and no --folds; use --num-confirmed for seeds"):
-        run_main("tune", "--workload", where["workload"], "--folds", "3")
 
 
 def test_the_list_of_runs_shows_how_many_runs_a_job_has(crossed: Run, capsys: pytest.CaptureFixture[str]) -> None:

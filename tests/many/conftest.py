@@ -1,6 +1,6 @@
 """Points of made-up sweeps."""
 
-from mnist_ray.sweep.space import Point
+from mnist_ray.many.points import Point
 
 
 def point(batch_size: int, learning_rate: float, seed: int = 0) -> Point:

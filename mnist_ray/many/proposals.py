@@ -1,54 +1,57 @@
-"""The points that a sweep tries: random ones, a grid, or those that Optuna suggests."""
+"""The configurations that a sweep tries: random ones, a grid, or those that Optuna suggests."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.many.points import Configuration, Space
 from mnist_ray.settings import Choice, Range, SearchSpace
-from mnist_ray.sweep.space import Point, Space
-from mnist_ray.sweep.trials import Sweep, TrialTable
 
 _DRAWS = 10  # per trial, as some may be equal
 
 
 class Candidates:
-    """The points of a sweep's search, in the order in which they were proposed."""
+    """The configurations of a search, in the order in which they were proposed."""
 
-    def __init__(self, sweep: Sweep, table: TrialTable) -> None:
-        self._space, self._seed, self.num_unknown = sweep.space, sweep.job.train.seed, 0  # points still to be proposed
-        if sweep.config.search_algorithm == "optuna":
-            known = [point for point in table.by_point if point.seed == self._seed]  # of an interrupted sweep
-            self.points = known or sweep.space.default_points(self._seed)
-            self.num_unknown = sweep.config.num_trials - len(self.points)
+    def __init__(self, space: Space, config: SweepConfig, seed: int, begun: Iterable[Configuration]) -> None:
+        """``begun``: those that an interrupted search has begun to train."""
+        self._space, self._seed, self.num_unknown = space, seed, 0  # configurations still to be proposed
+        if config.search_algorithm == "optuna":
+            self.configurations = [*dict.fromkeys(begun)] or _of_default(space)
+            self.num_unknown = config.num_trials - len(self.configurations)
         else:
-            self.points = propose(sweep.space, sweep.config, self._seed)
+            self.configurations = propose(space, config, seed)
 
-    def propose(self, score: Callable[[Point], float]) -> Point | None:
-        """Add a new point to ``points``, and return it; None if there are no more.
+    def propose(self, score: Callable[[Configuration], float]) -> Configuration | None:
+        """Add a new configuration to ``configurations``, and return it; None if there are no more.
 
-        Optuna's TPE learns each point's score on the first rung; the score is NaN until the point has reached it. Later
-        rungs come too late for TPE: they begin when all points are proposed.
+        Optuna's TPE learns each configuration's score on the first rung; the score is NaN until it is reached. Later
+        rungs come too late for TPE: they begin when all configurations are proposed.
         """
         while self.num_unknown > 0:
-            scores = {point: score(point) for point in self.points}
-            known = {point: reached for point, reached in scores.items() if not math.isnan(reached)}
-            point = self._space.point(_suggested(self._space, known, self._seed + self.num_unknown), self._seed)
+            scores = {each: score(each) for each in self.configurations}
+            known = {each: reached for each, reached in scores.items() if not math.isnan(reached)}
+            suggested = _suggested(self._space, known, self._seed + self.num_unknown)
             self.num_unknown -= 1
-            if point not in self.points:
-                self.points.append(point)
-                return point
+            if (proposed := self._space.configuration(suggested)) not in self.configurations:
+                self.configurations.append(proposed)
+                return proposed
         return None
 
 
-def _suggested(space: Space, scores: dict[Point, float], seed: int) -> dict[str, Any]:
+def _of_default(space: Space) -> list[Configuration]:
+    return [] if space.default is None else [space.default]
+
+
+def _suggested(space: Space, scores: Mapping[Configuration, float], seed: int) -> dict[str, Any]:
     """Return the values that Optuna suggests after trials with these scores."""
     import optuna  # an extra
 
@@ -63,24 +66,24 @@ def _suggested(space: Space, scores: dict[Point, float], seed: int) -> dict[str,
     logging.getLogger("optuna").setLevel(logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize")
     spaces = {name: distribution(name) for name in space.spaces}
-    for point, score in scores.items():
-        study.add_trial(optuna.trial.create_trial(params=point.values, distributions=spaces, value=score))
+    for configuration, score in scores.items():
+        study.add_trial(optuna.trial.create_trial(params=dict(configuration), distributions=spaces, value=score))
     return study.ask(spaces).params
 
 
-def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
-    """Return all points of a random or grid search, each once. They depend only on the settings and the seed.
+def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Configuration]:
+    """Return all configurations of a random or grid search, each once; only the settings and the seed decide.
 
     Raises UsageError if a grid has more combinations than trials.
     """
     if sweep.search_algorithm == "grid":
-        return _grid(space, sweep.num_trials, seed)
+        return _grid(space, sweep.num_trials)
     rng = np.random.default_rng(seed)
     drawn = [
-        space.point({name: _draw(axis, rng, space.types[name]) for name, axis in space.spaces.items()}, seed)
+        space.configuration({name: _draw(axis, rng, space.types[name]) for name, axis in space.spaces.items()})
         for _ in range(_DRAWS * sweep.num_trials)
     ]
-    return list(dict.fromkeys(space.default_points(seed) + drawn))[: sweep.num_trials]
+    return list(dict.fromkeys(_of_default(space) + drawn))[: sweep.num_trials]
 
 
 def _draw(space: SearchSpace, rng: np.random.Generator, kind: type) -> Any:
@@ -99,7 +102,7 @@ def _rounded(value: float, kind: type, space: Range) -> Any:
     return min(max(float(f"{value:.{4 + num_equal}g}"), space.low), space.high)
 
 
-def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
+def _grid(space: Space, num_trials: int) -> list[Configuration]:
     choices = {name: axis.options for name, axis in space.spaces.items() if isinstance(axis, Choice)}
     ranges = {name: axis for name, axis in space.spaces.items() if isinstance(axis, Range)}
     num_choices = math.prod(map(len, choices.values()))
@@ -115,5 +118,5 @@ def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
         values[name] = [_rounded(float(value), space.types[name], axis) for value in spaced]
     values |= choices
     combinations = itertools.product(*values.values())
-    points = (space.point(dict(zip(values, combination, strict=True)), seed) for combination in combinations)
-    return list(dict.fromkeys(points))
+    found = (space.configuration(dict(zip(values, combination, strict=True))) for combination in combinations)
+    return list(dict.fromkeys(found))

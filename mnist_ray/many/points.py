@@ -1,4 +1,4 @@
-"""The search space of a sweep: values or ranges of any settings of the training or the workload."""
+"""The points of a job of many runs: values of searched settings, a seed and a fold; and the space that is searched."""
 
 from __future__ import annotations
 
@@ -21,29 +21,39 @@ _MAX_VALUES = 1000  # in a list
 _MAX_NAME_BYTES = 180  # bytes of a trial folder's name; file systems allow 255
 
 
+Configuration = tuple[tuple[str, Any], ...]  # (setting, value) pairs of the searched settings
+
+
 @dataclass(frozen=True)
 class Point:
-    """One trial's values of the searched settings, and its seed."""
+    """What distinguishes one run of many."""
 
-    configuration: tuple[tuple[str, Any], ...]  # (setting, value) pairs, the same for all seeds
+    configuration: Configuration  # the same for all seeds and folds; empty if nothing is searched
     seed: int
+    fold: int | None = None  # counted from 1
 
     @property
     def values(self) -> dict[str, Any]:
-        """The settings' values, without the seed."""
+        """The searched settings' values."""
         return dict(self.configuration)
 
     @property
+    def label(self) -> str:
+        """What messages call the run among those of its configuration."""
+        return f"seed {self.seed}" + (f", fold {self.fold}" if self.fold else "")
+
+    @property
     def name(self) -> str:
-        """The trial's folder: unique to the point, if the file system distinguishes upper and lower case."""
-        pairs = (*self.configuration, ("seed", self.seed))
-        name = "_".join(f"{name}-{value}" for name, value in pairs)
-        marks = ["/", *(f"_{name}-" for name, _ in pairs)]  # in a value, they could give two points the same name
-        if any(value == "None" or any(mark in str(value) for mark in marks) for _, value in pairs):
-            name = repr(pairs)
+        """The run's folder: unique to the point, if the file system distinguishes upper and lower case."""
+        end = f"seed-{self.seed}" + (f"_fold-{self.fold}" if self.fold else "")
+        name = "_".join([*(f"{name}-{value}" for name, value in self.configuration), end])
+        # In a value, these could give two points the same name.
+        marks = ["/", "_seed-", *(f"_{name}-" for name, _ in self.configuration)]
+        if any(value == "None" or any(mark in str(value) for mark in marks) for _, value in self.configuration):
+            name = repr((self.configuration, end))
         elif len(name.encode()) <= _MAX_NAME_BYTES:
             return name
-        return f"trial-{hashlib.sha256(name.encode()).hexdigest()[:16]}_seed-{self.seed}"
+        return f"trial-{hashlib.sha256(name.encode()).hexdigest()[:16]}_{end}"
 
 
 @dataclass(frozen=True)
@@ -54,15 +64,15 @@ class Space:
     types: Mapping[str, type]
     defaults: Mapping[str, Any]
 
-    def point(self, values: Mapping[str, Any], seed: int) -> Point:
-        """Return the point with these values, which may be numbers from NumPy or Optuna, or text from a file."""
-        pairs = ((name, _as(self.types[name], values[name], space)) for name, space in self.spaces.items())
-        return Point(tuple(pairs), seed)
+    def configuration(self, values: Mapping[str, Any]) -> Configuration:
+        """Return a configuration of these values, which may be numbers from NumPy or Optuna, or text from a file."""
+        return tuple((name, _as(self.types[name], values[name], space)) for name, space in self.spaces.items())
 
-    def default_points(self, seed: int) -> list[Point]:
-        """Return the default configuration, which others must beat; an empty list if it is outside the space."""
-        inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
-        return [self.point(self.defaults, seed)] if inside else []
+    @property
+    def default(self) -> Configuration | None:
+        """The default configuration, which others must beat; None if it is outside the space."""
+        is_inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
+        return self.configuration(self.defaults) if is_inside else None
 
     def up_to(self, maximum: int, name: str) -> Space:
         """Return the space with the values and the default of a searched setting limited to ``maximum``."""

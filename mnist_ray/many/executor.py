@@ -1,0 +1,357 @@
+"""Trains the members of a job of many runs: on Ray Tune or, without Ray, one after another in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+
+from mnist_ray import extras
+from mnist_ray.checkpoints.state_file import CheckpointMetrics
+from mnist_ray.cluster.nodes import Waiting, temporary_folder
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
+from mnist_ray.config import SweepConfig
+from mnist_ray.data.data import Data
+from mnist_ray.errors import JobError, TrainingStoppedError
+from mnist_ray.job.find import drop_all_but_best
+from mnist_ray.job.session import console_of
+from mnist_ray.many.member import MemberSpec, NotesConsole, train_in_tune, train_segment
+from mnist_ray.many.points import Point
+from mnist_ray.many.proposals import Candidates
+from mnist_ray.many.ranking import find_best, is_racing, score_at
+from mnist_ray.many.rungs import Segment, climb, rungs_of, segments
+from mnist_ray.many.table import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING, Many, Member, Table
+from mnist_ray.storage import MEMBERS_FOLDER, STORAGE_ERRORS, in_one_line
+from mnist_ray.text import count, masked
+
+_SETTINGS = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we handle Ctrl-C: a job resumes from members.csv and their checkpoints
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files of each trial
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's new output prints a box with its configuration even with verbose=0
+}
+_ROUNDING = 1e-6  # of the epochs of a report
+Show = Callable[[Table, Member | None], None]  # gets the changed table, and the member whose segment has ended, if any
+Say = Callable[[str, str], None]
+
+
+def at_a_time(many: Many, plan: WorkerPlan, cluster: Cluster) -> int:
+    """Return how many members train at once: as many as the cluster holds, at most --max-concurrent-trials.
+
+    With ``--autoscaling`` the cluster's size is no limit: waiting members make it start nodes.
+    """
+    if plan.num_workers == 0:
+        return 1
+    num_members = many.config.num_trials * len(many.points(()))
+    held = num_members if many.job.workers.autoscaling and not many.is_sweep else held_at_once(plan, cluster.nodes)
+    asked = many.config.max_concurrent_trials or held
+    return min(asked if many.job.workers.autoscaling else min(held, asked), num_members)
+
+
+def train_members(spec: MemberSpec, data: Data, concurrent: int, show: Show, say: Say) -> Table:
+    """Train the members that are not finished; return the table of all.
+
+    Raises JobError if a run of several seeds or folds failed, or every trial of a sweep.
+    """
+    many = spec.many
+    table, deadline = many.table(), time.monotonic() + (many.config.time_budget_s or math.inf)
+    keeper = Keeper(many, table, show, say)
+    if spec.plan.num_workers == 0:
+        _train_here(keeper, spec, data, deadline)
+    elif next(keeper.segments(), None) is not None:
+        with in_one_line("the storage has failed"):
+            _train_on_tune(keeper, spec, concurrent, deadline)
+    if keeper.failure is not None:
+        raise keeper.failure
+    if many.is_sweep:
+        if find_best(many, table) is None:
+            raise _no_choice(many.config, table)
+        keeper.end()
+    return table
+
+
+def _no_choice(config: SweepConfig, table: Table) -> JobError:
+    reasons = [member.reason for member in table.by_point.values() if member.reason]
+    if not reasons:
+        return JobError(f"no trial was validated within --time-budget-s {config.time_budget_s:g}; allow more time")
+    failed = f"every trial failed; the first one: {reasons[0]}"
+    return (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
+
+
+def _train_here(keeper: Keeper, spec: MemberSpec, data: Data, deadline: float) -> None:
+    """Train segment after segment in this process, until there are no more, or until the deadline."""
+    while time.monotonic() < deadline and (segment := next(keeper.segments(), None)) is not None:
+        job = spec.many.member(segment.point)
+        console = NotesConsole(job) if spec.many.is_sweep else console_of(job)
+        keeper.started(segment.point)
+        try:
+            session = spec.session(job, console, data)
+            train_segment(session, spec.plan, segment, functools.partial(keeper.reported, segment.point))
+        except TrainingStoppedError as error:
+            keeper.ended(segment, reason=str(error))
+        else:
+            keeper.ended(segment)
+
+
+def _train_on_tune(keeper: Keeper, spec: MemberSpec, concurrent: int, deadline: float) -> None:
+    """Let Tune train segments until there are no more, or until the deadline."""
+    os.environ.update(_SETTINGS)
+    seconds, workers = deadline - time.monotonic(), spec.many.job.workers
+    frugally: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if extras.is_on("sweeps", plain=workers.plain_ray):
+        from mnist_ray.extras import sweeps
+
+        frugally = sweeps.frugal()
+    with temporary_folder() as folder:  # Tune's own files are never read
+        tuner = tune.Tuner(
+            tune.with_resources(functools.partial(train_in_tune, spec=spec), _reserved(spec.plan)),
+            tune_config=tune.TuneConfig(
+                search_alg=_SegmentSearcher(keeper, concurrent),
+                num_samples=-1,  # until no segments are left
+                time_budget_s=None if math.isinf(seconds) else max(seconds, 0.001),
+                reuse_actors=spec.plan.num_workers == 1 and not spec.plan.use_gpu,  # an error may leave CUDA unusable
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=folder,
+                callbacks=[_Watcher(keeper, workers.max_failures)],
+                progress_reporter=tune.CLIReporter(),  # in a notebook, Tune's default would clear the cell's output
+                failure_config=tune.FailureConfig(max_failures=workers.max_failures),
+                verbose=0,
+            ),
+        )
+        try:
+            with frugally:
+                tuner.fit()
+        except tune.TuneError as error:  # the text is a traceback
+            known = keeper.failure or error.__context__
+            said = f"Ray Tune failed: {str(error).strip().splitlines()[-1]}"
+            raise (known if isinstance(known, JobError) else JobError(said)) from error
+
+
+def _reserved(plan: WorkerPlan) -> tune.PlacementGroupFactory:
+    """Return what Tune reserves for a member."""
+    if plan.num_workers > 1:  # its process only waits for its workers, but Tune has to reserve something
+        return tune.PlacementGroupFactory([{"memory": 2**20}])
+    resources = {"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}
+    labels = {"bundle_label_selector": [dict(plan.labels)]} if plan.labels else {}
+    return tune.PlacementGroupFactory([resources], **labels)
+
+
+class _SegmentSearcher(Searcher):
+    """Gives Tune the next segment as soon as fewer than ``concurrent`` run. To Tune, each segment is a trial."""
+
+    def __init__(self, keeper: Keeper, concurrent: int) -> None:
+        super().__init__()
+        self._keeper, self._concurrent = keeper, concurrent
+        self._running: dict[str, Point] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the configuration for ``train_in_tune``; None if that has to wait for results of running segments."""
+        running = self._running.values()
+        if len(running) == self._concurrent:
+            return None
+        segment = next((each for each in self._keeper.segments() if each.point not in running), None)
+        if segment is None:
+            return None if running else Searcher.FINISHED
+        self._running[trial_id] = segment.point
+        return dataclasses.asdict(segment)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Note that a segment has ended."""
+        self._running.pop(trial_id, None)  # Tune may report it again for a trial that could not be stopped
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: Tune's own restore is never used."""
+
+
+class _Watcher(tune.Callback):
+    """Passes on what Tune tells of its trials, each of which is a segment."""
+
+    def __init__(self, keeper: Keeper, max_failures: int) -> None:
+        self._keeper, self._max_failures = keeper, max_failures
+        self._running = set[str]()  # Tune's names of the segments that are running
+
+    def on_step_begin(self, **info: Any) -> None:
+        if self._keeper.failure is not None:
+            raise self._keeper.failure
+        self._keeper.waiting.look(is_waiting=not self._running)
+
+    def on_trial_start(self, trial: Trial, **info: Any) -> None:
+        self._running.add(trial.trial_id)
+        self._keeper.started(_segment(trial).point)
+
+    def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
+        self._keeper.reported(_segment(trial).point, result)
+
+    def on_trial_complete(self, trial: Trial, **info: Any) -> None:
+        self._running.discard(trial.trial_id)
+        self._keeper.ended(_segment(trial), (trial.last_result or {}).get("reason", ""))
+
+    def on_trial_recover(self, trial: Trial, **info: Any) -> None:
+        self._keeper.lost(_segment(trial).point, _error_line(trial), is_final=False)
+
+    def on_trial_error(self, trial: Trial, **info: Any) -> None:
+        # Tune does not retry a process that dies as it is reset.
+        self._running.discard(trial.trial_id)
+        is_final = trial.num_failures > self._max_failures
+        self._keeper.lost(_segment(trial).point, _error_line(trial), is_final=is_final)
+
+
+def _segment(trial: Trial) -> Segment:
+    return Segment(**{**trial.config, "point": Point(**trial.config["point"])})
+
+
+def _error_line(trial: Trial) -> str:
+    """Return the last line of a failed trial's error text, without secrets: the exception and its message."""
+    text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+    last_line = text.strip().rpartition("\n")[2].strip()
+    return masked(re.sub(r"^([a-z_]\w*\.)+", "", last_line)) or "it gave no reason"
+
+
+class Keeper:
+    """Decides what is trained next, and keeps the table, members.csv and the checkpoints on disk up to date."""
+
+    def __init__(self, many: Many, table: Table, show: Show, say: Say) -> None:
+        self.say, self.waiting = say, Waiting("a run", functools.partial(say, "note"))
+        self.failure: JobError | None = None  # of the storage, or of a run; Tune would hide it, and repeat the trial
+        self._many, self._table, self._show = many, table, show
+        begun = [point.configuration for point in table.by_point if not is_racing(many, point)]
+        self._candidates = Candidates(many.space, many.config, many.job.train.seed, begun)
+        for member in table.by_point.values():
+            if member.state in (LOST, RUNNING):  # in an interrupted job
+                member.state = self._without_process(member)
+        self._num_rungs = len(climb(many, table, self._candidates))  # that have begun
+        self._notes = set[str]()  # that were printed
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Pickle nothing: Tune pickles its callbacks and its searcher for its own restore, which is never used."""
+        return object, ()
+
+    def segments(self) -> Iterator[Segment]:
+        """Yield what can be trained now, or is being trained; a point is only proposed if the caller takes it."""
+        if self.failure is not None:
+            return
+        yield from segments(self._many, self._table, self._candidates)
+        if self._candidates.num_unknown:
+            epoch = rungs_of(self._many)[0]
+            while proposed := self._candidates.propose(
+                lambda each: score_at(self._table, self._many.points(each), epoch)
+            ):
+                yield from (Segment(point, epoch) for point in self._many.points(proposed))
+            self._begin_rungs()  # nothing is left to propose: the first rung may be complete
+            yield from segments(self._many, self._table, self._candidates)
+
+    def started(self, point: Point) -> None:
+        """Record that a segment starts."""
+        self._table.start(point)
+        self._changed()
+
+    def reported(self, point: Point, told: Mapping[str, Any]) -> None:
+        """Record the metrics of a checkpoint, and print notes."""
+        member = self._table.by_point[point]
+        for note in told.get("notes", ()):
+            if note not in self._notes:
+                self._notes.add(note)
+                self.say("note", f"{self.label_of(member)}: {note}")
+        if "epochs" in told:
+            member.is_over = CheckpointMetrics.of(told).is_over
+            self._table.report(member, told)
+            self._changed()
+
+    def ended(self, segment: Segment, reason: str = "") -> None:
+        """Record the end of a segment, and of its member if that was its last one."""
+        member = self._table.by_point[segment.point]
+        member.state, member.reason = DONE if segment.is_tested or member.is_over else WAITING, reason
+        if member.state == WAITING and not reason and member.epochs < segment.until_epoch - _ROUNDING:
+            member.reason = "a callback has stopped the training"
+        if member.reason:
+            member.state = FAILED
+        self._segment_ended(member, member)
+        if member.state == FAILED and not self._many.is_sweep:
+            self.failure = TrainingStoppedError(f"{self.label_of(member)}: {member.reason}")
+
+    def lost(self, point: Point, reason: str, *, is_final: bool) -> None:
+        """Record that the process of a member has died. If none had started, the member may have no row yet."""
+        member = self._table.start(point)
+        member.state = self._without_process(member)
+        if is_final and member.state == WAITING:
+            member.state, member.reason = LOST, reason
+        elif not self._many.is_sweep:
+            self.say("lost", f"{self.label_of(member)}: {reason}; it continues from its last checkpoint")
+        self._segment_ended(member, *[] if member.state == WAITING else [member])
+        if member.state == LOST and not self._many.is_sweep:
+            self.failure = JobError(f"{self.label_of(member)}: {reason}")
+
+    def label_of(self, member: Member) -> str:
+        """Return what messages call a member."""
+        return f"trial {member.number}" if self._many.is_sweep else member.point.label
+
+    def end(self) -> None:
+        """Stop the members that were cut off when time ran out, and those of the race that did not begin."""
+        for segment in segments(self._many, self._table, self._candidates):
+            if is_racing(self._many, segment.point):
+                self._table.start(segment.point)
+        self._stop([member for member in self._table.by_point.values() if member.state in (RUNNING, WAITING)])
+
+    def _without_process(self, member: Member) -> str:
+        """Return the state of a member whose process has died: done if only its end was not recorded, else waiting."""
+        num_epochs = self._many.job.train.num_epochs
+        return DONE if self._many.is_sweep and max(member.reports, default=0.0) >= num_epochs else WAITING
+
+    def _segment_ended(self, member: Member, *shown: Member) -> None:
+        with self._failure_noted():
+            if member.state in ENDED and self._many.is_sweep:
+                self._drop_checkpoints(member)
+        self._changed(*shown)
+        self._begin_rungs()
+
+    def _begin_rungs(self) -> None:
+        """Report the rungs that begin now, and stop the members that are not on them."""
+        rungs, epochs = climb(self._many, self._table, self._candidates), rungs_of(self._many)
+        for number in range(self._num_rungs, len(rungs)):
+            before, rung = rungs[number - 1], rungs[number]
+            if rung:
+                going = f"{count(len(rung), 'trial')} {'go' if len(rung) > 1 else 'goes'} on"
+                self.say("rungs", f"rung {number} of {len(epochs) - 1}: {going} to epoch {epochs[number]:g}")
+                left = [point for each in before if each not in rung for point in self._many.points(each)]
+                members = [self._table.by_point[point] for point in left]
+                self._stop([member for member in members if member.state == WAITING])  # the others have ended
+        self._num_rungs = len(rungs)
+
+    def _stop(self, members: list[Member]) -> None:
+        for member in members:
+            member.state = STOPPED
+            with self._failure_noted():
+                self._drop_checkpoints(member)
+        self._changed(*members)
+
+    def _drop_checkpoints(self, member: Member) -> None:
+        drop_all_but_best(self._many.job.run.inside(MEMBERS_FOLDER).inside(member.point.name))
+
+    def _changed(self, *shown: Member) -> None:
+        with self._failure_noted():
+            self._table.write(self._many.job.run)
+        for member in shown or (None,):
+            self._show(self._table, member)
+
+    @contextlib.contextmanager
+    def _failure_noted(self) -> Iterator[None]:
+        """Keep the storage's first failure, to end the job with it."""
+        try:
+            with in_one_line("the storage has failed"):
+                yield
+        except JobError as error:
+            self.failure = self.failure or error
+            if not isinstance(error.__cause__, STORAGE_ERRORS):  # of another thread, which ends the job
+                raise

@@ -1,0 +1,146 @@
+"""A job from start to end, for ``train`` and ``tune``: one run or many. Imports neither torch nor Ray at the top."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+from mnist_ray import settings
+from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.data.data import Splits
+from mnist_ray.errors import UsageError
+from mnist_ray.job.job import Job, read_job
+from mnist_ray.job.job_data import check_against_data
+from mnist_ray.job.session import console_of, opened, started
+from mnist_ray.many.console import ManyConsole
+from mnist_ray.many.points import space_of
+from mnist_ray.many.proposals import propose
+from mnist_ray.many.table import Many
+from mnist_ray.record.header import say_data, say_plan, say_result, say_run
+from mnist_ray.report.console import RunConsole
+from mnist_ray.settings import Given
+from mnist_ray.text import count
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import data_of, splits_for
+
+_MANY_FOLDS = 20
+
+
+def read_train(given: Given | None = None) -> Many:
+    """Read ``given``, or the command line of ``jobs/train.py``. Raises UsageError, and JobError for damaged files."""
+    job = read_job(given)
+    return Many(_with_workers_of_many(job) if job.train.is_several else job)
+
+
+def read_sweep(given: Given | None = None) -> Many:
+    """Read ``given``, or the command line of ``jobs/tune.py``. Raises UsageError, and JobError for damaged files."""
+    job = _with_workers_of_many(read_job(given, "tune"))
+    config = settings.build(SweepConfig, job.asked)
+    space = space_of(type(job.workload), job.asked, fixed=job.given)
+    configurations = propose(space, config, job.train.seed)  # raises if there are too few trials for a grid
+    jobs = [job.with_values(dict(each)) for each in configurations]  # raises if settings contradict each other
+    _check_used(job, space.spaces, [each.train for each in jobs])
+    if config.search_algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--search-algorithm optuna needs Optuna: pip install -e '.[optuna]'")
+    many = Many(job, space, config)
+    many.table()  # raises if it is damaged
+    return many
+
+
+def _with_workers_of_many(job: Job) -> Job:
+    return dataclasses.replace(job, workers=job.workers.of_many)
+
+
+def _check_used(job: Job, searched: Given, trials: Sequence[TrainConfig]) -> None:
+    """Raise UsageError if a searched or given setting has no effect in any trial."""
+    unused = set[str]()
+    if type(job.workload).create_optimizer is Workload.create_optimizer:
+        unused = set.intersection(*(train.unused for train in trials))
+    if not any(train.reproducible for train in trials):
+        unused |= {"num_chunks"}
+    if job.train.is_several and job.asked.get("num_confirmed"):
+        unused |= {"num_confirmed"}
+    for name in sorted(unused & {*searched, *job.given}):
+        raise UsageError(f"{settings.flag(name)} has no effect: no trial uses it; leave it out")
+
+
+def check_data(many: Many, data: Splits) -> Many:
+    """Return the job with notes about its data, and with a search space that fits them. Raises UsageError."""
+    job = check_against_data(many.job, data, many.batch_sizes)
+    if not many.is_sweep:
+        return dataclasses.replace(many, job=job)
+    for name, about in settings.declared(type(job.workload.settings)).items():
+        if name in many.space.spaces and about.decides_data:
+            raise UsageError(f"--sweep {name}: load_data depends on it, and all trials have the same data")
+    if len(data.validation) == 0:
+        monitor = job.workload.monitor.name
+        remedy = "leave --validation-size 0 and --overfit-batches out"
+        raise UsageError(f"a sweep chooses by validation {monitor}, but no examples are held out: {remedy}")
+    space = many.space.up_to(len(data.train), "batch_size") if many.batch_sizes else many.space
+    config = dataclasses.replace(many.config, sweep=many.config.sweep or space.texts())
+    return Many(job, space, config, len(data.validation))
+
+
+def run(many: Many) -> Many:
+    """Load the data, start Ray, train and test one run or many, report; return the job as it was run.
+
+    If the job is interrupted and resumed, it does only what is missing. Raises UsageError, JobError,
+    KeyboardInterrupt with one-line texts.
+    """
+    job, is_single = many.job, not many.is_sweep and not many.job.train.is_several
+    if job.is_finished:
+        say_result(console_of(job), job)
+        return many
+    with started(job, preload="mnist_ray.run.fit" if is_single else "mnist_ray.many.run") as start:
+        data = data_of(job.workload)
+        splits = splits_for(job.workload, data, job.train)
+        many = check_data(many, splits)
+        job = many.job
+        console = console_of(job) if is_single else ManyConsole(many)
+        say_header = functools.partial(say_many, console, many, splits)
+        with opened(start, job, splits, console, say_header, many.batch_sizes) as session:
+            from mnist_ray.run import fit  # torch was loaded while Ray started
+
+            plan = fit.plan(session)
+            if job.output.dry_run:
+                say_plan(session, plan)
+                fit.check_nodes_for(session, plan)
+            elif is_single:
+                fit.train_run(session, plan)
+            else:
+                from mnist_ray.many.run import train_many
+
+                train_many(session, plan, many, data)
+    return many
+
+
+def say_many(console: RunConsole, many: Many, splits: Splits) -> None:
+    """Print the header of a job: of one run, or of many."""
+    job, config = many.job, many.config
+    if not many.is_sweep:
+        say_run(console, job, splits)
+    else:
+        console.say("sweep", job.run.name)
+        say_data(console, job, splits)
+        number = len(propose(many.space, config, job.train.seed))  # Optuna tries at most this many
+        trials = f"{count(number, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
+        best = min(config.num_confirmed, number)
+        also = best < number and many.space.default is not None
+        if best + also > 1 and not job.train.is_several:
+            trials += f", then the best {best}{' and the default' * also} with up to two more seeds"
+        searched = " ".join(many.space.texts())
+        console.say("search", f"{config.search_algorithm}, {trials}: {searched}; scheduler {config.scheduler}")
+    if job.train.is_several:
+        folds = job.train.folds if job.train.is_folded else None
+        parts = [f"{job.train.num_seeds} seeds"] * (job.train.num_seeds > 1) + [f"{folds} folds"] * bool(folds)
+        of_each = " of each configuration" * many.is_sweep
+        console.say("runs", f"{len(many.points(())):,}{of_each}, for {' and '.join(parts)}")
+        if folds and folds > _MANY_FOLDS:
+            tested = count(len(splits.test) // folds, job.workload.noun)
+            said = f"{folds} folds train a whole run each, to test it on {tested}"
+            console.say("note", f"{said}; 5 to 10 folds are usual")
+    if many.is_sweep:
+        console.say("results", job.run.uri)
+        console.waiting("starting Ray …")

@@ -1,0 +1,128 @@
+"""What a job of many runs trains next, as functions of its table, so that a resumed job does only what is missing.
+
+Seeds and folds are trained all at once. A search is successive halving (https://arxiv.org/abs/1502.07943): at each
+rung, the better half of the configurations continues. Then the best race (https://doi.org/10.1023/A:1006556606079):
+each is trained with more seeds. After each seed, configurations that are worse by more than chance drop out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mnist_ray.many.points import Configuration, Point
+from mnist_ray.many.proposals import Candidates
+from mnist_ray.many.ranking import FAILING, finalists, score_at
+from mnist_ray.many.table import DONE, Many, Table
+
+_RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # fractions of all epochs
+_MAX_SEEDS = 3  # per configuration, including that of the search
+# Student's t at 90 %, one-sided, for 1, 2, … degrees of freedom; the last one also for more.
+_T_90 = (3.08, 1.89, 1.64, 1.53, 1.48, 1.44, 1.41, 1.40, 1.38, 1.37)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a member's training: from its last checkpoint to an epoch, not always a whole number."""
+
+    point: Point
+    until_epoch: float
+    is_tested: bool = False  # at its end
+
+
+def rungs_of(many: Many) -> list[float]:
+    """Return the epochs at which a search compares its configurations; the last one is the end of the training."""
+    num_epochs = many.job.train.num_epochs
+    return [part * num_epochs for part in _RUNGS] if many.config.scheduler == "halving" else [num_epochs]
+
+
+def climb(many: Many, table: Table, candidates: Candidates) -> list[list[Configuration]]:
+    """Return the configurations on each rung that has begun; it begins when all have reached the previous one."""
+    rungs = [candidates.configurations]
+    num_trials, num_confirmed = len(candidates.configurations), many.config.num_confirmed
+    for number, epoch in enumerate(rungs_of(many)[:-1], 1):
+        scores = {each: score_at(table, many.points(each), epoch) for each in rungs[-1]}
+        if not scores or candidates.num_unknown or any(map(math.isnan, scores.values())):
+            break
+        num_continuing = min(max(math.ceil(num_trials / 2**number), num_confirmed), len(scores))  # without ties
+        least = sorted(scores.values(), reverse=True)[num_continuing - 1]
+        default = many.space.default
+        rungs.append([c for c, score in scores.items() if score > FAILING and (score >= least or c == default)])
+    return rungs
+
+
+def segments(many: Many, table: Table, candidates: Candidates) -> list[Segment]:
+    """Return what can be trained now, or is being trained."""
+    if not many.is_sweep:
+        done = [point for point, member in table.by_point.items() if member.state == DONE]
+        left = [point for point in many.points(()) if point not in done]
+        return [Segment(point, many.job.train.num_epochs, is_tested=True) for point in left]
+    rungs, epochs = climb(many, table, candidates), rungs_of(many)
+    last, epoch = rungs[-1], epochs[len(rungs) - 1]
+    missing = _unreached(table, [point for each in last for point in many.points(each)], epoch)
+    if len(rungs) == len(epochs) and not candidates.num_unknown:
+        # Before all have reached the end, the finalists are known only if none has to drop out.
+        in_time = last if len(last) <= many.config.num_confirmed and not many.job.train.is_several else []
+        racing = in_time if missing else finalists(many, table)
+        missing = race(many, table, racing, epoch) or missing
+    return [Segment(point, epoch) for point in missing]
+
+
+def _unreached(table: Table, points: Sequence[Point], epoch: float) -> list[Point]:
+    """Return the points whose members have not reached an epoch yet."""
+    return [point for point in points if math.isnan(score_at(table, [point], epoch))]
+
+
+def race(many: Many, table: Table, racing: Sequence[Configuration], epoch: float) -> list[Point]:
+    """Return the points that the race needs next, trained to ``epoch``; none if it is over.
+
+    ``racing`` are the configurations that begin it, with the seed of the search.
+    """
+    for num_seeds in range(2, _MAX_SEEDS + 1):
+        if len(racing) < 2:
+            break
+        seeded = {each: [_with_more(many.points(each)[0], more) for more in range(num_seeds)] for each in racing}
+        if missing := _unreached(table, [point for points in seeded.values() for point in points], epoch):
+            return missing
+        scores = {each: [score_at(table, [point], epoch) for point in points] for each, points in seeded.items()}
+        racing = still_racing(many, scores)
+    return []
+
+
+def _with_more(point: Point, more: int) -> Point:
+    return dataclasses.replace(point, seed=point.seed + more)
+
+
+def still_racing(many: Many, scores: Mapping[Configuration, Sequence[float]]) -> list[Configuration]:
+    """Return the configurations whose means over the seeds are not below the best one's by more than chance.
+
+    Empty if the means differ by less than the standard error of a fraction of the validation examples: more seeds would
+    not show which one is better on other data. Configurations that have failed are left out.
+
+    The seeds are the blocks of a randomized block design: the residuals after configurations and seeds estimate the
+    variance (Montgomery, Design and Analysis of Experiments, chapter 4).
+    """
+    complete = {each: of_seeds for each, of_seeds in scores.items() if FAILING not in of_seeds}
+    if len(complete) < 2:
+        return []
+    measured = np.array(list(complete.values()))
+    (number, num_seeds), means = measured.shape, measured.mean(axis=1)
+    unexplained = measured - means[:, None] - measured.mean(axis=0) + measured.mean()
+    freedom = (number - 1) * (num_seeds - 1)
+    standard_error = math.sqrt(2 * float((unexplained**2).sum()) / freedom / num_seeds)  # of two means' difference
+    min_mean = means.max() - _T_90[min(freedom, len(_T_90)) - 1] * standard_error
+    racing = [each for each, mean in zip(complete, means, strict=True) if mean >= min_mean]
+    if many.job.workload.monitor.is_fraction and many.num_validation:
+        differ = means.max() - means[means >= min_mean].min()
+        if differ < error_of_fraction(abs(float(means.max())), many.num_validation):
+            return []
+    return racing
+
+
+def error_of_fraction(fraction: float, number: int) -> float:
+    """Return the standard error of a fraction of ``number`` examples."""
+    return math.sqrt(max(0.0, fraction * (1 - fraction)) / number)

@@ -1,1 +1,0 @@
-"""Many runs: a search over hyperparameters."""
