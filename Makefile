@@ -14,7 +14,7 @@ AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH
 train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
 
-tune: $(VENV)/installed  ## search batch size and learning rate, train the best
+tune: $(VENV)/installed  ## search batch size and learning rate, test the best trial
 	$(BIN)/python jobs/tune.py $(ARGS)
 
 new: $(VENV)/installed  ## make a project of your own: make new NAME=../pets KIND=images

@@ -29,7 +29,7 @@ from mnist_ray.many.executor import at_a_time, train_members
 from mnist_ray.many.jobs import check_data, read_sweep
 from mnist_ray.many.member import MemberSpec, NotesConsole
 from mnist_ray.many.points import Point
-from mnist_ray.many.table import DONE
+from mnist_ray.report.run_files import DONE
 from mnist_ray.run.fit import train_run
 from mnist_ray.workload.calls import data_of, splits_for
 
@@ -38,7 +38,7 @@ def naive_trial(tune_config: dict[str, Any], spec: MemberSpec) -> None:
     """Train one point with a new TorchTrainer of one worker."""
     job = spec.many.member(Point(**tune_config))
     job = dataclasses.replace(job, run=spec.many.job.run.inside("naive").inside(job.run.name))
-    session = spec.session(job, NotesConsole(job), ray.get(spec.stored))
+    session = spec.session(job, NotesConsole(job, print), ray.get(spec.stored))
     train_run(dataclasses.replace(session, workers=job.workers), spec.plan, is_tested=False)
 
 

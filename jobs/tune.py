@@ -1,4 +1,4 @@
-"""Search settings with Ray Tune, train the best configuration and evaluate it once on the test set.
+"""Search settings with Ray Tune, and evaluate the best trial once on the test set.
 
 Without --sweep, every setting with a search space is searched: batch size, learning rate, and the workload's own.
 By default, a trial has one worker with one CPU; --num-workers and --cpus-per-worker change that.

@@ -23,7 +23,7 @@ from mnist_ray.many.jobs import read_sweep, read_train
 from mnist_ray.many.jobs import run as run_job
 from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
-from mnist_ray.report.run_files import workload_of
+from mnist_ray.report.run_files import settings_of, workload_of
 from mnist_ray.runs import find_run, is_sweep
 from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek, words_to_complete
 from mnist_ray.settings_files import read_settings
@@ -42,7 +42,7 @@ def train() -> None:
 
 
 def tune() -> None:
-    """Search settings with Ray Tune, train the best configuration and evaluate it once."""
+    """Search settings with Ray Tune, and evaluate the best trial once."""
     with _one_object(config.OutputConfig) as shown:
         many = run_job(read_sweep())
         shown |= {"trials": many.table().rows, **_result_of(many.job)}
@@ -105,7 +105,7 @@ def report() -> None:
     from mnist_ray.report import page
 
     output = config.OutputConfig(run_name=run.name, storage_path=run.storage_path)
-    resume_with = resume_command("tune" if is_sweep(run) else "train", output)
+    resume_with = resume_command("tune" if is_sweep(settings_of(run)) else "train", output)
     page.write_again(run, flags.get("workload"), flags["storage_path"], resume_with)
 
 

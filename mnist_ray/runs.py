@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
@@ -79,6 +81,6 @@ def _run_around(run: RunFolder) -> RunFolder | None:
     return above if above.exists(CONFIG_FILE) and above.path != run.path else None
 
 
-def is_sweep(run: RunFolder) -> bool:
-    """Return whether a run's settings are those of a sweep. Raises JobError."""
-    return "num_trials" in (run.read_json(CONFIG_FILE) or {})
+def is_sweep(config: Mapping[str, Any]) -> bool:
+    """Return whether the content of a run's config.json is that of a sweep."""
+    return "num_trials" in config

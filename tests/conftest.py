@@ -32,11 +32,12 @@ from mnist_ray.cluster import environment
 from mnist_ray.data.data import Arrays, Blocks, Splits
 from mnist_ray.extras import is_on
 from mnist_ray.job.job import Job
-from mnist_ray.job.job_data import check_against_data, load_splits
+from mnist_ray.job.job_data import check_against_data
 from mnist_ray.mnist import MNIST, idx
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import data_of, splits_for
 from mnist_ray.workload.classification import Classification
 from ray_fork.starting import prepared_forking
 from tests.ranks import WORLD_SIZES
@@ -88,6 +89,11 @@ def mnist(**settings: Any) -> Workload:
     """Return MNIST's workload with the metadata of its data."""
     workload_class = loading.load(loading.DEFAULT)
     return workload_class(workload_class.Settings(**settings), METADATA)
+
+
+def load_splits(job: Job) -> Splits:
+    """Return a job's data; its workload gets their metadata."""
+    return splits_for(job.workload, data_of(job.workload), job.train)
 
 
 def with_data(job: Job) -> tuple[Job, Splits]:

@@ -37,12 +37,12 @@ from mnist_ray.workload.user_code import SourceCode
 
 _OF_RAY = {  # settings that do nothing with --num-workers 0
     *("min_workers", "placement_strategy", "label_selector", "autoscaling"),
-    *("max_failures", "fork_workers", "plain_ray", "hang_timeout_s"),
+    *("max_failures", "fork_workers", "plain_ray", "hang_timeout_s", "max_concurrent_trials"),
 }
 _DECIDING: dict[str, tuple[type, ...]] = {"train": (TrainConfig,), "tune": (SweepConfig, TrainConfig)}
 _DESCRIPTIONS = {
     "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
-    "tune": "Search settings with Ray Tune, train with the best and evaluate once on the test set. By default, a "
+    "tune": "Search settings with Ray Tune, and evaluate the best trial once on the test set. By default, a "
     "trial has one worker with one CPU; --num-workers and --cpus-per-worker change that.",
 }
 
@@ -143,7 +143,7 @@ def _choose_run(kind: str, early: Given) -> tuple[RunFolder, dict[str, Given]]:
         return run, {}
     with storage.in_one_line(f"cannot read {run.uri}"):
         saved = run.read_json(CONFIG_FILE)
-    if (saved is None and output.resume == "yes") or (saved is not None and is_sweep(run) != (kind == "tune")):
+    if (saved is None and output.resume == "yes") or (saved is not None and is_sweep(saved) != (kind == "tune")):
         raise UsageError(f"--resume: there is no run of {kind} in {run.uri}; check --run-name and --storage-path")
     if saved is None:
         return run, {}

@@ -1,4 +1,4 @@
-"""A job's data: loading them, and checking the settings against them."""
+"""Checks a job's settings against its data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.settings import declared
 from mnist_ray.text import count
-from mnist_ray.workload.calls import data_of, splits_for
-
-
-def load_splits(job: Job) -> Splits:
-    """Return a job's data; its workload gets their metadata. Raises UsageError and JobError."""
-    return splits_for(job.workload, data_of(job.workload), job.train)
 
 
 def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Job:

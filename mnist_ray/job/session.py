@@ -68,7 +68,6 @@ class Start:
     """What a job has before its data are loaded."""
 
     clock: Clock
-    workers: WorkerConfig
     preload: str  # the module that workers need; it is imported while Ray starts
     forking: Forking | None  # None if this process trains, without Ray
 
@@ -98,9 +97,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def started(job: Job, preload: str, workers: WorkerConfig | None = None) -> Iterator[Start]:
+def started(job: Job, preload: str) -> Iterator[Start]:
     """Set this process up, and start a fork server. However the job ends, report how to resume if that may help."""
-    clock, workers = Clock(), workers or job.workers
+    clock, workers = Clock(), job.workers
     cores = usable_cores()
     num_threads = threads_per_worker(cores, cores, 1, job.train.batch_size)
     environment.prepare(verbose=job.output.verbose, plain=workers.plain_ray, num_threads=num_threads)
@@ -112,7 +111,7 @@ def started(job: Job, preload: str, workers: WorkerConfig | None = None) -> Iter
             prepared = prepared_forking(preload, *environment.IMPORTED_LATE, is_wanted=is_wanted)
             forking = at_the_end.enter_context(prepared)
         clock.mark("start")
-        yield Start(clock, workers, preload, forking)
+        yield Start(clock, preload, forking)
 
 
 @contextlib.contextmanager
@@ -166,24 +165,24 @@ def connected(
                 note = note_of_transforms(job.workload, data.validation)
             importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
 
-    if start.workers.num_workers == 0:
+    if job.workers.num_workers == 0:
         meanwhile()
         if note:
             console.say("note", note)
         cluster = Cluster(is_local=True, nodes=(), log_folder="")
-        yield Session(job, start.workers, data, console, start.clock, cluster, repository, unused)
+        yield Session(job, job.workers, data, console, start.clock, cluster, repository, unused)
         return
     with process.without_collector():
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
-    with connect(start.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
-        for each in filter(None, (note, *cluster.notes, extras.note(plain=start.workers.plain_ray))):
+    with connect(job.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
+        for each in filter(None, (note, *cluster.notes, extras.note(plain=job.workers.plain_ray))):
             console.say("note", each)
-        if start.workers.use_gpu == "auto":
+        if job.workers.use_gpu == "auto":
             from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
 
             cluster = without_unusable_gpus(cluster, functools.partial(console.say, "note"))
-        yield Session(job, start.workers, data, console, start.clock, cluster, repository, unused)
+        yield Session(job, job.workers, data, console, start.clock, cluster, repository, unused)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from rich.table import Table as View
 from rich.text import Text
 
 from mnist_ray.many.ranking import Averaged, find_best, ranked
-from mnist_ray.many.table import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, Many, Member, Table
+from mnist_ray.many.table import Many, Member, Table
 from mnist_ray.report.console import RunConsole
-from mnist_ray.report.run_files import number_of
+from mnist_ray.report.run_files import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, number_of
 from mnist_ray.storage import RESULT_FILE
 from mnist_ray.text import format_settings, format_value, in_words, redact
 from mnist_ray.workload.figures import RATE

@@ -31,7 +31,8 @@ from mnist_ray.many.points import Point
 from mnist_ray.many.proposals import Candidates
 from mnist_ray.many.ranking import find_best, is_racing, score_at
 from mnist_ray.many.rungs import Segment, climb, rungs_of, segments
-from mnist_ray.many.table import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING, Many, Member, Table
+from mnist_ray.many.table import Many, Member, Table
+from mnist_ray.report.run_files import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING
 from mnist_ray.storage import MEMBERS_FOLDER, STORAGE_ERRORS, in_one_line
 from mnist_ray.text import count, masked
 
@@ -40,7 +41,6 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files of each trial
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's new output prints a box with its configuration even with verbose=0
 }
-_ROUNDING = 1e-6  # of the epochs of a report
 Show = Callable[[Table, Member | None], None]  # gets the changed table, and the member whose segment has ended, if any
 Say = Callable[[str, str], None]
 
@@ -92,7 +92,8 @@ def _train_here(keeper: Keeper, spec: MemberSpec, data: Data, deadline: float) -
     """Train segment after segment in this process, until there are no more, or until the deadline."""
     while time.monotonic() < deadline and (segment := next(keeper.segments(), None)) is not None:
         job = spec.many.member(segment.point)
-        console = NotesConsole(job) if spec.many.is_sweep else console_of(job)
+        note = functools.partial(keeper.noted, segment.point)
+        console = NotesConsole(job, note) if spec.many.is_sweep else console_of(job)
         keeper.started(segment.point)
         try:
             session = spec.session(job, console, data)
@@ -259,21 +260,26 @@ class Keeper:
 
     def reported(self, point: Point, told: Mapping[str, Any]) -> None:
         """Record the metrics of a checkpoint, and print notes."""
-        member = self._table.by_point[point]
         for note in told.get("notes", ()):
-            if note not in self._notes:
-                self._notes.add(note)
-                self.say("note", f"{self.label_of(member)}: {note}")
+            self.noted(point, note)
         if "epochs" in told:
+            member = self._table.by_point[point]
             member.is_over = CheckpointMetrics.of(told).is_over
             self._table.report(member, told)
             self._changed()
+
+    def noted(self, point: Point, note: str) -> None:
+        """Print a note, unless another member had the same."""
+        if note not in self._notes:
+            self._notes.add(note)
+            self.say("note", f"{self.label_of(self._table.by_point[point])}: {note}")
 
     def ended(self, segment: Segment, reason: str = "") -> None:
         """Record the end of a segment, and of its member if that was its last one."""
         member = self._table.by_point[segment.point]
         member.state, member.reason = DONE if segment.is_tested or member.is_over else WAITING, reason
-        if member.state == WAITING and not reason and member.epochs < segment.until_epoch - _ROUNDING:
+        has_stopped = math.isnan(score_at(self._table, [segment.point], segment.until_epoch))
+        if member.state == WAITING and not reason and has_stopped:
             member.reason = "a callback has stopped the training"
         if member.reason:
             member.state = FAILED

@@ -99,10 +99,13 @@ def run(many: Many) -> Many:
         many = check_data(many, splits)
         job = many.job
         console = console_of(job) if is_single else ManyConsole(many)
-        say_header = functools.partial(say_many, console, many, splits)
-        with opened(start, job, splits, console, say_header, many.batch_sizes) as session:
+        show = functools.partial(say_header, console, many, splits)
+        with opened(start, job, splits, console, show, many.batch_sizes) as session:
             from mnist_ray.run import fit  # torch was loaded while Ray started
 
+            if idle := sorted((session.own_unused or set()) & {*many.space.spaces}):
+                own = f"{type(job.workload).__name__}'s loss, optimizer and schedule"
+                raise UsageError(f"--sweep {idle[0]} has no effect: {own} do not use it; leave it out")
             plan = fit.plan(session)
             if job.output.dry_run:
                 say_plan(session, plan)
@@ -116,7 +119,7 @@ def run(many: Many) -> Many:
     return many
 
 
-def say_many(console: RunConsole, many: Many, splits: Splits) -> None:
+def say_header(console: RunConsole, many: Many, splits: Splits) -> None:
     """Print the header of a job: of one run, or of many."""
     job, config = many.job, many.config
     if not many.is_sweep:

@@ -54,16 +54,16 @@ class MemberSpec:
 
 
 class NotesConsole(RunConsole):
-    """Keeps a run's notes for the driver, and prints nothing."""
+    """Passes a run's notes on, and prints nothing."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, pass_on: Callable[[str], object]) -> None:
         super().__init__(job.workload, job.train.num_epochs, quiet=True)
-        self.notes: list[str] = []
+        self._pass_on = pass_on
 
     def say(self, label: str, text: str) -> None:
-        """Keep a note."""
+        """Pass a note on."""
         if label == "note":
-            self.notes.append(text)
+            self._pass_on(text)
 
     def result(self, label: str, text: str) -> None:
         """Print nothing."""
@@ -90,13 +90,14 @@ def train_in_tune(tune_config: dict[str, Any], spec: MemberSpec) -> None:
     """
     sys.argv = [*spec.command_line]  # for the run's origin
     segment = Segment(Point(**tune_config["point"]), tune_config["until_epoch"], tune_config["is_tested"])
+    notes = list[str]()  # also from other threads, in which Tune takes no reports
     try:
         with code_failures_placed(*spec.many.job.code_folders):
             job = spec.many.member(segment.point)
-            console = NotesConsole(job)
+            console = NotesConsole(job, notes.append)
             data = data_of(job.workload) if spec.stored is None else ray.get(spec.stored)
             session = spec.session(job, console, data)
             train_segment(session, spec.plan, segment, lambda metrics: tune.report({**metrics}))
-        tune.report({"notes": console.notes})
+        tune.report({"notes": notes})
     except TrainingStoppedError as error:
         tune.report({"reason": str(error)})

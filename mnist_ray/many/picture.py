@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mnist_ray.many.ranking import find_best
-from mnist_ray.many.table import RUNNING, STOPPED, Many, Member, Table
+from mnist_ray.many.table import Many, Member, Table
 from mnist_ray.report.plots import label_log_axis, on_axis, scale_axis
+from mnist_ray.report.run_files import RUNNING, STOPPED
 from mnist_ray.settings import Choice
 from mnist_ray.text import count, format_settings, format_value, in_words
 from mnist_ray.workload.drawing import plain, png_of

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mnist_ray.many.points import Configuration, Point
-from mnist_ray.many.table import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, Many, Member, Table
+from mnist_ray.many.table import Many, Member, Table
+from mnist_ray.report.run_files import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING
 from mnist_ray.text import count
 
 FAILING = -math.inf  # the score of a member that has failed

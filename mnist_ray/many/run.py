@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 
 import ray
@@ -10,7 +11,6 @@ import ray
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.cluster.remote_data import may_be_stored
 from mnist_ray.data.data import Data, Split
-from mnist_ray.errors import UsageError
 from mnist_ray.job.find import best_of
 from mnist_ray.job.session import Clock, Session, console_of
 from mnist_ray.many import summary
@@ -20,9 +20,10 @@ from mnist_ray.many.member import MemberSpec, NotesConsole
 from mnist_ray.many.points import Configuration
 from mnist_ray.many.ranking import Averaged, averaged, find_best
 from mnist_ray.many.rungs import error_of_fraction
-from mnist_ray.many.table import DONE, Many, Table
+from mnist_ray.many.table import Many, Table
 from mnist_ray.record.header import say_plan
 from mnist_ray.record.recorder import known_repository, logs_named, write_settings
+from mnist_ray.report.run_files import DONE
 from mnist_ray.run import fit
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import BEST_FILE, CONFIG_FILE, MEMBERS_FILE, MEMBERS_FOLDER, RESULT_FILE, SWEEP_PICTURE_FILE
@@ -36,11 +37,8 @@ def train_many(session: Session, plan: WorkerPlan, many: Many, data: Data) -> No
     """Train the members that are not finished; of a sweep, choose and test the best; write the result.
 
     A sweep that has chosen its best configuration runs no more trials, so that the choice does not change. Raises
-    UsageError, JobError and TrainingStoppedError.
+    JobError and TrainingStoppedError.
     """
-    if idle := sorted((session.own_unused or set()) & {*many.space.spaces}):
-        own = f"{type(many.job.workload).__name__}'s loss, optimizer and schedule"
-        raise UsageError(f"--sweep {idle[0]} has no effect: {own} do not use it; leave it out")
     run, configuration = many.job.run, Configuration()
     say_plan(session, plan)
     write_settings(session, plan, CONFIG_FILE, many.values)
@@ -115,10 +113,9 @@ def _test(
         if job.run.exists(RESULT_FILE):
             continue
         is_done = member is not None and member.state == DONE
-        console = NotesConsole(job) if is_done else console_of(job)
+        note = functools.partial(session.console.say, "note")
+        console = NotesConsole(job, note) if is_done else console_of(job)
         splits = splits_for(job.workload, data, job.train)
         own = dataclasses.replace(session, job=job, data=splits, console=console, clock=Clock())
         with console:
             fit.train_run(own, plan, trained=best_of(job.run) if is_done else None, is_last=False)
-        for note in console.notes if isinstance(console, NotesConsole) else ():
-            session.console.say("note", note)

@@ -17,7 +17,8 @@ import numpy as np
 from mnist_ray.many.points import Configuration, Point
 from mnist_ray.many.proposals import Candidates
 from mnist_ray.many.ranking import FAILING, finalists, score_at
-from mnist_ray.many.table import DONE, Many, Table
+from mnist_ray.many.table import Many, Table
+from mnist_ray.report.run_files import DONE
 
 _RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # fractions of all epochs
 _MAX_SEEDS = 3  # per configuration, including that of the search

@@ -13,14 +13,11 @@ from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.many.points import Configuration, Point, Space
-from mnist_ray.report.run_files import csv_text, read_members
+from mnist_ray.report.run_files import FAILED, LOST, RUNNING, csv_text, read_members
 from mnist_ray.settings import Choice, values_of
 from mnist_ray.storage import MEMBERS_FILE, MEMBERS_FOLDER, RunFolder
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import RATE
-
-DONE, STOPPED, FAILED, LOST, RUNNING, WAITING = "done", "stopped early", "failed", "lost", "running", "waiting"
-ENDED = (DONE, STOPPED, FAILED)  # a resumed job does not repeat these members; it resumes others from checkpoints
 
 
 @dataclass

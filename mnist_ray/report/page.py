@@ -21,7 +21,7 @@ from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.output import say
 from mnist_ray.report.columns import read_columns
 from mnist_ray.report.plots import Curve, bands_of, curves_of, smoothed, stacked_bars
-from mnist_ray.report.run_files import MemberRecord, RunRecord, number_of, settings_of, workload_of
+from mnist_ray.report.run_files import ENDED, MemberRecord, RunRecord, number_of, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.text import count, in_words, redact
@@ -130,7 +130,7 @@ def _status(record: RunRecord, resume_with: str) -> str:
     done = max(record.column("epoch"), default=0)
     epochs, nouns = f"{done:.0f} of {record.config.get('num_epochs', '?')} epochs", record.workload.nouns
     if record.members:
-        ended = sum(member.row["state"] in ("done", "stopped early", "failed") for member in record.members)
+        ended = sum(member.row["state"] in ENDED for member in record.members)
         epochs = f"{ended} of {count(len(record.members), 'run')}"
     known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)

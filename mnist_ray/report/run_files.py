@@ -28,6 +28,8 @@ from mnist_ray.workload.figures import Figure, logged_figures
 
 METRICS_FILE, STEPS_FILE, TIMES_FILE = "metrics.csv", "steps.csv", "times.csv"
 FORMAT_VERSION = 2  # of the files
+DONE, STOPPED, FAILED, LOST, RUNNING, WAITING = "done", "stopped early", "failed", "lost", "running", "waiting"
+ENDED = (DONE, STOPPED, FAILED)  # a resumed job does not repeat these members; it resumes others from checkpoints
 
 
 def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -92,8 +93,9 @@ def _listed(folder: RunFolder, age_s: float) -> ListedRun:
     kind = "train"
     try:
         with in_one_line(f"cannot read {folder.uri}"):
-            kind = "tune" if is_sweep(folder) else kind
-            result, progress = folder.read_json(RESULT_FILE), _progress(folder)
+            config = folder.require_json(CONFIG_FILE)
+            kind = "tune" if is_sweep(config) else kind
+            result, progress = folder.read_json(RESULT_FILE), _progress(folder, config)
             owner = None if result else owner_of(folder)
         values, forms, prefix = result or {}, (result or {}).get("formats", {}), "test_"
         if result is None and (rows := [row for row in read_csv(folder, METRICS_FILE) if row.get("val_loss")]):
@@ -108,9 +110,8 @@ def _listed(folder: RunFolder, age_s: float) -> ListedRun:
     return ListedRun(folder.name, kind, state, progress, metrics, age_s, resume_with, forms)
 
 
-def _progress(folder: RunFolder) -> str:
+def _progress(folder: RunFolder, config: Mapping[str, Any]) -> str:
     """Return the epochs that a run has trained, or the members of a job of many runs."""
     if members := read_members(folder):
         return count(len(members), "run")
-    settings = folder.require_json(CONFIG_FILE)
-    return f"epoch {len(read_csv(folder, METRICS_FILE))}/{settings.get('num_epochs', '?')}"
+    return f"epoch {len(read_csv(folder, METRICS_FILE))}/{config.get('num_epochs', '?')}"

@@ -16,7 +16,8 @@ from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.errors import JobError
 from mnist_ray.many import executor
 from mnist_ray.many.jobs import read_sweep, read_train
-from mnist_ray.many.table import DONE, LOST, Many
+from mnist_ray.many.table import Many
+from mnist_ray.report.run_files import DONE, LOST
 from mnist_ray.storage import RunFolder
 
 ON_ONE = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False)

@@ -14,7 +14,8 @@ from mnist_ray.many.points import Configuration, Point
 from mnist_ray.many.proposals import Candidates
 from mnist_ray.many.ranking import FAILING, find_best, score_at
 from mnist_ray.many.rungs import Segment, climb, rungs_of, segments, still_racing
-from mnist_ray.many.table import DONE, FAILED, LOST, RUNNING, WAITING, Many
+from mnist_ray.many.table import Many
+from mnist_ray.report.run_files import DONE, FAILED, LOST, RUNNING, WAITING
 from tests.many.conftest import point
 
 

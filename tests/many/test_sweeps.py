@@ -24,15 +24,14 @@ from mnist_ray import tune as tune_call
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Splits
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
-from mnist_ray.job.job_data import load_splits
 from mnist_ray.many.console import ManyConsole
-from mnist_ray.many.jobs import check_data, read_sweep, run, say_many
+from mnist_ray.many.jobs import check_data, read_sweep, run, say_header
 from mnist_ray.many.table import Many, Member, Table
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
-from tests.conftest import ROOT, as_flags, callback_at, folder_at, write_data_set
+from tests.conftest import ROOT, as_flags, callback_at, folder_at, load_splits, write_data_set
 
 QUICK: dict[str, Any] = {
     "precision": "fp32",
@@ -361,6 +360,8 @@ MOMENTUM, RATE = "momentum=0.5,0.9", "learning_rate=0.1,0.2"
         ({"sweep": [RATE], "optimizer": "adam", "momentum": 0.5}, "--momentum has no effect"),
         ({"sweep": ["num_chunks=4,8"]}, "--num-chunks has no effect"),
         ({"num_seeds": 3, "num_confirmed": 2}, "--num-confirmed has no effect"),
+        ({"num_workers": 0, "max_concurrent_trials": 2}, "--max-concurrent-trials has no effect with --num-workers 0"),
+        ({"sweep": [RATE], "workload": Rigid, "dry_run": True}, "^--sweep learning_rate has no effect: Rigid's loss"),
         ({"sweep": [RATE], "workload": Rigid}, "^--sweep learning_rate has no effect: Rigid's loss, optimizer and "),
     ],
 )
@@ -440,7 +441,7 @@ def test_the_header_says_what_will_be_tried_and_confirmed(
     settings: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     console = MagicMock()
-    say_many(console, read_sweep({"workload": Noisy, "storage_path": str(tmp_path), **settings}), MagicMock())
+    say_header(console, read_sweep({"workload": Noisy, "storage_path": str(tmp_path), **settings}), MagicMock())
     said = dict(call.args for call in console.say.call_args_list)
     assert said["search"].startswith(expected)
     assert said.get("runs") == ("3 of each configuration, for 3 seeds" if "num_seeds" in settings else None)

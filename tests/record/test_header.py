@@ -11,7 +11,7 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split, Splits
 from mnist_ray.job.job import read_job
-from mnist_ray.many.jobs import say_many
+from mnist_ray.many.jobs import say_header
 from mnist_ray.many.table import Many
 from mnist_ray.record.header import say_plan
 from tests.conftest import mnist
@@ -38,6 +38,6 @@ def test_batch_normalization_in_micro_batches_is_noted(micro_batch_size: int | N
 def test_many_folds_are_noted_with_their_examples(folds: int, tmp_path: Any) -> None:
     job = read_job({"folds": folds, "storage_path": str(tmp_path)})
     console = Mock()
-    say_many(console, Many(job), Splits("numbers", Split(EXAMPLES), Split(EXAMPLES), Split(EXAMPLES)))
+    say_header(console, Many(job), Splits("numbers", Split(EXAMPLES), Split(EXAMPLES), Split(EXAMPLES)))
     said = "200 folds train a whole run each, to test it on 22 images"
     assert notes_of(console) == [f"{said}; 5 to 10 folds are usual"] * (folds > 20)

@@ -20,13 +20,13 @@ from mnist_ray.errors import JobError
 from mnist_ray.many.jobs import read_sweep
 from mnist_ray.many.picture import draw
 from mnist_ray.many.points import space_of
-from mnist_ray.many.table import DONE, Member, Table
+from mnist_ray.many.table import Member, Table
 from mnist_ray.mnist import idx
 from mnist_ray.record.history import History
 from mnist_ray.report import page
 from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.plots import Curve, scale_axis, smoothed
-from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
+from mnist_ray.report.run_files import DONE, RunRecord, read_csv, workload_of
 from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Progress, Validated
