@@ -246,7 +246,7 @@ class Worker(Callback):
         if metrics.is_validated and state.step == 0:
             self._send_validation(metrics)
         if metrics.is_validated:
-            self._sink.send(Saved(state.epoch, metrics.to_dict()))
+            self._sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict()))
         if state.total_step >= state.last_step and not is_over(state, self._config):
             raise StopWantedError
 
@@ -289,7 +289,7 @@ class Worker(Callback):
                 self.checkpointer.wait(state)
         self._life.show()
         if metrics.is_validated or state.step == 0:
-            self._sink.send(Saved(state.epoch, metrics.to_dict(), self._seconds_of_all(state)))
+            self._sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict(), self._seconds_of_all(state)))
 
     def _metrics(self, state: TrainingState, progress: Progress) -> CheckpointMetrics:
         """Return a checkpoint's metrics; where an epoch or a sweep's segment ends, all ranks validate."""

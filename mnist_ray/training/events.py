@@ -117,7 +117,7 @@ class Progress(Event):
 class Saved(Event):
     """All ranks have handed over a checkpoint, at an epoch's end or where a sweep compares its trials."""
 
-    epoch: int  # finished epochs
+    epoch: int  # counted from 1
     metrics: Mapping[str, Any]  # of the checkpoint, as state.json has them
     parts: Sequence[Sequence[float]] = ()  # of a run's ranks: seconds since the last progress, by stopwatch.PARTS
 
