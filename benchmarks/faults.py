@@ -123,7 +123,7 @@ FAULTS = {
         ),
     ],
     "killed sweep": [
-        Fault("trials get other seeds", "mnist_ray/many/table.py", 'int(row["seed"])', 'int(row["seed"]) + 1'),
+        Fault("trials get other seeds", "mnist_ray/many/table.py", 'int(row["seed"])', 'int(row["seed"]) + 7'),
     ],
     "killed prediction": [
         Fault(
