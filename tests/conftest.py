@@ -195,8 +195,10 @@ class Gate:
 
     def flags(self, epoch: int = 1, step: int = 30, **values: Any) -> list[str]:
         callback = self.folder / f"held_{self.folder.name}.py"  # Python loads a name once
-        held = f"(state.epoch, state.step) == ({epoch}, {step}) and not os.path.exists({str(self.folder / 'open')!r})"
-        callback_at(callback, "on_step(self, state)", f"while {held}: time.sleep(0.01)")
+        folder = f"pathlib.Path({str(self.folder)!r})"
+        hold = f"while not ({folder} / 'open').exists(): ({folder} / f'held_{{os.getpid()}}').touch(); time.sleep(0.01)"
+        lines = f"if (state.epoch, state.step) == ({epoch}, {step}):", f"    {hold}"
+        callback_at(callback, "on_step(self, state)", *lines)
         paths = {"data_dir": self.data, "storage_path": self.folder, "run_name": "run", "callback": callback}
         return as_flags({**QUICK, **paths, "num_workers": 2, "checkpoint_every": 20, **values})
 
@@ -209,6 +211,14 @@ class Gate:
             self.open()
 
         return act_and_open
+
+    def kill(self, job: psutil.Process) -> None:
+        """Kill a job at the gate, and open the gate when its workers, which Ray ends soon, have ended as well."""
+        wait_for(lambda: list(self.folder.glob("held_*[0-9]")))
+        job.kill()
+        workers = [int(held.name.removeprefix("held_")) for held in self.folder.glob("held_*[0-9]")]
+        wait_for(lambda: not any(psutil.pid_exists(worker) for worker in workers))
+        self.open()
 
     def open(self) -> None:
         (self.folder / "open").touch()

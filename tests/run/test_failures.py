@@ -330,8 +330,8 @@ def test_a_run_that_a_callback_stops_says_how_to_resume(num_workers: int, quick:
 def test_a_run_resumed_after_a_kill_and_damage_ends_with_the_same_weights(
     ray_address: str, finished_run: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kill, flags = gate.opened_after(psutil.Process.kill), gate.flags()
-    run_and_act({"epoch 1/2  finished": kill}, *flags, address=ray_address, status=-9)
+    flags = gate.flags()
+    run_and_act({"epoch 1/2  finished": gate.kill}, *flags, address=ray_address, status=-9)
     assert not (gate.run / "result.json").exists()
     last = max(gate.run.glob("checkpoint_epoch*"))
     (last / "model.safetensors").write_bytes(b"something else")
@@ -355,8 +355,7 @@ def test_a_report_that_cannot_be_written_is_a_note(
 @pytest.mark.long
 def test_a_reproducible_run_resumed_with_other_workers_has_the_same_bits(ray_address: str, gate: Gate) -> None:
     flags = [*gate.flags(), "--reproducible"]
-    kill = gate.opened_after(psutil.Process.kill)
-    run_and_act({"epoch 1/2  finished": kill}, *flags, address=ray_address, status=-9)
+    run_and_act({"epoch 1/2  finished": gate.kill}, *flags, address=ray_address, status=-9)
     resumed = run_job("train.py", *flags, "--num-workers", "1", "--resume", address=ray_address)
     assert resumed.returncode == 0, resumed.stderr
     alone = run_job("train.py", *flags, "--run-name", "alone", "--num-workers", "1", address=ray_address)
