@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, REPORT_FILE = "config.json", "origin.json", "result.json", "report.html"
 MEMBERS_FILE, MEMBERS_FOLDER = "members.csv", "members"  # of a job of many runs
-BEST_FILE, SWEEP_PICTURE_FILE = "best.json", "sweep.png"
+BEST_FILE = "best.json"  # of a sweep
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 _OPTIONAL = type(...)  # the file may lack it
 _NULL = type(None)

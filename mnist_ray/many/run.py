@@ -26,7 +26,7 @@ from mnist_ray.record.recorder import known_repository, logs_named, write_settin
 from mnist_ray.report.run_files import DONE
 from mnist_ray.run import fit
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import BEST_FILE, CONFIG_FILE, MEMBERS_FILE, MEMBERS_FOLDER, RESULT_FILE, SWEEP_PICTURE_FILE
+from mnist_ray.storage import BEST_FILE, CONFIG_FILE, MEMBERS_FILE, MEMBERS_FOLDER, RESULT_FILE
 from mnist_ray.text import count, format_settings
 from mnist_ray.workload.calls import splits_for
 
@@ -77,14 +77,11 @@ def _train_all(session: Session, plan: WorkerPlan, many: Many, data: Data) -> Ta
 
 
 def _choose(session: Session, many: Many, table: Table) -> Configuration:
-    """Choose the best configuration; write it and the plots of the search, and print both and the default."""
-    from mnist_ray.many import picture  # imports matplotlib, which must not delay the trials
-
+    """Choose the best configuration; write it, and print it and the default."""
     console, run, monitor, chosen = session.console, many.job.run, many.job.workload.monitor, find_best(many, table)
     assert chosen is not None  # else train_members has raised
-    run.write_bytes(SWEEP_PICTURE_FILE, picture.draw(many, table))
     run.write_text(BEST_FILE, json_lines(many.job.with_values(dict(chosen.configuration)).values))
-    console.say("files", f"{run.inside(MEMBERS_FILE).uri}, {BEST_FILE}, {SWEEP_PICTURE_FILE}")
+    console.say("files", f"{run.inside(MEMBERS_FILE).uri}, {BEST_FILE}")
 
     def said(each: Averaged) -> str:
         value = f"{monitor.format(each.val_monitor)} validation {monitor.name}, {each.mean_of}"

@@ -19,18 +19,18 @@ from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
 from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.output import say
+from mnist_ray.report import trials
 from mnist_ray.report.columns import read_columns
 from mnist_ray.report.plots import Curve, bands_of, curves_of, smoothed, stacked_bars
 from mnist_ray.report.run_files import ENDED, MemberRecord, RunRecord, number_of, settings_of, workload_of
 from mnist_ray.settings import build, values_of
-from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
+from mnist_ray.storage import REPORT_FILE, RunFolder
 from mnist_ray.text import count, in_words, redact
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import data_of, splits_for
 from mnist_ray.workload.figures import LOSS, RATE, Figure, Metric, formatted
 
-PICTURES_FOLDER = "pictures"
 _MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps that a curve's point covers
 _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "linestyle": "--"}
@@ -68,7 +68,7 @@ def write(
     test: Split | None,
     warn: Callable[[str], None] = lambda note: None,
 ) -> dict[str, bytes]:
-    """Write report.html and its images as PNGs; return the PNGs by name. Raises UsageError and JobError.
+    """Write report.html, which holds its images; return these as PNGs, by name. Raises UsageError and JobError.
 
     ``test`` has the examples that were predicted; without it, none are shown. If an image cannot be drawn, ``warn``
     gets a note.
@@ -81,7 +81,7 @@ def write(
     if test is not None and columns and len(test) != num_predicted:
         notes.append(f"no {workload.nouns} are shown: the test set had {num_predicted:,} and now has {len(test):,}")
         test = None
-    pictures = drawn("plot of the trials", lambda: _sweep_picture(record))
+    pictures = drawn("plot of the trials", lambda: trials.pictures(record))
     for metric in workload.all_metrics:
         curves = _bands if record.members else _curves
         pictures += drawn(f"curve of {metric.name}", functools.partial(curves, record, metric))
@@ -94,8 +94,6 @@ def write(
         pictures += drawn(f"curve of the {figure.label}", functools.partial(_over_steps, record, figure))
     pictures += drawn("plot of the time", lambda: _time_spent(record))
     pngs = {re.sub(r"[^\w.@-]", "_", picture.name): picture.png for picture in pictures}  # a "/" would name a folder
-    for name, png in pngs.items():
-        run.write_bytes(f"{PICTURES_FOLDER}/{name}.png", png)
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
     members = drawn("table of the runs", lambda: _members(record)) if record.members else []
     tables = [*members, *_epochs(record), *_settings(record), *seconds]
@@ -207,16 +205,6 @@ def _time_spent(record: RunRecord) -> list[Picture]:
     shares = ", ".join(f"{part} {sum(values) / total:.0%}" for part, values in shown.items())
     png = stacked_bars(bars, shown, "seconds")
     return [Picture("time", "Where the time went", f"Seconds of the workers: {shares}", png)]
-
-
-def _sweep_picture(record: RunRecord) -> list[Picture]:
-    """Return the plots of a sweep's trials; none if the run is not a sweep."""
-    png = record.run.read_bytes(SWEEP_PICTURE_FILE)
-    alt = f"Validation {record.workload.monitor.name} of {len(record.members)} trials; the table has all values"
-    caption = "Grey or hollow: stopped early. Black or ringed: the best configuration."
-    if png is None or not png.startswith(b"\x89PNG"):  # a link may lead to another file
-        return []
-    return [Picture("sweep", "Trials", alt, png, caption, is_wide=True)]
 
 
 def _members(record: RunRecord) -> list[Table]:

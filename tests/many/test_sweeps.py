@@ -109,8 +109,7 @@ def test_the_best_trial_is_the_result(finished_sweep: Path) -> None:
     for folder in members.values():
         assert {"config.json", "metrics.csv", "steps.csv", "report.html"} <= {file.name for file in folder.iterdir()}
         assert len([*folder.glob("checkpoint*")]) == 1
-    assert (finished_sweep / "sweep.png").read_bytes()[:4] == b"\x89PNG"
-    assert "Trials" in (page := (finished_sweep / "report.html").read_text())
+    assert "<h2>Trials</h2>" in (page := (finished_sweep / "report.html").read_text())
     assert "finished: 4 of 4 runs, tested on 200" in page
 
 
