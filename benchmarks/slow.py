@@ -60,27 +60,25 @@ class Run:
     """What a run has printed and measured."""
 
     lines: list[str]
-    times: list[dict[str, float]]
-    """The rows of times.csv."""
+    steps: list[dict[str, float]]
+    """The rows of steps.csv."""
     paused_s: float
     """Seconds of all pauses."""
 
     @property
     def notes(self) -> list[str]:
-        """The notes about the time, which follow the line about it."""
-        after = self.lines[[line.startswith("time ") for line in self.lines].index(True) :]
-        late = [line for line in self.lines if "the tracker finished" in line]
-        return [line.split(maxsplit=1)[1] for line in (*after, *late) if line.startswith("note ")]
+        """The notes about the time, after the first epoch or at the end."""
+        texts = [line.split(maxsplit=1)[1] for line in self.lines if line.startswith("note ")]
+        return [text for text in texts if text.startswith(tuple(cause.expected for cause in CAUSES.values()))]
 
-    def seconds(self, part: str) -> list[float]:
-        """Return the seconds of a part, by worker."""
-        workers = sorted({row["worker"] for row in self.times})
-        return [sum(row[part] for row in self.times if row["worker"] == worker) for worker in workers]
+    def seconds(self, part: str) -> float:
+        """Return the mean seconds of a worker in a part."""
+        return sum(row[f"{part}_s"] for row in self.steps)
 
     @property
     def total_s(self) -> float:
         """The mean seconds of a worker."""
-        return sum(statistics.fmean(self.seconds(part)) for part in PARTS)
+        return sum(map(self.seconds, PARTS))
 
 
 @contextlib.contextmanager
@@ -119,7 +117,7 @@ CAUSES = {
         STORAGE, "checkpoints took", ("--callback", f"{SLOWED}:SlowStorage", "--checkpoint-every", 40)
     ),
     "a callback takes 5 ms after each step": Cause(
-        CALLBACKS, "the callback took", ("--callback", f"{SLOWED}:SlowCallback", "--num-epochs", 4)
+        CALLBACKS, "callbacks took", ("--callback", f"{SLOWED}:SlowCallback", "--num-epochs", 4)
     ),
     "a tracker takes half a second for each event": Cause(
         "", "the tracker finished", ("--tracker", f"{SLOWED}:SlowTracker", "--num-epochs", 4)
@@ -152,24 +150,24 @@ def train(flags: Sequence[object], meanwhile: Meanwhile = lambda job: contextlib
             printed, _ = job.communicate()
         if job.returncode not in (0, 130):
             raise RuntimeError(printed)
-        with (Path(folder) / "run" / "times.csv").open() as file:
-            times = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        with (Path(folder) / "run" / "steps.csv").open() as file:
+            steps = [{name: float(value or 0) for name, value in row.items()} for row in csv.DictReader(file)]
         pauses = [float(line) for path in slowed.iterdir() for line in path.read_text().split()]
-        return Run(printed.splitlines(), times, sum(pauses))
+        return Run(printed.splitlines(), steps, sum(pauses))
 
 
 def share_of(part: str, cause: Cause, run: Run) -> str:
     """Return what share of a run's time was made slow, and the share that the run has measured."""
-    seconds = run.seconds(part)
-    own_s, injected_s = statistics.fmean(seconds), run.paused_s
+    own_s, injected_s = run.seconds(part), run.paused_s
     if part == DATA:  # a loader without pauses takes some time, too
         as_ever = train((*cause.flags, "--read-ms", 0))
-        injected_s += statistics.fmean(as_ever.seconds(DATA)) - as_ever.paused_s
+        injected_s += as_ever.seconds(DATA) - as_ever.paused_s
     if part == STORAGE:  # what training has not waited for anyway
         injected_s -= run.total_s - own_s
     if part == WORKERS:  # a worker that waits for the others itself keeps nobody waiting
-        own_s = max(seconds) - min(seconds)
-        injected_s = (run.total_s - min(seconds)) / 2
+        (noted,) = (int(found[1]) for note in run.notes if (found := re.search(r"wait (\d+)% of the time", note)))
+        mean_s, own_s = own_s, noted / 100 * run.total_s  # of two workers, and how much longer one of them waits
+        injected_s = (run.total_s - (mean_s - own_s / 2)) / 2
     return f"{injected_s / run.total_s:.0%} | {own_s / run.total_s:.0%}"
 
 
@@ -240,7 +238,7 @@ def compare_kills(names: Sequence[str], num_kills: int) -> None:
         every_s, flags = KILLS[name]
         run = train(["--max-failures", 10_000, *flags], lambda job: killed(job, num_kills, every_s, rng))  # noqa: B023
         lost = [float(found[1]) for line in run.lines if (found := _LOST.search(line))]
-        saving_s = statistics.fmean(run.seconds(STORAGE)) + statistics.fmean(run.seconds(CHECKPOINTS))
+        saving_s = run.seconds(STORAGE) + run.seconds(CHECKPOINTS)
         worst = f"{statistics.median(lost):.1f}, {max(lost):.1f}"
         print(f"| {name} | {len(lost)} | {worst} | {saving_s / run.total_s:.1%} of the time |", flush=True)
 

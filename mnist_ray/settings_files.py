@@ -22,24 +22,17 @@ class SettingsFile:
 
     path: str
     values: Given
-    text: str
 
     @property
     def is_of_run(self) -> bool:
         """Whether it has the format in which runs save their settings."""
         return Path(self.path).suffix.lower() not in _WRITTEN
 
-    @property
-    def copy_name(self) -> str:
-        """The name of its copy in a run's folder."""
-        return f"settings{Path(self.path).suffix.lower()}"
-
 
 def read_settings(path: str) -> SettingsFile:
     """Read the settings of ``--config``. Raises UsageError."""
     file = path_of(path, "--config")
-    text = _text_of(file, path)
-    return SettingsFile(path, located(_parsed(file.suffix.lower(), text, path), file, *CLASSES), text)
+    return SettingsFile(path, located(_parsed(file.suffix.lower(), _text_of(file, path), path), file, *CLASSES))
 
 
 def read_table(file: Path, *names: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mnist_ray
 from mnist_ray.data.data import Arrays, owner_of
@@ -90,9 +91,13 @@ def test_it_learns_and_writes_its_files(run: Path, example: str) -> None:
     else:
         assert result["test_accuracy"] > 0.3
         assert len(result["confusion_matrix"]) == 6
-    own = ["rmse", "errors"] if example == "diabetes" else ["mistakes"]
-    assert {path.stem for path in (run / "pictures").iterdir()} >= {"loss", "predictions", *own}
-    assert (run / "workload.py").read_text() == (ROOT / "examples" / f"{example}.py").read_text()
+    own, report = (
+        ["rmse", "Errors on"] if example == "diabetes" else ["The most confident mistakes"],
+        (run / "report.html").read_text(),
+    )
+    assert [title for title in ("loss", "Predictions", *own) if f"<h2>{title}" not in report] == []
+    code = json.loads((run / "origin.json").read_text())["workload_code"]
+    assert code == (ROOT / "examples" / f"{example}.py").read_text().splitlines()
     config = json.loads((run / "config.json").read_text())
     assert (Path(config["workload"]).name.partition(":")[0], "width" in config) == (f"{example}.py", True)
 
@@ -104,7 +109,8 @@ def test_a_regression_is_evaluated_and_shapes_take_pictures(
         run_main("evaluate", str(run))
         assert f"rmse {result_of(run)['test_rmse']:.4f}, " in capsys.readouterr().out.splitlines()[-1]
     else:
-        run_main("predict", str(run / "pictures" / "loss.png"), "--storage-path", str(run.parent))
+        Image.new("RGB", (64, 64)).save(run.parent / "black.png")
+        run_main("predict", str(run.parent / "black.png"), "--storage-path", str(run.parent))
         assert capsys.readouterr().out.splitlines()[0].endswith("(Shapes)")
 
 
@@ -115,8 +121,9 @@ def test_a_gan_shows_what_it_draws_and_a_contrastive_loss_tells_digits_apart(tmp
         where = {"workload": ROOT / "examples" / f"{name}.py", "storage_path": tmp_path, "run_name": name}
         run_main("train", *as_flags({**where, **small}))
         found[name] = result_of(tmp_path / name)
-    pictures = {file.stem for file in (tmp_path / "gan" / "pictures").iterdir()}
-    assert pictures >= {"fake", "discriminator_loss", "generator_loss"}
+    report = (tmp_path / "gan" / "report.html").read_text()
+    titles = ("Fake images", "Discriminator loss", "Generator loss")
+    assert [title for title in titles if f"<h2>{title}" not in report] == []
     rows = read_numbers(folder_at(tmp_path / "gan"), "metrics.csv", "discriminator_loss", "generator_loss")
     assert len(rows) == 2
     assert read_columns(folder_at(tmp_path / "gan"))["fake"].shape == (200, 28, 28)
@@ -140,7 +147,7 @@ def test_pictures_in_parquet_are_trained_on_and_evaluated_in_shares(ray_address:
     )
     assert run.result["num_workers"] == 2
     assert run.metrics["accuracy"] > 0.9
-    assert (Path(run.folder.path) / "pictures" / "predictions.png").exists()
+    assert "<h2>Predictions</h2>" in (run.folder.read_text("report.html") or "")
     assert mnist_ray.evaluate(run, num_tasks=2) == run.metrics
 
 

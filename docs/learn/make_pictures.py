@@ -5,6 +5,9 @@ python docs/learn/make_pictures.py ~/ray_results PATH/TO/pets
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 import shutil
 import subprocess
 import sys
@@ -21,14 +24,17 @@ CHROMIUM = ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-s
 def main(storage: Path, project: Path) -> None:
     """Write all pictures beside this file."""
     take(storage / "first" / "report.html", HERE / "report.png", height=900)
-    sources = {
-        "mistakes.png": storage / "first" / "pictures" / "mistakes.png",
-        "pets.png": project / "view.png",
-        "pets_mistakes.png": storage / "small" / "pictures" / "mistakes.png",
-        "seen.png": project / "seen.png",
-    }
-    for name, source in sources.items():
-        shrink(source, HERE / name)
+    for run, name in {"first": "mistakes.png", "small": "pets_mistakes.png"}.items():
+        shrink(image_in(storage / run / "report.html", "The most confident mistakes"), HERE / name)
+    for source, name in {"view.png": "pets.png", "seen.png": "seen.png"}.items():
+        shrink(Image.open(project / source), HERE / name)
+
+
+def image_in(page: Path, title: str) -> Image.Image:
+    """Return a report's image below a title."""
+    found = re.search(rf'<h2>{title}</h2>\s*<img [^>]*src="data:image/png;base64,([^"]*)"', page.read_text())
+    assert found is not None, f"{page} has no {title}"
+    return Image.open(io.BytesIO(base64.b64decode(found[1])))
 
 
 def take(page: Path, picture: Path, height: int) -> None:
@@ -38,12 +44,12 @@ def take(page: Path, picture: Path, height: int) -> None:
         options = [f"--user-data-dir={profile}", f"--screenshot={taken}", f"--window-size={WIDTH},{height}"]
         command = [*CHROMIUM, "--disable-background-networking", *options, page.resolve().as_uri()]
         subprocess.run(command, check=True, capture_output=True)
-        shrink(taken, picture)
+        shrink(Image.open(taken), picture)
 
 
-def shrink(source: Path, picture: Path) -> None:
+def shrink(source: Image.Image, picture: Path) -> None:
     """Write an image on white, with at most ``WIDTH`` pixels in a row and 128 colours."""
-    image = Image.open(source).convert("RGBA")
+    image = source.convert("RGBA")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     on_white.thumbnail((WIDTH, 10 * WIDTH))
     on_white.quantize(128).save(picture, optimize=True)

@@ -61,7 +61,7 @@ from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.optimizers import parameters_of
 from mnist_ray.training.state import TrainingState
 
-_RESTORE = "restore the code and the settings (the run's workload.py is a copy of the code)"
+_RESTORE = "restore the code and the settings (the run's origin.json has the code)"
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "bf16_is_slow", "ends")
 """Fields of a TrainingState, stored unchanged."""
 

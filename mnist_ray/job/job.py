@@ -60,7 +60,6 @@ class Job:
     callbacks: tuple[SourceCode, ...] = ()  # the user's code in the training loop
     initial: RunFolder | None = None  # the folder of INITIAL_FILE, with --init-from
     layers: Layers = Layers({})
-    settings_file: SettingsFile | None = None  # of --config
     is_resumed: bool = False
     is_finished: bool = False  # with --resume auto
     origin: Given = dataclasses.field(default_factory=dict)  # a resumed run's origin.json
@@ -117,7 +116,7 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     _check_saved(saved, _classes(kind, workload_class.Settings))
     ordered = layers.in_order(workload_class.recipes, defaults, saved, of_file, flags)
     job = _build_job(kind, run, workload_class, ordered, is_resumed=bool(saved), is_call=given is not None)
-    job = dataclasses.replace(job, settings_file=file, notes=tuple(notes))
+    job = dataclasses.replace(job, notes=tuple(notes))
     _check_used(kind, job)
     if not saved:
         check_free(run, resume=job.output.resume)  # after all mistakes, and --help

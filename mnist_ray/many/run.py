@@ -26,7 +26,7 @@ from mnist_ray.record.recorder import known_repository, logs_named, write_settin
 from mnist_ray.report.run_files import DONE
 from mnist_ray.run import fit
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import BEST_FILE, CONFIG_FILE, MEMBERS_FILE, MEMBERS_FOLDER, RESULT_FILE
+from mnist_ray.storage import BEST_FILE, MEMBERS_FILE, MEMBERS_FOLDER, RESULT_FILE
 from mnist_ray.text import count, format_settings
 from mnist_ray.workload.calls import splits_for
 
@@ -41,7 +41,7 @@ def train_many(session: Session, plan: WorkerPlan, many: Many, data: Data) -> No
     """
     run, configuration = many.job.run, Configuration()
     say_plan(session, plan)
-    write_settings(session, plan, CONFIG_FILE, many.values)
+    write_settings(session, plan, many.values)
     run.check_subfolders(MEMBERS_FOLDER)
     with logs_named(session):
         table = many.table() if run.exists(BEST_FILE) else _train_all(session, plan, many, data)

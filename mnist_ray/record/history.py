@@ -1,8 +1,8 @@
 """A run's values as CSV files. They are written during training, so that an interrupted run has them too.
 
 metrics.csv  a row per epoch, written at once
-steps.csv    a row about every half second of training, with the mean over the steps since the previous row; in a long
-             run, rows are merged, since all are written at each checkpoint
+steps.csv    a row about every half second of training: means over the steps since the previous row, and where the
+             workers' time went; in a long run, rows are merged, since all are written at each checkpoint
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from mnist_ray.report.run_files import (
     read_numbers,
 )
 from mnist_ray.storage import RunFolder
-from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated, figures_of
+from mnist_ray.training.events import (
+    TIMES,
+    EpochFinished,
+    Event,
+    Progress,
+    Saved,
+    Started,
+    Validated,
+    figures_of,
+    seconds_of,
+)
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import RATE, Figure, logged_figures
 
@@ -36,7 +46,8 @@ class History:
 
     def __init__(self, run: RunFolder, workload: Workload, config: TrainConfig) -> None:
         self._run = run
-        self.figures = [figure for figure in workload.all_figures if not figure.needs or getattr(config, figure.needs)]
+        known = [figure for figure in workload.all_figures if not figure.needs or getattr(config, figure.needs)]
+        self.figures = [*known, *TIMES]
         epochs = zip(read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE), strict=True)
         self.rows: dict[int, dict[str, Any]] = {int(numbers["epoch"]): dict(row) for numbers, row in epochs}
         steps = read_numbers(run, STEPS_FILE, "step", "epoch")
@@ -63,6 +74,9 @@ class History:
                 self._fill(event.epoch)
             case Progress():
                 self._add_step(event)
+            case Saved() if self._steps:  # at an epoch's end, after its last step
+                last_row, more = self._steps[-1], seconds_of(event)
+                self._steps[-1] = {**last_row, **{name: last_row.get(name, 0.0) + more[name] for name in more}}
             case EpochFinished(last):
                 self._note_logged(last.logged)
                 rows = [row for row in self._steps if last.epoch - 1 < row["epoch"] <= last.epoch]
@@ -88,7 +102,7 @@ class History:
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.epoch_steps, 5)
         self._note_logged(event.logged)
-        self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event)})
+        self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event), **seconds_of(event)})
         if len(self._steps) > MAX_STEP_ROWS:
             self._steps = merged(self._steps, MAX_STEP_ROWS // 2, self.figures)
 

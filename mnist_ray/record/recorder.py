@@ -31,7 +31,7 @@ from mnist_ray.repository import TIME_LIMIT_S, Repository
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
-from mnist_ray.text import count, masked
+from mnist_ray.text import count
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, Validated
 from mnist_ray.training.metrics import Evaluation, not_finite_notes
@@ -40,7 +40,6 @@ from mnist_ray.workload.figures import RATE, formatted
 _GROWN = 10.0  # times the first step's loss: a training that diverges without numbers that are not finite
 _LEARNED = 0.1  # examples count as learned if the loss falls to this fraction of the first loss
 _MAX_TRACKING = 0.05  # of the run's time, spent waiting for trackers; more is noted
-_WORKLOAD_FILE = "workload.py"
 
 
 @contextlib.contextmanager
@@ -50,7 +49,7 @@ def recorded(session: Session, plan: WorkerPlan, *, is_end: bool = True) -> Iter
     An interrupt waits until both are done. Before the ``is_end`` of its training, a sweep's trial has no report.
     """
     num_parameters = say_plan(session, plan)
-    write_settings(session, plan, CONFIG_FILE, session.job.values)
+    write_settings(session, plan, session.job.values)
     record = Recorder(session, plan, num_parameters)
     has_failed = True
     try:
@@ -77,7 +76,7 @@ def logs_named(session: Session) -> Iterator[None]:
         raise
 
 
-def write_settings(session: Session, plan: WorkerPlan, settings_file: str, settings: Mapping[str, Any]) -> None:
+def write_settings(session: Session, plan: WorkerPlan, settings: Mapping[str, Any]) -> None:
     """Write a run's settings and origin. From then on, a terminated process prints how to resume the run.
 
     A resumed run keeps its origin. Raises JobError if a node cannot use the storage.
@@ -89,13 +88,14 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         weights, fits = read_initial(job)
         session.console.say("init from", fits)
-    run.write_text(settings_file, json_lines(settings))  # from here on, the run can be resumed
+    run.write_text(CONFIG_FILE, json_lines(settings))  # from here on, the run can be resumed
     if job.initial is not None and weights:
         job.initial.write_bytes(INITIAL_FILE, weights)
     if run.read_json(ORIGIN_FILE) is None:
         about = {
             "started": datetime.now().astimezone().isoformat(" ", "minutes"),
             "workload_sha256": workload.source.sha256,
+            "workload_code": workload.source.text.splitlines(),  # for people to read; never loaded
             "metadata": workload.metadata,
             "data_name": session.data.name,
             "data": digests_of(session.data),
@@ -103,9 +103,6 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
             "repository": dataclasses.asdict(repository) if (repository := known_repository(session)) else None,
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
-        run.write_text(_WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
-        if (file := job.settings_file) is not None:
-            run.write_text(file.copy_name, masked(file.text))  # the same, with its comments
     if_ended(f"; to resume: {job.resume_with}")
 
 
@@ -132,7 +129,7 @@ class Recorder:
         self._is_slow = False  # and lines have said so
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
-        self._history, self._times = History(run, workload, self._job.train), TimeSpent(run)
+        self._history, self._times = History(run, workload, self._job.train), TimeSpent()
         self._trackers = start.start(run, workload, self._job.values, self._job.output, self._warn)
 
     def on_event(self, event: Event) -> None:
@@ -163,7 +160,7 @@ class Recorder:
         if isinstance(event, EpochFinished) and not self._has_grown:
             self._note_growth(event.last.so_far["loss"])
         if isinstance(event, Progress) and (event.saves or event.step == event.epoch_steps):
-            self._write_steps()  # a checkpoint follows, from which a killed run continues
+            self._history.write_steps()  # a checkpoint follows, from which a killed run continues
         self._console.show(event)
         if isinstance(event, Validated):
             for note in not_finite_notes(event.not_finite, self._session.data.validation, self._job.workload.nouns):
@@ -179,7 +176,7 @@ class Recorder:
 
     def _note_slowness(self) -> None:
         """Print a line for each cause of slow training, unless lines were printed before."""
-        if self._is_slow:
+        if self._is_slow or not self._times.of_workers:
             return
         notes = notes_on(self._times.of_workers, self._times.hosts, self._job, self._session.data.train)
         self._is_slow = len(notes) > 0
@@ -237,7 +234,7 @@ class Recorder:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""
         pictures: Mapping[str, bytes] = {}
         try:
-            self._write_steps()
+            self._history.write_steps()
             if has_report:
                 pictures = self._draw_report()
                 self._has_report = True
@@ -253,11 +250,6 @@ class Recorder:
             self._warn(
                 f"the tracker finished {seconds['trackers']:.1f} s after the training; it takes too long per event"
             )
-
-    def _write_steps(self) -> None:
-        """Write steps.csv and times.csv. Raises JobError."""
-        self._history.write_steps()
-        self._times.write()
 
     def _draw_report(self) -> dict[str, bytes]:
         from mnist_ray.report import page  # imports matplotlib

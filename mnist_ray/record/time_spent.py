@@ -1,7 +1,4 @@
-"""Where the workers' time went: times.csv, a line at the end of a run, and notes on what has slowed the training.
-
-times.csv has the seconds of each of ``stopwatch.PARTS``, in a row per epoch and worker.
-"""
+"""Where the workers' time went: a line at the end of a run, and notes on what has slowed the training."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from mnist_ray.data.data import Blocks, Split
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.job.job import Job
-from mnist_ray.report.run_files import TIMES_FILE, csv_text, read_numbers
-from mnist_ray.storage import RunFolder
 from mnist_ray.training import stopwatch
 from mnist_ray.training.events import Event, Progress, Saved, Started
 from mnist_ray.training.stopwatch import PARTS
@@ -27,14 +22,11 @@ _MAX_WAIT, _MAX_FACTOR = 0.15, 1.4  # of the time that workers wait for a slower
 
 
 class TimeSpent:
-    """The rows of times.csv. A resumed run adds to the rows that it finds."""
+    """The seconds of each worker, since this job has started."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
-        self._rows: dict[tuple[int, int], dict[str, float]] = {}  # by epoch and worker
+    def __init__(self) -> None:
+        self.of_workers: list[Seconds] = []
         self.hosts: Sequence[str] = ()  # of the workers, in the last attempt
-        for row in read_numbers(run, TIMES_FILE, "epoch", "worker", *PARTS):
-            self._rows[int(row["epoch"]), int(row["worker"])] = {part: row[part] for part in PARTS}
 
     def add(self, event: Event) -> None:
         """Add an event's seconds."""
@@ -42,25 +34,12 @@ class TimeSpent:
             case Started():
                 self.hosts = event.hosts
             case Progress() | Saved():
+                self.of_workers += [dict.fromkeys(PARTS, 0.0) for _ in event.parts[len(self.of_workers) :]]
                 for worker, seconds in enumerate(event.parts):
-                    row = self._rows.setdefault((event.epoch, worker), dict.fromkeys(PARTS, 0.0))
-                    for part, more in zip(PARTS, seconds, strict=True):
-                        row[part] += more
-
-    def write(self) -> None:
-        """Write times.csv. Raises JobError."""
-        rows = [
-            {"epoch": epoch, "worker": worker, **{part: round(seconds, 3) for part, seconds in row.items()}}
-            for (epoch, worker), row in sorted(self._rows.items())
-        ]
-        self._run.write_text(TIMES_FILE, csv_text(["epoch", "worker", *PARTS], rows, has_header=True))
-
-    @property
-    def of_workers(self) -> list[Seconds]:
-        """The seconds of each worker, over all epochs."""
-        workers = sorted({worker for _, worker in self._rows})
-        own = [[row for (_, of), row in self._rows.items() if of == worker] for worker in workers]
-        return [{part: math.fsum(row[part] for row in rows) for part in PARTS} for rows in own]
+                    own = self.of_workers[worker]
+                    self.of_workers[worker] = {
+                        part: own[part] + more for part, more in zip(PARTS, seconds, strict=True)
+                    }
 
 
 def means(of_workers: Sequence[Seconds]) -> Seconds:

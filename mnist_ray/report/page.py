@@ -185,26 +185,23 @@ def _over_steps(record: RunRecord, figure: Figure) -> list[Picture]:
 
 
 def _time_spent(record: RunRecord) -> list[Picture]:
-    """Draw the seconds of each part, in a bar per epoch and worker or, if these are too many, per worker or overall."""
-    labels: Callable[[Mapping[str, float]], str]
-    for labels in (
-        lambda row: f"epoch {row['epoch']:.0f}, worker {row['worker']:.0f}",
-        lambda row: f"worker {row['worker']:.0f}",
-        lambda row: "all",
-    ):
-        bars = list(dict.fromkeys(map(labels, record.times)))
-        if len(bars) <= _MAX_BARS:
-            break
+    """Draw the mean seconds of a worker by part, in a bar per epoch or, if these are too many, per some epochs."""
+    last = math.ceil(max((row["epoch"] for row in record.steps), default=1))
+    width = math.ceil(last / _MAX_BARS)  # epochs
+    firsts = range(1, last + 1, width)
+    of_bars = [[row for row in record.steps if first - 1 < row["epoch"] <= first - 1 + width] for first in firsts]
     seconds = {
-        part: [math.fsum(row[part] for row in record.times if labels(row) == bar) for bar in bars] for part in PARTS
+        label: [math.fsum(row.get(f"{part}_s") or 0.0 for row in rows) for rows in of_bars]
+        for part, label in PARTS.items()
     }
     total = math.fsum(itertools.chain(*seconds.values()))
-    shown = {PARTS[part]: values for part, values in seconds.items() if sum(values) > _MIN_SHARE * total}
+    shown = {label: values for label, values in seconds.items() if sum(values) > _MIN_SHARE * total}
     if not shown:
         return []
-    shares = ", ".join(f"{part} {sum(values) / total:.0%}" for part, values in shown.items())
+    bars = [f"epoch {first}" if width == 1 else f"epochs {first} to {min(first + width - 1, last)}" for first in firsts]
+    shares = ", ".join(f"{label} {sum(values) / total:.0%}" for label, values in shown.items())
     png = stacked_bars(bars, shown, "seconds")
-    return [Picture("time", "Where the time went", f"Seconds of the workers: {shares}", png)]
+    return [Picture("time", "Where the time went", f"Mean seconds of a worker: {shares}", png)]
 
 
 def _members(record: RunRecord) -> list[Table]:

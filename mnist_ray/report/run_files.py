@@ -22,11 +22,12 @@ from mnist_ray.storage import (
     RESULT_FILE,
     RunFolder,
 )
+from mnist_ray.training.events import TIMES
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import Figure, logged_figures
 
-METRICS_FILE, STEPS_FILE, TIMES_FILE = "metrics.csv", "steps.csv", "times.csv"
+METRICS_FILE, STEPS_FILE = "metrics.csv", "steps.csv"
 FORMAT_VERSION = 2  # of the files
 DONE, STOPPED, FAILED, LOST, RUNNING, WAITING = "done", "stopped early", "failed", "lost", "running", "waiting"
 ENDED = (DONE, STOPPED, FAILED)  # a resumed job does not repeat these members; it resumes others from checkpoints
@@ -126,7 +127,6 @@ class RunRecord:
     origin: dict[str, Any]  # versions, command line, commit
     epochs: list[dict[str, float]]  # rows of metrics.csv; NaN for missing values
     steps: list[dict[str, float]]  # rows of steps.csv
-    times: list[dict[str, float]]  # rows of times.csv
     result: dict[str, Any] | None  # None until the run is tested
     members: list[MemberRecord]  # of a job of many runs
 
@@ -139,7 +139,8 @@ class RunRecord:
     @property
     def logged(self) -> list[Figure]:
         """What the steps have logged."""
-        return logged_figures((name for row in self.steps[-1:] for name in row), self.workload.all_figures)
+        known = (*self.workload.all_figures, *TIMES)
+        return logged_figures((name for row in self.steps[-1:] for name in row), known)
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
@@ -151,7 +152,6 @@ class RunRecord:
             origin=run.read_json(ORIGIN_FILE) or {},
             epochs=read_numbers(run, METRICS_FILE, "epoch"),
             steps=read_numbers(run, STEPS_FILE, "step", "epoch"),
-            times=read_numbers(run, TIMES_FILE, "epoch", "worker"),
             result=run.read_json(RESULT_FILE),
             members=MemberRecord.read_all(run),
         )

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload.figures import RATE
+from mnist_ray.workload.figures import RATE, Figure
+
+TIMES = tuple(Figure(f"{part}_s", ("step",), "sum", ".1f") for part in PARTS)
+"""Columns of steps.csv: mean seconds of a rank since the last progress."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ class Progress(Event):
     @property
     def shares(self) -> dict[str, float]:
         """The fraction of the ranks' time since the last progress that each part took, without those that took none."""
-        seconds = [math.fsum(of_part) for of_part in zip(*self.parts, strict=True)] or [0.0] * len(PARTS)
-        total = math.fsum(seconds)
-        return {part: value / total for part, value in zip(PARTS, seconds, strict=True) if value > 0}
+        seconds = seconds_of(self)
+        total = math.fsum(seconds.values())
+        return {part: seconds[f"{part}_s"] / total for part in PARTS if seconds.get(f"{part}_s")}
 
     @property
     def examples_per_s(self) -> float:
@@ -153,6 +156,12 @@ class StoppedEarly(Event):
 
     epoch: int  # the last epoch, counted from 1
     best_epoch: int | None  # None without validation
+
+
+def seconds_of(event: Progress | Saved) -> dict[str, float]:
+    """Return the seconds since the last progress, by the names of ``TIMES``: means over the ranks. May be empty."""
+    means = [math.fsum(of_ranks) / len(event.parts) for of_ranks in zip(*event.parts, strict=True)]
+    return {figure.name: round(mean, 4) for figure, mean in zip(TIMES, means, strict=False)}
 
 
 def figures_of(event: Progress | EpochFinished | Validated) -> dict[str, float]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mnist_ray.data.data import Split
 from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.training.events import TIMES
 from mnist_ray.workload.base import Workload
 
 
@@ -133,7 +134,7 @@ def not_finite_notes(not_finite: tuple[int, int], split: Split, nouns: str) -> l
 
 def check_logged(workload: Workload, names: Iterable[str]) -> None:
     """Raise UsageError if a value is logged by a name that has another meaning in a run's tables."""
-    taken = {"step", "epoch", "weight", *(figure.name for figure in workload.all_figures)}
+    taken = {"step", "epoch", "weight", *(figure.name for figure in (*workload.all_figures, *TIMES))}
     for name in names:
         if name in taken or not re.fullmatch(r"[A-Za-z_][\w./-]*", name) or name.startswith("learning_rate."):
             raise UsageError(f"{type(workload).__name__}: {name!r} cannot be logged; choose another name")

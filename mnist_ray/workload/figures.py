@@ -14,7 +14,7 @@ class Figure:
 
     name: str  # of its column
     at: tuple[Literal["step", "epoch", "validation", "trial", "test"], ...]  # when it is reported; step: per window
-    over: Literal["mean", "max", "root", "last"]  # joins steps and ranks: mean over examples, root of summed squares, …
+    over: Literal["mean", "max", "root", "last", "sum"]  # joins steps: mean over examples, root of summed squares, …
     form: str = "number"  # "number", "fraction" (from 0 to 1, shown as a percentage), or a Python format
     label: str = ""  # in the report; "" to leave the figure out
     places: int | None = None  # decimals in metrics.csv; None: all
@@ -23,7 +23,9 @@ class Figure:
     def join(self, values: Iterable[float]) -> float:
         """Join the values of several steps or ranks. Only finite values count, since fp16 may skip a step."""
         known = [value for value in values if math.isfinite(value)]
-        return {"max": max(known), "root": math.hypot(*known), "last": known[-1]}[self.over] if known else math.nan
+        if not known:
+            return math.nan
+        return {"max": max(known), "root": math.hypot(*known), "last": known[-1], "sum": math.fsum(known)}[self.over]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def begin(job: Job, data: Splits) -> None:
     nowhere: Future[Repository | None] = Future()
     nowhere.set_result(None)
     session = Session(job, job.workers, data, Mock(), Clock(), cluster, nowhere, own_unused=None)
-    write_settings(session, Mock(), "config.json", job.values)
+    write_settings(session, Mock(), job.values)
 
 
 def test_runs_without_a_name_that_start_in_the_same_second_get_different_folders(read: Any, tmp_path: Path) -> None:

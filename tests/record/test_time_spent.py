@@ -1,4 +1,4 @@
-"""times.csv, the line about the time, and the notes on what has slowed a training."""
+"""The seconds in steps.csv, the line about the time, and the notes on what has slowed a training."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 
+from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Blocks, Split
-from mnist_ray.errors import JobError
 from mnist_ray.job.job import Job, read_job
+from mnist_ray.record.history import History, merged
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
+from mnist_ray.report.run_files import read_csv
 from mnist_ray.storage import RunFolder
-from mnist_ray.training.events import Progress, Saved, Started
+from mnist_ray.training.events import TIMES, Progress, Saved, Started
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.user_code import SourceCode
+from tests.conftest import mnist
 
 HEALTHY = dict.fromkeys(PARTS, 0.0) | {"compute": 80.0, "workers": 8.0, "validation": 6.0, "data": 3.0, "start": 1.0}
 
@@ -34,29 +37,29 @@ def progress(epoch: int, *parts: list[float]) -> Progress:
     )
 
 
-def test_seconds_are_kept_by_epoch_and_worker(run: RunFolder) -> None:
-    times = TimeSpent(run)
-    times.add(progress(1, in_parts(1.0, 0.5), in_parts(2.0)))
-    times.add(progress(1, in_parts(0.25), in_parts(0.5)))
+def test_the_mean_seconds_of_a_worker_are_columns_of_steps_csv(run: RunFolder) -> None:
+    history = History(run, mnist(), TrainConfig())
+    for event in (
+        progress(1, in_parts(1.0, 0.5), in_parts(2.0)),
+        progress(1, in_parts(0.25), in_parts(0.5)),
+        Saved(1, {}, [in_parts(0.0, 1.0), in_parts(0.0, 2.0)]),
+        progress(2),
+    ):
+        history.add(event)
+    history.write_steps()
+    first, second = TIMES[:2]
+    rows = [(row[first.name], row[second.name]) for row in read_csv(run, "steps.csv")]
+    assert rows == [("1.5", "0.25"), ("0.375", "1.5"), ("", "")]
+    joined = merged([{"step": 2, "epoch": 0.5, "data_s": 1.5}, {"step": 3, "epoch": 1.0, "data_s": 0.375}], 1, TIMES)
+    assert [row["data_s"] for row in joined] == [1.875]
+
+
+def test_the_seconds_of_each_worker_are_added() -> None:
+    times = TimeSpent()
+    for parts in ([in_parts(1.0, 0.5), in_parts(2.0)], [in_parts(4.0)]):
+        times.add(progress(1, *parts))
     times.add(Saved(1, {}, [in_parts(0.0, 1.0), in_parts(0.0, 1.0)]))
-    times.write()
-    again = TimeSpent(run)
-    again.add(progress(2, in_parts(4.0)))
-    again.write()
-    text = run.read_text("times.csv") or ""
-    assert [line.split(",")[:4] for line in text.splitlines()] == [
-        ["epoch", "worker", *list(PARTS)[:2]],
-        ["1", "0", "1.25", "1.5"],
-        ["1", "1", "2.5", "1.0"],
-        ["2", "0", "4.0", "0.0"],
-    ]
-    assert [seconds["data"] for seconds in again.of_workers] == [5.25, 2.5]
-
-
-def test_a_damaged_file_is_one_line(run: RunFolder) -> None:
-    run.write_text("times.csv", "epoch,worker\n1,0\n")
-    with pytest.raises(JobError, match="has no column"):
-        TimeSpent(run)
+    assert [(seconds["data"], seconds["copies"]) for seconds in times.of_workers] == [(5.0, 1.5), (2.0, 1.0)]
 
 
 def test_the_largest_shares_come_first_and_small_ones_are_left_out() -> None:
@@ -116,7 +119,7 @@ def test_a_slow_callback_is_named_only_if_there_is_one() -> None:
     assert notes_on(slow, ["host"], job(), EXAMPLES) == []
 
 
-def test_workers_are_named_by_the_hosts_of_the_last_attempt(run: RunFolder) -> None:
-    times = TimeSpent(run)
+def test_workers_are_named_by_the_hosts_of_the_last_attempt() -> None:
+    times = TimeSpent()
     times.add(Started(2, ("a", "b"), 1, "cpu", "fp32", epoch=0, step=0, total_step=0))
     assert times.hosts == ("a", "b")
