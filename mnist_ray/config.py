@@ -131,7 +131,7 @@ class TrainConfig:
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
     callback: tuple[str, ...] = _code(
-        "your Callback in the training loop", "mnist_ray.training.callback:Callback", is_searchable=False
+        "your Callback in the training loop, or profiler", "mnist_ray.training.callback:Callback", is_searchable=False
     )
     limit: float = setting(
         1.0,
@@ -276,7 +276,11 @@ class OutputConfig:
         bare="yes",
         **_DROPPED,
     )
-    tracker: tuple[str, ...] = _code("your Tracker, to follow the run", "mnist_ray.trackers:Tracker", **_AGAIN)
+    tracker: tuple[str, ...] = _code(
+        "where to follow the run: wandb, mlflow or your Tracker, beside TensorBoard",
+        "mnist_ray.trackers:Tracker",
+        **_AGAIN,
+    )
     dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it", **_DROPPED)
     json: bool = setting(False, _JSON, **_DROPPED)
     quiet: bool = setting(False, "print only the result", **_DROPPED)

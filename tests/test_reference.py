@@ -17,7 +17,10 @@ from tests.conftest import ROOT, Digits
 
 SOURCES = [*(ROOT / "mnist_ray").rglob("*.py"), *(ROOT / "ray_fork").rglob("*.py")]
 GIT_FILE = ROOT / "mnist_ray" / "repository.py"  # whose variables are those of git's process
-OTHER_CONSTANTS = {"ENABLE_RAY_CLUSTER"}  # with a variable's spelling
+OTHER_CONSTANTS = {
+    "ENABLE_RAY_CLUSTER",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
+}  # spelled like our variables, or not to be set
 CODE = re.compile(r"`([^`]+)`")
 
 

@@ -244,7 +244,7 @@ class Worker(Callback):
             torch.distributed.all_gather_object(hosts, hosts[0])
         self._sink.send(self._started(restored, hosts))
         if metrics.is_validated and state.step == 0:
-            self._send_validation(metrics)
+            self._send_validation(state, metrics)
         if metrics.is_validated:
             self._sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict()))
         if state.total_step >= state.last_step and not is_over(state, self._config):
@@ -311,13 +311,16 @@ class Worker(Callback):
         for callback in self._callbacks:
             callback.on_validation(state, values)
         assert self._validator is not None
-        self._send_validation(metrics, self._validator.not_finite)
+        self._send_validation(state, metrics, self._validator.not_finite)
 
-    def _send_validation(self, metrics: CheckpointMetrics, not_finite: tuple[int, int] = (0, 0)) -> None:
+    def _send_validation(
+        self, state: TrainingState, metrics: CheckpointMetrics, not_finite: tuple[int, int] = (0, 0)
+    ) -> None:
         """Report the validation of an epoch."""
         names = [metric.name for metric in self._workload.all_metrics]
         values = {name: metrics.values.get(f"val_{name}", math.nan) for name in names}  # the workload may have new ones
-        self._sink.send(Validated(metrics.epoch, values, metrics.values.get("val_s", math.nan), not_finite))
+        seconds = metrics.values.get("val_s", math.nan)
+        self._sink.send(Validated(metrics.epoch, values, seconds, state.total_step, not_finite))
 
     def _seconds_of_all(self, state: TrainingState) -> list[list[float]]:
         """Return the seconds of each rank since the last progress, by part; all ranks must call this."""

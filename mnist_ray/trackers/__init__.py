@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,24 +44,34 @@ class Tracker(UserClass):
         """Handle the end of the run."""
 
     def scalars(self, event: Event) -> list[tuple[str, float, int]]:
-        """Return an event's values as (name, value, step): ``step/…`` by training step, ``epoch/…`` by epoch.
+        """Return an event's values as (name, value, step), where steps are counted over all epochs.
 
-        ``time/…``, by step: the fractions of the workers' time.
+        ``train/loss`` is that of each step; other values of ``train/`` are of the steps since the last event. At an
+        epoch's end, ``epoch/`` has means over the epoch, and ``val/`` the validation. ``time/`` are fractions of the
+        workers' time.
         """
         match event:
             case Progress():
                 first = event.total_step - len(event.losses) + 1
-                losses = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
-                figures = figures_of(event).items()
-                values = [(f"step/{name}", value) for name, value in figures if name != "train_loss"]
-                values += [(f"time/{part}", share) for part, share in event.shares.items()]
-                return [*losses, *((name, value, event.total_step) for name, value in values)]
-            case EpochFinished() | Validated():
-                epoch = event.last.epoch if isinstance(event, EpochFinished) else event.epoch
-                return [(f"epoch/{name}", value, epoch) for name, value in figures_of(event).items()]
+                losses = [("train/loss", loss, first + number) for number, loss in enumerate(event.losses)]
+                values = {_named("train", name): value for name, value in figures_of(event).items()}
+                values |= {f"time/{part}": share for part, share in event.shares.items()}
+                del values["train/loss"]
+                values["epoch"] = event.epoch - 1 + event.step / event.epoch_steps
+                return [*losses, *((name, value, event.total_step) for name, value in values.items())]
+            case EpochFinished(last):
+                return [(_named("epoch", name), value, last.total_step) for name, value in figures_of(event).items()]
+            case Validated():
+                return [(_named("val", name), value, event.total_step) for name, value in figures_of(event).items()]
         return []
 
     def final(self, ending: Ending) -> dict[str, float]:
-        """Return the test metrics as ``final/…``; empty if the run did not finish."""
+        """Return the loss and metrics on the test set, such as ``test/loss``; empty if the run did not finish."""
         result = ending.result or {}
-        return {f"final/{name}": result[name] for name in result.get("formats", ()) if result.get(name) is not None}
+        known = (name for name in result.get("formats", ()) if name.startswith("test_"))
+        return {_named("test", name): result[name] for name in known if result.get(name) is not None}
+
+
+def _named(part: str, figure: str) -> str:
+    """Return a figure's name for trackers: ``train_loss`` and ``val_loss`` are ``train/loss`` and ``val/loss``."""
+    return f"{part}/{re.sub('^(train|val|test)_', '', figure)}"

@@ -73,6 +73,13 @@ class UserClass:
 
 
 T = TypeVar("T", bound=UserClass)
+_BUILT_IN = {
+    "tensorboard": "mnist_ray.trackers.tensorboard",
+    "wandb": "mnist_ray.trackers.wandb",
+    "mlflow": "mnist_ray.trackers.mlflow",
+    "profiler": "mnist_ray.training.profiler",
+}
+"""Modules of this package by the names that ``--tracker`` and ``--callback`` take."""
 _being_run = set[str]()  # files that are loaded now
 alone = threading.RLock()
 """Held while a user's code is loaded or creates a model: it may not be thread-safe."""
@@ -219,9 +226,11 @@ def _flag(base: type) -> str:
 
 
 def _split(reference: str) -> tuple[str, str]:
-    """Split ``CODE:NAME``; a colon inside a path does not split it."""
+    """Split ``CODE:NAME``; a colon inside a path does not split it. A built-in name becomes its module."""
     code, colon, name = reference.rpartition(":")
-    return (code, name) if colon and name.isidentifier() else (reference, "")
+    if not (colon and name.isidentifier()):
+        code, name = reference, ""
+    return _BUILT_IN.get(code, code), name
 
 
 def _is_own(module: str) -> bool:
@@ -296,6 +305,8 @@ def _import_module(name: str, flag: str) -> types.ModuleType:
     except (Exception, SystemExit) as error:
         reason = _about_folder(error, Path.cwd())
         is_missing = isinstance(error, ImportError) and f"{name}.".startswith(f"{error.name}.")
+        if isinstance(error, ModuleNotFoundError) and name in _BUILT_IN.values():
+            raise UsageError(f"{flag} {name.rpartition('.')[2]} needs a package: pip install {error.name}") from error
         if is_missing or name.startswith("."):  # a folder, or a file without .py
             said = "there is no such module; a file's name must end in .py"
         else:

@@ -19,6 +19,6 @@ def test_a_validation_has_its_seconds_though_its_event_comes_with_that_of_the_ep
     clock = Clock()
     for _ in range(2):
         now += 5
-        for event in (EpochFinished(Mock()), Validated(1, {}, seconds=2.0)):
+        for event in (EpochFinished(Mock()), Validated(1, {}, seconds=2.0, total_step=4)):
             clock.note(event)
     assert clock.seconds() == {"training": 6.0, "validation": 4.0, "total": 10.0}

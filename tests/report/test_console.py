@@ -22,7 +22,7 @@ def show_a_run(quiet: bool) -> None:
         printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0, total_step=0))
         printer.show(PROGRESS)
         printer.show(EpochFinished(PROGRESS))
-        printer.show(Validated(1, {"loss": 0.5, "accuracy": 0.875}, 1.0))
+        printer.show(Validated(1, {"loss": 0.5, "accuracy": 0.875}, 1.0, total_step=4))
         printer.show(WorkersLost("worker 1 died"))
         printer.show(WorkersLost("worker 0 was lost with its node"))
         printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, 20, damaged=("checkpoint_b",)))
@@ -85,8 +85,8 @@ def test_many_epochs_widen_the_labels_and_a_trained_run_says_so(capsys: pytest.C
 
 def test_a_deciding_metric_that_is_nan_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     with RunConsole(mnist(), 2, quiet=False) as printer:
-        printer.show(Validated(1, {"loss": 0.5, "accuracy": math.nan}, 1.0))
-        printer.show(Validated(2, {"loss": math.nan, "accuracy": 0.5}, 1.0))
+        printer.show(Validated(1, {"loss": 0.5, "accuracy": math.nan}, 1.0, total_step=4))
+        printer.show(Validated(2, {"loss": math.nan, "accuracy": 0.5}, 1.0, total_step=4))
     first, note, second = capsys.readouterr().out.splitlines()
     assert note == "note       accuracy is NaN, so the checkpoint of epoch 1 counts as the worst"
     assert "loss 0.5000, accuracy - (" in first

@@ -274,7 +274,7 @@ def tested_run(run: RunFolder) -> RunFolder:
     figures = {"loss": 0.5, "accuracy": 0.5}
     history = History(run, workload, TrainConfig())
     progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0, learning_rate=0.01, total_step=9)
-    for event in (progress, EpochFinished(progress), Validated(1, figures, 1.0)):
+    for event in (progress, EpochFinished(progress), Validated(1, figures, 1.0, total_step=4)):
         history.add(event)
     history.write_steps()
     columns = {name: np.array([1, 2]) for name in ("label", "prediction")} | {"probability": np.array([0.5, 1.0])}

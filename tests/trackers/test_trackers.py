@@ -1,6 +1,7 @@
 import ast
 import io
 import json
+import sys
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -17,19 +18,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_ray.checkpoints import checkpoint
 from mnist_ray.config import OutputConfig, TrainConfig
+from mnist_ray.errors import UsageError
 from mnist_ray.parallel.group import Group
 from mnist_ray.report.plots import curves_of
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder
-from mnist_ray.trackers import Ending, start
+from mnist_ray.trackers import Ending, Tracker, start
 from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.training.trainer import create_state
+from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import LOSS
-from tests.conftest import ROOT, Digits, folder_at, mnist
+from tests.conftest import Digits, folder_at, mnist
 
-EXAMPLES = ROOT / "examples"
 INTERRUPTED = Ending(None, {}, None, has_failed=True)
 PICTURE = curves_of(LOSS, [], 1)
 FORMATS = {"val_loss": "number", "test_loss": "number", "test_accuracy": "fraction", "examples_per_s": ",.0f"}
@@ -52,7 +54,7 @@ EPOCH: list[Event] = [
     progress(2, [4.0, 3.0]),
     progress(4, [2.0, 1.0]),
     EpochFinished(progress(4, [2.0, 1.0])),
-    Validated(1, {"loss": 0.25, "accuracy": 0.75}, 1.0),
+    Validated(1, {"loss": 0.25, "accuracy": 0.75}, 1.0, total_step=4),
 ]
 
 
@@ -68,13 +70,13 @@ def follow(run: RunFolder, events: list[Event], ending: Ending, *trackers_of_use
 
 
 @pytest.fixture(scope="module")
-def mlflow_tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The example that follows runs in MLflow, with one database for all tests: MLflow needs seconds to create it."""
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One database for all tests: MLflow needs seconds to create it."""
     folder = tmp_path_factory.mktemp("mlflow")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where MLflow puts the files of a run whose values are in a database
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        yield EXAMPLES / "mlflow_tracker.py"
+        yield
     mlflow.set_tracking_uri(None)
 
 
@@ -96,15 +98,15 @@ def test_tensorboard_has_every_step_every_epoch_and_the_pictures(run: RunFolder,
     ending = Ending(RESULT, {"seconds": PICTURE}, None)
     assert follow(run, EPOCH, ending) == []
     reader = read_events(tmp_path / "run")
-    assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
-    assert points(reader, "step/train_accuracy") == [(2, 0.75), (4, 0.75)]
-    assert points(reader, "step/learning_rate") == [(2, 0.25), (4, 0.125)]
-    assert points(reader, "step/gradient_norm") == [(2, 1.5), (4, 1.5)]
+    assert points(reader, "train/loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+    assert points(reader, "train/accuracy") == [(2, 0.75), (4, 0.75)]
+    assert points(reader, "train/learning_rate") == [(2, 0.25), (4, 0.125)]
+    assert points(reader, "train/gradient_norm") == [(2, 1.5), (4, 1.5)]
     assert points(reader, "time/data") == [(2, 0.125), (4, 0.125)]
     assert points(reader, "time/compute") == [(2, 0.875), (4, 0.875)]
-    assert points(reader, "epoch/train_loss") == [(1, 0.5)]
-    assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
-    assert points(reader, "final/test_accuracy") == [(0, 0.875)]
+    assert points(reader, "epoch/loss") == [(4, 0.5)]
+    assert points(reader, "val/accuracy") == [(4, 0.75)]
+    assert points(reader, "test/accuracy") == [(0, 0.875)]
     assert "_hparams_/session_start_info" in reader.summary_metadata
     (image,) = reader.Images("seconds")
     assert image.encoded_image_string == PICTURE
@@ -115,10 +117,10 @@ def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_
     run: RunFolder, tmp_path: Path
 ) -> None:
     follow(run, EPOCH[:-1], INTERRUPTED)
-    assert follow(run, [EPOCH[-1], started(step=2), progress(4, [2.5, 1.5])], INTERRUPTED) == []
+    assert follow(run, [started(step=2), progress(4, [2.5, 1.5]), EPOCH[-1]], INTERRUPTED) == []
     reader = read_events(tmp_path / "run")
-    assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
-    assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
+    assert points(reader, "val/accuracy") == [(4, 0.75)]
+    assert points(reader, "train/loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
 
 
 def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, write: Any, tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, writ
     said = ["TensorBoard (2) failed and is no longer used: full"]
     assert follow(run, EPOCH, INTERRUPTED, write(own, "own.py")) == said
     assert (tmp_path / "run" / "mine.txt").read_text() == "closed"
-    assert points(read_events(tmp_path / "run"), "epoch/train_loss") == [(1, 0.5)]
+    assert points(read_events(tmp_path / "run"), "epoch/loss") == [(4, 0.5)]
 
 
 def test_a_full_disk_is_one_warning(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,39 +146,39 @@ def test_a_full_disk_is_one_warning(run: RunFolder, monkeypatch: pytest.MonkeyPa
 def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(tmp_path: Path) -> None:
     storage = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
     assert follow(RunFolder("run", "far://away", storage, "run"), EPOCH, INTERRUPTED) == []
-    assert points(read_events(tmp_path / "run"), "epoch/train_loss") == [(1, 0.5)]
+    assert points(read_events(tmp_path / "run"), "epoch/loss") == [(4, 0.5)]
 
 
-def test_mlflow_has_parameters_metrics_pictures_and_the_model(
-    run: RunFolder, tmp_path: Path, mlflow_tracker: Path
-) -> None:
+@pytest.mark.usefixtures("mlflow_database")
+def test_mlflow_has_parameters_metrics_the_report_and_the_model(run: RunFolder, tmp_path: Path) -> None:
     saved = folder_at(tmp_path / "saved")
     state = create_state(mnist(), TrainConfig(), 600, Group())
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(saved)
-    assert follow(run, EPOCH[:3], INTERRUPTED, mlflow_tracker) == []
+    assert follow(run, EPOCH[:3], INTERRUPTED, "mlflow") == []
     (found,) = in_mlflow(run)
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")
-    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, saved), mlflow_tracker) == []
+    run.write_text("report.html", "the report")
+    assert follow(run, EPOCH, Ending(RESULT, {}, saved), "mlflow") == []
     (found,) = in_mlflow(run)
     assert found.info.status == "FINISHED"
     assert (found.data.params["batch_size"], found.data.params["lr_schedule"]) == ("32", "constant")
-    assert found.data.metrics["epoch/val_accuracy"] == 0.75
-    assert found.data.metrics["final/test_accuracy"] == 0.875
-    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "step/train_loss")
+    assert found.data.metrics["val/accuracy"] == 0.75
+    assert found.data.metrics["test/accuracy"] == 0.875
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "train/loss")
     assert {(metric.step, metric.value) for metric in history} == {(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)}
-    (picture,) = mlflow.MlflowClient().list_artifacts(found.info.run_id, "pictures")
-    assert picture.path == "pictures/seconds.png"
+    assert mlflow.artifacts.load_text(f"{found.info.artifact_uri}/report.html") == "the report"
     (logged,) = mlflow.search_logged_models(experiment_ids=[found.info.experiment_id], output_format="list")
     model = mlflow.pytorch.load_model(logged.model_uri)
     assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
 
 
-def test_mlflow_says_which_data_workers_and_commit_a_run_had(run: RunFolder, mlflow_tracker: Path) -> None:
+@pytest.mark.usefixtures("mlflow_database")
+def test_mlflow_says_which_data_workers_and_commit_a_run_had(run: RunFolder) -> None:
     known = {"versions": {}, "metadata": {}, "data": {"training": "a" * 64, "test": None}}
     origin = {"command_line": "python jobs/train.py", "git_commit": "0123abcd", "data_name": "MNIST", **known}
     run.write_text(ORIGIN_FILE, json.dumps(origin))
     for _ in range(2):  # begun, and gone on with
-        assert follow(run, EPOCH, INTERRUPTED, mlflow_tracker) == []
+        assert follow(run, EPOCH, INTERRUPTED, "mlflow") == []
     (found,) = in_mlflow(run)
     said = [found.data.tags[name] for name in ("mlflow.source.git.commit", "command_line", "workers")]
     assert said == ["0123abcd", "python jobs/train.py", "1 × cpu"]
@@ -208,11 +210,12 @@ def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on()
     assert leaving.mock_calls == broken.mock_calls == [call.log(EPOCH[0])]
 
 
-def test_mlflow_gets_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, mlflow_tracker: Path) -> None:
+@pytest.mark.usefixtures("mlflow_database")
+def test_mlflow_gets_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path) -> None:
     settings = {"database": "postgresql://user:password@host/examples"}
     for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
         run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
-        trackers = start.start(run, Digits(), settings, OutputConfig(tracker=(str(mlflow_tracker),)), pytest.fail)
+        trackers = start.start(run, Digits(), settings, OutputConfig(tracker=("mlflow",)), pytest.fail)
         trackers.close(INTERRUPTED)
     (found,) = in_mlflow(run)
     assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
@@ -242,9 +245,10 @@ def test_trackers_of_the_users_get_all_figures_each_with_its_arguments(run: RunF
     assert follow(run, EPOCH, Ending(RESULT, {}, None), str(file), f"{file}(file='more.txt')") == []
     assert run.read_text("more.txt") == run.read_text("lines.txt")
     got = ast.literal_eval(run.read_text("lines.txt") or "")
-    assert got[:3] == [("step/train_loss", 4.0, 1), ("step/train_loss", 3.0, 2), ("step/train_accuracy", 0.75, 2)]
-    assert ("epoch/val_loss", 0.25, 1) in got
-    assert got[-4:] == ["final/test_loss", "final/test_accuracy", "final/examples_per_s", 32]
+    assert got[:3] == [("train/loss", 4.0, 1), ("train/loss", 3.0, 2), ("train/accuracy", 0.75, 2)]
+    assert ("val/loss", 0.25, 4) in got
+    assert ("epoch", 0.5, 2) in got
+    assert got[-3:] == ["test/loss", "test/accuracy", 32]
 
 
 def test_weights_and_biases_has_the_run_offline(
@@ -252,13 +256,27 @@ def test_weights_and_biases_has_the_run_offline(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "digits")
-    (tmp_path / "run").mkdir()
-    ending = Ending(RESULT, {"seconds": PICTURE}, None)
+    run.write_text("report.html", "the report")
     (tmp_path / "default").mkdir()  # of an earlier run in this process
-    for each in (folder_at(tmp_path / "default"), run):
-        assert follow(each, EPOCH, ending, EXAMPLES / "wandb_tracker.py") == []
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    content = file.read_bytes()
-    for text in (b"step/train_loss", b"epoch/val_accuracy", b"final/test_accuracy", b"pictures/seconds", b"batch_size"):
-        assert text in content
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/seconds*.png"))
+    for each, ending in (
+        (folder_at(tmp_path / "default"), INTERRUPTED),
+        (run, INTERRUPTED),
+        (run, Ending(RESULT, {}, None)),
+    ):
+        assert follow(each, EPOCH, ending, "wandb") == []
+    first, resumed = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert first.name == resumed.name  # the same run
+    for text in (b"train/loss", b"val/accuracy", b"test/accuracy", b"batch_size", b"report.html"):
+        assert text in resumed.read_bytes()
+
+
+def test_a_missing_package_of_a_tracker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "mnist_ray.trackers.wandb", raising=False)
+    with pytest.raises(UsageError, match=r"^--tracker wandb needs a package: pip install wandb$"):
+        user_code.find_with_arguments("wandb", Tracker)
+
+
+def test_tensorboard_by_name_is_the_one_that_follows_every_run(run: RunFolder, tmp_path: Path) -> None:
+    assert follow(run, EPOCH, INTERRUPTED, "tensorboard") == []
+    assert len([*(tmp_path / "run").glob("events*")]) == 1

@@ -1,21 +1,26 @@
-"""Profile 20 training steps of the first worker, after ten warm-up steps; write a trace for https://ui.perfetto.dev.
+"""Profiles 20 training steps of the first worker, after ten warm-up steps: ``--callback profiler``.
 
-python jobs/train.py --callback examples/profiler.py --num-workers 0    # without Ray, the table is on the console
+The table of operators is printed; without Ray (``--num-workers 0``), on the console. The trace is for
+https://ui.perfetto.dev.
 """
+
+from __future__ import annotations
 
 from pathlib import Path
 
 from torch.profiler import profile, schedule
 
+from mnist_ray.output import say
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.state import TrainingState
 
-TRACE = Path.home() / "trace.json.gz"
-
 
 class Profiler(Callback):
-    """Runs PyTorch's profiler on rank 0; prints the ten most expensive operators."""
+    """Runs PyTorch's profiler on rank 0; prints the ten most expensive operators, and writes a trace."""
+
+    def __init__(self, trace: str = "~/trace.json.gz") -> None:
+        self.trace = Path(trace).expanduser()
 
     def on_start(self, state: TrainingState, group: Group) -> None:
         """Start the profiler, which waits for its steps."""
@@ -32,5 +37,7 @@ class Profiler(Callback):
 
     def write(self, profiled: profile) -> None:
         """Print the table, and write the trace."""
-        profiled.export_chrome_trace(str(TRACE))
-        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=10), f"trace: {TRACE}", sep="\n")
+        profiled.export_chrome_trace(str(self.trace))
+        for line in profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=10).splitlines():
+            say(line)
+        say(f"trace: {self.trace}")
