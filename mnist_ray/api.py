@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from mnist_ray.job.find import Found
+    from mnist_ray.checkpoints.find import Found
     from mnist_ray.keywords import TrainKeywords, TuneKeywords
     from mnist_ray.predictions.predictor import Prediction, Predictor
     from mnist_ray.tools.compare import Comparison
@@ -304,8 +304,8 @@ def find(
     storage_path: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Found:
-    """Find a run's checkpoint and its workload like ``job.find.find``."""
-    from mnist_ray.job.find import find as find_checkpoint  # imports torch
+    """Find a run's checkpoint and its workload like ``checkpoints.find.find``."""
+    from mnist_ray.checkpoints.find import find as find_checkpoint  # imports torch
 
     if isinstance(run, Run):
         workload, run = workload or type(run.workload), run.checkpoint

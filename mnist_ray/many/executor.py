@@ -18,13 +18,13 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from mnist_ray import extras
+from mnist_ray.checkpoints.find import drop_all_but_best
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster.nodes import Waiting, temporary_folder
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
 from mnist_ray.config import SweepConfig
 from mnist_ray.data.data import Data
 from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.job.find import drop_all_but_best
 from mnist_ray.job.session import console_of
 from mnist_ray.many.member import MemberSpec, NotesConsole, train_in_tune, train_segment
 from mnist_ray.many.points import Point

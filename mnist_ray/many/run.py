@@ -8,10 +8,10 @@ import sys
 
 import ray
 
+from mnist_ray.checkpoints.find import best_of
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.cluster.remote_data import may_be_stored
 from mnist_ray.data.data import Data, Split
-from mnist_ray.job.find import best_of
 from mnist_ray.job.session import Clock, Session, console_of
 from mnist_ray.many import summary
 from mnist_ray.many.console import ManyConsole

@@ -29,6 +29,7 @@ from pyarrow import parquet as pq
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from mnist_ray import extras
+from mnist_ray.checkpoints.find import Found
 from mnist_ray.checkpoints.saved_model import weights_digest
 from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.connect import connect
@@ -36,7 +37,6 @@ from mnist_ray.cluster.devices import device_here, is_gpu_wanted
 from mnist_ray.cluster.plan import Cluster, cpus_for_each
 from mnist_ray.config import ScaleConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.job.find import Found
 from mnist_ray.predictions.inputs import Chunk, DamagedTableError, Inputs, find_inputs
 from mnist_ray.predictions.predictor import Predictor
 from mnist_ray.process import usable_cores

@@ -20,11 +20,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from mnist_ray import process
+from mnist_ray.checkpoints.find import Found
 from mnist_ray.data.batches import MicroBatch, to_device
 from mnist_ray.data.images import as_displayed, open_picture
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.find import Found
 from mnist_ray.settings import is_no_file
 from mnist_ray.training.step import forward
 from mnist_ray.workload import Classification, Regression

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from mnist_ray.checkpoints.find import checkpoints_of
 from mnist_ray.config import TrainConfig
-from mnist_ray.job.find import checkpoints_of
 from mnist_ray.report.run_files import (
     METRICS_FILE,
     STEPS_FILE,

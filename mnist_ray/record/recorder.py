@@ -13,13 +13,13 @@ from concurrent.futures import wait
 from datetime import datetime
 from typing import Any
 
+from mnist_ray.checkpoints.find import Fitted, read_initial
 from mnist_ray.checkpoints.saved_model import weights_digest
 from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.devices import check_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, with_place
-from mnist_ray.job.find import Fitted, read_initial
 from mnist_ray.job.session import Session
 from mnist_ray.output import finite
 from mnist_ray.provenance import origin
@@ -86,7 +86,7 @@ def write_settings(session: Session, plan: WorkerPlan, settings: Mapping[str, An
         check_nodes(run, plan)
     weights = b""
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
-        weights, fits = read_initial(job)
+        weights, fits = read_initial(job.workload, job.asked["init_from"], job.run.storage_path)
         session.console.say("init from", fits)
     run.write_text(CONFIG_FILE, json_lines(settings))  # from here on, the run can be resumed
     if job.initial is not None and weights:

@@ -9,9 +9,9 @@ from dataclasses import asdict
 import torch.distributed
 
 from mnist_ray.checkpoints.checkpoint import snapshot
+from mnist_ray.checkpoints.find import drop_worse
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.config import TrainConfig
-from mnist_ray.job.find import drop_worse
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.sharding import is_wanted

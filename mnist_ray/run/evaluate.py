@@ -14,6 +14,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from mnist_ray import extras
+from mnist_ray.checkpoints.find import Found
 from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.checkpoints.state_file import CheckpointMetrics, read_state
 from mnist_ray.cluster.connect import connect
@@ -26,7 +27,6 @@ from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import split_bounds
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
-from mnist_ray.job.find import Found
 from mnist_ray.process import in_thread, usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import build, flag
@@ -43,8 +43,8 @@ _TASK_PAYS_S = 2.0  # of work: a process of its own takes about as long to start
 _TOLD_EVERY_S = 1.0
 
 if TYPE_CHECKING:  # the process of an evaluation does not need these
+    from mnist_ray.checkpoints.find import Fitted
     from mnist_ray.cluster.plan import WorkerPlan
-    from mnist_ray.job.find import Fitted
     from mnist_ray.job.session import Session
     from mnist_ray.record.recorder import Recorder
 

@@ -17,13 +17,13 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
 from mnist_ray import extras
+from mnist_ray.checkpoints.find import Fitted, best_of, read_initial
 from mnist_ray.cluster.devices import check_nodes, usable
 from mnist_ray.cluster.nodes import Waiting, temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.job.find import Fitted, best_of, read_initial
 from mnist_ray.job.session import Session
 from mnist_ray.process import in_thread
 from mnist_ray.provenance import versions
@@ -231,7 +231,7 @@ def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
     job, console = session.job, session.console
     own_versions, batch_size = versions(), job.train.batch_size
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
-        console.say("init from", read_initial(job)[1])
+        console.say("init from", read_initial(job.workload, job.asked["init_from"], job.run.storage_path)[1])
     hosts = ["this process"] if session.is_here else check_nodes(job.run, plan, own_versions)
     slices = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
     where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])

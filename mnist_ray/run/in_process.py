@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from mnist_ray.checkpoints.find import Fitted, best_of
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
-from mnist_ray.job.find import Fitted, best_of
 from mnist_ray.job.session import Session
 from mnist_ray.parallel.group import Group
 from mnist_ray.process import usable_cores

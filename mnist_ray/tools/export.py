@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from mnist_ray.checkpoints.find import Found
 from mnist_ray.config import ExportConfig
 from mnist_ray.data.batches import ArrayBatches, ExampleBatches, batches_of
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.errors import JobError, UsageError, with_place
-from mnist_ray.job.find import Found
 from mnist_ray.output import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mnist_ray.checkpoints.find import Found
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.find import Found
 from mnist_ray.output import say
 from mnist_ray.predictions.predictor import BATCH_SIZE, PICTURES, Prediction, Predictor
 from mnist_ray.process import usable_cores

@@ -15,12 +15,12 @@ from torch import nn
 
 from mnist_ray.checkpoints import checkpoint, saved_model, state_file
 from mnist_ray.checkpoints.checkpoint import OtherModelError
+from mnist_ray.checkpoints.find import find
 from mnist_ray.checkpoints.state_file import DamagedCheckpointError
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.tensors import map_tensors
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
-from mnist_ray.job.find import find
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mnist_ray import train
 from mnist_ray.checkpoints import checkpoint
+from mnist_ray.checkpoints.find import read_initial
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.find import read_initial
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.parallel.group import Group
 from mnist_ray.settings import json_lines
@@ -148,7 +148,7 @@ def save_tied(weights: dict[str, Tensor], file: Path) -> None:
 def test_weights_may_come_from_a_file(name: str, write: Callable[..., None], tmp_path: Path) -> None:
     weights = {name: tensor.contiguous() for name, tensor in mnist().create_model().state_dict().items()}
     write(weights, tmp_path / name)
-    content, line = read_initial(job_from(tmp_path / name, tmp_path))
+    content, line = read_initial(mnist(), str(tmp_path / name), str(tmp_path))
     assert line == f"{tmp_path / name}: 10 of the model's 10 tensors"
     assert all(torch.equal(load(content)[name], tensor) for name, tensor in weights.items())
 
@@ -185,6 +185,6 @@ def test_weights_that_cannot_be_used_are_one_line(name: str, tmp_path: Path, rec
     write, message = RUBBISH[name]
     write(tmp_path / name)
     with pytest.raises(UsageError, match=f"{name}.* {message}") as raised:
-        read_initial(job_from(tmp_path / name, tmp_path))
+        read_initial(mnist(), str(tmp_path / name), str(tmp_path))
     assert "\n" not in str(raised.value)
     assert not [str(warning.message) for warning in recwarn if "pickle" in str(warning.message)]

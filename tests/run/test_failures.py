@@ -38,13 +38,13 @@ from torch.utils.data import Dataset
 
 from mnist_ray.checkpoints import checkpoint
 from mnist_ray.checkpoints.checkpoint import Restored, restore_newest
+from mnist_ray.checkpoints.find import best_of, drop_worse, find
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster import nodes as ray_nodes
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
-from mnist_ray.job.find import best_of, drop_worse, find
 from mnist_ray.job.session import ending_explained
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.shared_memory import Exchange

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mnist_ray.checkpoints.checkpoint import snapshot
+from mnist_ray.checkpoints.find import Found, find
 from mnist_ray.config import ExportConfig, TrainConfig
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import UsageError
 from mnist_ray.job.dry_run import try_batch
-from mnist_ray.job.find import Found, find
 from mnist_ray.job.job import read_job
 from mnist_ray.mnist.cnn import CNN
 from mnist_ray.parallel.group import Group

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mnist_ray.checkpoints.find import find
 from mnist_ray.checkpoints.state_file import digest_of
 from mnist_ray.config import PredictionConfig
 from mnist_ray.data import images
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.find import find
 from mnist_ray.predictions.predictor import Prediction, Predictor
 from mnist_ray.tools import predict
 from mnist_ray.workload import Classification, Regression

@@ -19,7 +19,6 @@ from mnist_ray.checkpoints.state_file import (
     workload_in,
 )
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.job import Job
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.settings import build, check_known, declared
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, in_one_line, position_of, with_retries
@@ -79,14 +78,14 @@ def find(
     return Found(checkpoint, workload, document.get("config", {}), metrics, tuple(notes))
 
 
-def read_initial(job: Job) -> tuple[bytes, str]:
+def read_initial(workload: Workload, init_from: str, storage_path: str) -> tuple[bytes, str]:
     """Return the weights of ``--init-from`` as the content of INITIAL_FILE, and a line about them for the user.
 
     Code of the run that they come from is not loaded. Raises UsageError and JobError.
     """
-    model = job.workload.create_model()
+    model = workload.create_model()
     with in_one_line("cannot read the weights of --init-from"):
-        place = find_run(job.asked["init_from"], job.run.storage_path)
+        place = find_run(init_from, storage_path)
         place = place if place.info().is_file else _checkpoint_of(place)
     weights = read_weights(place)
     lacking, own = load_fitting(model, weights), model.state_dict()
