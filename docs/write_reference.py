@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 import mnist_ray
 from mnist_ray import cli, config, errors, settings
-from mnist_ray.api import Run, SweptRun
+from mnist_ray.api import SweptRun
 from mnist_ray.predictions.predictor import Prediction, Predictor
+from mnist_ray.report.run_files import Run
 from mnist_ray.settings import Choice, Range, Setting, declared, flag, title_of
 from mnist_ray.tools.compare import Comparison, Verdict
 from mnist_ray.trackers import Ending, Tracker
@@ -186,7 +188,7 @@ def grouped(a_class: type) -> dict[str, list[str]]:
     types = {field.name: f"``{field.type}``" for field in fields_of(a_class)}
     for name in dict.fromkeys([*getattr(a_class, "__annotations__", ()), *vars(a_class)]):
         value = vars(a_class).get(name)
-        if isinstance(value, property):
+        if isinstance(value, (property, functools.cached_property)):
             kind, call, meaning = "Properties", "", inspect.getdoc(value) or ""
         elif inspect.isfunction(value):
             kind, call, meaning = "Methods", signature_of(inspect.unwrap(value)), inspect.getdoc(value) or ""

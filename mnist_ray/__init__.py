@@ -8,7 +8,8 @@ from mnist_ray.text import VERSION as __version__  # noqa: F401, N811
 __all__ = ["Run", "compare", "evaluate", "load_predictor", "load_run", "predict", "train", "tune"]
 
 if TYPE_CHECKING:
-    from mnist_ray.api import Run, compare, evaluate, load_predictor, load_run, predict, train, tune
+    from mnist_ray.api import compare, evaluate, load_predictor, load_run, predict, train, tune
+    from mnist_ray.report.run_files import Run
 
 
 def __getattr__(name: str) -> Any:

@@ -6,133 +6,39 @@ are raised as UsageError or JobError, with the message that a command would prin
 
 from __future__ import annotations
 
-import html
-import inspect
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from mnist_ray import layers, process
 from mnist_ray.cluster import environment
 from mnist_ray.config import (
     EvaluationConfig,
-    ExportConfig,
 )
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.many.jobs import read_sweep, read_train
 from mnist_ray.many.jobs import run as run_job
 from mnist_ray.many.points import options_text
-from mnist_ray.report.run_files import (
-    METRICS_FILE,
-    STEPS_FILE,
-    folder_of_result,
-    number_of,
-    read_numbers,
-    settings_of,
-    workload_of,
-)
+from mnist_ray.report.run_files import Run, folder_of_result, settings_of, workload_of
 from mnist_ray.runs import find_run
 from mnist_ray.settings import build, check_known, declared, values_of
-from mnist_ray.storage import BEST_FILE, REPORT_FILE, RESULT_FILE, RunFolder
+from mnist_ray.storage import BEST_FILE
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.loading import Reference
+from mnist_ray.workload.loading import reference_of
 from ray_fork.starting import prepared_forking
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
-
     from mnist_ray.checkpoints.find import Found
     from mnist_ray.keywords import TrainKeywords, TuneKeywords
     from mnist_ray.predictions.predictor import Prediction, Predictor
     from mnist_ray.tools.compare import Comparison
 
+R = TypeVar("R", bound=Run)
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
-_REPORT_HEIGHT = 600  # pixels, in a notebook
 
 
-@dataclass(frozen=True, repr=False)
-class Run:
-    """A trained and tested run. In a notebook, it shows its report."""
-
-    folder: RunFolder  # reads the files of the run
-    workload: Workload  # with the settings and the metadata of the run
-    result: dict[str, Any]  # the content of result.json
-
-    @property
-    def name(self) -> str:
-        """The run's name, by which other commands find the run."""
-        return self.folder.name
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Loss and metrics on the test set; NaN for a metric added to the workload since."""
-        return {metric.name: number_of(self.result.get(f"test_{metric.name}")) for metric in self.workload.all_metrics}
-
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv, one per epoch; NaN for missing values."""
-        return read_numbers(self.folder, METRICS_FILE, "epoch")
-
-    @property
-    def steps(self) -> list[dict[str, float]]:
-        """The rows of steps.csv: about one per half second of training, at most 10,000."""
-        return read_numbers(self.folder, STEPS_FILE, "step", "epoch")
-
-    @property
-    def predictions(self) -> dict[str, np.ndarray]:
-        """The columns of predictions.parquet, (N, ...) each; none if the workload has none."""
-        from mnist_ray.report.columns import read_columns  # imports pyarrow's Parquet, for 0.1 s
-
-        return read_columns(self.folder)
-
-    @property
-    def members(self) -> list[Run]:
-        """The runs of a job of several seeds or folds; none of a single run."""
-        paths = [Path(path) for path in self.result.get("members", ())]
-        folders = [self.folder.inside(str(path.parent)).inside(path.name) for path in paths]
-        return [Run(folder, self.workload, folder.read_json(RESULT_FILE) or {}) for folder in folders]
-
-    @property
-    def checkpoint(self) -> str:
-        """Path or URI of the tested checkpoint."""
-        return self.folder.inside(self.result["checkpoint"]).uri
-
-    @property
-    def report(self) -> str:
-        """Path or URI of the report."""
-        return self.folder.inside(REPORT_FILE).uri
-
-    def load_model(self) -> nn.Module:
-        """Return the trained model on the CPU, in evaluation mode. Raises JobError if the checkpoint is damaged."""
-        model: nn.Module = find(self).load_model()
-        return model
-
-    @process.left_as_found()
-    def export(self, output: str | Path) -> Path:
-        """Write the model as a program of ``torch.export`` to a ``.pt2`` file; return its path.
-
-        Raises UsageError, also if PyTorch cannot export the model, and JobError.
-        """
-        from mnist_ray.tools.export import export
-
-        return export(find(self), build(ExportConfig, {"output": output}))
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.workload.format(self.metrics)} on the test set"
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self}>"
-
-    def _repr_html_(self) -> str:
-        page = html.escape(self.folder.read_text(REPORT_FILE) or str(self))
-        return f'<iframe sandbox srcdoc="{page}" width="100%" height="{_REPORT_HEIGHT}" frameborder="0"></iframe>'
-
-
-@dataclass(frozen=True, repr=False)
 class SweptRun(Run):
     """A sweep, with the run of its best configuration as its result."""
 
@@ -148,7 +54,7 @@ def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unp
     instance of its ``Settings``; they may also be keywords, but type checkers do not know these. Raises UsageError,
     JobError, and, after Ctrl-C, KeyboardInterrupt.
     """
-    return _run(run_job(read_train(_given(workload, settings, keywords))).job)
+    return _run(run_job(read_train(_given(workload, settings, keywords))).job, Run)
 
 
 @process.left_as_found()
@@ -160,9 +66,10 @@ def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpa
     if isinstance(searched := keywords.get("sweep"), Mapping):
         keywords["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
     many = run_job(read_sweep(_given(workload, settings, keywords)))
-    run = _run(many.job)
+    run = _run(many.job, SweptRun)
     best = many.job.run.require_json(BEST_FILE)
-    return SweptRun(**vars(run), best={name: best[name] for name in many.space.spaces}, trials=many.table().rows)
+    run.best, run.trials = {name: best[name] for name in many.space.spaces}, many.table().rows
+    return run
 
 
 def _space_text(space: Any) -> str:
@@ -201,8 +108,8 @@ def compare(first: Run | str | Path, second: Run | str | Path, *, storage_path: 
     from mnist_ray.tools import compare as tool
 
     storage_path = layers.storage_path(storage_path)
-    folders = [run.folder if isinstance(run, Run) else find_run(str(run), storage_path) for run in (first, second)]
-    return tool.compare(*folders)
+    runs = [run if isinstance(run, Run) else Run(find_run(str(run), storage_path)) for run in (first, second)]
+    return tool.compare(*runs)
 
 
 def predict(
@@ -266,23 +173,19 @@ def load_run(
     storage_path = layers.storage_path(storage_path)
     folder = find_run(None if run is None else str(run), storage_path)
     result, reference = folder_of_result(folder), None if workload is None else reference_of(workload)
-    return _finished(folder, workload_of(result, reference, storage_path, folder))
+    found = Run(folder, workload_of(result, reference, storage_path, folder))
+    found.check_tested()
+    return found
 
 
-def _run(job: Job) -> Run:
+def _run(job: Job, run_class: type[R]) -> R:
     if job.output.dry_run:
         raise JobError(
             f"the dry run of {job.run.name} is done; dry_run=True trains nothing, so there is no run to return"
         )
     workload_class = type(job.workload)
     settings: Any = build(workload_class.Settings, settings_of(folder_of_result(job.run)))  # of a sweep, the best ones
-    return _finished(job.run, workload_class(settings, job.workload.metadata))
-
-
-def _finished(folder: RunFolder, workload: Workload) -> Run:
-    if (result := folder.read_json(RESULT_FILE)) is None:
-        raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
-    return Run(folder, workload, result)
+    return run_class(job.run, workload_class(settings, job.workload.metadata))
 
 
 def _given(workload: AnyWorkload, settings: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,38 +211,9 @@ def find(
     from mnist_ray.checkpoints.find import find as find_checkpoint  # imports torch
 
     if isinstance(run, Run):
-        workload, run = workload or type(run.workload), run.checkpoint
+        return run.found(changes) if workload is None else find(run.checkpoint, workload, storage_path, changes)
     if not isinstance(run, str | Path | None):
         raise UsageError(f"a run must be given by its name, its path or a Run, not as {run!r}")
     storage_path = layers.storage_path(storage_path)
     reference = None if workload is None else reference_of(workload)
     return find_checkpoint(None if run is None else str(run), storage_path, reference, changes)
-
-
-def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
-    """Return a reference by which other processes can load a workload's class: its file or module, and its name.
-
-    Raises UsageError for anything else, and for a class that only this process has. If ``is_here``, no
-    other process needs the class, and the class itself is returned.
-    """
-    if isinstance(workload, (str, Path)):
-        return str(workload)
-    if not (isinstance(workload, type) and issubclass(workload, Workload)):
-        raise UsageError(f"--workload must be a class derived from Workload, a file or a module, not {workload!r}")
-    if "source" in vars(workload):
-        return workload.source.reference if workload.source.path else workload
-    module, name = sys.modules[workload.__module__], workload.__module__
-    file = getattr(module, "__file__", None)
-    # From a notebook's cell, from code piped into Python, or from a function.
-    if file is None or not Path(file).is_file() or "<locals>" in workload.__qualname__:
-        if is_here:
-            return workload
-        raise UsageError(
-            f"{workload.__name__} is in a notebook's cell or a function, where other processes cannot find it: write "
-            f"it to a file (%%writefile {workload.__name__.lower()}.py) and give the file's name, or use num_workers=0"
-        )
-    if name == "__main__" and (spec := getattr(module, "__spec__", None)) is not None:  # of python -m
-        name = spec.name
-    if "." in name:
-        return f"{name}:{workload.__qualname__}"
-    return f"{Path(inspect.getfile(workload)).resolve()}:{workload.__qualname__}"

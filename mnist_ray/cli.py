@@ -148,7 +148,9 @@ def export() -> None:
     """Write a trained model as a program of torch.export."""
     flags = _flags_of_run(export, config.ExportConfig)
     found = api.find(flags["run"], flags.get("workload"), flags["storage_path"], changes=flags)
-    _tool("export")(found, build(config.ExportConfig, flags))
+    from mnist_ray.checkpoints import export as tool  # imports torch
+
+    tool.export(found, build(config.ExportConfig, flags))
 
 
 def new() -> None:

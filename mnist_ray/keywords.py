@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
-    from mnist_ray.api import Run
     from mnist_ray.config import Precision
+    from mnist_ray.report.run_files import Run
 
 UserCode: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, Mapping[str, Any]] | None"
 """Files or modules with classes; as a mapping, with the keyword arguments that an object is created with."""

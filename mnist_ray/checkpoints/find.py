@@ -63,7 +63,7 @@ def find(
     """
     run, notes = find_run(place, storage_path), list[str]()
     with in_one_line(f"cannot read {run.uri}"):
-        checkpoint = _checkpoint_of(run)
+        checkpoint = checkpoint_of(run)
     document = read_state(checkpoint)
     saved = workload_in(checkpoint, document)
     source = f"the checkpoint of {saved['reference']}"
@@ -86,7 +86,7 @@ def read_initial(workload: Workload, init_from: str, storage_path: str) -> tuple
     model = workload.create_model()
     with in_one_line("cannot read the weights of --init-from"):
         place = find_run(init_from, storage_path)
-        place = place if place.info().is_file else _checkpoint_of(place)
+        place = place if place.info().is_file else checkpoint_of(place)
     weights = read_weights(place)
     lacking, own = load_fitting(model, weights), model.state_dict()
     if len(lacking) == len(own):
@@ -97,7 +97,7 @@ def read_initial(workload: Workload, init_from: str, storage_path: str) -> tuple
     return save(weights), f"{fits}; not {shorten(others, 200)}" if others else fits
 
 
-def _checkpoint_of(run: RunFolder) -> RunFolder:
+def checkpoint_of(run: RunFolder) -> RunFolder:
     """Return ``run`` if it is a checkpoint; else its result's checkpoint, else the best validated, else the last."""
     if run.exists(STATE_FILE):
         return run

@@ -20,9 +20,8 @@ from mnist_ray.data.data import Split
 from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.output import say
 from mnist_ray.report import trials
-from mnist_ray.report.columns import read_columns
 from mnist_ray.report.plots import Curve, bands_of, curves_of, smoothed, stacked_bars
-from mnist_ray.report.run_files import ENDED, MemberRecord, RunRecord, number_of, settings_of, workload_of
+from mnist_ray.report.run_files import ENDED, Run, number_of, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, RunFolder
 from mnist_ray.text import count, in_words, redact
@@ -73,8 +72,8 @@ def write(
     ``test`` has the examples that were predicted; without it, none are shown. If an image cannot be drawn, ``warn``
     gets a note.
     """
-    record = RunRecord.read(run, workload)
-    result, columns = record.result, read_columns(run)
+    record = Run(run, workload)
+    result, columns = record.result, record.predictions
     num_predicted = len(next(iter(columns.values()), ()))
     notes = list[str]()
     drawn = functools.partial(_drawn, workload, notes)
@@ -83,7 +82,7 @@ def write(
         test = None
     pictures = drawn("plot of the trials", lambda: trials.pictures(record))
     for metric in workload.all_metrics:
-        curves = _bands if record.members else _curves
+        curves = _bands if record.table else _curves
         pictures += drawn(f"curve of {metric.name}", functools.partial(curves, record, metric))
     if result:
         of_test = functools.partial(workload.pictures, result)
@@ -95,13 +94,13 @@ def write(
     pictures += drawn("plot of the time", lambda: _time_spent(record))
     pngs = {re.sub(r"[^\w.@-]", "_", picture.name): picture.png for picture in pictures}  # a "/" would name a folder
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
-    members = drawn("table of the runs", lambda: _members(record)) if record.members else []
+    members = drawn("table of the runs", lambda: _members(record)) if record.table else []
     tables = [*members, *_epochs(record), *_settings(record), *seconds]
     page = page_of(
         title=run.name,
         status=_status(record, resume_with),
         headlines=_headlines(record),
-        notes=[*(result or {}).get("notes", []), *notes],
+        notes=[*result.get("notes", []), *notes],
         pictures=pictures,
         tables=tables,
     )
@@ -123,22 +122,22 @@ def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], I
     return parts
 
 
-def _status(record: RunRecord, resume_with: str) -> str:
+def _status(record: Run, resume_with: str) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
     done = max(record.column("epoch"), default=0)
     epochs, nouns = f"{done:.0f} of {record.config.get('num_epochs', '?')} epochs", record.workload.nouns
-    if record.members:
-        ended = sum(member.row["state"] in ENDED for member in record.members)
-        epochs = f"{ended} of {count(len(record.members), 'run')}"
+    if record.table:
+        ended = sum(row["state"] in ENDED for row in record.table)
+        epochs = f"{ended} of {count(len(record.table), 'run')}"
     known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
-    if record.result is None:
+    if not record.result:
         return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}\n{about}"
     tested = formatted(number_of(record.result.get("num_test_examples")), ",.0f")
     return f"finished: {epochs}, tested on {tested} {nouns}\n{about}"
 
 
-def _headlines(record: RunRecord) -> dict[str, str]:
+def _headlines(record: Run) -> dict[str, str]:
     """Return the most important values of a run, formatted."""
     workload, result, lines = record.workload, record.result, dict[str, str]()
     if result:
@@ -156,7 +155,7 @@ def _headlines(record: RunRecord) -> dict[str, str]:
     return lines
 
 
-def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
+def _curves(record: Run, metric: Metric) -> list[Picture]:
     steps = [row["step"] for row in record.steps]
     if not steps:
         return []
@@ -174,7 +173,7 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     return [Picture(metric.name, metric.name, f"{metric.name} over {total:,.0f} steps. {last}", png)]
 
 
-def _over_steps(record: RunRecord, figure: Figure) -> list[Picture]:
+def _over_steps(record: Run, figure: Figure) -> list[Picture]:
     values = [row.get(figure.name, math.nan) for row in record.steps]
     if all(map(math.isnan, values)):  # no such figure in this run
         return []
@@ -184,7 +183,7 @@ def _over_steps(record: RunRecord, figure: Figure) -> list[Picture]:
     return [Picture(figure.name, title, f"{title} over the steps. It ends at {end}", png)]
 
 
-def _time_spent(record: RunRecord) -> list[Picture]:
+def _time_spent(record: Run) -> list[Picture]:
     """Draw the mean seconds of a worker by part, in a bar per epoch or, if these are too many, per some epochs."""
     last = math.ceil(max((row["epoch"] for row in record.steps), default=1))
     width = math.ceil(last / _MAX_BARS)  # epochs
@@ -204,22 +203,23 @@ def _time_spent(record: RunRecord) -> list[Picture]:
     return [Picture("time", "Where the time went", f"Mean seconds of a worker: {shares}", png)]
 
 
-def _members(record: RunRecord) -> list[Table]:
+def _members(record: Run) -> list[Table]:
     """Return the rows of members.csv, best first, with the tests of those that are tested."""
     monitor = record.workload.monitor
     shown = {figure.name: figure for figure in record.workload.all_figures if figure.at != ("step",)}
     tests = [Metric(f"test_{metric.name}", metric.mode, metric.is_fraction) for metric in record.workload.all_metrics]
-    tests = [test for test in tests if any(test.name in member.result for member in record.members)]
-    kept = str((record.result or {}).get("checkpoint")).split("/")[1:2]
+    members = [record.member(row) for row in record.table]
+    tests = [test for test in tests if any(test.name in member.result for member in members)]
+    kept = str(record.result.get("checkpoint")).split("/")[1:2]
 
     def cell(name: str, text: str) -> str:
         return formatted(float(text or math.nan), shown[name].form) if name in shown else _shortened(text)
 
-    def rank(member: MemberRecord) -> tuple[bool, float]:
+    def rank(member: Run) -> tuple[bool, float]:
         value = float(member.row.get(f"val_{monitor.name}") or math.nan)
         return math.isnan(value), -value if monitor.mode == "max" else value
 
-    members = sorted(record.members, key=rank)
+    members.sort(key=rank)
     known = [name for name in members[0].row if any(member.row[name] for member in members)]
     columns = [name for name in known if name not in ("run", "reports")]
     rows = []
@@ -245,37 +245,37 @@ def _seconds(result: Mapping[str, Any]) -> list[Table]:
     return [Table(title, (), rows, is_wide=False)]
 
 
-def _bands(record: RunRecord, metric: Metric) -> list[Picture]:
-    epochs = sorted({row["epoch"] for member in record.tested for row in member.epochs})
+def _bands(record: Run, metric: Metric) -> list[Picture]:
+    epochs = sorted({row["epoch"] for member in record.members for row in member.history})
 
     def values(column: str) -> np.ndarray:
-        runs = [{row["epoch"]: row.get(column, math.nan) for row in member.epochs} for member in record.tested]
+        runs = [{row["epoch"]: row.get(column, math.nan) for row in member.history} for member in record.members]
         return np.array([[run.get(epoch, math.nan) for epoch in epochs] for run in runs])
 
     columns = {"training": values(f"train_{metric.name}"), "validation": values(f"val_{metric.name}")}
     known = {label: of_runs for label, of_runs in columns.items() if not np.isnan(of_runs).all()}
     if not known:
         return []
-    alt = f"{metric.name} of {count(len(record.tested), 'run')} over {len(epochs)} epochs"
-    caption = "Lines: means of the runs. Bands: from the lowest to the highest." if len(record.tested) > 1 else ""
+    alt = f"{metric.name} of {count(len(record.members), 'run')} over {len(epochs)} epochs"
+    caption = "Lines: means of the runs. Bands: from the lowest to the highest." if len(record.members) > 1 else ""
     return [Picture(metric.name, metric.name, alt, bands_of(metric, epochs, known), caption)]
 
 
-def _epochs(record: RunRecord) -> list[Table]:
-    if not record.epochs:
+def _epochs(record: Run) -> list[Table]:
+    if not record.history:
         return []
     every = (*record.workload.all_figures, *record.logged)
     shown = [figure for figure in every if figure.label and {"epoch", "validation"} & {*figure.at}]
-    known = [name for row in record.epochs for name, value in row.items() if not math.isnan(value)]
+    known = [name for row in record.history for name, value in row.items() if not math.isnan(value)]
     shown = [figure for figure in shown if figure.over == "last" or figure.name in known]  # speed and time always
     rows = [
         (f"{row['epoch']:.0f}", *(formatted(row.get(figure.name, math.nan), figure.form) for figure in shown))
-        for row in record.epochs
+        for row in record.history
     ]
     return [Table("Epochs", ["epoch", *(figure.label for figure in shown)], rows)]
 
 
-def _settings(record: RunRecord) -> list[Table]:
+def _settings(record: Run) -> list[Table]:
     """Return the settings, those that differ from the workload's defaults first, and the origin."""
     defaults = {**values_of(WorkerConfig()), **record.workload.defaults}
     defaults = json.loads(json.dumps(defaults))  # tuples are lists in config.json

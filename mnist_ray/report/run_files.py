@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
 import posixpath
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mnist_ray import settings
+from mnist_ray import process, settings
+from mnist_ray.config import ExportConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.runs import untrusted_folders
 from mnist_ray.storage import (
@@ -19,6 +22,7 @@ from mnist_ray.storage import (
     MEMBERS_FILE,
     MEMBERS_FOLDER,
     ORIGIN_FILE,
+    REPORT_FILE,
     RESULT_FILE,
     RunFolder,
 )
@@ -27,9 +31,16 @@ from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import Figure, logged_figures
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from mnist_ray.checkpoints.find import Found
+
 METRICS_FILE, STEPS_FILE = "metrics.csv", "steps.csv"
 FORMAT_VERSION = 2  # of the files
 DONE, STOPPED, FAILED, LOST, RUNNING, WAITING = "done", "stopped early", "failed", "lost", "running", "waiting"
+_REPORT_HEIGHT = 600  # pixels, in a notebook
 ENDED = (DONE, STOPPED, FAILED)  # a resumed job does not repeat these members; it resumes others from checkpoints
 
 
@@ -98,43 +109,123 @@ def folder_of_result(run: RunFolder) -> RunFolder:
     return run.inside(checkpoint) if checkpoint else run
 
 
-@dataclass(frozen=True)
-class MemberRecord:
-    """What a report shows of one of many runs."""
+class Run:
+    """A run, as its files describe it. Each is read when it is first asked for. In a notebook, it shows its report.
 
-    row: dict[str, str]  # of members.csv
-    epochs: list[dict[str, float]]  # rows of metrics.csv; NaN for missing values
-    result: dict[str, Any]  # empty until the run is tested
+    What is read raises JobError if a file is damaged.
+    """
 
-    @classmethod
-    def read_all(cls, run: RunFolder) -> list[MemberRecord]:
-        """Read the members of a job of many runs, in its order; none for a single run. Raises JobError."""
-        found = []
-        for row in read_members(run):
-            member = run.inside(MEMBERS_FOLDER).inside(row["run"])
-            epochs = read_numbers(member, METRICS_FILE, "epoch")
-            found.append(cls(row, epochs, member.read_json(RESULT_FILE) or {}))
-        return found
+    folder: RunFolder  # reads and writes the files of the run
+    row: Mapping[str, str] = {}  # of members.csv, if the run is one of many
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """The content of a run's files."""
-
-    run: RunFolder
-    workload: Workload
-    config: dict[str, Any]
-    origin: dict[str, Any]  # versions, command line, commit
-    epochs: list[dict[str, float]]  # rows of metrics.csv; NaN for missing values
-    steps: list[dict[str, float]]  # rows of steps.csv
-    result: dict[str, Any] | None  # None until the run is tested
-    members: list[MemberRecord]  # of a job of many runs
+    def __init__(self, folder: RunFolder, workload: Workload | None = None) -> None:
+        self.folder, self._workload = folder, workload
 
     @property
-    def tested(self) -> list[MemberRecord]:
-        """The members of the result; all members if there is none yet."""
-        names = [posixpath.basename(path) for path in (self.result or {}).get("members", ())]
-        return [member for member in self.members if not names or member.row["run"] in names]
+    def name(self) -> str:
+        """The run's name, by which other commands find the run."""
+        return self.folder.name
+
+    @property
+    def workload(self) -> Workload:
+        """The workload, with the settings and the metadata of the run."""
+        if self._workload is None:
+            self._workload = workload_of(self.folder, None, self.folder.storage_path)
+        return self._workload
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json: all settings."""
+        return settings_of(self.folder)
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """The content of origin.json: versions, command line, commit."""
+        return self.folder.read_json(ORIGIN_FILE) or {}
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """The content of result.json; empty until the run is tested."""
+        return self.folder.read_json(RESULT_FILE) or {}
+
+    def check_tested(self) -> None:
+        """Raise UsageError unless the run is trained and tested."""
+        if not self.config or not self.result:
+            raise UsageError(f"run {self.folder.uri} is not finished: it has no {RESULT_FILE} yet")
+
+    @cached_property
+    def history(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, one per epoch; NaN for missing values."""
+        return read_numbers(self.folder, METRICS_FILE, "epoch")
+
+    @cached_property
+    def steps(self) -> list[dict[str, float]]:
+        """The rows of steps.csv: about one per half second of training, at most 10,000."""
+        return read_numbers(self.folder, STEPS_FILE, "step", "epoch")
+
+    @cached_property
+    def predictions(self) -> dict[str, np.ndarray]:
+        """The columns of predictions.parquet, (N, ...) each; none if the workload has none."""
+        from mnist_ray.report.columns import read_columns  # imports pyarrow's Parquet, for 0.1 s
+
+        return read_columns(self.folder)
+
+    @cached_property
+    def table(self) -> list[dict[str, str]]:
+        """The rows of members.csv: all runs of a job of many; none of a single run."""
+        return read_members(self.folder)
+
+    def member(self, row: Mapping[str, str]) -> Run:
+        """Return the run of a row of the table."""
+        member = Run(self.folder.inside(MEMBERS_FOLDER).inside(row["run"]), self._workload)
+        member.row = row
+        return member
+
+    @property
+    def members(self) -> list[Run]:
+        """The runs of the result, of a job of several seeds or folds or a sweep; all of them until there is one."""
+        rows = {row["run"]: row for row in self.table}
+        names = [posixpath.basename(path) for path in self.result.get("members", ())]
+        return [self.member(rows[name]) for name in names or rows if name in rows]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Loss and metrics on the test set; NaN for a metric added to the workload since."""
+        return {metric.name: number_of(self.result.get(f"test_{metric.name}")) for metric in self.workload.all_metrics}
+
+    @property
+    def checkpoint(self) -> str:
+        """Path or URI of the tested checkpoint; until there is one, of the best by validation."""
+        from mnist_ray.checkpoints.find import checkpoint_of
+
+        return checkpoint_of(self.folder).uri
+
+    @property
+    def report(self) -> str:
+        """Path or URI of the report."""
+        return self.folder.inside(REPORT_FILE).uri
+
+    def load_model(self) -> nn.Module:
+        """Return the trained model on the CPU, in evaluation mode. Raises JobError if the checkpoint is damaged."""
+        model: nn.Module = self.found().load_model()
+        return model
+
+    @process.left_as_found()
+    def export(self, output: str | Path) -> Path:
+        """Write the model as a program of ``torch.export`` to a ``.pt2`` file; return its path.
+
+        Raises UsageError, also if PyTorch cannot export the model, and JobError.
+        """
+        from mnist_ray.checkpoints.export import export
+
+        return export(self.found(), settings.build(ExportConfig, {"output": output}))
+
+    def found(self, changes: Mapping[str, Any] | None = None) -> Found:
+        """Return the checkpoint with its workload; ``changes`` are of its settings."""
+        from mnist_ray.checkpoints.find import find
+
+        reference = loading.reference_of(type(self.workload))
+        return find(self.checkpoint, self.folder.storage_path, reference, changes)
 
     @property
     def logged(self) -> list[Figure]:
@@ -142,23 +233,9 @@ class RunRecord:
         known = (*self.workload.all_figures, *TIMES)
         return logged_figures((name for row in self.steps[-1:] for name in row), known)
 
-    @classmethod
-    def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
-        """Read a run's files. Raises UsageError if there are no settings, and JobError if a file is damaged."""
-        return cls(
-            run=run,
-            workload=workload,
-            config=settings_of(run),
-            origin=run.read_json(ORIGIN_FILE) or {},
-            epochs=read_numbers(run, METRICS_FILE, "epoch"),
-            steps=read_numbers(run, STEPS_FILE, "step", "epoch"),
-            result=run.read_json(RESULT_FILE),
-            members=MemberRecord.read_all(run),
-        )
-
     def column(self, name: str) -> list[float]:
         """Return a column of metrics.csv; all NaN if there is no such column."""
-        return [row.get(name, math.nan) for row in self.epochs]
+        return [row.get(name, math.nan) for row in self.history]
 
     @property
     def steps_per_epoch(self) -> float:
@@ -174,6 +251,16 @@ class RunRecord:
         monitor = self.workload.monitor
         known = [value for value in self.column(f"val_{monitor.name}") if not math.isnan(value)]
         return (max if monitor.mode == "max" else min)(known, default=math.nan)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.workload.format(self.metrics)} on the test set"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.folder.read_text(REPORT_FILE) or str(self))
+        return f'<iframe sandbox srcdoc="{page}" width="100%" height="{_REPORT_HEIGHT}" frameborder="0"></iframe>'
 
 
 def settings_of(run: RunFolder) -> dict[str, Any]:

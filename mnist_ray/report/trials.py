@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mnist_ray.report.plots import label_log_axis, on_axis, scale_axis
-from mnist_ray.report.run_files import DONE, STOPPED, WAITING, RunRecord
+from mnist_ray.report.run_files import DONE, STOPPED, WAITING, Run
 from mnist_ray.text import count, in_words
 from mnist_ray.workload.base import Picture
 from mnist_ray.workload.drawing import plain, png_of
@@ -23,7 +23,7 @@ _TITLE_WIDTH = 80  # characters
 Row = Mapping[str, str]  # of members.csv
 
 
-def pictures(record: RunRecord) -> list[Picture]:
+def pictures(record: Run) -> list[Picture]:
     """Return the plots of a sweep's trials; none if the run is not a sweep, or before the first validation.
 
     Trials that were stopped early are grey or hollow, those of the best configuration are black or ringed, and failed
@@ -31,11 +31,11 @@ def pictures(record: RunRecord) -> list[Picture]:
     """
     spaces = dict(text.split("=", 1) for text in record.config.get("sweep") or ())
     column = f"val_{record.workload.monitor.name}"
-    rows = [member.row for member in record.members if member.row["state"] in (DONE, STOPPED, WAITING)]
+    rows = [row for row in record.table if row["state"] in (DONE, STOPPED, WAITING)]
     rows = [row for row in rows if not math.isnan(float(row.get(column) or math.nan))]
     if not spaces or not rows:
         return []
-    tested = {tuple(member.row[name] for name in spaces) for member in record.tested if member.result}
+    tested = {tuple(member.row[name] for name in spaces) for member in record.members if member.result}
     best = [row for row in rows if tuple(row[name] for name in spaces) in tested and row["state"] == DONE]
     varied = [name for name in spaces if len({row[name] for row in rows}) > 1] or [*spaces]
     figure = Figure(figsize=(_WIDTH, 5 + 4 * len(varied)), dpi=150, layout="constrained")

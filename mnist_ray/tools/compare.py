@@ -10,12 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mnist_ray.errors import UsageError
 from mnist_ray.output import finite
-from mnist_ray.report.columns import read_columns
 from mnist_ray.report.intervals import mcnemar, mean_interval, seeds_interval
-from mnist_ray.report.run_files import number_of, settings_of
-from mnist_ray.storage import ORIGIN_FILE, RESULT_FILE, RunFolder
+from mnist_ray.report.run_files import Run, number_of
 from mnist_ray.text import count, in_words, redact
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.workload.figures import RATE, formatted
@@ -27,22 +24,21 @@ _MAX_P = 0.05
 class Member:
     """A trained and tested model: a run, or one of a run's seeds and folds."""
 
-    name: str  # of its folder within the run, with its seed and fold; "" if it is the run
+    name: str  # with its seed and fold, if it is one of several; else ""
     config: Mapping[str, Any]
     origin: Mapping[str, Any]
     result: Mapping[str, Any]
     columns: Mapping[str, np.ndarray]  # those of predictions.parquet that hold numbers, (N,) each, by rising index
 
     @classmethod
-    def read(cls, name: str, folder: RunFolder) -> Member:
+    def of(cls, run: Run) -> Member:
         """Read a run's files. Raises UsageError if it is no run, or unfinished, and JobError."""
-        config, result, columns = settings_of(folder), folder.read_json(RESULT_FILE), read_columns(folder)
-        if result is None:
-            raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
-        numbers = {name: values for name, values in columns.items() if values.ndim == 1 and values.dtype.kind in "biuf"}
+        run.check_tested()
+        columns = run.predictions.items()
+        numbers = {name: values for name, values in columns if values.ndim == 1 and values.dtype.kind in "biuf"}
         order = np.argsort(numbers.get("index", np.arange(0)))
         by_index = {name: values[order] for name, values in numbers.items()}
-        return cls(name, config, folder.read_json(ORIGIN_FILE) or {}, result, by_index)
+        return cls(run.name if run.row else "", run.config, run.origin, run.result, by_index)
 
     @property
     def is_fold(self) -> bool:
@@ -95,7 +91,7 @@ class Verdict:
 class Comparison:
     """Two runs, A and B, side by side. ``print`` shows it as the command does."""
 
-    runs: tuple[RunFolder, RunFolder]
+    runs: tuple[Run, Run]
     members: tuple[Sequence[Member], Sequence[Member]]  # the runs themselves, or their seeds and folds
     differences: dict[str, str]  # of settings, data, code and versions, in words
     verdict: Verdict  # on B
@@ -122,18 +118,17 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return all as values that JSON can hold: of each figure, the values of all members."""
         runs = {
-            letter: {"run": run.uri, **{name: _values(members, name) for name in self.forms}}
+            letter: {"run": run.folder.uri, **{name: _values(members, name) for name in self.forms}}
             for letter, run, members in zip("AB", self.runs, self.members, strict=True)
         }
         return finite({"runs": runs, "differences": self.differences, "verdict": dataclasses.asdict(self.verdict)})
 
 
-def compare(first: RunFolder, second: RunFolder) -> Comparison:
-    """Read two runs, and compare the second with the first. Raises UsageError and JobError."""
-    members = []
+def compare(first: Run, second: Run) -> Comparison:
+    """Compare the second run with the first. Raises UsageError and JobError."""
     for run in (first, second):
-        names = (run.read_json(RESULT_FILE) or {}).get("members") or [""]
-        members.append([Member.read(name, run.inside(name) if name else run) for name in names])
+        run.check_tested()
+    members = [[Member.of(member) for member in run.members or [run]] for run in (first, second)]
     return Comparison((first, second), (members[0], members[1]), _differences(*members), _judge(*members))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,11 +18,10 @@ from mnist_ray.job.job import resume_command
 from mnist_ray.job.lease import owner_of
 from mnist_ray.output import finite, say
 from mnist_ray.report.console import LOG_WIDTH
-from mnist_ray.report.run_files import METRICS_FILE, number_of, read_csv, read_members
+from mnist_ray.report.run_files import Run, number_of
 from mnist_ray.runs import is_sweep
 from mnist_ray.storage import (
     CONFIG_FILE,
-    RESULT_FILE,
     RunFolder,
     in_one_line,
     locate,
@@ -93,13 +92,13 @@ def _listed(folder: RunFolder, age_s: float) -> ListedRun:
     kind = "train"
     try:
         with in_one_line(f"cannot read {folder.uri}"):
-            config = folder.require_json(CONFIG_FILE)
-            kind = "tune" if is_sweep(config) else kind
-            result, progress = folder.read_json(RESULT_FILE), _progress(folder, config)
+            run = Run(folder)
+            kind = "tune" if is_sweep(run.config) else kind
+            result, progress = run.result, _progress(run)
             owner = None if result else owner_of(folder)
-        values, forms, prefix = result or {}, (result or {}).get("formats", {}), "test_"
-        if result is None and (rows := [row for row in read_csv(folder, METRICS_FILE) if row.get("val_loss")]):
-            values, prefix = {name: float(text) for name, text in rows[-1].items() if text}, "val_"
+        values, forms, prefix = result, result.get("formats", {}), "test_"
+        if not result and (rows := [row for row in run.history if not math.isnan(row.get("val_loss", math.nan))]):
+            values, prefix = rows[-1], "val_"
         numbers = {name: number_of(values[name]) for name in values if name.startswith(prefix)}
         metrics = {name: value for name, value in numbers.items() if value == value and name != "val_s"}
     except (JobError, ValueError) as error:
@@ -110,8 +109,8 @@ def _listed(folder: RunFolder, age_s: float) -> ListedRun:
     return ListedRun(folder.name, kind, state, progress, metrics, age_s, resume_with, forms)
 
 
-def _progress(folder: RunFolder, config: Mapping[str, Any]) -> str:
+def _progress(run: Run) -> str:
     """Return the epochs that a run has trained, or the members of a job of many runs."""
-    if members := read_members(folder):
-        return count(len(members), "run")
-    return f"epoch {len(read_csv(folder, METRICS_FILE))}/{config.get('num_epochs', '?')}"
+    if run.table:
+        return count(len(run.table), "run")
+    return f"epoch {len(run.history)}/{run.config.get('num_epochs', '?')}"

@@ -16,10 +16,10 @@ import mlflow
 import torch
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
+from mnist_ray.checkpoints.export import inputs_of, test_batches
 from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.storage import ORIGIN_FILE, REPORT_FILE, RunFolder
 from mnist_ray.text import masked
-from mnist_ray.tools.export import inputs_of, test_batches
 from mnist_ray.trackers import Ending, Tracker
 from mnist_ray.training.events import Event, Started
 from mnist_ray.workload.base import Workload

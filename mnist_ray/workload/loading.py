@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -107,3 +108,32 @@ def _check_settings(settings: type) -> None:
         if field.name in taken:
             raise UsageError(f"{flag(field.name)} is already a flag; give it another name")
     json.dumps(values_of(build(settings, {field.name: field.default for field in dataclasses.fields(settings)})))
+
+
+def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
+    """Return a reference by which other processes can load a workload's class: its file or module, and its name.
+
+    Raises UsageError for anything else, and for a class that only this process has. If ``is_here``, no
+    other process needs the class, and the class itself is returned.
+    """
+    if isinstance(workload, (str, Path)):
+        return str(workload)
+    if not (isinstance(workload, type) and issubclass(workload, Workload)):
+        raise UsageError(f"--workload must be a class derived from Workload, a file or a module, not {workload!r}")
+    if "source" in vars(workload):
+        return workload.source.reference if workload.source.path else workload
+    module, name = sys.modules[workload.__module__], workload.__module__
+    file = getattr(module, "__file__", None)
+    # From a notebook's cell, from code piped into Python, or from a function.
+    if file is None or not Path(file).is_file() or "<locals>" in workload.__qualname__:
+        if is_here:
+            return workload
+        raise UsageError(
+            f"{workload.__name__} is in a notebook's cell or a function, where other processes cannot find it: write "
+            f"it to a file (%%writefile {workload.__name__.lower()}.py) and give the file's name, or use num_workers=0"
+        )
+    if name == "__main__" and (spec := getattr(module, "__spec__", None)) is not None:  # of python -m
+        name = spec.name
+    if "." in name:
+        return f"{name}:{workload.__qualname__}"
+    return f"{Path(inspect.getfile(workload)).resolve()}:{workload.__qualname__}"

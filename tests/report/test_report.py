@@ -1,5 +1,4 @@
 import base64
-import dataclasses
 import html
 import io
 import json
@@ -24,7 +23,7 @@ from mnist_ray.record.history import History
 from mnist_ray.report import page
 from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.plots import Curve, scale_axis, smoothed
-from mnist_ray.report.run_files import DONE, RunRecord, read_csv, workload_of
+from mnist_ray.report.run_files import DONE, Run, read_csv, workload_of
 from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Progress, Validated
@@ -224,9 +223,9 @@ def test_each_point_of_a_curve_stands_for_enough_steps(
 def test_steps_per_epoch_are_those_of_a_whole_one(
     steps: list[tuple[int, float]], expected: float, tested_run: RunFolder
 ) -> None:
-    record = RunRecord.read(tested_run, mnist())
-    rows = [{"step": float(step), "epoch": epoch} for step, epoch in steps]
-    assert dataclasses.replace(record, steps=rows).steps_per_epoch == pytest.approx(expected)
+    record = Run(tested_run, mnist())
+    record.steps = [{"step": float(step), "epoch": epoch} for step, epoch in steps]
+    assert record.steps_per_epoch == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("decades", [1, 3, 12])

@@ -52,9 +52,13 @@ def classes(wrong: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
 def write_members(folder: Path, members: dict[str, dict[str, np.ndarray]]) -> Path:
     """Write a run of several members by their names."""
     folder.mkdir()
-    for name, columns in members.items():
+    table = ["member,run,seed,fold,state"]
+    for number, (name, columns) in enumerate(members.items(), 1):
         seed, _, fold = name.removeprefix("seed-").partition("_fold-")
         write_run(folder / "members" / name, columns, seed=int(seed), **({"fold": int(fold)} if fold else {}))
+        table.append(f"{number},{name},{seed},{fold},done")
+    (folder / "config.json").write_text('{"num_epochs": 1}')
+    (folder / "members.csv").write_text("\n".join([*table, ""]))
     result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}}
     named = [f"members/{name}" for name in members]
     (folder / "result.json").write_text(json.dumps({**result, "members": named}))
@@ -216,6 +220,7 @@ def test_misuse_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_text('{"num_epochs": 1}')
     (tmp_path / "forged").mkdir()
+    (tmp_path / "forged" / "config.json").write_text('{"num_epochs": 1}')
     forged = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}, "members": ["../run"]}
     (tmp_path / "forged" / "result.json").write_text(json.dumps(forged))
     with pytest.raises(UsageError, match=r"is not a run: it has no config\.json"):
