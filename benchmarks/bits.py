@@ -119,9 +119,17 @@ def rows(folder: Path, rng: random.Random) -> Iterator[tuple[str, str, Sequence[
         yield "a worker killed at a random moment", "--num-workers 2", runs
         assert isinstance(nodes, Raylets)
         elastic = run(
-            nodes, folder, "--num-workers", "2", "--min-workers", "1", "--num-epochs", "2", do=shrink_and_grow(nodes)
+            nodes,
+            folder,
+            "--num-workers",
+            "2",
+            "--set",
+            "min_workers=1",
+            "--num-epochs",
+            "2",
+            do=shrink_and_grow(nodes),
         )
-        yield "2 workers, then 1, then 2", "--num-workers 2 --min-workers 1", [elastic == wanted]
+        yield "2 workers, then 1, then 2", "--num-workers 2 --set min_workers=1", [elastic == wanted]
 
     def kill_driver(driver: Driver) -> None:
         time.sleep(rng.uniform(2, 5))
@@ -142,7 +150,7 @@ def cost(folder: Path, rounds: int) -> None:
         flags = ["--num-workers", workers, "--cpus-per-worker", 1, "--num-epochs", 1, "--storage-path", folder]
         for _ in range(rounds):
             ordinary = watch(ROOT, "jobs/train.py", *flags, num_epochs=1).rate()
-            bound = ["--reproducible", "--num-chunks", chunks]
+            bound = ["--reproducible", "--set", f"num_chunks={chunks}"]
             pairs.append((watch(ROOT, "jobs/train.py", *flags, *bound, num_epochs=1).rate(), ordinary))
         rate = statistics.median(rate for rate, _ in pairs)
         ratios = sorted(rate / ordinary for rate, ordinary in pairs)

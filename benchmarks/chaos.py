@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="passed to the job")
     parser.add_argument("--plain-ray", action="store_true", help="passed to the job")
     arguments = parser.parse_args()
-    FLAGS.extend(["--fork-workers", arguments.fork_workers, "--strategy", arguments.strategy])
+    FLAGS.extend(["--set", f"fork_workers={arguments.fork_workers}", "--strategy", arguments.strategy])
     FLAGS.extend(["--plain-ray"] if arguments.plain_ray else [])
     os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, does not set up a token
     rng = random.Random(arguments.seed)

@@ -105,7 +105,7 @@ def measure_time(folder: Path, rounds: int) -> None:
         for number in range(rounds):
             common = [*workload, "--folds", "5", "--storage-path", str(folder / f"{name}{number}")]
             together = seconds_of(*common)
-            apart = sum(seconds_of(*common, "--fold", str(fold)) for fold in range(1, 6))
+            apart = sum(seconds_of(*common, "--set", f"fold={fold}") for fold in range(1, 6))
             ratios.append(together / apart)
             print(f"{name}: {together:.1f} s, one after the other {apart:.1f} s: {ratios[-1]:.2f}", flush=True)
         print(f"{name}: median {statistics.median(ratios):.2f} of {rounds}")

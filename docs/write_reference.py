@@ -50,10 +50,12 @@ the [Python function](python.md).
 
 | where | form |
 |---|---|
-| command line | `--batch-size 64`, `--reproducible`, `--no-reproducible` |
+| command line | `--batch-size 64`, `--reproducible`, `--no-reproducible`, `--set momentum=0.95` |
 | TOML | `batch_size = 64`, `reproducible = true` |
 | YAML | `batch_size: 64`, `reproducible: true` |
 | Python | `train(batch_size=64, reproducible=True)` |
+
+Settings of rare use have no flag of their own, but `--set`; lists and `true` are written there as in JSON.
 
 A workload's recipe may have other defaults: `COMMAND --help` shows them, and the workload's own settings. A dash means
 that the setting is unset; in a file or on the command line, `none` unsets a number. `RUN` is a run's name, folder or
@@ -79,7 +81,7 @@ def flags() -> str:
         lines += textwrap.wrap(f"{purpose} {NOTES.get(name, '')}", 120)
         for config_class in classes:
             title = title_of(config_class)
-            lines += ["", f"### {title if title != 'Options' else 'Where the settings come from'}"] * (len(classes) > 1)
+            lines += ["", f"### {title}"] * (len(classes) > 1)
             lines += ["", "| flag | default | values | meaning |", "|---|---|---|---|"]
             lines += [row_of(about) for about in declared(config_class).values()]
     return "\n".join(lines) + "\n"
@@ -96,7 +98,7 @@ def row_of(about: Setting) -> str:
         default = "on" if default else "off"
     elif isinstance(default, float):
         default = f"{default:g}"
-    name = f"`{about.shown}`" + (f", `--no-{flag(about.name)[2:]}`" if about.plain is bool else "")
+    name = f"`{about.shown}`" + (f", `--no-{flag(about.name)[2:]}`" if about.plain is bool and about.has_flag else "")
     meaning = "; ".join(part for part in parts if part not in chosen).partition(": FILE.py[")[0]
     meaning = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", meaning)
     return f"| {name} | {default} | {values_of(about)} | {meaning}{searched(about)} |"

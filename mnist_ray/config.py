@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule, setting, within
+from mnist_ray.settings import Choice, Range, at_least, declared, flag, fraction, positive, rule, setting, within
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _PLAIN = "use only Ray's public API; starts more slowly; try it if Ray misbehaves"
@@ -29,7 +29,7 @@ def _code(description: str, base: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """Options: where the settings of a job come from."""
+    """Where the settings come from."""
 
     workload: str | None = setting(
         None,
@@ -63,16 +63,25 @@ class TrainConfig:
         1e-3, "peak of the schedule; not scaled by the worker count", search=Range(1e-4, 1e-2, log=True), **positive()
     )
     lr_schedule: Literal["constant", "one-cycle", "cosine", "linear"] = setting("constant", "learning-rate schedule")
-    warmup_steps: int = setting(0, "steps over which the learning rate rises; not for one-cycle", **at_least(0))
+    warmup_steps: int = setting(
+        0, "steps over which the learning rate rises; not for one-cycle", has_flag=False, **at_least(0)
+    )
     optimizer: Literal["adam", "adamw", "sgd"] = setting(
         "adam", "optimizer from torch.optim; adamw differs from adam only with --weight-decay (PyTorch's default: 0.01)"
     )
-    beta1: float = setting(0.9, "decay of Adam's running mean of the gradients", **fraction(with_one=False))
-    beta2: float = setting(0.999, "decay of Adam's running mean of the squared gradients", **fraction(with_one=False))
-    momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
+    beta1: float = setting(
+        0.9, "decay of Adam's running mean of the gradients", **fraction(with_one=False), has_flag=False
+    )
+    beta2: float = setting(
+        0.999, "decay of Adam's running mean of the squared gradients", **fraction(with_one=False), has_flag=False
+    )
+    momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False), has_flag=False)
     weight_decay: float = setting(0.0, "weight decay: an L2 penalty; with adamw, decoupled", **within(0, 1000))
     label_smoothing: float = setting(
-        0.0, "for classification: fraction of each training target to spread over all classes", **fraction()
+        0.0,
+        "for classification: fraction of each training target to spread over all classes",
+        **fraction(),
+        has_flag=False,
     )
     ema_decay: float | None = setting(
         None,
@@ -113,7 +122,11 @@ class TrainConfig:
         **within(2, 10_000),
     )
     fold: int | None = setting(
-        None, "with --folds: only the run that is tested on this part, from 1 on", is_searchable=False, **at_least(1)
+        None,
+        "with --folds: only the run that is tested on this part, from 1 on",
+        is_searchable=False,
+        has_flag=False,
+        **at_least(1),
     )
     clip_grad_norm: float | None = setting(
         None, "maximum norm of the gradients; larger gradients are scaled down", **positive()
@@ -127,7 +140,7 @@ class TrainConfig:
         decides_weights=False,
     )
     activation_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass, to save memory", decides_weights=False
+        False, "recompute activations in the backward pass, to save memory", decides_weights=False, has_flag=False
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
     callback: tuple[str, ...] = _code(
@@ -164,10 +177,13 @@ class TrainConfig:
         False, "bit-identical weights for any number of workers; slower: CPUs only, one thread per worker"
     )
     num_chunks: int = setting(
-        8, "with --reproducible: chunks per batch, and the maximum number of workers", **within(1, 1024)
+        8, "with --reproducible: chunks per batch, and the maximum number of workers", has_flag=False, **within(1, 1024)
     )
     num_streams: int = setting(
-        8, "with data in blocks: streams that make up an epoch, and the maximum number of workers", **within(1, 1024)
+        8,
+        "with data in blocks: streams that make up an epoch, and the maximum number of workers",
+        has_flag=False,
+        **within(1, 1024),
     )
 
     @property
@@ -229,23 +245,32 @@ class WorkerConfig:
         **at_least(1),
     )
     min_workers: int | None = setting(
-        None, "minimum number of workers to continue with if the cluster has no room for all", **at_least(1)
+        None,
+        "minimum number of workers to continue with if the cluster has no room for all",
+        has_flag=False,
+        **at_least(1),
     )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
-        "PACK", "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node per worker or fail"
+        "PACK",
+        "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node per worker or fail",
+        has_flag=False,
     )
     label_selector: tuple[str, ...] | None = setting(
         None,
         "required labels of a worker's node, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
+        has_flag=False,
         **rule(lambda labels: all(map(_LABEL.fullmatch, labels)), "must be KEY=VALUE, KEY=!VALUE or KEY=in(A,B)"),
     )
     autoscaling: bool = setting(False, "wait for nodes that the cluster starts on demand")
     max_failures: int = setting(3, "how many times to replace lost workers before the run fails", **at_least(0))
-    fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")
+    fork_workers: Literal["auto", "no"] = setting(
+        "auto", "fork worker processes to start faster; auto: if it is safe", has_flag=False
+    )
     plain_ray: bool = setting(False, _PLAIN)
     hang_timeout_s: float = setting(
         600.0,
         "maximum seconds for a step, a validation batch or a part of the start; then the worker is replaced",
+        has_flag=False,
         **within(1, 10**6),
     )
 
@@ -422,3 +447,9 @@ CLASSES: tuple[type, ...] = (
     ),
 )
 """All settings of the commands."""
+
+
+def shown(name: str) -> str:
+    """Return what messages call a setting of training or of a workload: its flag, or ``--set NAME``."""
+    about = declared(TrainConfig, WorkerConfig, OutputConfig, SweepConfig, SourceConfig).get(name)
+    return about.shown if about else flag(name)

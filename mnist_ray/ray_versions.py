@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_ray.config import shown
 from mnist_ray.errors import UsageError
-from mnist_ray.settings import flag
 
 if TYPE_CHECKING:
     from mnist_ray.config import WorkerConfig
@@ -41,7 +41,7 @@ def check_workers(config: WorkerConfig) -> None:
     for name, since in _SETTINGS_SINCE.items():
         if getattr(config, name) is not None and not is_at_least(since):
             raise UsageError(
-                f"{flag(name)} needs Ray {since} or later, not {ray_version()}; leave it out, or upgrade Ray"
+                f"{shown(name)} needs Ray {since} or later, not {ray_version()}; leave it out, or upgrade Ray"
             )
 
 

@@ -23,6 +23,7 @@ T = TypeVar("T")
 Check = Callable[[Any], bool]
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
+_WORDS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  # for a flag's value in the help
 UNSET = argparse.SUPPRESS  # a flag that is not given leaves no value
 _NOTHING: Given = {}
 
@@ -72,12 +73,12 @@ class Setting:
     is_searchable: bool = True  # the trials of a sweep may have different values
     is_single: bool = False  # giving the flag twice is an error
     on_resume: Literal["saved", "given", "dropped"] = "saved"  # saved with the run; given again on resume; or neither
-    has_flag: bool = True  # otherwise, only settings files and keywords set it
+    has_flag: bool = True  # otherwise, settings files, keywords and --set NAME=VALUE set it
 
     @property
     def shown(self) -> str:
         """What messages call the setting."""
-        return flag(self.name) if self.has_flag else self.name
+        return flag(self.name) if self.has_flag else f"--set {self.name}"
 
     @property
     def has_word_for_none(self) -> bool:
@@ -92,12 +93,13 @@ class Setting:
         if self.code:
             return {"action": "append", "metavar": self.metavar}
         if self.plain is tuple:
-            return {"type": self.arguments[0], "nargs": "+", "action": "extend"}
+            return {"type": self.arguments[0], "nargs": "+", "action": "extend", "metavar": self.metavar}
+        word = self.metavar or (None if self.arguments else _WORDS[self.plain])
         if self.has_word_for_none and not self.arguments:
-            return {"type": _or_none(self.plain, self.unset)}
+            return {"type": _or_none(self.plain, self.unset), "metavar": word}
         kind = str if self.plain is Path else self.plain  # Path("") would be the current folder
         number = {} if self.bare is None else {"nargs": "?", "const": self.bare}
-        return {"type": kind, "choices": self.arguments or None, "metavar": self.metavar, **number}
+        return {"type": kind, "choices": self.arguments or None, "metavar": word, **number}
 
     def help_with(self, default: Any) -> str:
         """Return the flag's help with a default, if there is one."""
@@ -297,21 +299,38 @@ def title_of(config_class: type) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser with a flag for each setting of some classes. It reports errors in one line.
 
-    ``--help`` shows ``defaults`` instead of the settings' own. ``choices``: values that the declarations lack.
+    ``--help`` shows ``defaults`` instead of the settings' own, and the flags in ``first`` before the others.
+    ``choices``: values that the declarations lack.
     """
 
-    def __init__(self, description: str, *classes: type, defaults: Given = _NOTHING, choices: Given = _NOTHING) -> None:
-        super().__init__(description=description, allow_abbrev=False)
+    def __init__(
+        self,
+        description: str,
+        *classes: type,
+        defaults: Given = _NOTHING,
+        choices: Given = _NOTHING,
+        first: Sequence[str] = (),
+    ) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         self._config_classes = classes
-        for config_class in classes:
-            title = title_of(config_class)
-            group: Any = self if title == "Options" else self.add_argument_group(title)  # beside --help
-            for name, about in declared(config_class).items():
-                if not about.has_flag:
-                    continue
-                form = about.form | ({"choices": choices[name]} if name in choices else {})
-                help_text = about.help_with(defaults.get(name, about.default)).replace("%", "%%")
-                group.add_argument(flag(name), default=UNSET, help=help_text, **form)
+        groups: dict[str, Any] = {"Options": self}  # beside --help
+        settings = declared(*classes)
+        title_by_name = {name: title_of(one) for one in classes for name in declared(one)}
+        for name in [*first, *(name for name in settings if name not in first)]:
+            about, title = settings[name], "Most used" if name in first else title_by_name[name]
+            if not about.has_flag:
+                continue
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            form = about.form | ({"choices": choices[name], "metavar": None} if name in choices else {})
+            help_text = about.help_with(defaults.get(name, about.default)).replace("%", "%%")
+            groups[title].add_argument(flag(name), default=UNSET, help=help_text, **form)
+        self._without_flag = {name: about for name, about in settings.items() if not about.has_flag}
+        if self._without_flag:
+            rare = "a setting without a flag of its own: " + ", ".join(self._without_flag)
+            groups[title].add_argument("--set", metavar="NAME=VALUE", action="append", default=UNSET, help=rare)
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the given flags, after checking them. Raises UsageError."""
@@ -325,9 +344,34 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [text for action in self._actions for text in action.option_strings]
             wrong = [text.partition("=")[0] for text in unknown if text.startswith("--")]
+            if wrong and (rare := [name for name in self._without_flag if wrong[0] in (flag(name), f"--no-{name}")]):
+                self.error(f"{wrong[0]} is no flag; use --set {rare[0]}=VALUE, or a settings file")
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(wrong[0], flags) if wrong else ''}")
-        checked(vars(found), *self._config_classes)
-        return vars(found)
+        values = vars(found)
+        values |= dict(map(self._setting_of, values.pop("set", ())))
+        checked(values, *self._config_classes)
+        return values
+
+    def _setting_of(self, text: str) -> tuple[str, Any]:
+        """Return the name and the value of ``NAME=VALUE``; lists and ``true`` are written as in JSON."""
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text} must be NAME=VALUE")
+        if name not in self._without_flag:
+            meant = did_you_mean(name, self._without_flag)
+            raise UsageError(f"--set {name}: there is no such setting without a flag{meant}")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        is_one_of_several = self._without_flag[name].plain is tuple and not isinstance(parsed, list)
+        return name, [value] if is_one_of_several else parsed
+
+    def format_help(self) -> str:
+        """Return the help; its usage names only what is no flag."""
+        words = [f"[{action.metavar}]" if action.nargs else action.metavar for action in self._get_positional_actions()]
+        self.usage = " ".join(["%(prog)s", *map(str, words), "[FLAGS]"])
+        return super().format_help()
 
     def complete(self) -> NoReturn:
         """Print what may follow the words that a shell is to complete, and exit."""
@@ -356,11 +400,15 @@ def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:
     A word that a shell is to complete is not among them.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--set", action="append", default=UNSET)
     for name, about in declared(*config_classes).items():
-        form = {key: value for key, value in about.form.items() if key in ("action", "nargs", "const")}
-        parser.add_argument(flag(name), default=UNSET, **form)
+        if about.has_flag:
+            form = {key: value for key, value in about.form.items() if key in ("action", "nargs", "const")}
+            parser.add_argument(flag(name), default=UNSET, **form)
     try:
         found, others = parser.parse_known_args(sys.argv[1:-1] if words_to_complete() else sys.argv[1:])
     except argparse.ArgumentError:  # reported when all flags are read
         return {}, []
-    return vars(found), others
+    values = vars(found)
+    values.pop("set", None)
+    return values, others

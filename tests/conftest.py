@@ -29,11 +29,13 @@ from pyarrow import parquet as pq
 
 from mnist_ray import cli
 from mnist_ray.cluster import environment
+from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Blocks, Splits
 from mnist_ray.extras import is_on
 from mnist_ray.job.job import Job
 from mnist_ray.job.job_data import check_against_data
 from mnist_ray.mnist import MNIST, idx
+from mnist_ray.settings import declared
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
@@ -76,7 +78,11 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
-    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    known, words = declared(TrainConfig, WorkerConfig), list[str]()
+    for name, value in values.items():
+        has_flag = name not in known or known[name].has_flag
+        words += [f"--{name.replace('_', '-')}", str(value)] if has_flag else ["--set", f"{name}={value}"]
+    return words
 
 
 class Digits(MNIST):

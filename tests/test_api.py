@@ -277,8 +277,8 @@ NO_PART = "must be in [0, 1), not"
         (mnist_ray.train, [], {"run_name": "a", "resume": 1}, "--resume must be of type str, not 1"),
         (mnist_ray.train, [], {"config": 5}, "--config 5: …"),
         (mnist_ray.train, [], {"num_epoch": 3}, "the call has unknown settings: num_epoch; did you mean num_epochs?"),
-        (mnist_ray.tune, [], {"sweep": {"beta1": 2}}, f"--sweep beta1=2: --beta1 {NO_PART} 2.0"),
-        (mnist_ray.tune, [], {"sweep": {"beta1": "log:1:2"}}, f"--sweep beta1=log:1:2: --beta1 {NO_PART} 1.0"),
+        (mnist_ray.tune, [], {"sweep": {"beta1": 2}}, f"--sweep beta1=2: --set beta1 {NO_PART} 2.0"),
+        (mnist_ray.tune, [], {"sweep": {"beta1": "log:1:2"}}, f"--sweep beta1=log:1:2: --set beta1 {NO_PART} 1.0"),
         (mnist_ray.tune, [], {"sweep": "batch_size=16,32"}, "--sweep must be a list of str, not 'batch_size=16,32'"),
         (mnist_ray.evaluate, [5], {}, "a run must be given by its name, its path or a Run, not as 5"),
         (mnist_ray.evaluate, ["one"], {"storage_path": 5}, "--storage-path must be of type str, not 5"),
@@ -412,7 +412,7 @@ def test_the_tour_runs_in_a_notebook_each_call_on_a_new_local_ray(
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        ([], 0, "usage: mnist-ray [-h] [--version] COMMAND"),
+        ([], 0, "usage: mnist-ray COMMAND [FLAGS]"),
         (["cake"], 2, "mnist-ray: error: argument COMMAND: invalid choice: 'cake' (choose from "),
         (["train", "--epochs", "3"], 2, "mnist-ray train: error: unrecognized arguments: --epochs 3; did you mean"),
     ],

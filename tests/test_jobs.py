@@ -273,10 +273,10 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(quick: Flags) -> None:
         (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
         (["--reproducible", "--num-workers", "9"], "--reproducible: 9 workers cannot share 8 chunks of a batch"),
         (["--reproducible", "--use-gpu", "yes"], "--reproducible computes on CPUs only; leave --use-gpu out"),
-        (["--reproducible", "--micro-batch-size", "8"], "use more --num-chunks, not --micro-batch-size"),
+        (["--reproducible", "--micro-batch-size", "8"], "use --set num_chunks, not --micro-batch-size"),
         (["--reproducible", "--compile"], "--reproducible does not work with --compile"),
-        (["--activation-checkpointing", "--compile"], "--activation-checkpointing does not work with --compile"),
-        (["--warmup-steps", "9"], "--warmup-steps: one-cycle has its own warm-up; choose another --lr-schedule"),
+        (["--set", "activation_checkpointing=true", "--compile"], "activation_checkpointing does not work with"),
+        (["--set", "warmup_steps=9"], "warmup_steps: one-cycle has its own warm-up; choose another --lr-schedule"),
         (["--init-from", "nowhere"], "--init-from nowhere: there is no such run, checkpoint or file"),
     ],
 )
@@ -324,7 +324,7 @@ def test_workers_that_die_at_once_end_a_job_with_one_line(tmp_path: Path) -> Non
         "    os._exit(3)\n"
     )
     done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "train.py"), "--fork-workers", "no", "--storage-path", str(tmp_path)],
+        [sys.executable, str(ROOT / "jobs" / "train.py"), "--set", "fork_workers=no", "--storage-path", str(tmp_path)],
         env={**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,

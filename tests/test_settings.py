@@ -116,7 +116,7 @@ def test_values_are_converted_to_the_settings_type(name: str, value: Any, expect
         (Oven, "trays", True, "--trays must be of type int, not True"),
         (Oven, "trays", np.array([2, 3]), "--trays must be of type int, not array([2, 3])"),
         (Oven, "trays", 10**400, f"--trays must be of type int, not 1{'0' * 39}"),
-        (TrainConfig, "momentum", 10**400, f"--momentum must be of type float, not 1{'0' * 39}"),
+        (TrainConfig, "momentum", 10**400, f"--set momentum must be of type float, not 1{'0' * 39}"),
         (Oven, "heat", math.nan, "--heat must be of type float, not nan"),
         (Oven, "steam", 1, "--steam must be in [0, 1), not 1.0"),
         (Oven, "mode", "boil", "--mode must be one of bake, grill, not 'boil'"),
@@ -130,7 +130,7 @@ def test_values_are_converted_to_the_settings_type(name: str, value: Any, expect
         (WorkerConfig, "num_workers", -1, "--num-workers must be at least 0, not -1"),
         (TrainConfig, "learning_rate", math.inf, "--learning-rate must be a positive number, not inf"),
         (TrainConfig, "limit", 0.0, "--limit must be in (0, 1], not 0.0"),
-        (TrainConfig, "num_chunks", 10**9, "--num-chunks must be 1 to 1,024, not 1000000000"),
+        (TrainConfig, "num_chunks", 10**9, "--set num_chunks must be 1 to 1,024, not 1000000000"),
         (TrainConfig, "weight_decay", math.inf, "--weight-decay must be 0 to 1,000, not inf"),
         (TrainConfig, "seed", 2**31, "--seed must be 0 to 2,147,483,647, not 2147483648"),
         (TrainConfig, "precision", "fp8", "--precision must be one of auto, fp32, bf16, fp16, not 'fp8'"),
@@ -267,3 +267,43 @@ def test_a_misspelled_property_of_a_setting_is_an_error_where_it_is_declared() -
 def test_a_setting_of_any_command_is_known_in_files_and_taken_for_workloads() -> None:
     of_module = {value for name, value in vars(config).items() if name.endswith("Config")}
     assert {*config.CLASSES} == of_module
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("momentum=0.5", "momentum", 0.5),
+        ("hang_timeout_s=60", "hang_timeout_s", 60.0),
+        ("fold=none", "fold", None),
+        ("activation_checkpointing=true", "activation_checkpointing", True),
+        ("fork_workers=no", "fork_workers", "no"),
+        ("label_selector=market=spot", "label_selector", ("market=spot",)),
+        ('label_selector=["market=spot", "zone=!b"]', "label_selector", ("market=spot", "zone=!b")),
+    ],
+)
+def test_a_setting_without_a_flag_is_set_by_its_name(text: str, name: str, value: Any) -> None:
+    given = Parser("", TrainConfig, WorkerConfig).read_flags(["--set", text, "--batch-size", "8"])
+    assert given.keys() == {name, "batch_size"}
+    config = build(TrainConfig if name in declared(TrainConfig) else WorkerConfig, given)
+    assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "momentum"], "--set momentum must be NAME=VALUE"),
+        (["--set", "momentun=1"], "--set momentun: there is no such setting without a flag; did you mean momentum?"),
+        (["--set", "batch_size=8"], "--set batch_size: there is no such setting without a flag"),
+        (["--set", "momentum=high"], "--set momentum must be of type float, not 'high'"),
+    ],
+)
+def test_a_wrong_word_after_set_is_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Parser("", TrainConfig).read_flags(words)
+    assert str(raised.value) == message
+
+
+def test_a_setting_that_is_no_flag_says_how_it_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Parser("", TrainConfig).read_flags(["--momentum", "0.5"])
+    assert "--momentum is no flag; use --set momentum=VALUE, or a settings file; see --help" in capsys.readouterr().err

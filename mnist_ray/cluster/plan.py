@@ -144,15 +144,15 @@ def _room_on_gpus(config: WorkerConfig, nodes: Sequence[Node]) -> int:
 
 
 def _resolve_minimum(config: WorkerConfig, num_workers: int) -> int:
-    """Return the number of workers that the nodes must hold. Raises UsageError for an impossible --min-workers."""
+    """Return the number of workers that the nodes must hold. Raises UsageError for an impossible min_workers."""
     if config.min_workers is None:
         return num_workers
     if config.placement_strategy.startswith("STRICT"):
-        asked = f"--placement-strategy {config.placement_strategy}"
+        asked = f"placement_strategy {config.placement_strategy}"
         raise UsageError(f"{asked} needs a fixed --num-workers: Ray cannot use fewer workers")
     if config.min_workers > num_workers:
         workers = count(num_workers, "worker")
-        raise UsageError(f"--min-workers {config.min_workers} is more than the {workers} of this run")
+        raise UsageError(f"min_workers {config.min_workers} is more than the {workers} of this run")
     return config.min_workers
 
 
@@ -199,7 +199,7 @@ def _cannot_hold(
     advice = "lower --num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
     if config.label_selector:
         there += f" with {', '.join(config.label_selector)}"
-        advice += ", or leave --label-selector out"
+        advice += ", or leave label_selector out"
     if use_gpu:
         advice += ", or use --use-gpu no"
     if not is_local:

@@ -202,9 +202,7 @@ class BlockBatches(ExampleBatches):
         if (sizes := self._sizes) is None:
             return None
         if world_size > config.num_streams:
-            streams = (
-                f"the {config.num_streams} streams of blocks; start a run with more --num-streams, or fewer workers"
-            )
+            streams = f"the {config.num_streams} streams of blocks; start a run with more num_streams, or fewer workers"
             raise ExampleError(f"{world_size} workers are more than {streams}")
         order = functools.partial(StreamOrder, sizes, config.batch_size, config.num_streams, config.seed)
         if not isinstance(self._reader, ReadAhead):  # the first pass; the others follow without a wait

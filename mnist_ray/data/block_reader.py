@@ -120,7 +120,7 @@ class ReadAhead(BlockReader):
         sizes = [held.result()[1] for held in used if held.done()]
         if (num_mib := sum(sizes) / 2**20) > self._max_mib:
             mib = f"{num_mib:,.0f} MiB in all, more than read_ahead_mib {self._max_mib}"
-            remedy = "raise it, write smaller blocks (row groups), or start a run with fewer --num-streams"
+            remedy = "raise it, write smaller blocks (row groups), or start a run with fewer num_streams"
             raise ExampleError(f"a step needs {len(sizes)} blocks at a time, {mib}; {remedy}")
 
 

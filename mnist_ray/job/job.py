@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_ray import layers, runs, settings, storage
-from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig
+from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig, shown
 from mnist_ray.errors import UsageError
 from mnist_ray.job.lease import remove_dead_owner
 from mnist_ray.layers import FLAGS, ONLY_FLAGS, Layers
@@ -41,10 +41,22 @@ _OF_RAY = {  # settings that do nothing with --num-workers 0
 }
 _DECIDING: dict[str, tuple[type, ...]] = {"train": (TrainConfig,), "tune": (SweepConfig, TrainConfig)}
 _DESCRIPTIONS = {
-    "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
-    "tune": "Search settings with Ray Tune, and evaluate the best trial once on the test set. By default, a "
-    "trial has one worker with one CPU; --num-workers and --cpus-per-worker change that.",
+    "train": """\
+Train a workload on Ray, evaluate it on the test set, and write the run's files:
+
+    {command} --workload my_problem.py --num-workers 4""",
+    "tune": """\
+Search settings with Ray Tune, and evaluate the best trial once on the test set:
+
+    {command} --num-trials 16 --sweep learning_rate=log:1e-3:1e-1 batch_size=64,128
+
+A trial has one worker with one CPU, unless --num-workers or --cpus-per-worker is given.""",
 }
+_MOST_USED = (
+    *("workload", "config", "num_epochs", "batch_size", "learning_rate", "num_workers", "use_gpu"),
+    *("run_name", "storage_path", "resume", "dry_run", "callback", "tracker"),
+)
+_OF_TUNING = ("sweep", "num_trials", "search_algorithm")
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,9 @@ def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) 
     classes, recipes = _classes(kind, workload_class.Settings), workload_class.recipes
     if given is None:
         defaults, choices = recipes.get("default", {}), {"recipe": recipes or ["default"]}
-        return Parser(_DESCRIPTIONS[kind], *classes, defaults=defaults, choices=choices).read_flags()
+        first = _MOST_USED if kind == "train" else (*_OF_TUNING, *_MOST_USED)
+        about = _DESCRIPTIONS[kind].format(command=command(kind))
+        return Parser(about, *classes, defaults=defaults, choices=choices, first=first).read_flags()
     settings.check_known(given, {*declared(*classes)} - ONLY_FLAGS, "the call")
     return given
 
@@ -292,7 +306,7 @@ def resume_command(kind: str, output: OutputConfig, more: Given | None = None, *
 def _check_used(kind: str, job: Job) -> None:
     """Raise UsageError if a given setting has no effect, or this version of Ray lacks it."""
     for name in sorted(job.given & _OF_RAY) if job.workers.num_workers == 0 else ():
-        raise UsageError(f"{flag(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
+        raise UsageError(f"{shown(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
     if job.output.json and job.output.dry_run:
         raise UsageError("--json prints a result, but --dry-run has none; leave it out")
     if job.train.strategy == "fsdp" and job.workload.has_unused_parameters:
@@ -300,10 +314,10 @@ def _check_used(kind: str, job: Job) -> None:
         raise UsageError(f"--strategy fsdp needs all parameters in each step: {remedy}")
     check_workers(job.workers)
     if kind == "train" and "num_chunks" in job.given and not job.train.reproducible:
-        raise UsageError("--num-chunks has no effect without --reproducible; leave it out")
+        raise UsageError("--set num_chunks has no effect without --reproducible; leave it out")
     if kind == "train" and type(job.workload).create_optimizer is Workload.create_optimizer:
         for name in sorted(job.given & job.train.unused):
-            raise UsageError(f"{flag(name)} has no effect: {job.train.optimizer} does not use it; leave it out")
+            raise UsageError(f"{shown(name)} has no effect: {job.train.optimizer} does not use it; leave it out")
 
 
 def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
@@ -311,26 +325,26 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     if train.seed + train.num_seeds > 2**31:
         raise UsageError(f"--num-seeds {train.num_seeds}: the last seed would be above {2**31 - 1:,}; lower --seed")
     if train.fold is not None and train.fold > (train.folds or 0):
-        raise UsageError(f"--fold {train.fold} needs at least as many --folds")
+        raise UsageError(f"fold {train.fold} needs at least as many --folds")
     if train.fold is not None and train.num_seeds > 1:
-        raise UsageError("--fold: each seed of --num-seeds divides the folds anew; leave one of the two out")
+        raise UsageError("--set fold: each seed of --num-seeds divides the folds anew; leave one of the two out")
     if train.folds is not None and train.overfit_batches is not None:
         raise UsageError("--overfit-batches tests on the training examples; leave --folds out")
     if train.lr_schedule == "one-cycle" and train.warmup_steps:
-        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose another --lr-schedule")
+        raise UsageError("warmup_steps: one-cycle has its own warm-up; choose another --lr-schedule")
     if train.strategy == "fsdp" and train.compile:
         raise UsageError("--strategy fsdp does not work with --compile, which cannot trace how units are gathered")
     if train.activation_checkpointing and train.compile:
-        raise UsageError("--activation-checkpointing does not work with --compile, which cannot trace it")
+        raise UsageError("--set activation_checkpointing does not work with --compile, which cannot trace it")
     if train.reproducible_chunks is None:
         return
     number = workers.num_workers or 1
     share = f"--reproducible: {number} workers cannot share {count(train.reproducible_chunks, 'chunk')} of a batch"
     conflicts = {
-        f"{share}; lower --num-workers, or start a run with more --num-chunks": number > train.reproducible_chunks,
+        f"{share}; lower --num-workers, or start a run with more num_chunks": number > train.reproducible_chunks,
         "--reproducible computes on CPUs only; leave --use-gpu out": workers.use_gpu == "yes",
         "--reproducible adds up whole gradients in a fixed order; use --strategy ddp": train.strategy == "fsdp",
-        "--reproducible computes one chunk at a time; use more --num-chunks, not --micro-batch-size": (
+        "--reproducible computes one chunk at a time; use --set num_chunks, not --micro-batch-size": (
             train.micro_batch_size is not None
         ),
         "--reproducible does not work with --compile, whose kernels may give different bits": train.compile,
@@ -351,7 +365,7 @@ def _check_unchanged(kind: str, job: Job, saved: Mapping[str, Given], ordered: L
             old, new = getattr(before, name), getattr(after, name)
             if name in named and about.decides_weights and old != new and not _has_moved(about, old, new):
                 then_and_now = [" ".join(value) or "none" if about.code else value for value in (old, new)]
-                found = f"--resume: run {job.run.name} was started with {flag(name)} {then_and_now[0]}"
+                found = f"--resume: run {job.run.name} was started with {shown(name)} {then_and_now[0]}"
                 where = "" if name in ordered.places[FLAGS] else f" as in {ordered.place_of(name)}"
                 raise UsageError(f"{found}, not {then_and_now[1]}{where}; leave that out, or start another run")
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.config import shown
 from mnist_ray.data.data import Blocks, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job
-from mnist_ray.settings import declared
 from mnist_ray.text import count
 
 
@@ -34,7 +33,7 @@ def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) 
     with_largest = dataclasses.replace(job.train, batch_size=min(largest, num_train))
     min_steps = with_largest.total_steps(num_train)
     if job.train.warmup_steps >= min_steps:
-        raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {min_steps:,} steps of the run")
+        raise UsageError(f"warmup_steps {job.train.warmup_steps:,} must be below the {min_steps:,} steps of the run")
     notes += [*_check_streams(job, data.train.examples), *_check_early_stop(job, len(data.validation))]
     return dataclasses.replace(job, notes=(*job.notes, *notes))
 
@@ -52,12 +51,11 @@ def _check_streams(job: Job, examples: object) -> list[str]:
     """Return a note if there are fewer blocks than streams. Raises UsageError if there are too few."""
     if not isinstance(examples, Blocks):
         for name in sorted(job.given & {"num_streams", "read_ahead_mib"}):
-            shown = declared(TrainConfig, WorkerConfig)[name].shown
-            raise UsageError(f"{shown} has no effect: the data are not in blocks; leave it out")
+            raise UsageError(f"{shown(name)} has no effect: the data are not in blocks; leave it out")
         return []
     if job.train.reproducible_chunks not in (None, job.train.num_streams):
-        raise UsageError("--reproducible: data in blocks need as many --num-streams as --num-chunks")
-    streams = f"{count(job.train.num_streams, 'stream')} of blocks (--num-streams)"
+        raise UsageError("--reproducible: data in blocks need num_streams and num_chunks to be equal")
+    streams = f"{count(job.train.num_streams, 'stream')} of blocks (num_streams)"
     if (job.workers.num_workers or 1) > job.train.num_streams:
         raise UsageError(f"--num-workers {job.workers.num_workers} is more than the {streams}")
     if len(examples.sizes) >= job.train.num_streams:

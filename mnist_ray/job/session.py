@@ -14,7 +14,7 @@ from fractions import Fraction
 from mnist_ray import extras, process
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, threads_per_worker
-from mnist_ray.config import WorkerConfig
+from mnist_ray.config import WorkerConfig, shown
 from mnist_ray.data.data import Blocks, Split, Splits
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
@@ -23,7 +23,6 @@ from mnist_ray.job.lease import owned
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.repository import Repository, state_of
-from mnist_ray.settings import flag
 from mnist_ray.signals import if_ended, take_signals
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.text import size_of
@@ -240,7 +239,7 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
     unused = try_batch(job.workload, train, job.train, sizes, smallest, num_workers)
     if given := sorted(job.given & (unused or set())):
         own = f"{type(job.workload).__name__}'s loss, optimizer and schedule"
-        raise UsageError(f"{flag(given[0])} has no effect: {own} do not use it; leave it out")
+        raise UsageError(f"{shown(given[0])} has no effect: {own} do not use it; leave it out")
     return unused
 
 

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from mnist_ray import settings
-from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.config import SweepConfig, TrainConfig, shown
 from mnist_ray.data.data import Splits
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job, read_job
@@ -63,7 +63,7 @@ def _check_used(job: Job, searched: Given, trials: Sequence[TrainConfig]) -> Non
     if job.train.is_several and job.asked.get("num_confirmed"):
         unused |= {"num_confirmed"}
     for name in sorted(unused & {*searched, *job.given}):
-        raise UsageError(f"{settings.flag(name)} has no effect: no trial uses it; leave it out")
+        raise UsageError(f"{shown(name)} has no effect: no trial uses it; leave it out")
 
 
 def check_data(many: Many, data: Splits) -> Many:

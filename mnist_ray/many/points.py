@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_ray import settings
-from mnist_ray.config import TrainConfig
+from mnist_ray.config import TrainConfig, shown
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import Choice, Range, SearchSpace, Setting, parse_text
 from mnist_ray.text import did_you_mean
@@ -132,7 +132,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
         except UsageError as error:
             raise UsageError(f"--sweep {text:.100}: {error}") from error
         if name in spaces or name in fixed:
-            raise UsageError(f"--sweep searches {name}: name it only once, and without {settings.flag(name)}")
+            raise UsageError(f"--sweep searches {name}: name it only once, and without {shown(name)}")
         spaces[name] = space
     if not texts:
         own = {name: workload_class.search.get(name, setting.search) for name, setting in known.items()}

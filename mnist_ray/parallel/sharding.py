@@ -55,7 +55,7 @@ def create_models(
 
 
 def create_model(workload: Workload, config: TrainConfig, *, with_memory: bool = True) -> nn.Module:
-    """Return a new model; with ``--activation-checkpointing``, its units recompute theirs in the backward pass."""
+    """Return a new model; with ``activation_checkpointing``, its units recompute theirs in the backward pass."""
     with contextlib.nullcontext() if with_memory else torch.device("meta"):
         model = seeded_model(workload, config.seed)
     if config.activation_checkpointing:
@@ -127,7 +127,7 @@ def units_of(workload: Workload, model: nn.Module) -> list[nn.Module]:
     units = list(workload.shard_units(model))
     if not units:
         remedy = "put its blocks into an nn.ModuleList, or override shard_units()"
-        raise UsageError(f"{name}: the model has no units for --strategy fsdp or --activation-checkpointing; {remedy}")
+        raise UsageError(f"{name}: the model has no units for --strategy fsdp or activation_checkpointing; {remedy}")
     for unit in units:
         if unit is model or id(unit) not in names:
             raise UsageError(f"{name}.shard_units: {type(unit).__name__} is not a part of the model")

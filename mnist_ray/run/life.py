@@ -20,7 +20,7 @@ from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import PARTS, START, STORAGE
 
 SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread with a timer that ends this process when it expires
-STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to --hang-timeout-s
+STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to hang_timeout_s
 TOLD_EVERY_S = 5.0  # between two signs of life to the driver
 _WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/ray/", shared_memory.__file__)
 
@@ -63,7 +63,7 @@ class Life:
             silent_s = 0.0 if part == STORAGE else max(0.0, time.monotonic() - shown_at)
             put(WorkerAlive(silent_s))
             if silent_s > (timeout_s + self._longer_s) / 2 and noted != shown_at:
-                silence = f"has made no progress for {silent_s:.0f} s of --hang-timeout-s {timeout_s:g}"
+                silence = f"has made no progress for {silent_s:.0f} s of hang_timeout_s {timeout_s:g}"
                 put(Note(f"worker {self._rank} {silence}: it is in {self._place(part)}"))
                 noted = shown_at
             time.sleep(min(TOLD_EVERY_S, timeout_s / 4))

@@ -161,7 +161,7 @@ class Workload(UserClass):
         ``batch.inputs`` are not prepared yet. Losses that are not minimized are reported by ``step.measure``.
         """
         if step.config.label_smoothing:
-            raise UsageError("--label-smoothing is for a Classification that has no loss of its own")
+            raise UsageError("label_smoothing is for a Classification that has no loss of its own")
         losses: Tensor = step.measure(step.forward(batch), batch.targets)
         return losses
 

@@ -56,7 +56,7 @@ class Classification(Workload):
         return self._cross_entropy(outputs, targets)
 
     def batch_loss(self, model: nn.Module, batch: MicroBatch, step: Any) -> Tensor:
-        """Return the losses to minimize: with ``--label-smoothing``, of smoothed targets (arXiv 1512.00567)."""
+        """Return the losses to minimize: with ``label_smoothing``, of smoothed targets (arXiv 1512.00567)."""
         smoothing = step.config.label_smoothing
         if not smoothing or type(self).loss is not Classification.loss:
             return super().batch_loss(model, batch, step)

@@ -122,7 +122,7 @@ def test_too_large_blocks_are_refused_with_a_remedy() -> None:
         list(batches)
     assert str(raised.value) == (
         "a step needs 32 blocks at a time, 16 MiB in all, more than read_ahead_mib 8; raise it, write smaller blocks "
-        "(row groups), or start a run with fewer --num-streams"
+        "(row groups), or start a run with fewer num_streams"
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from torch import nn
 
 from mnist_ray.cluster.plan import Cluster
-from mnist_ray.config import OutputConfig
+from mnist_ray.config import OutputConfig, SourceConfig, TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, UsageError
@@ -23,7 +23,7 @@ from mnist_ray.job.session import Clock, Session, Start, connected, ending_expla
 from mnist_ray.record.recorder import write_settings
 from mnist_ray.repository import Repository
 from mnist_ray.runs import untrusted_folders
-from mnist_ray.settings import json_lines
+from mnist_ray.settings import declared, json_lines
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Data, Regression, Workload, user_code
@@ -137,9 +137,9 @@ def test_code_beside_a_run_or_around_it_is_not_loaded_whatever_the_storage(sent:
 
 
 def test_num_chunks_needs_reproducible(read: Any) -> None:
-    with pytest.raises(UsageError, match="--num-chunks has no effect without --reproducible; leave it out"):
-        read("--num-chunks", "4")
-    assert read("--num-chunks", "4", "--reproducible").train.num_chunks == 4
+    with pytest.raises(UsageError, match="--set num_chunks has no effect without --reproducible; leave it out"):
+        read("--set", "num_chunks=4")
+    assert read("--set", "num_chunks=4", "--reproducible").train.num_chunks == 4
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -244,20 +244,20 @@ def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        (["--placement-strategy", "SPREAD"], "--placement-strategy"),
-        (["--min-workers", "1"], "--min-workers"),
-        (["--label-selector", "market=spot"], "--label-selector"),
+        (["--set", "placement_strategy=SPREAD"], "--set placement_strategy"),
+        (["--set", "min_workers=1"], "--set min_workers"),
+        (["--set", "label_selector=market=spot"], "--set label_selector"),
         (["--autoscaling", "--quiet"], "--autoscaling"),
         (["--max-failures", "0"], "--max-failures"),
-        (["--fork-workers", "no"], "--fork-workers"),
-        (["--hang-timeout-s", "60"], "--hang-timeout-s"),
+        (["--set", "fork_workers=no"], "--set fork_workers"),
+        (["--set", "hang_timeout_s=60"], "--set hang_timeout_s"),
     ],
 )
 def test_a_flag_that_only_workers_on_ray_use_is_refused_without_them(read: Any, flags: list[str], name: str) -> None:
     said = f"^{name} has no effect with --num-workers 0, which trains without Ray; leave it out$"
     with pytest.raises(UsageError, match=said):
         read("--num-workers", "0", *flags)
-    assert name.removeprefix("--").replace("-", "_") in read(*flags).given
+    assert name.removeprefix("--set ").removeprefix("--").replace("-", "_") in read(*flags).given
 
 
 def test_a_run_without_ray_may_have_a_files_settings_of_workers_and_flags_that_it_uses(
@@ -291,10 +291,10 @@ def test_a_second_value_of_which_only_one_would_count_is_refused(
         ),
         (["--validation-size", "560", "--batch-size", "41"], "--batch-size 41 is larger than the 40 images"),
         (
-            ["--lr-schedule", "linear", "--warmup-steps", "10"],
-            "--warmup-steps 10 must be below the 10 steps of the run",
+            ["--lr-schedule", "linear", "--set", "warmup_steps=10"],
+            "warmup_steps 10 must be below the 10 steps of the run",
         ),
-        (["--momentum", "0.5"], "--momentum has no effect: adam does not use it; leave it out"),
+        (["--set", "momentum=0.5"], "--set momentum has no effect: adam does not use it; leave it out"),
     ],
 )
 def test_settings_must_fit_the_data(read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str) -> None:
@@ -335,8 +335,8 @@ def test_workers_share_the_streams_of_blocks_and_few_blocks_are_noted(tmp_path: 
     job, _ = with_data(read_job({**given, "num_workers": 8}))
     assert job.notes == ()
     job, _ = with_data(read_job({**given, "num_streams": 16}))
-    assert job.notes == ("12 blocks for 16 streams of blocks (--num-streams): some are read twice; write smaller ones",)
-    with pytest.raises(UsageError, match=r"^--num-workers 9 is more than the 8 streams of blocks \(--num-streams\)$"):
+    assert job.notes == ("12 blocks for 16 streams of blocks (num_streams): some are read twice; write smaller ones",)
+    with pytest.raises(UsageError, match=r"^--num-workers 9 is more than the 8 streams of blocks \(num_streams\)$"):
         with_data(read_job({**given, "num_workers": 9}))
 
 
@@ -373,7 +373,7 @@ def test_label_smoothing_that_a_workloads_own_loss_does_not_use_is_refused_if_it
             pass
 
     begin(recipe="smooth")
-    with pytest.raises(UsageError, match=r"^--label-smoothing has no effect: Weighted's loss, .* do not use it; leave"):
+    with pytest.raises(UsageError, match=r"^--set label_smoothing has no effect: Weighted's loss, .* do not use it"):
         begin(label_smoothing=0.1)
 
 
@@ -416,6 +416,18 @@ def test_a_run_on_less_data_resumes_on_the_same(read: Any, tmp_path: Path, few_i
 def test_adams_betas_are_the_usual_ones_but_for_mnist(read: Any, flags: list[str], betas: tuple[float, float]) -> None:
     train = read(*flags).train
     assert (train.beta1, train.beta2) == betas
+
+
+def test_help_begins_with_an_example_and_the_flags_that_most_people_need(
+    read: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read("--help")
+    usage, *_, example = capsys.readouterr().out.partition("\noptions:")[0].strip().splitlines()
+    assert usage.endswith("[FLAGS]")
+    assert "jobs/train.py --workload" in example
+    flags = declared(TrainConfig, WorkerConfig, OutputConfig, SourceConfig).values()
+    assert sum(about.has_flag for about in flags) + 1 <= 45  # and --set
 
 
 def test_help_shows_the_defaults_of_the_workloads_recipe(read: Any, capsys: pytest.CaptureFixture[str]) -> None:

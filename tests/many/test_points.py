@@ -179,7 +179,7 @@ def test_a_long_list_of_values_is_refused_in_a_short_line() -> None:
 
 
 def test_a_setting_is_searched_once_and_not_if_it_is_given() -> None:
-    with pytest.raises(UsageError, match="--sweep searches beta1: name it only once, and without --beta1"):
+    with pytest.raises(UsageError, match="--sweep searches beta1: name it only once, and without --set beta1"):
         over("beta1=0.5,0.6", "beta1=0.7,0.8")
     with pytest.raises(UsageError, match="--sweep searches beta1"):
         space_of(WORKLOAD, {"sweep": ["beta1=0.5,0.6"]}, fixed=["beta1"])

@@ -184,10 +184,13 @@ def test_seeds_train_also_without_ray_and_with_several_workers_and_without_valid
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fold": 2}, "--fold 2 needs at least as many --folds"),
-        ({"fold": 4, "folds": 3}, "--fold 4 needs at least as many --folds"),
+        ({"fold": 2}, "fold 2 needs at least as many --folds"),
+        ({"fold": 4, "folds": 3}, "fold 4 needs at least as many --folds"),
         ({"seed": 2**31 - 2, "num_seeds": 3}, "--num-seeds 3: the last seed would be above 2,147,483,647"),
-        ({"fold": 2, "folds": 3, "num_seeds": 2}, "--fold: each seed of --num-seeds divides the folds anew; leave one"),
+        (
+            {"fold": 2, "folds": 3, "num_seeds": 2},
+            "--set fold: each seed of --num-seeds divides the folds anew",
+        ),
         ({"folds": 121}, "--folds 121 is more than the 120 training examples"),
         ({"folds": 2, "overfit_batches": 1}, "--overfit-batches tests on the training examples; leave --folds out"),
     ],

@@ -571,7 +571,7 @@ def test_a_worker_tells_where_it_is_when_half_of_its_time_limit_is_over(now: lis
     shown.state.watch.part = "storage"  # which has time limits of its own
     wait_for(lambda: told[-1] == WorkerAlive(0))
     (note,) = [event.text for event in told if isinstance(event, Note)]
-    said = "worker 1 has made no progress for 301 s of --hang-timeout-s 600: it is in "
+    said = "worker 1 has made no progress for 301 s of hang_timeout_s 600: it is in "
     assert re.fullmatch(said + r"\w+ \(\w+\.py, line \d+\), data after step 4 of epoch 3", note)
 
 
