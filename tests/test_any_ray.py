@@ -72,7 +72,8 @@ def test_a_sweep_chooses(num_workers: str, form: list[str], small_data: Path, tm
     flags = as_flags({**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "sweep"})
     done = run_job("tune.py", *flags, *TRIALS, "--num-workers", num_workers, *form, timeout_s=_TIMEOUT_S)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"^best +[\d.]+% on the test set", done.stdout, re.MULTILINE)
+    for said in (r"^best +[\d.]+% validation accuracy", r"^test +accuracy [\d.]+%"):
+        assert re.search(said, done.stdout, re.MULTILINE)
 
 
 def test_a_killed_worker_is_replaced(gate: Gate, form: list[str], trained: Path, tmp_path: Path) -> None:
