@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from mnist_ray import layers, process
 from mnist_ray.cluster import environment
-from mnist_ray.config import (
-    EvaluationConfig,
-)
+from mnist_ray.config import EvaluationConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.many.jobs import read_sweep, read_train

@@ -451,5 +451,5 @@ CLASSES: tuple[type, ...] = (
 
 def shown(name: str) -> str:
     """Return what messages call a setting of training or of a workload: its flag, or ``--set NAME``."""
-    about = declared(TrainConfig, WorkerConfig, OutputConfig, SweepConfig, SourceConfig).get(name)
+    about = declared(*CLASSES).get(name)
     return about.shown if about else flag(name)

@@ -25,7 +25,7 @@ class TimeSpent:
     """The seconds of each worker, since this job has started."""
 
     def __init__(self) -> None:
-        self.of_workers: list[Seconds] = []
+        self.of_workers: list[dict[str, float]] = []  # seconds of each of PARTS
         self.hosts: Sequence[str] = ()  # of the workers, in the last attempt
 
     def add(self, event: Event) -> None:
@@ -35,11 +35,9 @@ class TimeSpent:
                 self.hosts = event.hosts
             case Progress() | Saved():
                 self.of_workers += [dict.fromkeys(PARTS, 0.0) for _ in event.parts[len(self.of_workers) :]]
-                for worker, seconds in enumerate(event.parts):
-                    own = self.of_workers[worker]
-                    self.of_workers[worker] = {
-                        part: own[part] + more for part, more in zip(PARTS, seconds, strict=True)
-                    }
+                for own, seconds in zip(self.of_workers, event.parts, strict=False):  # an elastic run may have fewer
+                    for part, more in zip(PARTS, seconds, strict=True):
+                        own[part] += more
 
 
 def means(of_workers: Sequence[Seconds]) -> Seconds:

@@ -208,8 +208,7 @@ def _members(record: Run) -> list[Table]:
     monitor = record.workload.monitor
     shown = {figure.name: figure for figure in record.workload.all_figures if figure.at != ("step",)}
     tests = [Metric(f"test_{metric.name}", metric.mode, metric.is_fraction) for metric in record.workload.all_metrics]
-    members = [record.member(row) for row in record.table]
-    tests = [test for test in tests if any(test.name in member.result for member in members)]
+    tests = [test for test in tests if any(test.name in member.result for member in record.all_members)]
     kept = str(record.result.get("checkpoint")).split("/")[1:2]
 
     def cell(name: str, text: str) -> str:
@@ -219,7 +218,7 @@ def _members(record: Run) -> list[Table]:
         value = float(member.row.get(f"val_{monitor.name}") or math.nan)
         return math.isnan(value), -value if monitor.mode == "max" else value
 
-    members.sort(key=rank)
+    members = sorted(record.all_members, key=rank)
     known = [name for name in members[0].row if any(member.row[name] for member in members)]
     columns = [name for name in known if name not in ("run", "reports")]
     rows = []

@@ -175,18 +175,22 @@ class Run:
         """The rows of members.csv: all runs of a job of many; none of a single run."""
         return read_members(self.folder)
 
-    def member(self, row: Mapping[str, str]) -> Run:
-        """Return the run of a row of the table."""
-        member = Run(self.folder.inside(MEMBERS_FOLDER).inside(row["run"]), self._workload)
-        member.row = row
-        return member
+    @cached_property
+    def all_members(self) -> list[Run]:
+        """The runs of the table, in its order."""
+        found = []
+        for row in self.table:
+            member = Run(self.folder.inside(MEMBERS_FOLDER).inside(row["run"]), self._workload)
+            member.row = row
+            found.append(member)
+        return found
 
     @property
     def members(self) -> list[Run]:
         """The runs of the result, of a job of several seeds or folds or a sweep; all of them until there is one."""
-        rows = {row["run"]: row for row in self.table}
+        by_name = {member.name: member for member in self.all_members}
         names = [posixpath.basename(path) for path in self.result.get("members", ())]
-        return [self.member(rows[name]) for name in names or rows if name in rows]
+        return [by_name[name] for name in names or by_name if name in by_name]
 
     @property
     def metrics(self) -> dict[str, float]:
