@@ -55,7 +55,7 @@ the [Python function](python.md).
 | YAML | `batch_size: 64`, `reproducible: true` |
 | Python | `train(batch_size=64, reproducible=True)` |
 
-Settings of rare use have no flag of their own, but `--set`; lists and `true` are written there as in JSON.
+Settings that few runs need have no flag: set them with `--set NAME=VALUE`. Write lists and `true` as in JSON.
 
 A workload's recipe may have other defaults: `COMMAND --help` shows them, and the workload's own settings. A dash means
 that the setting is unset; in a file or on the command line, `none` unsets a number. `RUN` is a run's name, folder or

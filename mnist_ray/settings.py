@@ -329,8 +329,9 @@ class Parser(argparse.ArgumentParser):
             groups[title].add_argument(flag(name), default=UNSET, help=help_text, **form)
         self._without_flag = {name: about for name, about in settings.items() if not about.has_flag}
         if self._without_flag:
-            rare = "a setting without a flag of its own: " + ", ".join(self._without_flag)
-            groups[title].add_argument("--set", metavar="NAME=VALUE", action="append", default=UNSET, help=rare)
+            rare = self.add_argument_group("Settings without a flag of their own")
+            names = f"one of {', '.join(self._without_flag)}"
+            rare.add_argument("--set", metavar="NAME=VALUE", action="append", default=UNSET, help=names)
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the given flags, after checking them. Raises UsageError."""
@@ -344,7 +345,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [text for action in self._actions for text in action.option_strings]
             wrong = [text.partition("=")[0] for text in unknown if text.startswith("--")]
-            if wrong and (rare := [name for name in self._without_flag if wrong[0] in (flag(name), f"--no-{name}")]):
+            if wrong and (
+                rare := [name for name in self._without_flag if wrong[0] in (flag(name), flag(f"no_{name}"))]
+            ):
                 self.error(f"{wrong[0]} is no flag; use --set {rare[0]}=VALUE, or a settings file")
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(wrong[0], flags) if wrong else ''}")
         values = vars(found)
@@ -362,15 +365,19 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"--set {name}: there is no such setting without a flag{meant}")
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON
             parsed = value
         is_one_of_several = self._without_flag[name].plain is tuple and not isinstance(parsed, list)
         return name, [value] if is_one_of_several else parsed
 
     def format_help(self) -> str:
         """Return the help; its usage names only what is no flag."""
-        words = [f"[{action.metavar}]" if action.nargs else action.metavar for action in self._get_positional_actions()]
-        self.usage = " ".join(["%(prog)s", *map(str, words), "[FLAGS]"])
+        words = []
+        for action in self._actions:
+            if not action.option_strings:
+                may_lack = getattr(action, "save_nargs", action.nargs)  # argparse parses in two steps
+                words.append(f"[{action.metavar}]" if may_lack else str(action.metavar))
+        self.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
         return super().format_help()
 
     def complete(self) -> NoReturn:

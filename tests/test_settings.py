@@ -295,6 +295,7 @@ def test_a_setting_without_a_flag_is_set_by_its_name(text: str, name: str, value
         (["--set", "momentun=1"], "--set momentun: there is no such setting without a flag; did you mean momentum?"),
         (["--set", "batch_size=8"], "--set batch_size: there is no such setting without a flag"),
         (["--set", "momentum=high"], "--set momentum must be of type float, not 'high'"),
+        (["--set", "momentum=" + "[" * 10**5], f"--set momentum must be of type float, not '{'[' * 39}"),
     ],
 )
 def test_a_wrong_word_after_set_is_one_line(words: list[str], message: str) -> None:
@@ -303,7 +304,22 @@ def test_a_wrong_word_after_set_is_one_line(words: list[str], message: str) -> N
     assert str(raised.value) == message
 
 
-def test_a_setting_that_is_no_flag_says_how_it_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(["--momentum", "0.5"], "momentum"), (["--no-activation-checkpointing"], "activation_checkpointing")],
+)
+def test_a_setting_that_is_no_flag_says_how_it_is_set(
+    words: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        Parser("", TrainConfig).read_flags(["--momentum", "0.5"])
-    assert "--momentum is no flag; use --set momentum=VALUE, or a settings file; see --help" in capsys.readouterr().err
+        Parser("", TrainConfig).read_flags(words)
+    assert f"{words[0]} is no flag; use --set {name}=VALUE, or a settings file; see --help" in capsys.readouterr().err
+
+
+def test_the_usage_names_only_what_is_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("", TrainConfig)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("files", metavar="FILE", nargs="*")
+    with pytest.raises(SystemExit):
+        parser.read_flags(["--help"])
+    assert capsys.readouterr().out.splitlines()[0].endswith(" RUN [FILE] [FLAGS]")
