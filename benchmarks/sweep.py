@@ -20,7 +20,6 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.connect import connect
@@ -34,9 +33,9 @@ from mnist_ray.run.fit import train_run
 from mnist_ray.workload.calls import data_of, splits_for
 
 
-def naive_trial(tune_config: dict[str, Any], spec: MemberSpec) -> None:
+def naive_trial(tune_config: dict[str, Any], points: list[Point], spec: MemberSpec) -> None:
     """Train one point with a new TorchTrainer of one worker."""
-    job = spec.many.member(Point(**tune_config))
+    job = spec.many.member(points[tune_config["number"]])
     job = dataclasses.replace(job, run=spec.many.job.run.inside("naive").inside(job.run.name))
     session = spec.session(job, NotesConsole(job, print), ray.get(spec.stored))
     train_run(dataclasses.replace(session, workers=job.workers), spec.plan, is_tested=False)
@@ -44,14 +43,11 @@ def naive_trial(tune_config: dict[str, Any], spec: MemberSpec) -> None:
 
 def naive_sweep(points: list[Point], spec: MemberSpec, storage: str, concurrent: int) -> int:
     """Run every point by ``naive_trial``; return how many finished."""
-    presets = [dataclasses.asdict(point) for point in points]
+    train = functools.partial(naive_trial, points=points, spec=spec)
     tuner = tune.Tuner(
-        tune.with_resources(functools.partial(naive_trial, spec=spec), tune.PlacementGroupFactory([{"memory": 2**20}])),
-        param_space=dict.fromkeys(presets[0]),
-        tune_config=tune.TuneConfig(
-            search_alg=BasicVariantGenerator(points_to_evaluate=presets, max_concurrent=concurrent),
-            num_samples=len(points),
-        ),
+        tune.with_resources(train, tune.PlacementGroupFactory([{"memory": 2**20}])),
+        param_space={"number": tune.grid_search([*range(len(points))])},  # Tune would take a point apart
+        tune_config=tune.TuneConfig(max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(name="naive", storage_path=storage, verbose=0),
     )
     return sum(result.error is None for result in tuner.fit())
