@@ -428,9 +428,6 @@ class SweepConfig:
         decides_weights=False,
         **at_least(1),
     )
-    time_budget_s: float | None = setting(
-        None, "seconds after which the search stops", decides_weights=False, **positive()
-    )
 
 
 CLASSES: tuple[type, ...] = (

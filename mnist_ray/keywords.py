@@ -85,4 +85,3 @@ class TuneKeywords(TrainKeywords, total=False):
     scheduler: Literal["halving", "none"]
     num_confirmed: int
     max_concurrent_trials: int | None
-    time_budget_s: float | None

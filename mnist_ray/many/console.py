@@ -57,7 +57,7 @@ class ManyConsole(RunConsole):
         searched, metric, rate = map(in_words, table.space.spaces), table.workload.monitor.name, table.workload.nouns
         for column in ("run", *searched, "seed", *folds, "epochs", metric, f"{rate}/s", "state"):
             view.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "state")
-        best = find_best(self._many, table) if self._many.is_sweep else None
+        best = find_best(table) if self._many.is_sweep else None
         for member in ranked(table):
             view.add_row(*map(redact, self._row(table, member, best)))
         return view
@@ -83,6 +83,6 @@ class ManyConsole(RunConsole):
             "going on": 0 if self._many.is_sweep else table.count(RUNNING, WAITING),
         }
         text = ", ".join(f"{number} {state}" for state, number in counts.items() if number or state == "done")
-        if self._many.is_sweep and (best := find_best(self._many, table)):
+        if self._many.is_sweep and (best := find_best(table)):
             text += f"; best {table.workload.monitor.format(best.val_monitor)} ({best.mean_of})"
         return text

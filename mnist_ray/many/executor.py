@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from mnist_ray.checkpoints.find import drop_all_but_best
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster.nodes import Waiting, temporary_folder
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
-from mnist_ray.config import SweepConfig
 from mnist_ray.data.data import Data
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.session import console_of
@@ -64,33 +62,25 @@ def train_members(spec: MemberSpec, data: Data, concurrent: int, show: Show, say
     Raises JobError if a run of several seeds or folds failed, or every trial of a sweep.
     """
     many = spec.many
-    table, deadline = many.table(), time.monotonic() + (many.config.time_budget_s or math.inf)
+    table = many.table()
     keeper = Keeper(many, table, show, say)
     if spec.plan.num_workers == 0:
-        _train_here(keeper, spec, data, deadline)
+        _train_here(keeper, spec, data)
     elif next(keeper.segments(), None) is not None:
         with in_one_line("the storage has failed"):
-            _train_on_tune(keeper, spec, concurrent, deadline)
+            _train_on_tune(keeper, spec, concurrent)
     if keeper.failure is not None:
         raise keeper.failure
-    if many.is_sweep:
-        if find_best(many, table) is None:
-            raise _no_choice(many.config, table)
-        keeper.end()
+    if many.is_sweep and find_best(table) is None:
+        reasons = [member.reason for member in table.by_point.values() if member.reason]
+        error = JobError if table.count(LOST) else TrainingStoppedError  # a resumed sweep tries lost trials again
+        raise error(f"every trial failed; the first one: {reasons[0]}")
     return table
 
 
-def _no_choice(config: SweepConfig, table: Table) -> JobError:
-    reasons = [member.reason for member in table.by_point.values() if member.reason]
-    if not reasons:
-        return JobError(f"no trial was validated within --time-budget-s {config.time_budget_s:g}; allow more time")
-    failed = f"every trial failed; the first one: {reasons[0]}"
-    return (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
-
-
-def _train_here(keeper: Keeper, spec: MemberSpec, data: Data, deadline: float) -> None:
-    """Train segment after segment in this process, until there are no more, or until the deadline."""
-    while time.monotonic() < deadline and (segment := next(keeper.segments(), None)) is not None:
+def _train_here(keeper: Keeper, spec: MemberSpec, data: Data) -> None:
+    """Train segment after segment in this process, until there are no more."""
+    while (segment := next(keeper.segments(), None)) is not None:
         job = spec.many.member(segment.point)
         note = functools.partial(keeper.noted, segment.point)
         console = NotesConsole(job, note) if spec.many.is_sweep else console_of(job)
@@ -104,10 +94,10 @@ def _train_here(keeper: Keeper, spec: MemberSpec, data: Data, deadline: float) -
             keeper.ended(segment)
 
 
-def _train_on_tune(keeper: Keeper, spec: MemberSpec, concurrent: int, deadline: float) -> None:
-    """Let Tune train segments until there are no more, or until the deadline."""
+def _train_on_tune(keeper: Keeper, spec: MemberSpec, concurrent: int) -> None:
+    """Let Tune train segments until there are no more."""
     os.environ.update(_SETTINGS)
-    seconds, workers = deadline - time.monotonic(), spec.many.job.workers
+    workers = spec.many.job.workers
     frugally: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if extras.is_on("sweeps", plain=workers.plain_ray):
         from mnist_ray.extras import sweeps
@@ -119,7 +109,6 @@ def _train_on_tune(keeper: Keeper, spec: MemberSpec, concurrent: int, deadline: 
             tune_config=tune.TuneConfig(
                 search_alg=_SegmentSearcher(keeper, concurrent),
                 num_samples=-1,  # until no segments are left
-                time_budget_s=None if math.isinf(seconds) else max(seconds, 0.001),
                 reuse_actors=spec.plan.num_workers == 1 and not spec.plan.use_gpu,  # an error may leave CUDA unusable
             ),
             run_config=tune.RunConfig(
@@ -302,13 +291,6 @@ class Keeper:
     def label_of(self, member: Member) -> str:
         """Return what messages call a member."""
         return f"trial {member.number}" if self._many.is_sweep else member.point.label
-
-    def end(self) -> None:
-        """Stop the members that were cut off when time ran out, and those of the race that did not begin."""
-        for segment in segments(self._many, self._table, self._candidates):
-            if is_racing(self._many, segment.point):
-                self._table.start(segment.point)
-        self._stop([member for member in self._table.by_point.values() if member.state in (RUNNING, WAITING)])
 
     def _without_process(self, member: Member) -> str:
         """Return the state of a member whose process has died: done if only its end was not recorded, else waiting."""

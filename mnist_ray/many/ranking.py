@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mnist_ray.many.points import Configuration, Point
 from mnist_ray.many.table import Many, Member, Table
-from mnist_ray.report.run_files import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING
+from mnist_ray.report.run_files import DONE, FAILED, LOST, RUNNING, WAITING
 from mnist_ray.text import count
 
 FAILING = -math.inf  # the score of a member that has failed
@@ -37,18 +37,16 @@ class Averaged:
         return f"mean of {count(len(self.members), 'run' if self.members[0].point.fold else 'seed')}"
 
 
-def find_best(many: Many, table: Table) -> Averaged | None:
+def find_best(table: Table) -> Averaged | None:
     """Return the best configuration so far, by the mean over its members; None before the first validation.
 
-    Values at different epochs are not comparable: more finished members win, and none that has failed. A seed of the
-    race is ignored if time ran out before all configurations had finished it.
+    Values at different epochs are not comparable: more finished members win, and none that has failed.
     """
     members = table.by_point.values()
     failed = {member.point.configuration for member in members if member.state == FAILED}
-    cut_off = {member.point.seed for member in members if member.state == STOPPED and is_racing(many, member.point)}
     by_configuration: dict[Configuration, list[Member]] = {}
     for member in members:
-        if table.is_validated(member) and member.point.seed not in cut_off:
+        if table.is_validated(member):
             by_configuration.setdefault(member.point.configuration, []).append(member)
 
     def rank(each: Averaged) -> tuple[bool, int, tuple[float, float]]:

@@ -78,7 +78,7 @@ def _train_all(session: Session, plan: WorkerPlan, many: Many, data: Data) -> Ta
 
 def _choose(session: Session, many: Many, table: Table) -> Configuration:
     """Choose the best configuration; write it, and print it and the default."""
-    console, run, monitor, chosen = session.console, many.job.run, many.job.workload.monitor, find_best(many, table)
+    console, run, monitor, chosen = session.console, many.job.run, many.job.workload.monitor, find_best(table)
     assert chosen is not None  # else train_members has raised
     run.write_text(BEST_FILE, json_lines(many.job.with_values(dict(chosen.configuration)).values))
     console.say("files", f"{run.inside(MEMBERS_FILE).uri}, {BEST_FILE}")
@@ -104,7 +104,7 @@ def _choose(session: Session, many: Many, table: Table) -> Configuration:
 def _test(
     session: Session, plan: WorkerPlan, many: Many, data: Data, table: Table, configuration: Configuration
 ) -> None:
-    """Test the runs of the chosen configuration; first finish one that the time budget has cut off."""
+    """Test the runs of the chosen configuration; first train again one that was lost."""
     for point in many.points(configuration):
         job, member = many.member(point), table.by_point.get(point)
         if job.run.exists(RESULT_FILE):

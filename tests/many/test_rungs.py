@@ -66,7 +66,7 @@ class MadeUp:
 
     @property
     def outcome(self) -> Any:
-        best = find_best(self.many, self.table)
+        best = find_best(self.table)
         assert best is not None
         reports = {member.point: (member.reports, member.state) for member in self.table.by_point.values()}
         return reports, best.configuration, best.val_monitor

@@ -6,12 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, Mock
+from unittest.mock import MagicMock
 
 import numpy as np
 import psutil
@@ -24,9 +23,8 @@ from mnist_ray import tune as tune_call
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Splits
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
-from mnist_ray.many.console import ManyConsole
 from mnist_ray.many.jobs import check_data, read_sweep, run, say_header
-from mnist_ray.many.table import Many, Member, Table
+from mnist_ray.many.table import Many
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder
@@ -301,24 +299,6 @@ def test_storage_that_fails_while_a_trial_ends_is_one_line_and_the_sweep_goes_on
     assert states(tmp_path / "run") == ["done"] * 2
 
 
-def test_a_time_budget_stops_trials_and_the_best_is_then_trained_to_its_end(
-    where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]
-) -> None:
-    passed_s = [0]
-    monkeypatch.setattr("ray.tune.stopper.timeout.time", Mock(time=lambda: time.time() + passed_s[0]))
-
-    def let_time_pass(console: ManyConsole, table: Table, ended: Member | None = None) -> None:
-        passed_s[0] = 3600 * any(member.epochs for member in table.by_point.values())
-
-    monkeypatch.setattr(ManyConsole, "show_table", let_time_pass)
-    tune({**where, **rates(3e-3, 2e-3), "num_epochs": 200, "early_stopping_patience": 5, "time_budget_s": 3000.0})
-    (trial,) = [row for row in rows(tmp_path / "run") if float(row["epochs"])]
-    assert states(tmp_path / "run")[0] == "stopped early"
-    assert float(trial["epochs"]) < result_of(tmp_path / "run")["checkpoint_metrics"]["epochs"]
-    (best,) = load_run(tmp_path / "run").members
-    assert best.history[-1]["epoch"] > best.result["checkpoint_metrics"]["epoch"]
-
-
 @dataclass(frozen=True)
 class Settings:
     noise: float = setting(1.0, "of the inputs", decides_data=True)
@@ -356,7 +336,6 @@ MOMENTUM, RATE = "momentum=0.5,0.9", "learning_rate=0.1,0.2"
             "warmup_steps: one-cycle has its own warm-up",
         ),
         ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not work with --compile"),
-        ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
         ({"sweep": [MOMENTUM], "optimizer": "adam"}, "--set momentum has no effect: no trial uses it; leave it out"),
         ({"sweep": [RATE], "optimizer": "adam", "momentum": 0.5}, "--set momentum has no effect"),
         ({"sweep": ["num_chunks=4,8"]}, "--set num_chunks has no effect"),
