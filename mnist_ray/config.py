@@ -414,7 +414,7 @@ class SweepConfig:
         "search space, unless it is given as a flag",
     )
     num_trials: int = setting(16, "configurations to try, including the default one", **within(1, 10_000))
-    search_algorithm: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
+    search_algorithm: Literal["random", "grid"] = setting("random", "how configurations are chosen")
     scheduler: Literal["halving", "none"] = setting(
         "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs"
     )

@@ -81,7 +81,7 @@ class TuneKeywords(TrainKeywords, total=False):
 
     sweep: Sequence[str] | Mapping[str, Any] | None
     num_trials: int
-    search_algorithm: Literal["random", "optuna", "grid"]
+    search_algorithm: Literal["random", "grid"]
     scheduler: Literal["halving", "none"]
     num_confirmed: int
     max_concurrent_trials: int | None

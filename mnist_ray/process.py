@@ -51,7 +51,7 @@ def left_as_found() -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     variables = {name: value for name, value in os.environ.items() if _CHANGED.match(name)}
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("ray", "ray.widgets.util", "optuna"))}
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("ray", "ray.widgets.util"))}
     torch: Any = sys.modules.get("torch")  # which another thread may be importing
     threads = torch.get_num_threads() if hasattr(torch, "get_num_threads") else usable_cores()
     if not _busy.acquire(blocking=False):

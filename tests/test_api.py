@@ -342,7 +342,7 @@ from mnist_ray.trackers import start
 
 
 def described():
-    levels = {name: logging.getLogger(name).level for name in ("", "ray", "ray.widgets.util", "optuna")}
+    levels = {name: logging.getLogger(name).level for name in ("", "ray", "ray.widgets.util")}
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     facts = [*levels.items(), *handlers.items(), *os.environ.items(), *warnings.filters, *threading.enumerate()]
     return {*map(str, facts), os.getcwd(), f"{torch.get_num_threads()} threads of torch"}

@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.session import console_of
 from mnist_ray.many.member import MemberSpec, NotesConsole, train_in_tune, train_segment
 from mnist_ray.many.points import Point
-from mnist_ray.many.proposals import Candidates
-from mnist_ray.many.ranking import find_best, is_racing, score_at
+from mnist_ray.many.ranking import find_best, score_at
 from mnist_ray.many.rungs import Segment, climb, rungs_of, segments
 from mnist_ray.many.table import Many, Member, Table
 from mnist_ray.report.run_files import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING
@@ -66,7 +65,7 @@ def train_members(spec: MemberSpec, data: Data, concurrent: int, show: Show, say
     keeper = Keeper(many, table, show, say)
     if spec.plan.num_workers == 0:
         _train_here(keeper, spec, data)
-    elif next(keeper.segments(), None) is not None:
+    elif keeper.next_segment() is not None:
         with in_one_line("the storage has failed"):
             _train_on_tune(keeper, spec, concurrent)
     if keeper.failure is not None:
@@ -80,7 +79,7 @@ def train_members(spec: MemberSpec, data: Data, concurrent: int, show: Show, say
 
 def _train_here(keeper: Keeper, spec: MemberSpec, data: Data) -> None:
     """Train segment after segment in this process, until there are no more."""
-    while (segment := next(keeper.segments(), None)) is not None:
+    while (segment := keeper.next_segment()) is not None:
         job = spec.many.member(segment.point)
         note = functools.partial(keeper.noted, segment.point)
         console = NotesConsole(job, note) if spec.many.is_sweep else console_of(job)
@@ -151,7 +150,7 @@ class _SegmentSearcher(Searcher):
         running = self._running.values()
         if len(running) == self._concurrent:
             return None
-        segment = next((each for each in self._keeper.segments() if each.point not in running), None)
+        segment = self._keeper.next_segment(running)
         if segment is None:
             return None if running else Searcher.FINISHED
         self._running[trial_id] = segment.point
@@ -216,31 +215,22 @@ class Keeper:
         self.say, self.waiting = say, Waiting("a run", functools.partial(say, "note"))
         self.failure: JobError | None = None  # of the storage, or of a run; Tune would hide it, and repeat the trial
         self._many, self._table, self._show = many, table, show
-        begun = [point.configuration for point in table.by_point if not is_racing(many, point)]
-        self._candidates = Candidates(many.space, many.config, many.job.train.seed, begun)
         for member in table.by_point.values():
             if member.state in (LOST, RUNNING):  # in an interrupted job
                 member.state = self._without_process(member)
-        self._num_rungs = len(climb(many, table, self._candidates))  # that have begun
+        self._num_rungs = len(climb(many, table))  # that have begun
         self._notes = set[str]()  # that were printed
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Pickle nothing: Tune pickles its callbacks and its searcher for its own restore, which is never used."""
         return object, ()
 
-    def segments(self) -> Iterator[Segment]:
-        """Yield what can be trained now, or is being trained; a point is only proposed if the caller takes it."""
+    def next_segment(self, running: Collection[Point] = ()) -> Segment | None:
+        """Return what to train next beside the ``running`` points; None if there is nothing, or only later."""
         if self.failure is not None:
-            return
-        yield from segments(self._many, self._table, self._candidates)
-        if self._candidates.num_unknown:
-            epoch = rungs_of(self._many)[0]
-            while proposed := self._candidates.propose(
-                lambda each: score_at(self._table, self._many.points(each), epoch)
-            ):
-                yield from (Segment(point, epoch) for point in self._many.points(proposed))
-            self._begin_rungs()  # nothing is left to propose: the first rung may be complete
-            yield from segments(self._many, self._table, self._candidates)
+            return None
+        left = segments(self._many, self._table)
+        return next((segment for segment in left if segment.point not in running), None)
 
     def started(self, point: Point) -> None:
         """Record that a segment starts."""
@@ -306,7 +296,7 @@ class Keeper:
 
     def _begin_rungs(self) -> None:
         """Report the rungs that begin now, and stop the members that are not on them."""
-        rungs, epochs = climb(self._many, self._table, self._candidates), rungs_of(self._many)
+        rungs, epochs = climb(self._many, self._table), rungs_of(self._many)
         for number in range(self._num_rungs, len(rungs)):
             before, rung = rungs[number - 1], rungs[number]
             if rung:

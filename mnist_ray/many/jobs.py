@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Sequence
 
 from mnist_ray import settings
@@ -16,7 +15,6 @@ from mnist_ray.job.job_data import check_against_data
 from mnist_ray.job.session import console_of, opened, started
 from mnist_ray.many.console import ManyConsole
 from mnist_ray.many.points import space_of
-from mnist_ray.many.proposals import propose
 from mnist_ray.many.table import Many
 from mnist_ray.record.header import say_data, say_plan, say_result, say_run
 from mnist_ray.report.console import RunConsole
@@ -39,12 +37,9 @@ def read_sweep(given: Given | None = None) -> Many:
     job = _with_workers_of_many(read_job(given, "tune"))
     config = settings.build(SweepConfig, job.asked)
     space = space_of(type(job.workload), job.asked, fixed=job.given)
-    configurations = propose(space, config, job.train.seed)  # raises if there are too few trials for a grid
-    jobs = [job.with_values(dict(each)) for each in configurations]  # raises if settings contradict each other
-    _check_used(job, space.spaces, [each.train for each in jobs])
-    if config.search_algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UsageError("--search-algorithm optuna needs Optuna: pip install -e '.[optuna]'")
     many = Many(job, space, config)
+    jobs = [job.with_values(dict(each)) for each in many.configurations]  # raises if settings contradict each other
+    _check_used(job, space.spaces, [each.train for each in jobs])
     many.table()  # raises if it is damaged
     return many
 
@@ -127,7 +122,7 @@ def say_header(console: RunConsole, many: Many, splits: Splits) -> None:
     else:
         console.say("sweep", job.run.name)
         say_data(console, job, splits)
-        number = len(propose(many.space, config, job.train.seed))  # Optuna tries at most this many
+        number = len(many.configurations)
         trials = f"{count(number, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
         best = min(config.num_confirmed, number)
         also = best < number and many.space.default is not None

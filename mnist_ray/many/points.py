@@ -65,7 +65,7 @@ class Space:
     defaults: Mapping[str, Any]
 
     def configuration(self, values: Mapping[str, Any]) -> Configuration:
-        """Return a configuration of these values, which may be numbers from NumPy or Optuna, or text from a file."""
+        """Return a configuration of these values, which may be numbers from NumPy, or text from a file."""
         return tuple((name, _as(self.types[name], values[name], space)) for name, space in self.spaces.items())
 
     @property

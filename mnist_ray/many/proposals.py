@@ -1,11 +1,10 @@
-"""The configurations that a sweep tries: random ones, a grid, or those that Optuna suggests."""
+"""The configurations that a sweep tries: random ones or a grid."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,59 +15,6 @@ from mnist_ray.many.points import Configuration, Space
 from mnist_ray.settings import Choice, Range, SearchSpace
 
 _DRAWS = 10  # per trial, as some may be equal
-
-
-class Candidates:
-    """The configurations of a search, in the order in which they were proposed."""
-
-    def __init__(self, space: Space, config: SweepConfig, seed: int, begun: Iterable[Configuration]) -> None:
-        """``begun``: those that an interrupted search has begun to train."""
-        self._space, self._seed, self.num_unknown = space, seed, 0  # configurations still to be proposed
-        if config.search_algorithm == "optuna":
-            self.configurations = [*dict.fromkeys(begun)] or _of_default(space)
-            self.num_unknown = config.num_trials - len(self.configurations)
-        else:
-            self.configurations = propose(space, config, seed)
-
-    def propose(self, score: Callable[[Configuration], float]) -> Configuration | None:
-        """Add a new configuration to ``configurations``, and return it; None if there are no more.
-
-        Optuna's TPE learns each configuration's score on the first rung; the score is NaN until it is reached. Later
-        rungs come too late for TPE: they begin when all configurations are proposed.
-        """
-        while self.num_unknown > 0:
-            scores = {each: score(each) for each in self.configurations}
-            known = {each: reached for each, reached in scores.items() if not math.isnan(reached)}
-            suggested = _suggested(self._space, known, self._seed + self.num_unknown)
-            self.num_unknown -= 1
-            if (proposed := self._space.configuration(suggested)) not in self.configurations:
-                self.configurations.append(proposed)
-                return proposed
-        return None
-
-
-def _of_default(space: Space) -> list[Configuration]:
-    return [] if space.default is None else [space.default]
-
-
-def _suggested(space: Space, scores: Mapping[Configuration, float], seed: int) -> dict[str, Any]:
-    """Return the values that Optuna suggests after trials with these scores."""
-    import optuna  # an extra
-
-    def distribution(name: str) -> Any:
-        axis = space.spaces[name]
-        if isinstance(axis, Choice):
-            return optuna.distributions.CategoricalDistribution(axis.options)
-        is_whole = space.types[name] is int
-        kind = optuna.distributions.IntDistribution if is_whole else optuna.distributions.FloatDistribution
-        return kind(axis.low, axis.high, log=axis.log)
-
-    logging.getLogger("optuna").setLevel(logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize")
-    spaces = {name: distribution(name) for name in space.spaces}
-    for configuration, score in scores.items():
-        study.add_trial(optuna.trial.create_trial(params=dict(configuration), distributions=spaces, value=score))
-    return study.ask(spaces).params
 
 
 def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Configuration]:
@@ -83,7 +29,8 @@ def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Configuration]:
         space.configuration({name: _draw(axis, rng, space.types[name]) for name, axis in space.spaces.items()})
         for _ in range(_DRAWS * sweep.num_trials)
     ]
-    return list(dict.fromkeys(_of_default(space) + drawn))[: sweep.num_trials]
+    default = [] if space.default is None else [space.default]
+    return list(dict.fromkeys(default + drawn))[: sweep.num_trials]
 
 
 def _draw(space: SearchSpace, rng: np.random.Generator, kind: type) -> Any:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mnist_ray.many.points import Configuration, Point
-from mnist_ray.many.proposals import Candidates
 from mnist_ray.many.ranking import FAILING, finalists, score_at
 from mnist_ray.many.table import Many, Table
 from mnist_ray.report.run_files import DONE
@@ -41,13 +40,13 @@ def rungs_of(many: Many) -> list[float]:
     return [part * num_epochs for part in _RUNGS] if many.config.scheduler == "halving" else [num_epochs]
 
 
-def climb(many: Many, table: Table, candidates: Candidates) -> list[list[Configuration]]:
+def climb(many: Many, table: Table) -> list[list[Configuration]]:
     """Return the configurations on each rung that has begun; it begins when all have reached the previous one."""
-    rungs = [candidates.configurations]
-    num_trials, num_confirmed = len(candidates.configurations), many.config.num_confirmed
+    rungs = [many.configurations]
+    num_trials, num_confirmed = len(many.configurations), many.config.num_confirmed
     for number, epoch in enumerate(rungs_of(many)[:-1], 1):
         scores = {each: score_at(table, many.points(each), epoch) for each in rungs[-1]}
-        if not scores or candidates.num_unknown or any(map(math.isnan, scores.values())):
+        if not scores or any(map(math.isnan, scores.values())):
             break
         num_continuing = min(max(math.ceil(num_trials / 2**number), num_confirmed), len(scores))  # without ties
         least = sorted(scores.values(), reverse=True)[num_continuing - 1]
@@ -56,16 +55,16 @@ def climb(many: Many, table: Table, candidates: Candidates) -> list[list[Configu
     return rungs
 
 
-def segments(many: Many, table: Table, candidates: Candidates) -> list[Segment]:
+def segments(many: Many, table: Table) -> list[Segment]:
     """Return what can be trained now, or is being trained."""
     if not many.is_sweep:
         done = [point for point, member in table.by_point.items() if member.state == DONE]
         left = [point for point in many.points(()) if point not in done]
         return [Segment(point, many.job.train.num_epochs, is_tested=True) for point in left]
-    rungs, epochs = climb(many, table, candidates), rungs_of(many)
+    rungs, epochs = climb(many, table), rungs_of(many)
     last, epoch = rungs[-1], epochs[len(rungs) - 1]
     missing = _unreached(table, [point for each in last for point in many.points(each)], epoch)
-    if len(rungs) == len(epochs) and not candidates.num_unknown:
+    if len(rungs) == len(epochs):
         # Before all have reached the end, the finalists are known only if none has to drop out.
         in_time = last if len(last) <= many.config.num_confirmed and not many.job.train.is_several else []
         racing = in_time if missing else finalists(many, table)

@@ -7,12 +7,14 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.many.points import Configuration, Point, Space
+from mnist_ray.many.proposals import propose
 from mnist_ray.report.run_files import FAILED, LOST, RUNNING, csv_text, read_members
 from mnist_ray.settings import Choice, values_of
 from mnist_ray.storage import MEMBERS_FILE, MEMBERS_FOLDER, RunFolder
@@ -123,6 +125,11 @@ class Many:
     def is_sweep(self) -> bool:
         """Whether several configurations are compared."""
         return bool(self.space.spaces)
+
+    @cached_property
+    def configurations(self) -> list[Configuration]:
+        """The configurations to try, each once. Raises UsageError if a grid has more than --num-trials."""
+        return propose(self.space, self.config, self.job.train.seed)
 
     @property
     def batch_sizes(self) -> list[int]:

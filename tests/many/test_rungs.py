@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import random
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from mnist_ray.many.jobs import read_sweep
 from mnist_ray.many.points import Configuration, Point
-from mnist_ray.many.proposals import Candidates
 from mnist_ray.many.ranking import FAILING, find_best, score_at
 from mnist_ray.many.rungs import Segment, climb, rungs_of, segments, still_racing
 from mnist_ray.many.table import Many
@@ -28,14 +26,12 @@ class MadeUp:
 
     def __init__(self, many: Many, failing: int | None = None, slow: int | None = None) -> None:
         self.many, self.table = many, many.table()
-        begun = [point.configuration for point in self.table.by_point]
-        self.candidates = Candidates(many.space, many.config, 0, begun)
-        points = [many.points(each)[0] for each in self.candidates.configurations]
+        points = [many.points(each)[0] for each in many.configurations]
         self.failing, self.slow = [None if number is None else points[number] for number in (failing, slow)]
         self.trained: list[tuple[Point, float, float]] = []  # of each segment: its point, where it starts and ends
 
     def segments(self) -> list[Segment]:
-        return segments(self.many, self.table, self.candidates)
+        return segments(self.many, self.table)
 
     def run(self, num_slots: int, max_segments: float = math.inf) -> "MadeUp":
         """Run the job until it is over, or until it is killed after ``max_segments``."""
@@ -140,17 +136,15 @@ A, B, C, D = (point(32, rate).configuration for rate in (0.01, 0.02, 0.03, 0.04)
 def test_the_better_half_goes_on_when_all_are_there(
     scores: list[float], expected: set[Configuration] | None, tmp_path: Path
 ) -> None:
-    made_up = MadeUp(sweep_of(tmp_path, num_confirmed=0))
-    made_up.candidates.configurations = [A, B, C, D]
+    grid = {"sweep": ["batch_size=32", "learning_rate=0.01,0.02,0.03,0.04"], "search_algorithm": "grid"}
+    made_up = MadeUp(sweep_of(tmp_path, num_confirmed=0, **grid))
     for some, score in zip((A, B, C, D), scores, strict=True):
         member = made_up.table.start(Point(some, 0))
         member.state = FAILED if score == FAILING else WAITING
         if not math.isnan(score):
             made_up.table.report(member, {"epochs": 0.25, "val_accuracy": score})
-    rungs = climb(made_up.many, made_up.table, made_up.candidates)
+    rungs = climb(made_up.many, made_up.table)
     assert [set(rung) for rung in rungs[1:]] == ([] if expected is None else [expected])
-    made_up.candidates.num_unknown = 1  # Optuna has not proposed all
-    assert climb(made_up.many, made_up.table, made_up.candidates) == [[A, B, C, D]]
 
 
 @pytest.mark.parametrize(
@@ -215,46 +209,3 @@ def test_only_what_was_reported_from_an_epoch_on_counts_there_and_of_several_mem
     assert score_at(table, [first, second], 1) == pytest.approx(0.4)
     member.state = FAILED
     assert score_at(table, [first, second], 0.25) == FAILING
-
-
-def optuna_of(many: Many, *begun: Configuration) -> Candidates:
-    return Candidates(many.space, many.config, 0, begun)
-
-
-def test_optuna_learns_from_the_first_rung_and_proposes_nothing_twice(tmp_path: Path) -> None:
-    many = sweep_of(tmp_path, search_algorithm="optuna", num_trials=40, sweep=["learning_rate=log:1e-5:1"])
-    candidates = optuna_of(many)
-    assert candidates.configurations == [many.space.default]
-
-    def away(some: Configuration) -> float:
-        return abs(math.log10(dict(some)["learning_rate"]) + 4)
-
-    while candidates.propose(lambda some: -away(some)):
-        pass
-    assert len({*candidates.configurations}) == len(candidates.configurations) == 40
-    at_random = (1**2 / 2 + 4**2 / 2) / 5  # the mean distance of a point from -4, uniform in -5 to 0
-    assert statistics.mean(map(away, candidates.configurations[-15:])) < 0.5 * at_random
-
-
-@pytest.mark.parametrize("num_known", [1, 12])
-def test_a_resumed_search_with_optuna_proposes_the_same(num_known: int, tmp_path: Path) -> None:
-    many = sweep_of(tmp_path, search_algorithm="optuna", num_trials=16)
-
-    def proposed_after(*known: Configuration) -> list[Configuration]:
-        candidates = optuna_of(many, *known)
-        while candidates.propose(lambda some: dict(some)["learning_rate"]):
-            pass
-        return candidates.configurations
-
-    whole = proposed_after()
-    assert proposed_after(*whole[:num_known]) == whole
-
-
-def test_optuna_stops_proposing_if_there_are_no_new_points(tmp_path: Path) -> None:
-    sizes = sweep_of(tmp_path, search_algorithm="optuna", num_trials=8, sweep=["batch_size=32,64,128"])
-    known = [sizes.space.configuration({"batch_size": size}) for size in (64, 32)]
-    candidates = optuna_of(sizes, *known)
-    assert candidates.configurations == known
-    candidates.propose(lambda some: FAILING if some == known[0] else math.nan)
-    assert candidates.propose(lambda some: 0.5) is None, "there are only three batch sizes"
-    assert (len(candidates.configurations), candidates.num_unknown) == (3, 0)

@@ -265,13 +265,6 @@ def test_a_killed_sweep_resumes_without_repeating_finished_trials(
     assert (len(after), len(printed)) == (4, 4 - len(before))
 
 
-def test_optuna_proposes(where: dict[str, Any], tmp_path: Path) -> None:
-    found = tune_call(**{**where, "search_algorithm": "optuna", "num_trials": 3, "num_epochs": 1})
-    assert [row["state"] for row in found.trials] == ["done"] * 3
-    assert found.best["batch_size"] in (32, 64)
-    assert found.workload.settings.data_dir == Path(where["data_dir"])
-
-
 def test_every_trial_failing_ends_the_job_with_the_first_reason(where: dict[str, Any]) -> None:
     with pytest.raises(TrainingStoppedError, match=r"every trial failed; the first one: loss .*\(logs: \S+\)$"):
         tune({**where, "num_trials": 1, "sweep": ["learning_rate=1e19:1e20"]})
