@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table as View
 from rich.text import Text
 
-from mnist_ray.many.ranking import Averaged, find_best, ranked
+from mnist_ray.many.rungs import Averaged, find_best, ranked
 from mnist_ray.many.table import Many, Member, Table
 from mnist_ray.report.console import RunConsole
 from mnist_ray.report.run_files import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, number_of

@@ -26,8 +26,7 @@ from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.job.session import console_of
 from mnist_ray.many.member import MemberSpec, NotesConsole, train_in_tune, train_segment
 from mnist_ray.many.points import Point
-from mnist_ray.many.ranking import find_best, score_at
-from mnist_ray.many.rungs import Segment, climb, rungs_of, segments
+from mnist_ray.many.rungs import Segment, climb, find_best, rungs_of, score_at, segments
 from mnist_ray.many.table import Many, Member, Table
 from mnist_ray.report.run_files import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING
 from mnist_ray.storage import MEMBERS_FOLDER, STORAGE_ERRORS, in_one_line

@@ -10,8 +10,7 @@ import pytest
 
 from mnist_ray.many.jobs import read_sweep
 from mnist_ray.many.points import Configuration, Point
-from mnist_ray.many.ranking import FAILING, find_best, score_at
-from mnist_ray.many.rungs import Segment, climb, rungs_of, segments, still_racing
+from mnist_ray.many.rungs import FAILING, Segment, climb, find_best, rungs_of, score_at, segments, still_racing
 from mnist_ray.many.table import Many
 from mnist_ray.report.run_files import DONE, FAILED, LOST, RUNNING, WAITING
 from tests.many.conftest import point

@@ -13,7 +13,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.many.console import ManyConsole
 from mnist_ray.many.jobs import read_sweep
 from mnist_ray.many.points import space_of
-from mnist_ray.many.ranking import finalists, find_best, ranked
+from mnist_ray.many.rungs import finalists, find_best, ranked
 from mnist_ray.many.table import Many, Member, Table
 from mnist_ray.report.run_files import DONE, FAILED, RUNNING, STOPPED, WAITING, csv_text
 from mnist_ray.storage import locate
