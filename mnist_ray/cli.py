@@ -25,7 +25,7 @@ from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import settings_of, workload_of
 from mnist_ray.runs import find_run, is_sweep
-from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek, words_to_complete
+from mnist_ray.settings import UNSET, Given, Parser, build, declared, peek
 from mnist_ray.settings_files import read_settings
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, locate
 from mnist_ray.text import PROGRAM, VERSION
@@ -131,19 +131,6 @@ def runs() -> None:
     _tool("runs")(flags["storage_path"], build(config.RunsConfig, flags))
 
 
-def completion() -> None:
-    """Print what makes a shell complete mnist-ray: eval "$(mnist-ray completion bash)"."""
-    parser = Parser(completion.__doc__ or "")
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
-    shell = parser.read_flags()["shell"]
-    try:
-        import argcomplete
-    except ImportError as error:
-        raise UsageError("completion needs argcomplete: pip install argcomplete") from error
-    for line in argcomplete.shellcode([PROGRAM], shell=shell).splitlines():
-        say(line)
-
-
 def export() -> None:
     """Write a trained model as a program of torch.export."""
     flags = _flags_of_run(export, config.ExportConfig)
@@ -161,7 +148,7 @@ def new() -> None:
     _tool("new")(flags["name"], build(config.ProjectConfig, flags))
 
 
-_ALL = (train, tune, evaluate, compare, predict, view, report, runs, export, new, completion)
+_ALL = (train, tune, evaluate, compare, predict, view, report, runs, export, new)
 COMMANDS: dict[str, Callable[[], None]] = {command.__name__: command for command in _ALL}
 
 
@@ -173,10 +160,6 @@ def program() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands above")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
-    if typed := words_to_complete():
-        sys.argv = typed
-        if len(typed) < 3:
-            parser.complete()
     name = parser.parse_args(sys.argv[1:2] or ["--help"]).command
     sys.argv[:2] = [f"{PROGRAM} {name}"]
     run(COMMANDS[name])

@@ -335,8 +335,6 @@ class Parser(argparse.ArgumentParser):
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the given flags, after checking them. Raises UsageError."""
-        if words_to_complete():
-            self.complete()
         given = [word.partition("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)]
         for name, about in declared(*self._config_classes).items():
             if about.is_single and given.count(flag(name)) > 1:
@@ -380,32 +378,13 @@ class Parser(argparse.ArgumentParser):
         self.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
         return super().format_help()
 
-    def complete(self) -> NoReturn:
-        """Print what may follow the words that a shell is to complete, and exit."""
-        import argcomplete
-
-        os.environ["_ARGCOMPLETE"] = str(len(self.prog.split()))  # the number of words that are not arguments
-        argcomplete.autocomplete(self, exit_method=sys.exit)
-        raise SystemExit(1)
-
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
 
 
-def words_to_complete() -> list[str]:
-    """Return the words of a command line that a shell asks argcomplete to complete; none in any other process."""
-    if "_ARGCOMPLETE" not in os.environ:
-        return []
-    typed = os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode(errors="ignore")
-    return [*typed.split(), *([""] if typed.endswith(" ") else [])]
-
-
 def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:
-    """Return the flags of some classes as text, and the other words, before all flags are known.
-
-    A word that a shell is to complete is not among them.
-    """
+    """Return the flags of some classes as text, and the other words, before all flags are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--set", action="append", default=UNSET)
     for name, about in declared(*config_classes).items():
@@ -413,7 +392,7 @@ def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:
             form = {key: value for key, value in about.form.items() if key in ("action", "nargs", "const")}
             parser.add_argument(flag(name), default=UNSET, **form)
     try:
-        found, others = parser.parse_known_args(sys.argv[1:-1] if words_to_complete() else sys.argv[1:])
+        found, others = parser.parse_known_args()
     except argparse.ArgumentError:  # reported when all flags are read
         return {}, []
     values = vars(found)

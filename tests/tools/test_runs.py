@@ -1,8 +1,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,35 +96,3 @@ def test_the_program_has_its_version(capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises(SystemExit):
         cli.program()
     assert capsys.readouterr().out == f"mnist-ray {VERSION}\n"
-
-
-@pytest.mark.parametrize(
-    ("line", "completed"),
-    [
-        ("mnist-ray tra", {"train"}),
-        ("mnist-ray train --lr-sch", {"--lr-schedule"}),
-        ("mnist-ray train --lr-schedule co", {"constant", "cosine"}),
-        ("mnist-ray train --workload examples/shapes.py --noi", {"--noise"}),
-        ("mnist-ray train --config Make", {"Makefile"}),
-        ("mnist-ray train --workload examples/sha", {"examples/shapes.py", "examples/shards.py"}),
-        ("mnist-ray completion ", {"bash", "zsh", "fish", "-h", "--help"}),
-    ],
-)
-def test_a_shell_completes_commands_flags_and_values_also_of_the_workload(
-    line: str, completed: set[str], tmp_path: Path
-) -> None:
-    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": " "}
-    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"), "COMP_TYPE": "9"}
-    code = "import sys; sys.argv = ['mnist-ray']; from mnist_ray import cli; cli.run(cli.program)"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, timeout=60, check=False)
-    assert {*(tmp_path / "out").read_text().split()} == completed
-
-
-@pytest.mark.parametrize(
-    ("shell", "part"), [("bash", "complete "), ("zsh", "#compdef mnist-ray"), ("fish", "complete ")]
-)
-def test_the_completion_for_each_shell_is_printed(shell: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run_main("completion", shell)
-    said = capsys.readouterr().out
-    assert part in said
-    assert "mnist-ray" in said
