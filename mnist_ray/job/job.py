@@ -15,7 +15,6 @@ from typing import Any
 from mnist_ray import layers, runs, settings, storage
 from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfig, WorkerConfig, shown
 from mnist_ray.errors import UsageError
-from mnist_ray.job.lease import remove_dead_owner
 from mnist_ray.layers import FLAGS, ONLY_FLAGS, Layers
 from mnist_ray.ray_versions import check_workers
 from mnist_ray.references import split_call
@@ -166,8 +165,6 @@ def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None
     """Raise UsageError if a new run already exists, or a resumed run is finished; with ``auto``, it may be."""
     if is_resumed:
         is_finished = run.read_json(RESULT_FILE) is not None
-        if is_finished:
-            remove_dead_owner(run)
         if is_finished and resume != "auto":
             missing = report_command(run)
             advice = f"; for its report: {missing}" if missing else ""

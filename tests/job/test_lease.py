@@ -1,175 +1,126 @@
-import json
 import os
 import queue
 import subprocess
 import sys
-import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import Mock
 
-import psutil
 import pytest
+from filelock import OwnerRecord, SoftFileLease
 
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import UsageError
 from mnist_ray.job import lease
-from mnist_ray.job.lease import Owner, owned, this_process
+from mnist_ray.job.lease import owned, owner_of
 from mnist_ray.storage import RunFolder, locate
-from tests.conftest import wait_for
 
-ELSEWHERE = Owner("other-host", "another boot", 7, 0)
+OWNING = """
+import sys
+from mnist_ray.job.lease import owned
+from mnist_ray.storage import locate
+with owned(locate(sys.argv[1], "run")):
+    print("owned", flush=True)
+    input()
+"""
 
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[Exception]:
-    """The errors that end an owner, which looks at its file often."""
+    """The errors that end an owner; it renews its file often, and a silent one is soon taken for dead."""
     errors = queue.Queue[Exception]()
-    monkeypatch.setattr(lease, "CHECKED_AFTER_S", 0.05)
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
+    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.5)
     monkeypatch.setattr(lease, "end_with", errors.put)
     return errors
 
 
-def claim_of(run: RunFolder, owner: Owner, renewed: int = 0) -> Path:
-    """Write an owner's file."""
-    changed = Path(run.storage_path) / "changed"
-    changed.write_text(json.dumps({**asdict(owner), "renewed": renewed}))
-    return changed.rename(changed.with_name(lease.file_of(run)))
-
-
-def claims(run: RunFolder) -> list[Path]:
-    return list(Path(run.storage_path).glob(".*.owner"))
-
-
-def assert_taken(run: RunFolder) -> None:
-    """Own a run although it has an owner's file."""
-    with owned(run):
-        assert json.loads(claims(run)[0].read_text())["pid"] == os.getpid()
-
-
-def test_a_run_that_another_job_owns_is_refused_and_free_afterwards(run: RunFolder, tmp_path: Path) -> None:
-    parent = os.getppid()
-    left = claim_of(run, replace(this_process(), pid=parent, ticks=lease.ticks_at_start(parent)))
-    with (
-        pytest.raises(UsageError, match=f"run is in use by another job: process {parent} on this machine"),
-        owned(run),
-    ):
-        pass
-    left.unlink()
-    with owned(run), owned(locate(str(tmp_path), "run2")), owned(locate(str(tmp_path), "ru")):
-        assert len(claims(run)) == 3
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder) -> None:
-    with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        owner = replace(this_process(), pid=process.pid, ticks=lease.ticks_at_start(process.pid))
-        claim_of(run, owner)
-        with pytest.raises(UsageError, match="in use"), owned(run):
-            pass
+@pytest.fixture
+def owner(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process, which owns the run."""
+    command = [sys.executable, "-c", OWNING, run.storage_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"owned\n"
+        yield process
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert_taken(run)  # from a zombie
-    claim_of(run, owner)
-    assert_taken(run)
-    for wrong in ({"ticks": 1}, {"pid": -5}):  # another process has its id by now; the file is damaged
-        claim_of(run, replace(this_process(), **wrong))  # type: ignore[arg-type]
-        assert_taken(run)
+
+
+def file_of(run: RunFolder) -> Path:
+    return Path(run.storage_path) / f".{run.name}.owner"
+
+
+def claim_elsewhere(run: RunFolder) -> None:
+    """Write the file of an owner on another machine, which never renews it."""
+    text = f"filelock/2\npid=7\nhost=other-host\nmode=lease\ntoken={'0' * 32}\nduration={lease.EXPIRES_AFTER_S!r}\n"
+    file_of(run).write_text(text)
+    found = SoftFileLease(file_of(run), lease_duration=lease.EXPIRES_AFTER_S).owner
+    assert found == OwnerRecord(7, "other-host", "lease", "0" * 32, lease.EXPIRES_AFTER_S)
+
+
+def assert_is_free(run: RunFolder) -> None:
+    with owned(run):
+        assert f"pid={os.getpid()}\n" in file_of(run).read_text()
+    assert not file_of(run).exists()
+
+
+def test_a_run_that_another_job_owns_is_refused_and_free_afterwards(
+    run: RunFolder, owner: subprocess.Popen[bytes]
+) -> None:
+    waited = list[str]()
+    found = f"run is in use by another job: process {owner.pid} on .+; if that has exited, delete {file_of(run)}$"
+    with pytest.raises(UsageError, match=found), owned(run, waited.append):
+        pass
+    assert (
+        waited[0] == f"checking whether process {owner.pid} on {owner_of(run)}, which owns this run, is still alive …"
+    )
+    with owned(locate(run.storage_path, "run2")), owned(locate(run.storage_path, "ru")):
+        pass
+    owner.communicate(b"\n")
+    assert owner_of(run) == ""
+    assert_is_free(run)
+
+
+def test_a_run_of_a_killed_process_on_this_machine_is_free_at_once(
+    run: RunFolder, owner: subprocess.Popen[bytes]
+) -> None:
+    owner.kill()
+    owner.wait()
+    with owned(run, pytest.fail):
+        pass
 
 
 def test_the_files_of_a_killed_owners_ray_are_removed_once_its_run_has_ended_well(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, owner: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        owner = replace(this_process(), pid=process.pid, ticks=1)
-    session, other = (tmp_path / "ray" / f"session_2026-12-02_{pid}" for pid in (process.pid, os.getpid()))
+    session, other = (tmp_path / "ray" / f"session_2026-12-02_{pid}" for pid in (owner.pid, os.getpid()))
     for folder in (session, other):
         (folder / "logs").mkdir(parents=True)
-    claim_of(run, owner)
+    owner.kill()
+    owner.wait()
+    left = file_of(run).read_text()
     with pytest.raises(ZeroDivisionError), owned(run):
         raise ZeroDivisionError
     assert session.exists()
-    claim_of(run, owner)
-    assert_taken(run)
+    file_of(run).write_text(left)
+    assert_is_free(run)
     assert (session.exists(), other.exists()) == (False, True)
 
 
-def test_a_run_that_an_earlier_call_of_this_process_could_not_give_back_is_free(run: RunFolder) -> None:
-    claim_of(run, this_process())
-    assert_taken(run)
-
-
-INFINITE = b'{"host": "h", "machine": "", "pid": 1e999, "ticks": 1}'
-
-
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', INFINITE, b"[" * 100_000])
-def test_a_run_is_free_if_its_owners_file_does_not_change(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes | None
-) -> None:
-    now = [0.0]
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(lease, "time", Mock(monotonic=lambda: now[0], time=time.time, sleep=sleep))
-    left = claim_of(run, ELSEWHERE)
-    if content is not None:
-        left.write_bytes(content)
-    waited: list[str] = []
+@pytest.mark.usefixtures("ended")
+def test_a_run_is_free_if_the_file_of_its_owner_elsewhere_does_not_change(run: RunFolder) -> None:
+    claim_elsewhere(run)
+    assert owner_of(run) == "other-host"
+    waited = list[str]()
     with owned(run, waited.append):
-        assert json.loads(left.read_text())["pid"] == os.getpid()
-    assert waited
-    assert now[0] > lease.EXPIRES_AFTER_S
+        assert waited[0].startswith("checking whether process 7 on other-host")
+    claim_elsewhere(run)
+    os.utime(file_of(run), (0, 0))
+    assert owner_of(run) == ""
 
 
-def test_a_run_is_refused_if_its_owners_file_changes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def renew(text: str) -> None:
-        claim_of(run, ELSEWHERE, renewed=1)
-
-    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 60)
-    claim_of(run, ELSEWHERE)
-    with pytest.raises(UsageError, match="in use by another job: process 7 on other-host"), owned(run, renew):
-        pass
-
-
-def test_an_owner_renews_its_file_and_ends_if_it_finds_another_owners(
-    run: RunFolder, ended: queue.Queue[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
+def test_an_owner_ends_if_another_job_has_taken_the_run(run: RunFolder, ended: queue.Queue[Exception]) -> None:
     with owned(run):
-        (own,) = claims(run)
-        own.write_bytes(b"[]")
-        wait_for(lambda: own.read_bytes() != b"[]" and json.loads(own.read_text())["pid"] == os.getpid())
-        assert ended.empty()
-        claim_of(run, ELSEWHERE)
-        error = ended.get(timeout=30)
-    assert isinstance(error, JobError)
-    assert "was taken over by process 7 on other-host" in str(error)
-
-
-@pytest.mark.parametrize(("expires_after_s", "ends"), [(60.0, False), (-1.0, True)])
-def test_an_owner_without_its_file_writes_it_again_but_ends_if_it_was_silent_for_long(
-    expires_after_s: float,
-    ends: bool,
-    run: RunFolder,
-    ended: queue.Queue[Exception],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", expires_after_s)
-    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
-    with owned(run):
-        (own,) = claims(run)
-        own.unlink()  # as another job does, which has taken the run over and has ended
-        wait_for(lambda: ended.qsize() if ends else own.exists(), timeout_s=30)
-        assert ended.qsize() == ends
-        if ends:
-            assert "was taken over by a job that has exited" in str(ended.get())
-
-
-def test_of_jobs_that_write_the_file_at_the_same_moment_only_the_last_one_goes_on(
-    run: RunFolder, ended: queue.Queue[Exception]
-) -> None:
-    with owned(run):
-        others = claim_of(run, ELSEWHERE)
-        assert "was taken over by process 7 on other-host" in str(ended.get(timeout=30))
-    assert json.loads(others.read_text())["pid"] == 7
+        file_of(run).unlink()
+        claim_elsewhere(run)
+        assert str(ended.get(timeout=30)) == f"run {run.uri} was taken over by another job"
+    assert "host=other-host\n" in file_of(run).read_text()

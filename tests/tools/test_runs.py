@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_read_does_not_end_the_list(
     storage: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkdir(os.fsencode(storage) + b"/not utf-8 \xff")
-    (storage / ".interrupted.owner").mkdir()
+    (storage / "interrupted" / "result.json").mkdir()
     close(monkeypatch, "finished")
     run_main("runs", "--storage-path", str(storage), "--json")
     listed = {run["name"]: run for run in map(json.loads, capsys.readouterr().out.splitlines())}
