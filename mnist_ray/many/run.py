@@ -18,7 +18,7 @@ from mnist_ray.cluster.remote_data import may_be_stored
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Data, Split
 from mnist_ray.job.job import Job
-from mnist_ray.job.session import Clock, Session, console_of
+from mnist_ray.job.session import Clock, Session
 from mnist_ray.many.console import ManyConsole
 from mnist_ray.many.executor import at_a_time, train_members
 from mnist_ray.many.member import MemberSpec, NotesConsole
@@ -118,14 +118,11 @@ def _test(
     """Test the runs of the chosen configuration; first train again one that was lost."""
     for point in many.points(configuration):
         job, member = many.member(point), table.by_point.get(point)
-        if job.run.exists(RESULT_FILE):
-            continue
-        is_done = member is not None and member.state == DONE
-        note = functools.partial(session.console.say, "note")
-        console = NotesConsole(job, note) if is_done else console_of(job)
-        splits = splits_for(job.workload, data, job.train)
-        own = dataclasses.replace(session, job=job, data=splits, console=console, clock=Clock())
-        with console:
+        if not job.run.exists(RESULT_FILE):
+            is_done = member is not None and member.state == DONE
+            console = NotesConsole(job, functools.partial(session.console.say, "note"))
+            splits = splits_for(job.workload, data, job.train)
+            own = dataclasses.replace(session, job=job, data=splits, console=console, clock=Clock())
             fit.train_run(own, plan, trained=best_of(job.run) if is_done else None, is_last=False)
 
 
