@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +261,8 @@ class Keeper:
             member.reason = "a callback has stopped the training"
         if member.reason:
             member.state = FAILED
-        self._segment_ended(member, member)
+        self._changed(member)
+        self._begin_rungs()
         if member.state == FAILED and not self._many.is_sweep:
             self.failure = TrainingStoppedError(f"{self.label_of(member)}: {member.reason}")
 
@@ -273,7 +274,8 @@ class Keeper:
             member.state, member.reason = LOST, reason
         elif not self._many.is_sweep:
             self.say("lost", f"{self.label_of(member)}: {reason}; it continues from its last checkpoint")
-        self._segment_ended(member, *[] if member.state == WAITING else [member])
+        self._changed(*[] if member.state == WAITING else [member])
+        self._begin_rungs()
         if member.state == LOST and not self._many.is_sweep:
             self.failure = JobError(f"{self.label_of(member)}: {reason}")
 
@@ -286,13 +288,6 @@ class Keeper:
         num_epochs = self._many.job.train.num_epochs
         return DONE if self._many.is_sweep and max(member.reports, default=0.0) >= num_epochs else WAITING
 
-    def _segment_ended(self, member: Member, *shown: Member) -> None:
-        with self._failure_noted():
-            if member.state in ENDED and self._many.is_sweep:
-                self._drop_checkpoints(member)
-        self._changed(*shown)
-        self._begin_rungs()
-
     def _begin_rungs(self) -> None:
         """Report the rungs that begin now, and stop the members that are not on them."""
         rungs, epochs = climb(self._many, self._table), rungs_of(self._many)
@@ -302,33 +297,27 @@ class Keeper:
                 going = f"{count(len(rung), 'trial')} {'go' if len(rung) > 1 else 'goes'} on"
                 self.say("rungs", f"rung {number} of {len(epochs) - 1}: {going} to epoch {epochs[number]:g}")
                 left = [point for each in before if each not in rung for point in self._many.points(each)]
-                members = [self._table.by_point[point] for point in left]
-                self._stop([member for member in members if member.state == WAITING])  # the others have ended
+                stopped = [self._table.by_point[point] for point in left]
+                stopped = [member for member in stopped if member.state == WAITING]  # the others have ended
+                for member in stopped:
+                    member.state = STOPPED
+                self._changed(*stopped)
         self._num_rungs = len(rungs)
 
-    def _stop(self, members: list[Member]) -> None:
-        for member in members:
-            member.state = STOPPED
-            with self._failure_noted():
-                self._drop_checkpoints(member)
-        self._changed(*members)
+    def _changed(self, *members: Member) -> None:
+        """Write and show the table after a change; of trials among ``members`` that have ended, keep one checkpoint.
 
-    def _drop_checkpoints(self, member: Member) -> None:
-        drop_all_but_best(self._many.job.run.inside(MEMBERS_FOLDER).inside(member.point.name))
-
-    def _changed(self, *shown: Member) -> None:
-        with self._failure_noted():
-            self._table.write(self._many.job.run)
-        for member in shown or (None,):
-            self._show(self._table, member)
-
-    @contextlib.contextmanager
-    def _failure_noted(self) -> Iterator[None]:
-        """Keep the storage's first failure, to end the job with it."""
+        The storage's first failure ends the job later: Tune would hide it.
+        """
         try:
             with in_one_line("the storage has failed"):
-                yield
+                for member in members:
+                    if self._many.is_sweep and member.state in ENDED:
+                        drop_all_but_best(self._many.job.run.inside(MEMBERS_FOLDER).inside(member.point.name))
+                self._table.write(self._many.job.run)
         except JobError as error:
             self.failure = self.failure or error
             if not isinstance(error.__cause__, STORAGE_ERRORS):  # of another thread, which ends the job
                 raise
+        for shown in members or (None,):
+            self._show(self._table, shown)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,11 @@ class Point:
         """The run's folder: unique to the point, if the file system distinguishes upper and lower case."""
         end = f"seed-{self.seed}" + (f"_fold-{self.fold}" if self.fold else "")
         name = "_".join([*(f"{name}-{value}" for name, value in self.configuration), end])
-        # In a value, these could give two points the same name.
-        marks = ["/", "_seed-", *(f"_{name}-" for name, _ in self.configuration)]
-        if any(value == "None" or any(mark in str(value) for mark in marks) for _, value in self.configuration):
-            name = repr((self.configuration, end))
-        elif len(name.encode()) <= _MAX_NAME_BYTES:
+        texts = [value for _, value in self.configuration if isinstance(value, str)]
+        is_unique = all(re.fullmatch(r"\w+", text) and text != "None" for text in texts)
+        if is_unique and len(name.encode()) <= _MAX_NAME_BYTES:
             return name
-        return f"trial-{hashlib.sha256(name.encode()).hexdigest()[:16]}_{end}"
+        return f"trial-{hashlib.sha256(repr(self.configuration).encode()).hexdigest()[:16]}_{end}"
 
 
 @dataclass(frozen=True)

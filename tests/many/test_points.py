@@ -208,9 +208,9 @@ def test_different_points_have_different_names(first: dict[str, Any], second: di
     assert not any("/" in name for name in names)
 
 
-def test_only_a_point_that_could_be_taken_for_another_has_a_digest_in_its_name() -> None:
-    values = {"batch_size": 9, "size": 1e-05, "kind": "resnet_v1-5", "norm": None, "is_on": True}
-    name = "batch_size-9_size-1e-05_kind-resnet_v1-5_norm-None_is_on-True_seed-0"
+def test_a_point_whose_texts_are_words_has_its_values_in_its_name() -> None:
+    values = {"batch_size": 9, "size": 1e-05, "kind": "resnet_v1", "norm": None, "is_on": True}
+    name = "batch_size-9_size-1e-05_kind-resnet_v1_norm-None_is_on-True_seed-0"
     assert Point(tuple(values.items()), 0).name == name
 
 
