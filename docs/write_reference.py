@@ -26,22 +26,11 @@ from mnist_ray.workload import Arrays, Blocks, Classification, Data, Metric, Pic
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "Written by `python docs/write_reference.py` from the code."
 TRAINING = (config.TrainConfig, config.WorkerConfig, config.OutputConfig, config.SourceConfig)
-COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {  # what follows the command's name, and its settings
-    "train": ("[FLAGS]", TRAINING),
-    "tune": ("[FLAGS]", (config.SweepConfig,)),
-    "evaluate": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.EvaluationConfig,)),
-    "compare": ("RUN RUN [FLAGS]", (config.ComparisonConfig,)),
-    "predict": ("IMAGE_OR_FOLDER … [--run CHECKPOINT_OR_RUN] [FLAGS]", (config.PredictionConfig, config.ScaleConfig)),
-    "view": ("[FLAGS]", (config.ViewConfig,)),
-    "report": ("[RUN] [FLAGS]", ()),
-    "export": ("[CHECKPOINT_OR_RUN] [FLAGS]", (config.ExportConfig,)),
-    "runs": ("[FLAGS]", (config.RunsConfig,)),
-    "new": ("NAME [FLAGS]", (config.ProjectConfig,)),
-}
+OF_JOBS: dict[str, tuple[type, ...]] = {"train": TRAINING, "tune": (config.SweepConfig,)}
 NOTES = {
     "tune": "The flags of `train` apply to each trial, except `--num-seeds`, `--folds` without `--fold`, and"
     " `--num-workers 0`.",
-    "predict": "For a language model, give texts to continue. With `--input`, give no IMAGE_OR_FOLDER.",
+    "predict": "With `--input`, give no IMAGE_OR_FOLDER.",
 }
 KINDS = {int: "integer", float: "number", str: "text", Path: "path", tuple: "list", bool: "on or off"}
 INTRODUCTION = """\
@@ -57,10 +46,9 @@ the [Python function](python.md).
 
 Settings that few runs need have no flag: set them with `--set NAME=VALUE`. Write lists and `true` as in JSON.
 
-A workload's recipe may have other defaults: `COMMAND --help` shows them, and the workload's own settings. A dash means
-that the setting is unset; in a file or on the command line, `none` unsets a number. `RUN` is a run's name, folder or
-URI; without it, a command uses the newest run. All commands except `new` also have `--config` and, where they apply,
-`--storage-path` and `--workload`."""
+A workload's recipe may have other defaults: `train --help` shows them, and the workload's own settings. A dash means
+that the setting is unset; in a file or on the command line, `none` unsets a number. Settings files are for `train`,
+`tune` and `view`; the other commands take from a project only the storage path."""
 
 WHERE_FROM = (
     "Import `Callback` from `mnist_ray.training.callback`, `Tracker` and `Ending` from `mnist_ray.trackers`, and "
@@ -75,15 +63,17 @@ ABOUT_WORKLOADS = (
 def flags() -> str:
     """Return the page of all flags, by command."""
     lines = ["# Flags and settings", "", NOTE, "", *INTRODUCTION.splitlines()]
-    for name, (words, classes) in COMMANDS.items():
-        purpose = (inspect.getdoc(cli.COMMANDS[name]) or "").splitlines()[0]
-        lines += ["", f"## {name}", "", f"    mnist-ray {name} {words}", ""]
+    for name, command in cli.COMMANDS.items():
+        purpose = (inspect.getdoc(command) or "").splitlines()[0]
+        classes = OF_JOBS.get(name) or cli.classes_of(command)
+        usage = settings.Parser("", *classes).format_help().splitlines()[0].rpartition(".py ")[2]
+        lines += ["", f"## {name}", "", f"    mnist-ray {name} {usage}", ""]
         lines += textwrap.wrap(f"{purpose} {NOTES.get(name, '')}", 120)
-        for config_class in classes:
-            title = title_of(config_class)
-            lines += ["", f"### {title}"] * (len(classes) > 1)
+        tables = {title_of(one): declared(one) for one in classes} if name in OF_JOBS else {"": declared(*classes)}
+        for title, settings_of_table in tables.items():
+            lines += ["", f"### {title}"] * (len(tables) > 1)
             lines += ["", "| flag | default | values | meaning |", "|---|---|---|---|"]
-            lines += [row_of(about) for about in declared(config_class).values()]
+            lines += [row_of(about) for about in settings_of_table.values()]
     return "\n".join(lines) + "\n"
 
 
@@ -98,6 +88,8 @@ def row_of(about: Setting) -> str:
         default = "on" if default else "off"
     elif isinstance(default, float):
         default = f"{default:g}"
+    if about.default == "":
+        default = "–"
     name = f"`{about.shown}`" + (f", `--no-{flag(about.name)[2:]}`" if about.plain is bool and about.has_flag else "")
     meaning = "; ".join(part for part in parts if part not in chosen).partition(": FILE.py[")[0]
     meaning = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", meaning)

@@ -21,8 +21,9 @@ from mnist_ray.many.jobs import run as run_job
 from mnist_ray.many.points import options_text
 from mnist_ray.report.run_files import Run, folder_of_result, settings_of, workload_of
 from mnist_ray.runs import find_run
-from mnist_ray.settings import build, check_known, declared, values_of
+from mnist_ray.settings import build, declared, values_of
 from mnist_ray.storage import BEST_FILE
+from mnist_ray.text import did_you_mean
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import reference_of
 from ray_fork.starting import prepared_forking
@@ -94,8 +95,6 @@ def evaluate(
     environment.prepare(verbose=False, plain=plain_ray)
     with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
         found = find(run, workload, storage_path, settings)
-        check_known(settings, declared(found.workload.Settings), "evaluate()")
-
         from mnist_ray.run.evaluate import evaluate_found
 
         return evaluate_found(found, config, forking).values(found.workload)
@@ -111,39 +110,30 @@ def compare(first: Run | str | Path, second: Run | str | Path, *, storage_path: 
 
 
 def predict(
-    pictures: Any,
+    inputs: Any,
     run: Run | str | Path | None = None,
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path | None = None,
 ) -> list[Prediction]:
-    """Return a ``Prediction`` for each image; its ``top`` has pairs (prediction, probability), best first.
+    """Return a ``Prediction`` for each input; its ``top`` has pairs (prediction, probability), best first.
 
-    ``pictures``: the path of an image or folder, a Pillow image, a list of paths or of images, or an array or list of
-    inputs (arrays, tensors, dicts) in the format of the workload's data; if the workload takes no images, also texts.
+    ``inputs``: the path of an image or folder, or a Pillow image, if the workload takes images; else a text; or several
+    of these. Or inputs in the format of the workload's data: an array, (N, ...), or a list of arrays, tensors or dicts.
     ``run``: as for ``evaluate``. Raises UsageError, and JobError for the first image that cannot be used, with the
     line that ``mnist-ray predict`` prints.
     """
-    if getattr(pictures, "shape", None) == ():
-        raise UsageError("predict() takes several inputs, (N, ...), not a single number")
     predictor = load_predictor(run, workload=workload, storage_path=storage_path, device="cpu")
-    is_list, are_inputs = isinstance(pictures, (list, tuple)), hasattr(pictures, "shape")
-    listed = pictures if is_list or are_inputs else [pictures]
-    if predictor.takes != "pictures":
-        are_inputs = are_inputs or all(isinstance(item, str) and not Path(item).exists() for item in listed)
-    if is_list:
-        are_inputs = are_inputs or any(
-            hasattr(item, "shape") or isinstance(item, (dict, list, tuple)) for item in listed
-        )
-    if are_inputs:
-        return predictor.predict(listed)
 
     from mnist_ray.tools import predict as tool  # imports torch
 
-    predictions = list(tool.predict_files(predictor, tool.find_files(listed)))
+    several = [inputs] if tool.is_image(inputs) or isinstance(inputs, dict) else inputs
+    if predictor.takes != "pictures" or not all(map(tool.is_image, several)):
+        return predictor.predict(several)
+    predictions = list(tool.predict_files(predictor, tool.find_files(several)))
     for index, prediction in enumerate(predictions):
         if prediction.error is not None:
-            raise JobError(f"{prediction.file or f'pictures[{index}]'}: {prediction.error}")
+            raise JobError(f"{prediction.file or f'inputs[{index}]'}: {prediction.error}")
     return predictions
 
 
@@ -205,13 +195,21 @@ def find(
     storage_path: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Found:
-    """Find a run's checkpoint and its workload like ``checkpoints.find.find``."""
+    """Find a run's checkpoint and its workload like ``checkpoints.find.find``; ``changes`` are of its settings."""
     from mnist_ray.checkpoints.find import find as find_checkpoint  # imports torch
 
     if isinstance(run, Run):
-        return run.found(changes) if workload is None else find(run.checkpoint, workload, storage_path, changes)
+        workload, run = workload or type(run.workload), run.checkpoint
     if not isinstance(run, str | Path | None):
         raise UsageError(f"a run must be given by its name, its path or a Run, not as {run!r}")
-    storage_path = layers.storage_path(storage_path)
-    reference = None if workload is None else reference_of(workload)
-    return find_checkpoint(None if run is None else str(run), storage_path, reference, changes)
+    reference, place = None if workload is None else reference_of(workload), None if run is None else str(run)
+    found = find_checkpoint(place, layers.storage_path(storage_path), reference, changes)
+    check_settings(type(found.workload), changes or ())
+    return found
+
+
+def check_settings(workload_class: type[Workload], names: Iterable[str]) -> None:
+    """Raise UsageError if a workload lacks one of the settings."""
+    known = declared(workload_class.Settings)
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"{workload_class.__name__} has no setting {unknown[0]}{did_you_mean(unknown[0], known)}")

@@ -12,6 +12,7 @@ from mnist_ray.settings import Choice, Range, at_least, declared, flag, fraction
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _PLAIN = "use only Ray's public API; starts more slowly; try it if Ray misbehaves"
 _JSON = "print the result as one JSON object on stdout, and all else on stderr"
+_RUN = "a run's name, or the folder or URI of a run or a checkpoint; default: the newest run"
 READ_AHEAD_MIB = 512  # of each worker
 _AGAIN: Any = {"on_resume": "given"}
 _DROPPED: Any = {"on_resume": "dropped"}
@@ -19,7 +20,7 @@ _LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 
 
 def _ending(suffix: str) -> dict[str, Any]:
-    return rule(lambda path: path.lower().endswith(suffix), f"must end in {suffix}")
+    return rule(lambda path: path.lower().endswith(suffix), f"must end in {suffix}") | {"metavar": f"FILE{suffix}"}
 
 
 def _code(description: str, base: str, **more: Any) -> Any:
@@ -313,9 +314,60 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StorageConfig:
+    """Storage."""
+
+    storage_path: str | None = setting(
+        None,
+        "folder or URI of the runs; default: MNIST_RAY_STORAGE_PATH, the project's or ~/ray_results",
+        metavar="PLACE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(StorageConfig):
+    """Trained model."""
+
+    run: str | None = setting(None, _RUN, metavar="RUN")
+    workload: str | None = setting(
+        None, "FILE.py or package.module of the workload; default: the run's", metavar="FILE.py"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(ModelConfig):
+    """Run."""
+
+    run: str | None = setting(None, _RUN, word="RUN")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChangesConfig:
+    """Settings of the workload."""
+
+    set: tuple[str, ...] = setting(
+        (),
+        "another value for a setting of the workload, such as the place of its data; may be repeated",
+        metavar="NAME=VALUE",
+        is_repeated=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JsonConfig:
+    """Result."""
+
+    json: bool = setting(False, _JSON)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ViewConfig:
     """Choice of examples."""
 
+    workload: str | None = setting(
+        None, "FILE.py or package.module; default: the project's or MNIST", metavar="FILE.py"
+    )
+    config: str | None = setting(None, "settings in TOML, YAML or JSON", metavar="FILE")
     split: Literal["train", "test"] = setting("train", "part of the data")
     index: int = setting(0, "first example, from 0", **at_least(0))
     count: int = setting(1, "number of examples; several are drawn as a grid", **within(1, 1000))
@@ -326,8 +378,10 @@ class ViewConfig:
 class PredictionConfig:
     """Output of predictions."""
 
+    files: tuple[str, ...] = setting(
+        (), "images, or folders of images; for a language model, texts to continue", word="IMAGE_OR_FOLDER"
+    )
     threshold: float = setting(0.8, "predictions below this probability are marked unsure", **fraction())
-    json: bool = setting(False, "print one JSON object per line, for programs; with --input, the summary as one")
     grid: str | None = setting(None, "image file to write, of the model's inputs and predictions", **_ending(".png"))
 
 
@@ -354,11 +408,10 @@ class ScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunsConfig:
+class RunsConfig(StorageConfig):
     """List of runs."""
 
     count: int = setting(20, "number of runs, the newest first", **within(1, 10**6))
-    json: bool = setting(False, "print one JSON object per line, for programs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,16 +422,18 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ComparisonConfig:
-    """Output of a comparison."""
+class ComparisonConfig(StorageConfig):
+    """Runs to compare."""
 
-    json: bool = setting(False, _JSON)
+    first: str = setting("", "A: a run's name, folder or URI", word="RUN")
+    second: str = setting("", "B: the run to compare with it", word="RUN")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProjectConfig:
     """New project."""
 
+    name: str = setting("", "the folder to make; the workload has its name in CamelCase", word="NAME")
     kind: Literal["images", "table", "text", "blank"] = setting(
         "blank", "kind of the sample data; blank: arrays made in the code"
     )
@@ -401,7 +456,6 @@ class EvaluationConfig:
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
     plain_ray: bool = setting(False, _PLAIN)
-    json: bool = setting(False, _JSON)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -430,20 +484,8 @@ class SweepConfig:
     )
 
 
-CLASSES: tuple[type, ...] = (
-    *(SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig),
-    *(
-        ViewConfig,
-        PredictionConfig,
-        ScaleConfig,
-        RunsConfig,
-        ExportConfig,
-        ComparisonConfig,
-        ProjectConfig,
-        EvaluationConfig,
-    ),
-)
-"""All settings of the commands."""
+CLASSES: tuple[type, ...] = (SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig)
+"""All settings of ``train`` and ``tune``: those that settings files and Python's keywords may have."""
 
 
 def shown(name: str) -> str:

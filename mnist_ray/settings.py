@@ -68,17 +68,19 @@ class Setting:
     bare: Any = None  # the value of the flag given without one
     unset: str = "none"  # the word for None on the command line
     metavar: str | None = None  # the word for a value in the help
+    word: str = ""  # the command takes the value without a flag; this is the help's word for it
     decides_data: bool = False  # load_data reads it, so all trials of a sweep share it: it cannot be searched
     decides_weights: bool = True  # a resumed run must not have another value
     is_searchable: bool = True  # the trials of a sweep may have different values
     is_single: bool = False  # giving the flag twice is an error
+    is_repeated: bool = False  # each value has a flag of its own, as also with ``code``
     on_resume: Literal["saved", "given", "dropped"] = "saved"  # saved with the run; given again on resume; or neither
     has_flag: bool = True  # otherwise, settings files, keywords and --set NAME=VALUE set it
 
     @property
     def shown(self) -> str:
         """What messages call the setting."""
-        return flag(self.name) if self.has_flag else f"--set {self.name}"
+        return self.word or (flag(self.name) if self.has_flag else f"--set {self.name}")
 
     @property
     def has_word_for_none(self) -> bool:
@@ -90,8 +92,10 @@ class Setting:
         """The flag's arguments for ``add_argument``."""
         if self.plain is bool:
             return {"action": argparse.BooleanOptionalAction}
-        if self.code:
+        if self.code or self.is_repeated:
             return {"action": "append", "metavar": self.metavar}
+        if self.word:
+            return {"nargs": "*" if self.plain is tuple else "?" if self.may_be_none else None, "metavar": self.word}
         if self.plain is tuple:
             return {"type": self.arguments[0], "nargs": "+", "action": "extend", "metavar": self.metavar}
         word = self.metavar or (None if self.arguments else _WORDS[self.plain])
@@ -105,7 +109,7 @@ class Setting:
         """Return the flag's help with a default, if there is one."""
         if default is None and self.unset != "none":
             default = self.unset
-        if self.plain is bool or default in (None, ()):
+        if self.plain is bool or default in (None, (), ""):
             return self.help
         return f"{self.help} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
@@ -318,7 +322,8 @@ class Parser(argparse.ArgumentParser):
         groups: dict[str, Any] = {"Options": self}  # beside --help
         settings = declared(*classes)
         title_by_name = {name: title_of(one) for one in classes for name in declared(one)}
-        for name in [*first, *(name for name in settings if name not in first)]:
+        others = sorted((name for name in settings if name not in first), key=lambda name: not settings[name].word)
+        for name in [*first, *others]:
             about, title = settings[name], "Most used" if name in first else title_by_name[name]
             if not about.has_flag:
                 continue
@@ -326,7 +331,7 @@ class Parser(argparse.ArgumentParser):
                 groups[title] = self.add_argument_group(title)
             form = about.form | ({"choices": choices[name], "metavar": None} if name in choices else {})
             help_text = about.help_with(defaults.get(name, about.default)).replace("%", "%%")
-            groups[title].add_argument(flag(name), default=UNSET, help=help_text, **form)
+            groups[title].add_argument(name if about.word else flag(name), default=UNSET, help=help_text, **form)
         self._without_flag = {name: about for name, about in settings.items() if not about.has_flag}
         if self._without_flag:
             rare = self.add_argument_group("Settings without a flag of their own")
@@ -347,26 +352,23 @@ class Parser(argparse.ArgumentParser):
                 rare := [name for name in self._without_flag if wrong[0] in (flag(name), flag(f"no_{name}"))]
             ):
                 self.error(f"{wrong[0]} is no flag; use --set {rare[0]}=VALUE, or a settings file")
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(wrong[0], flags) if wrong else ''}")
+            meant = did_you_mean(wrong[0], flags) if wrong else ""
+            if wrong and not meant and "set" in declared(*self._config_classes):
+                meant = "; change a workload's setting by --set NAME=VALUE"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         values = vars(found)
-        values |= dict(map(self._setting_of, values.pop("set", ())))
+        if self._without_flag:
+            values |= dict(map(self._setting_of, values.pop("set", ())))
         checked(values, *self._config_classes)
         return values
 
     def _setting_of(self, text: str) -> tuple[str, Any]:
-        """Return the name and the value of ``NAME=VALUE``; lists and ``true`` are written as in JSON."""
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--set {text} must be NAME=VALUE")
+        name, value = setting_in(text)
         if name not in self._without_flag:
             meant = did_you_mean(name, self._without_flag)
             raise UsageError(f"--set {name}: there is no such setting without a flag{meant}")
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):  # no JSON
-            parsed = value
-        is_one_of_several = self._without_flag[name].plain is tuple and not isinstance(parsed, list)
-        return name, [value] if is_one_of_several else parsed
+        is_one_of_several = self._without_flag[name].plain is tuple and not isinstance(value, list)
+        return name, [text.partition("=")[2]] if is_one_of_several else value
 
     def format_help(self) -> str:
         """Return the help; its usage names only what is no flag."""
@@ -383,8 +385,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
 
 
-def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:
-    """Return the flags of some classes as text, and the other words, before all flags are known."""
+def setting_in(text: str) -> tuple[str, Any]:
+    """Return the name and the value of ``NAME=VALUE``; lists and ``true`` are written as in JSON. Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text} must be NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):  # no JSON
+        return name, value
+
+
+def peek(*config_classes: type) -> dict[str, Any]:
+    """Return the flags of some classes as text, before all flags are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--set", action="append", default=UNSET)
     for name, about in declared(*config_classes).items():
@@ -392,9 +405,8 @@ def peek(*config_classes: type) -> tuple[dict[str, Any], list[str]]:
             form = {key: value for key, value in about.form.items() if key in ("action", "nargs", "const")}
             parser.add_argument(flag(name), default=UNSET, **form)
     try:
-        found, others = parser.parse_known_args()
+        values = vars(parser.parse_known_args()[0])
     except argparse.ArgumentError:  # reported when all flags are read
-        return {}, []
-    values = vars(found)
+        return {}
     values.pop("set", None)
-    return values, others
+    return values

@@ -136,7 +136,7 @@ def run_main(job: str, *flags: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         is_script = job in ("train", "tune", "evaluate")
         patch.setattr("sys.argv", [f"jobs/{job}.py" if is_script else f"mnist-ray {job}", *flags])
-        cli.COMMANDS[job]()
+        cli.call(cli.COMMANDS[job])
 
 
 def callback_at(file: Path, method: str, *lines: str) -> Path:

@@ -158,7 +158,7 @@ def test_the_manifest_continues_a_run_and_its_flags_are_known(
     path, *flags = shlex.split(command)
     assert flags[:3] == ["--resume", "auto", "--run-name"]
     monkeypatch.setattr("sys.argv", [path, *flags[4:], "--resume"])
-    assert cli.status_of(cli.COMMANDS[job]) == 2
+    assert cli.status_of(lambda: cli.call(cli.COMMANDS[job])) == 2
     # All flags are known: the error is about the added one.
     assert capsys.readouterr().err == "error: --resume needs --run-name NAME\n"
 

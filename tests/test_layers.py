@@ -3,7 +3,6 @@ import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from mnist_ray import layers
 from mnist_ray.errors import UsageError
@@ -187,16 +186,13 @@ def test_a_runs_config_is_accepted_back(tmp_path: Path, small_data: Path) -> Non
     assert (first["num_epochs"], first["num_workers"]) == (1, 0)
 
 
-def test_a_command_on_a_run_takes_its_own_settings_from_files_but_not_the_workloads(
+def test_a_command_on_a_run_takes_the_storage_from_the_project_but_not_the_workloads_settings(
     finished_run: Path, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = f'[tool.mnist_ray]\nstorage_path = "{finished_run.parent}"\ndata_dir = "nowhere"\nthreshold = 1.0\n'
+    table = f'[tool.mnist_ray]\nstorage_path = "{finished_run.parent}"\ndata_dir = "nowhere"\n'
     written(project / "pyproject.toml", table)
     run_main("report", finished_run.name)
     assert capsys.readouterr().out == f"report {finished_run}/report.html\n"
-    Image.new("L", (28, 28)).save(project / "digit.png")
-    run_main("predict", str(project / "digit.png"), "--run", finished_run.name)
-    assert " unsure\n" in capsys.readouterr().out
 
 
 def test_with_resume_auto_a_run_starts_goes_on_and_at_the_end_prints_its_result(

@@ -1,7 +1,6 @@
 """Settings: their rules, types and text, and the flags made from them."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from mnist_ray import config
-from mnist_ray.cli import run_among
-from mnist_ray.config import EvaluationConfig, OutputConfig, SourceConfig, TrainConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
+from mnist_ray.errors import UsageError
 from mnist_ray.settings import (
     Parser,
     at_least,
@@ -26,7 +23,6 @@ from mnist_ray.settings import (
     values_of,
     within,
 )
-from tests.conftest import ROOT, run_main
 
 CLASSES = (TrainConfig, WorkerConfig, OutputConfig)
 
@@ -56,6 +52,15 @@ class Shop:
     """Other settings."""
 
     city: str = setting("Rome", "where it is")
+
+
+@dataclass(frozen=True)
+class Kitchen:
+    """Settings whose values have no flag, and one that is repeated."""
+
+    cook: str = setting("", "who cooks", word="COOK")
+    dishes: tuple[str, ...] = setting((), "what is cooked", word="DISH")
+    set: tuple[str, ...] = setting((), "other settings", is_repeated=True)
 
 
 @pytest.mark.parametrize(
@@ -221,34 +226,6 @@ def test_a_flag_can_undo_what_a_recipe_or_a_file_has_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "run"),
-    [
-        ("RUN --width 64", "RUN"),
-        ("--num-tasks 4 RUN --width 64", "RUN"),
-        ("--width 64 RUN", "RUN"),
-        ("--width=64 RUN", "RUN"),
-        ("--storage-path s --num-tasks=4 RUN", "RUN"),
-        ("--augment RUN --width 64", "RUN"),
-        ("--num-tasks 4", None),
-    ],
-)
-def test_a_runs_name_is_found_among_flags_that_are_not_all_known(
-    line: str, run: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
-    _, words = peek(SourceConfig, OutputConfig, EvaluationConfig)
-    assert run_among(words) == run
-
-
-def test_the_newest_runs_settings_are_flags_even_if_a_value_could_be_a_runs_path(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "run"
-    (run / "checkpoint_epoch-001_step-000000").mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"workload": str(ROOT / "examples" / "shards.py")}))
-    with pytest.raises(JobError, match="has only damaged checkpoints"):
-        run_main("evaluate", "--storage-path", str(tmp_path / "runs"), "--data", str(tmp_path))
-
-
-@pytest.mark.parametrize(
     ("line", "timer"), [("", None), ("--timer", "on"), ("--timer --trays 3", "on"), ("--timer 12:00", "12:00")]
 )
 def test_a_flag_without_a_word_has_the_value_that_its_setting_declares(
@@ -256,17 +233,12 @@ def test_a_flag_without_a_word_has_the_value_that_its_setting_declares(
 ) -> None:
     assert Parser("", Oven).read_flags(line.split()).get("timer") == timer
     monkeypatch.setattr("sys.argv", ["bake.py", *line.split(), "--unknown", "5"])
-    assert peek(Oven)[0].get("timer") == timer
+    assert peek(Oven).get("timer") == timer
 
 
 def test_a_misspelled_property_of_a_setting_is_an_error_where_it_is_declared() -> None:
     with pytest.raises(TypeError, match="decide_data"):
         setting(32, "units of the hidden layer", decide_data=True)
-
-
-def test_a_setting_of_any_command_is_known_in_files_and_taken_for_workloads() -> None:
-    of_module = {value for name, value in vars(config).items() if name.endswith("Config")}
-    assert {*config.CLASSES} == of_module
 
 
 @pytest.mark.parametrize(
@@ -317,9 +289,19 @@ def test_a_setting_that_is_no_flag_says_how_it_is_set(
 
 
 def test_the_usage_names_only_what_is_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = Parser("", TrainConfig)
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("files", metavar="FILE", nargs="*")
+    parser = Parser("", Kitchen)
     with pytest.raises(SystemExit):
         parser.read_flags(["--help"])
-    assert capsys.readouterr().out.splitlines()[0].endswith(" RUN [FILE] [FLAGS]")
+    assert capsys.readouterr().out.splitlines()[0].endswith(" COOK [DISH] [FLAGS]")
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        ("Anna", {"cook": "Anna"}),
+        ("soup --set a=1 Anna", {"cook": "soup", "dishes": ["Anna"], "set": ["a=1"]}),
+        ("Anna soup --set a=1 --set b= pie", {"cook": "Anna", "dishes": ["soup", "pie"], "set": ["a=1", "b="]}),
+    ],
+)
+def test_words_stand_between_flags(line: str, given: dict[str, Any]) -> None:
+    assert Parser("", Kitchen).read_flags(line.split()) == given

@@ -113,7 +113,7 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     recipes, the project, the environment, a resumed run's own settings, the file of --config, flags. Raises UsageError
     and JobError.
     """
-    early = peek(*_classes(kind))[0] if given is None else given  # as text, and without the workload's own settings
+    early = peek(*_classes(kind)) if given is None else given  # as text, and without the workload's own settings
     file = read_settings(early["config"]) if "config" in early else None
     of_file: dict[str, Given] = {file.path: file.values} if file else {}
     defaults, notes = layers.defaults()

@@ -41,8 +41,9 @@ _SETTINGS = {
 }
 
 
-def new(place: str, config: ProjectConfig) -> None:
-    """Make a project in the folder ``place``, named after it. Raises UsageError, and then leaves nothing behind."""
+def new(config: ProjectConfig) -> None:
+    """Make a project in a folder, named after it. Raises UsageError, and then leaves nothing behind."""
+    place = config.name
     project = path_of(place, "the project's folder")
     contents = _contents(project.name, config)
     try:

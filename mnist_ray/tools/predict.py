@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,48 +24,43 @@ from mnist_ray.storage import write_file
 from mnist_ray.workload.base import Workload
 
 _MAX_DRAWN = 240
-_MAX_NAME = 14
 
 
-def predict(places: Sequence[str], found: Found, config: PredictionConfig) -> None:
-    """Print the prediction for each image or, with a language model, the continuation of each text.
+def predict(found: Found, config: PredictionConfig) -> dict[str, Any]:
+    """Print and return the prediction for each image or, with a language model, the continuation of each text.
 
-    Raises JobError at the end if a file has no prediction.
+    If an image has no prediction, there is also an ``error``.
     """
     workload, predictor = found.workload, Predictor.of(found, "cpu")
-    if not config.json:
-        for note in found.notes:
-            say(f"note {note}")
-        say(f"checkpoint {found.checkpoint.path} ({predictor.name})")
+    for note in found.notes:
+        say(f"note {note}")
+    say(f"checkpoint {found.checkpoint.path} ({predictor.name})")
     if predictor.takes == "texts":
-        for prompt in places:
-            ((text, _),) = predictor.predict([prompt])[0].top
-            if config.json:
-                sys.stdout.write(json.dumps({"prompt": prompt, "text": text}) + "\n")
-            else:
-                say(text)
-        return
+        continued = predictor.predict(config.files)
+        for prediction in continued:
+            say(prediction.best)
+        return {"predictions": [{"prompt": each.inputs, "text": each.best} for each in continued]}
     torch.set_num_threads(usable_cores())
     predictions = []
-    for prediction in predict_files(predictor, find_files(places)):
+    for prediction in predict_files(predictor, find_files(config.files)):
         predictions.append(prediction if config.grid else replace(prediction, inputs=None))  # to save memory
-        if config.json:
-            sys.stdout.write(json.dumps(prediction.to_dict(workload.prediction_noun, config.threshold)) + "\n")
-        else:
-            say(prediction.to_line(config.threshold))
+        say(prediction.to_line(config.threshold))
     if config.grid is not None:
         write_file(path_of(config.grid, "--grid"), _grid(predictions, workload, config))
+    listed = [prediction.to_dict(workload.prediction_noun, config.threshold) for prediction in predictions]
     failed = sum(prediction.error is not None for prediction in predictions)
-    if failed:
-        raise JobError(f"no prediction for {failed:,} of {len(predictions):,} files")
+    error = {"error": f"no prediction for {failed:,} of {len(predictions):,} files"} if failed else {}
+    return {"predictions": listed, **error}
 
 
-def find_files(places: Iterable[Any]) -> Iterator[Path | Image.Image]:
-    """Yield the files and Pillow images in ``places``, and the images in its folders, sorted. Raises UsageError."""
+def is_image(item: Any) -> bool:
+    """Return whether this may be an image, or the path of a file or a folder."""
+    return isinstance(item, (str, Path, Image.Image))
+
+
+def find_files(places: Iterable[str | Path | Image.Image]) -> Iterator[Path | Image.Image]:
+    """Yield the files and Pillow images in ``places``, and the images in its folders, sorted."""
     for place in places:
-        if not isinstance(place, (str, Path, Image.Image)):
-            kind = type(place).__name__
-            raise UsageError(f"pictures must be paths, Pillow images or a NumPy array of inputs, not {kind}")
         path = place if isinstance(place, Image.Image) else Path(os.path.expanduser(place))
         if isinstance(path, Path) and os.path.isdir(path):  # is_dir() raises if the name is too long or unreadable
             found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
@@ -98,11 +91,10 @@ def _grid(predictions: Sequence[Prediction], workload: Workload, config: Predict
     for prediction in predictions[:_MAX_DRAWN]:
         image = None if prediction.inputs is None else workload.as_picture(prediction.inputs)
         if image is not None:
-            (_, probability), name = prediction.top[0], Path(prediction.file).name
-            short = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 5]}…{name[-4:]}"
-            images.append(image)
+            (_, probability), doubt = prediction.top[0], "" if prediction.is_sure(config.threshold) else "?"
             percent = "" if math.isnan(probability) else f" {probability:.0%}"
-            captions.append(f"{prediction.best}{'' if prediction.is_sure(config.threshold) else '?'}{percent}\n{short}")
+            images.append(image)
+            captions.append(f"{prediction.best}{doubt}{percent}\n{Path(prediction.file).name[-14:]}")
     if not images:
         reason = f"no file has a prediction, or {type(workload).__name__} has no as_picture"
         raise JobError(f"no image to draw in {config.grid}: {reason}")

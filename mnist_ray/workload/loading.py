@@ -101,7 +101,7 @@ def _checking(workload_class: type[Workload], attribute: str) -> Iterator[None]:
 
 def _check_settings(settings: type) -> None:
     """Raise an error if settings cannot become flags, or cannot be saved as JSON."""
-    taken = {*declared(*config.CLASSES), "run", "help"}
+    taken = {*declared(*config.CLASSES, config.EvaluationConfig), "run", "set", "help"}
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING:
             raise UsageError(f"{field.name} needs a default: use setting(DEFAULT, HELP)")

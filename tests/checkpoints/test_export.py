@@ -60,7 +60,7 @@ def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays
     assert math.isnan(export.largest_difference(model, other, images))
 
 
-def test_data_that_have_moved_are_named_by_the_workloads_flags(
+def test_data_that_have_moved_are_named_by_a_setting(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MNIST_RAY_STORAGE_PATH", str(tmp_path / "no_runs"))  # not the newest run of whoever tests
@@ -70,7 +70,7 @@ def test_data_that_have_moved_are_named_by_the_workloads_flags(
     with pytest.raises(UsageError, match=r"^--data-dir /nowhere is not a folder"):
         run_main("export", str(tmp_path), "--output", str(file))
     assert not file.exists()
-    run_main("export", str(tmp_path), "--output", str(file), "--data-dir", str(small_data))
+    run_main("export", str(tmp_path), "--output", str(file), "--set", f"data_dir={small_data}")
     assert file.exists()
 
 

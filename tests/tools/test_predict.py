@@ -68,10 +68,10 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     assert Image.open(tmp_path / "grid.png").width == 8 * 134
 
 
-def test_json_prints_an_object_per_line(finished_run: Path, pictures: Path, mnist_test: Arrays) -> None:
+def test_json_prints_all_predictions(finished_run: Path, pictures: Path, mnist_test: Arrays) -> None:
     done = run_job("predict", str(pictures), "--run", str(finished_run), "--json", "--threshold", "1")
     assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    answers = json.loads(done.stdout)["predictions"]
     assert len(answers) == 8
     right = sum(answer["digit"] == mnist_test.targets[int(Path(answer["file"]).stem)] for answer in answers)
     assert right >= 5
@@ -202,7 +202,7 @@ def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(
     few_images: Arrays, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.fromarray(few_images.inputs[0]).save(tmp_path / "a\x1b[31m\nb.png")
-    predict.predict([str(tmp_path)], find(str(finished_run), "~/ray_results"), PredictionConfig())
+    predict.predict(find(str(finished_run), "~/ray_results"), PredictionConfig(files=(str(tmp_path),)))
     _, line = capsys.readouterr().out.splitlines()
     assert line.startswith(rf"{tmp_path}/a\x1b[31m\nb.png: ")
     (answer,) = predict.predict_files(Predictor(mnist(), mnist().create_model().eval()), tmp_path.iterdir())

@@ -60,7 +60,7 @@ def test_a_run_that_a_job_owns_is_running_and_json_lists_the_newest(
 ) -> None:
     with owned(folder_at(storage / "interrupted")):
         run_main("runs", "--storage-path", str(storage), "--json", "--count", "3")
-    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    listed = json.loads(capsys.readouterr().out)["runs"]
     assert [run["name"] for run in listed] == ["sweep", "damaged", "interrupted"]
     assert listed[2]["state"].startswith("running on ")
     assert listed[2]["resume_with"] == ""
@@ -74,20 +74,20 @@ def test_a_folder_that_cannot_be_read_does_not_end_the_list(
     (storage / "interrupted" / "result.json").mkdir()
     close(monkeypatch, "finished")
     run_main("runs", "--storage-path", str(storage), "--json")
-    listed = {run["name"]: run for run in map(json.loads, capsys.readouterr().out.splitlines())}
+    listed = {run["name"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
     assert {name: run["state"] for name, run in listed.items()} == {
         "sweep": "unfinished",
         "damaged": "damaged",
         "interrupted": "damaged",
     }
-    assert "cannot read " in listed["interrupted"]["reason"]
+    assert "cannot read " in listed["interrupted"]["about"]
 
 
 def test_a_number_that_is_too_large_is_no_metric(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads((storage / "finished" / "result.json").read_text())
     (storage / "finished" / "result.json").write_text(json.dumps({**result, "test_loss": 10**400}))
     run_main("runs", "--storage-path", str(storage), "--json")
-    (finished,) = (run for run in map(json.loads, capsys.readouterr().out.splitlines()) if run["name"] == "finished")
+    (finished,) = (run for run in json.loads(capsys.readouterr().out)["runs"] if run["name"] == "finished")
     assert (finished["state"], "test_loss" in finished["metrics"]) == ("finished", False)
 
 
