@@ -335,7 +335,7 @@ import mnist_ray
 from mnist_ray.report import page
 from mnist_ray.run import fit, in_process
 from mnist_ray.many import executor
-from mnist_ray.trackers import start
+from mnist_ray import trackers
 
 
 def described():

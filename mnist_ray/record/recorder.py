@@ -122,7 +122,6 @@ class Recorder:
         self._job, self._clock, self._console = session.job, session.clock, session.console
         self._origin = {**self._job.run.require_json(ORIGIN_FILE), "parameters": f"{num_parameters:,}"}
         self._result: dict[str, Any] | None = None
-        self._fitted: Fitted | None = None
         self._has_report = False
         self._first_loss, self._has_grown = math.nan, False
         self._validated = set[int]()  # epochs whose validation is recorded; restarted workers report the last one again
@@ -130,7 +129,7 @@ class Recorder:
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
         self._history, self._times = History(run, workload, self._job.train), TimeSpent()
-        self._trackers = start.start(run, workload, self._job.values, self._job.output, self._warn)
+        self._trackers = start(run, workload, self._job.values, self._job.output.tracker, self._warn)
 
     def on_event(self, event: Event) -> None:
         """Record an event from a worker or a task."""
@@ -196,7 +195,7 @@ class Recorder:
         """Write and show the result on the test set."""
         self._clock.mark("evaluation")
         job, workload = self._job, self._job.workload
-        self._fitted, self._result = fitted, self._result_of(fitted, tested)
+        self._result = self._result_of(fitted, tested)
         if tested.columns:
             from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
 
@@ -242,8 +241,7 @@ class Recorder:
             reason = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
             self._warn(f"no report: {reason}")
         self._clock.mark("report")
-        checkpoint = self._fitted.checkpoint if self._fitted else None
-        self._trackers.close(Ending(self._result, pictures, checkpoint, has_failed))
+        self._trackers.close(Ending(self._result, pictures, has_failed))
         self._clock.mark("trackers")
         seconds = self._clock.seconds()
         if seconds["trackers"] > max(_MAX_TRACKING * seconds["total"], 1.0):

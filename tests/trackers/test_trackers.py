@@ -9,30 +9,24 @@ from typing import Any
 from unittest.mock import Mock, call
 
 import mlflow
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pyarrow import fs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_ray.checkpoints import checkpoint
-from mnist_ray.config import OutputConfig, TrainConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.parallel.group import Group
 from mnist_ray.report.plots import curves_of
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder
-from mnist_ray.trackers import Ending, Tracker, start
-from mnist_ray.trackers.start import Trackers
+from mnist_ray.trackers import Ending, Tracker, Trackers, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.training.trainer import create_state
 from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import LOSS
-from tests.conftest import Digits, folder_at, mnist
+from tests.conftest import Digits, folder_at
 
-INTERRUPTED = Ending(None, {}, None, has_failed=True)
+INTERRUPTED = Ending(None, {}, has_failed=True)
 PICTURE = curves_of(LOSS, [], 1)
 FORMATS = {"val_loss": "number", "test_loss": "number", "test_accuracy": "fraction", "examples_per_s": ",.0f"}
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "examples_per_s": 100.0, "formats": FORMATS}
@@ -61,8 +55,7 @@ EPOCH: list[Event] = [
 def follow(run: RunFolder, events: list[Event], ending: Ending, *trackers_of_user: str | Path) -> list[str]:
     """Track a run to its end; return the warnings."""
     warnings: list[str] = []
-    config = OutputConfig(tracker=tuple(map(str, trackers_of_user)))
-    trackers = start.start(run, Digits(), values_of(TrainConfig()), config, warnings.append)
+    trackers = start(run, Digits(), values_of(TrainConfig()), [*map(str, trackers_of_user)], warnings.append)
     for event in events:
         trackers.log(event)
     trackers.close(ending)
@@ -95,7 +88,7 @@ def points(reader: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_has_every_step_every_epoch_and_the_pictures(run: RunFolder, tmp_path: Path) -> None:
-    ending = Ending(RESULT, {"seconds": PICTURE}, None)
+    ending = Ending(RESULT, {"seconds": PICTURE})
     assert follow(run, EPOCH, ending) == []
     reader = read_events(tmp_path / "run")
     assert points(reader, "train/loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
@@ -123,20 +116,6 @@ def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_
     assert points(reader, "train/loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
 
 
-def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, write: Any, tmp_path: Path) -> None:
-    own = """
-        from mnist_ray.trackers import Tracker
-        class TensorBoard(Tracker):
-            def close(self, ending):
-                self.run.write_text("mine.txt", "closed")
-                raise OSError("full")
-    """
-    said = ["TensorBoard (2) failed and is no longer used: full"]
-    assert follow(run, EPOCH, INTERRUPTED, write(own, "own.py")) == said
-    assert (tmp_path / "run" / "mine.txt").read_text() == "closed"
-    assert points(read_events(tmp_path / "run"), "epoch/loss") == [(4, 0.5)]
-
-
 def test_a_full_disk_is_one_warning(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: FileIO("/dev/full", "w"))
     warnings = follow(run, EPOCH, INTERRUPTED)
@@ -150,40 +129,27 @@ def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(tmp_path: 
 
 
 @pytest.mark.usefixtures("mlflow_database")
-def test_mlflow_has_parameters_metrics_the_report_and_the_model(run: RunFolder, tmp_path: Path) -> None:
-    saved = folder_at(tmp_path / "saved")
-    state = create_state(mnist(), TrainConfig(), 600, Group())
-    checkpoint.snapshot(state, {"workload": mnist().identity}).write(saved)
+def test_a_killed_run_and_its_second_start_are_one_run_of_mlflow_with_settings_metrics_and_report(
+    run: RunFolder,
+) -> None:
+    run.write_text(ORIGIN_FILE, json.dumps({"command_line": "python jobs/train.py", "git_commit": "0123abcd"}))
     assert follow(run, EPOCH[:3], INTERRUPTED, "mlflow") == []
     (found,) = in_mlflow(run)
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")
     run.write_text("report.html", "the report")
-    assert follow(run, EPOCH, Ending(RESULT, {}, saved), "mlflow") == []
+    assert follow(run, EPOCH, Ending(RESULT, {}), "mlflow") == []
     (found,) = in_mlflow(run)
     assert found.info.status == "FINISHED"
+    assert [found.data.tags[name] for name in ("mlflow.source.git.commit", "command_line")] == [
+        "0123abcd",
+        "python jobs/train.py",
+    ]
     assert (found.data.params["batch_size"], found.data.params["lr_schedule"]) == ("32", "constant")
     assert found.data.metrics["val/accuracy"] == 0.75
     assert found.data.metrics["test/accuracy"] == 0.875
     history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "train/loss")
     assert {(metric.step, metric.value) for metric in history} == {(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)}
     assert mlflow.artifacts.load_text(f"{found.info.artifact_uri}/report.html") == "the report"
-    (logged,) = mlflow.search_logged_models(experiment_ids=[found.info.experiment_id], output_format="list")
-    model = mlflow.pytorch.load_model(logged.model_uri)
-    assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
-
-
-@pytest.mark.usefixtures("mlflow_database")
-def test_mlflow_says_which_data_workers_and_commit_a_run_had(run: RunFolder) -> None:
-    known = {"versions": {}, "metadata": {}, "data": {"training": "a" * 64, "test": None}}
-    origin = {"command_line": "python jobs/train.py", "git_commit": "0123abcd", "data_name": "MNIST", **known}
-    run.write_text(ORIGIN_FILE, json.dumps(origin))
-    for _ in range(2):  # begun, and gone on with
-        assert follow(run, EPOCH, INTERRUPTED, "mlflow") == []
-    (found,) = in_mlflow(run)
-    said = [found.data.tags[name] for name in ("mlflow.source.git.commit", "command_line", "workers")]
-    assert said == ["0123abcd", "python jobs/train.py", "1 × cpu"]
-    data = {one.tags[0].value: (one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
-    assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
 
 
 def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on() -> None:
@@ -191,13 +157,8 @@ def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on()
     leaving.log.side_effect = SystemExit(3)
     broken.log.side_effect = ConnectionError("the server is gone\nand this is its traceback")
     cannot_start = Mock(side_effect=ZeroDivisionError("division by zero"))
-    create: dict[str, Any] = {
-        "MLflow": cannot_start,
-        "leaving": lambda: leaving,
-        "broken": lambda: broken,
-        "recorder": lambda: recorder,
-    }
-    trackers = Trackers(create, warnings.append)
+    good: list[Any] = [("leaving", lambda: leaving), ("broken", lambda: broken), ("recorder", lambda: recorder)]
+    trackers = Trackers([("MLflow", cannot_start), *good], warnings.append)
     for event in EPOCH:
         trackers.log(event)
     trackers.close(INTERRUPTED)
@@ -215,7 +176,7 @@ def test_mlflow_gets_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path) 
     settings = {"database": "postgresql://user:password@host/examples"}
     for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
         run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
-        trackers = start.start(run, Digits(), settings, OutputConfig(tracker=("mlflow",)), pytest.fail)
+        trackers = start(run, Digits(), settings, ["mlflow"], pytest.fail)
         trackers.close(INTERRUPTED)
     (found,) = in_mlflow(run)
     assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
@@ -242,7 +203,7 @@ class Lines(Tracker):
 def test_trackers_of_the_users_get_all_figures_each_with_its_arguments(run: RunFolder, tmp_path: Path) -> None:
     file = tmp_path / "lines.py"
     file.write_text(OWN)
-    assert follow(run, EPOCH, Ending(RESULT, {}, None), str(file), f"{file}(file='more.txt')") == []
+    assert follow(run, EPOCH, Ending(RESULT, {}), str(file), f"{file}(file='more.txt')") == []
     assert run.read_text("more.txt") == run.read_text("lines.txt")
     got = ast.literal_eval(run.read_text("lines.txt") or "")
     assert got[:3] == [("train/loss", 4.0, 1), ("train/loss", 3.0, 2), ("train/accuracy", 0.75, 2)]
@@ -261,7 +222,7 @@ def test_weights_and_biases_has_the_run_offline(
     for each, ending in (
         (folder_at(tmp_path / "default"), INTERRUPTED),
         (run, INTERRUPTED),
-        (run, Ending(RESULT, {}, None)),
+        (run, Ending(RESULT, {})),
     ):
         assert follow(each, EPOCH, ending, "wandb") == []
     first, resumed = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
