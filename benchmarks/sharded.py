@@ -266,15 +266,15 @@ def train_warm(group: Group, *args: Any) -> dict[str, Any]:
 def resume(group: Group, size: Size, config: TrainConfig, storage: str) -> dict[str, Any]:
     """Read a checkpoint; return the bytes that this rank has read, and its share of all."""
     state = create_state(workload_of(size), config, config.batch_size * 8, group)
-    read_range, read_bytes = RunFolder.read_range, 0
+    read_whole, read_bytes = RunFolder.read_bytes, 0
 
-    def counted(folder: RunFolder, file_name: str, start: int, size: int) -> bytes:
+    def counted(folder: RunFolder, file_name: str) -> bytes | None:
         nonlocal read_bytes
-        content = read_range(folder, file_name, start, size)
-        read_bytes += len(content)
+        content = read_whole(folder, file_name)
+        read_bytes += len(content or b"")
         return content
 
-    RunFolder.read_range = counted  # type: ignore[method-assign,assignment]
+    RunFolder.read_bytes = counted  # type: ignore[method-assign,assignment]
     start = time.perf_counter()
     checkpoint.restore(locate(storage, "run").inside("checkpoint"), state)
     seconds, tensors = time.perf_counter() - start, [*state.model.parameters()]

@@ -160,11 +160,6 @@ class RunFolder:
         with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
             return bytes(stream.read())
 
-    def read_range(self, file_name: str, start: int, size: int) -> bytes:
-        """Return part of a file's content, shorter than ``size`` where the file ends. Raises STORAGE_ERRORS."""
-        with self.filesystem.open_input_file(posixpath.join(self.path, file_name)) as file:
-            return bytes(file.read_at(min(size, max(0, file.size() - start)), start))
-
     def read_text(self, file_name: str) -> str | None:
         """Return a file's text; None if there is no file. Raises JobError."""
         with in_one_line(f"cannot read {self.inside(file_name).uri}"):

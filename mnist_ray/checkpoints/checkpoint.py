@@ -32,36 +32,29 @@ from torch.utils import _pytree as pytree
 from mnist_ray.checkpoints.state_file import (
     FORMAT,
     MODEL,
+    OF_THE_MACHINE,
     OPTIMIZER,
     STATE_FILE,
     TRAINED,
     TRAINING_FILE,
     CheckpointMetrics,
     DamagedCheckpointError,
-    decoded,
     digest_of,
     read_state,
     reading,
     tensors_of,
-    unpickled,
 )
-from mnist_ray.checkpoints.tensor_files import (
-    Rows,
-    check_held,
-    content_of,
-    file_name,
-)
+from mnist_ray.checkpoints.tensor_files import Rows, check_held, content_of, file_name, read_checked
 from mnist_ray.data.tensors import is_sharded, map_tensors
 from mnist_ray.errors import TrainingStoppedError, UsageError, first_line
 from mnist_ray.parallel.group import Group
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, with_retries
+from mnist_ray.storage import RunFolder, in_one_line, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.optimizers import parameters_of
 from mnist_ray.training.state import TrainingState
 
-_RESTORE = "restore the code and the settings (the run's origin.json has the code)"
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "bf16_is_slow", "ends")
 """Fields of a TrainingState, stored unchanged."""
 
@@ -80,10 +73,6 @@ class Restored:
     damaged: tuple[str, ...] = ()  # newer checkpoints that were skipped: damaged, or from another version
 
 
-Written = dict[str, str] | Exception
-"""The digests of the files that a rank has written, or why it could not write them."""
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """A copy of the training's state at one step, or a rank's part of it, to be written while training continues."""
@@ -97,47 +86,40 @@ class Snapshot:
 
         ``writers``: the group of all ranks, if the state is sharded. On rank 0, raises the error of any rank.
         """
-        written: Written
+        own: dict[str, str] | Exception
         try:
-            written = self._write_part(folder)
+            own = self._write_part(folder)
         except Exception as error:  # rank 0, which waits for all, raises it
-            written = error
+            own = error
+        of_ranks: list[Any] = [own]
+        if writers is not None:
+            of_ranks = [None] * writers.size() if writers.rank() == 0 else []
+            dist.gather_object(own, of_ranks or None, group=writers)
         digests: dict[str, str] = {}
-        try:
-            for of_rank in _gathered(written, writers):
-                if isinstance(of_rank, Exception):
-                    raise of_rank
-                digests |= of_rank
-            if digests:
-                document = {**self.document, "sha256": digests}
-                digests[STATE_FILE] = digest_of(document)
-                folder.write_files({STATE_FILE: [json_lines(document).encode()]})
-        except STORAGE_ERRORS:
-            with contextlib.suppress(*STORAGE_ERRORS):  # a part of a checkpoint only fills the disk
-                folder.filesystem.delete_dir(folder.path)
-            raise
+        for of_rank in of_ranks:
+            if isinstance(of_rank, Exception):
+                raise of_rank
+            digests |= of_rank
+        if digests:
+            document = {**self.document, "sha256": digests}
+            digests[STATE_FILE] = digest_of(document)
+            folder.write_files({STATE_FILE: [json_lines(document).encode()]})
 
     def _write_part(self, folder: RunFolder) -> dict[str, str]:
-        digests = {}
-        for name, tensors in self.tensors.items():
-            if tensors:
-                content, digests[name] = content_of(tensors)
-                folder.write_files({name: content})
+        """Write this rank's files; return their digests."""
+        contents = {name: content_of(tensors) for name, tensors in self.tensors.items() if tensors}
         if self.training is not None:
             saved = io.BytesIO()
             torch.save(self.training, saved)
-            folder.write_files({TRAINING_FILE: [saved.getbuffer()]})
-            digests[TRAINING_FILE] = hashlib.sha256(saved.getbuffer()).hexdigest()
+            contents[TRAINING_FILE] = [saved.getbuffer()]
+        digests = {}
+        for name, content in contents.items():
+            digest = hashlib.sha256()
+            for buffer in content:
+                digest.update(buffer)
+            digests[name] = digest.hexdigest()
+        folder.write_files(contents)
         return digests
-
-
-def _gathered(written: Written, writers: dist.ProcessGroup | None) -> list[Written]:
-    """Return, on rank 0, the digests or errors of all ranks."""
-    if writers is None:
-        return [written]
-    of_ranks: list[Any] | None = [None] * writers.size() if writers.rank() == 0 else None
-    dist.gather_object(written, of_ranks, group=writers)
-    return of_ranks or []
 
 
 def snapshot(
@@ -160,24 +142,35 @@ def snapshot(
         "optimizers": {name: others for name, (_, others) in apart.items()},
         "schedulers": {name: scheduler.state_dict() for name, scheduler in state.schedulers.items()},
         "scaler": state.scaler.state_dict(),
-        "callbacks": [state_of(callback) for callback in callbacks],
+        "callbacks": [_state_of(callback) for callback in callbacks],
     }
     if state.read_to is not None:
-        training["read_to"] = _checked_position(state.read_to)
-    position = {"format": FORMAT, "epoch": state.epoch, "step": state.step}
-    counts = {kind: len(found) for kind, found in of_kinds.items()}
-    document = copy.deepcopy({**position, "tensors": counts, **about})
+        training["read_to"] = _held(state.read_to, "the training stream's state_dict")
+    document = copy.deepcopy({"format": FORMAT, "epoch": state.epoch, "step": state.step, **about})
     return Snapshot(own, map_tensors(_copied, training) if rank == 0 else None, document)
 
 
-def _checked_position(read_to: dict[str, Any]) -> dict[str, Any]:
-    """Return where a stream may go on. Raises TrainingStoppedError if a checkpoint cannot hold the stream's state."""
+def check_kept(values: object) -> None:
+    """Raise torch's error if a checkpoint cannot hold these values, since it is read with ``weights_only``."""
+    saved = io.BytesIO()
+    torch.save(values, saved)
+    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+
+
+def _held(values: dict[str, Any], what: str, place: str = "") -> dict[str, Any]:
+    """Return values that a checkpoint can hold. Raises TrainingStoppedError if it cannot hold these."""
     try:
-        check_kept(read_to)
+        check_kept(values)
     except Exception as error:  # torch's own message would advise running code
-        found = "the training stream's state_dict returns more than numbers, strings, lists, dicts and tensors"
-        raise TrainingStoppedError(f"{found}; return only these, or leave state_dict out") from error
-    return read_to
+        found = f"{what} returns more than numbers, strings, lists, dicts and tensors{place}"
+        raise TrainingStoppedError(found) from error
+    return values
+
+
+def _state_of(callback: Callback) -> dict[str, Any]:
+    code = callback.state_dict.__code__
+    place = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})"
+    return _held(callback.state_dict(), f"{type(callback).__name__}.state_dict", place)
 
 
 def _apart(name: str, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -222,78 +215,70 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
     Raises UsageError if there is no checkpoint, JobError if it is damaged or cannot be read; both leave ``state``
     intact. OtherModelError, if the checkpoint does not fit, may leave it half loaded.
     """
-    saved = _read_saved(folder, state)
-    saved.load_into(state, callbacks, folder)
-    return saved.document
+    document, saved = _read(folder, state)
+    _load(saved, state, callbacks, folder)
+    return document
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What a rank needs from a checkpoint: its own rows if the state is sharded, else everything."""
+def _read(folder: RunFolder, state: TrainingState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return state.json, and what this rank needs: its own rows if the state is sharded, else everything.
 
-    document: dict[str, Any]
-    weights: dict[str, Tensor]
-    trained: dict[str, Tensor]
-    training: dict[str, Any]
-
-    def load_into(self, state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
-        """Put everything into a newly created ``state``. Raises OtherModelError."""
-        training = self.training
-        load_weights(state.result, self.weights, folder)
-        try:
-            if state.average is not None:
-                state.model.load_state_dict(self.trained)
-            for name, optimizer in state.optimizers.items():
-                optimizer.load_state_dict(training["optimizers"][name])
-                state.schedulers[name].load_state_dict(training["schedulers"][name])
-            state.scaler.load_state_dict(training["scaler"])
-            for callback, values in zip(callbacks, training["callbacks"], strict=False):
-                callback.load_state_dict(values)
-        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # the digest is right, so the file is whole: the code must have changed
-            reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
-            raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}; restore the code") from error
-        for name in ("sums", *_COUNTERS):
-            setattr(state, name, training[name])
-        state.read_to = training.get("read_to")
-
-
-def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
-    """Read what this rank needs from a checkpoint. Raises like ``restore``."""
+    That is the content of training.pt, with the tensors of optimizers, and the weights. Raises like ``restore``.
+    """
     document = read_state(folder)
-    of_keys = {
+    parameters = {
         _parameter_key(name, number): parameter
         for name, optimizer in state.optimizers.items()
         for number, parameter in enumerate(parameters_of(optimizer))
     }
     with reading(folder):
-        optimizer = tensors_of(folder, document, OPTIMIZER)
-        own = {name: of_keys[key] for name in optimizer if (key := name.partition(".")[0]) in of_keys}
-        tensors = optimizer.read_all(own)  # in the form of its parameters
-        return _Saved(
-            document,
-            weights=tensors_of(folder, document, MODEL).read_all(state.result.state_dict()),
-            trained=tensors_of(folder, document, TRAINED).read_all(state.model.state_dict()),
-            training=decoded(folder, TRAINING_FILE, document, functools.partial(_training_of, document, tensors)),
-        )
+        content = read_checked(folder, TRAINING_FILE, document["sha256"][TRAINING_FILE])
+        saved: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        of_parameters = {
+            _parameter_key(name, number): values
+            for name, optimizer in saved["optimizers"].items()
+            for number, values in optimizer["state"].items()
+        }
+        tensors = tensors_of(folder, document, OPTIMIZER, lambda key: parameters.get(key.partition(".")[0]))
+        for name, tensor in tensors.items():
+            parameter, _, key = name.partition(".")
+            of_parameters[parameter][key] = tensor
+        saved["sums"] = MetricSums(**saved["sums"])
+        saved[MODEL] = tensors_of(folder, document, MODEL, state.result.state_dict().get)
+        saved[TRAINED] = tensors_of(folder, document, TRAINED, state.model.state_dict().get)
+    return document, saved
 
 
-def _training_of(document: dict[str, Any], tensors: dict[str, Tensor], content: bytes) -> dict[str, Any]:
-    """Return the content of training.pt, with the optimizer's ``tensors``. Raises anything if it is invalid."""
-    training = unpickled(content)
-    of_keys = {
-        _parameter_key(name, number): values
-        for name, optimizer in training["optimizers"].items()
-        for number, values in optimizer["state"].items()
-    }
-    for name, tensor in tensors.items():
-        parameter, _, key = name.partition(".")
-        of_keys[parameter][key] = tensor
-    found = {"sums": MetricSums(**training["sums"]), **{name: training[name] for name in _COUNTERS}}
-    if any(found[name] != document[name] for name in ("epoch", "step")):
-        raise ValueError(f"it is of epoch {found['epoch']}, step {found['step']}")
-    return {**training, **found}
+def _load(saved: dict[str, Any], state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
+    """Put what was read from a checkpoint into a newly created ``state``. Raises OtherModelError."""
+    load_weights(state.result, saved[MODEL], folder)
+    try:
+        if state.average is not None:
+            state.model.load_state_dict(saved[TRAINED])
+        for name, optimizer in state.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+            state.schedulers[name].load_state_dict(saved["schedulers"][name])
+        state.scaler.load_state_dict(saved["scaler"])
+        for callback, values in zip(callbacks, saved["callbacks"], strict=False):
+            callback.load_state_dict(values)
+    except OF_THE_MACHINE:
+        raise
+    except Exception as error:  # the digest is right, so the file is whole: the code must have changed
+        reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
+        raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}; restore the code") from error
+    for name in ("sums", *_COUNTERS):
+        setattr(state, name, saved[name])
+    state.read_to = saved.get("read_to")
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFolder) -> None:
+    """Load weights into a model. Raises OtherModelError."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        remedy = "restore the code and the settings (the run's origin.json has the code)"
+        difference = f"{str(error).splitlines()[-1].strip()}; {remedy}"
+        raise OtherModelError(f"checkpoint {folder.uri} does not fit the model: {difference}") from error
 
 
 def restore_newest(
@@ -307,28 +292,25 @@ def restore_newest(
     """
     group, damaged = group or Group(), list[str]()
     seen: list[dict[str, bool]] = [{}]  # the checkpoints, and whether they have been written to their end
-    if group.rank == 0:
-        with in_one_line(f"cannot read {run.uri}"):
+    with in_one_line(f"cannot read {run.uri}"):
+        if group.rank == 0:
             names = with_retries(run.checkpoint_names)
             seen = [with_retries(lambda: {name: run.inside(name).exists(STATE_FILE) for name in names})]
-    if group.world_size > 1:
-        dist.broadcast_object_list(seen, 0)
-    for name, is_whole in reversed(seen[0].items()):
-        saved, folder = None, run.inside(name)
-        with contextlib.suppress(DamagedCheckpointError, UsageError):
-            if is_whole:
-                with in_one_line(f"cannot read {run.uri}"):
-                    with_retries(functools.partial(_check_visible, folder))
-            saved = _read_saved(folder, state)
         if group.world_size > 1:
-            can_read = torch.tensor(int(saved is not None), device=group.device)
-            dist.all_reduce(can_read, dist.ReduceOp.MIN)
-            saved = saved if can_read.item() else None
-        if saved is not None:
-            saved.load_into(state, callbacks, folder)
-            metrics = CheckpointMetrics.of(saved.document.get("metrics", {}))
-            return Restored(name, metrics, saved.document.get("arithmetic"), tuple(damaged))
-        damaged.append(name)
+            dist.broadcast_object_list(seen, 0)
+        for name, is_whole in reversed(seen[0].items()):
+            found, folder = None, run.inside(name)
+            with contextlib.suppress(DamagedCheckpointError, UsageError):
+                if is_whole:
+                    with_retries(functools.partial(_check_visible, folder))
+                found = _read(folder, state)
+            is_readable = _can_all_read(found is not None, group)
+            if found is not None and is_readable:
+                document, saved = found
+                _load(saved, state, callbacks, folder)
+                metrics = CheckpointMetrics.of(document.get("metrics", {}))
+                return Restored(name, metrics, document.get("arithmetic"), tuple(damaged))
+            damaged.append(name)
     return Restored(damaged=tuple(damaged))
 
 
@@ -337,29 +319,9 @@ def _check_visible(folder: RunFolder) -> None:
         raise FileNotFoundError(f"{folder.uri}, which another node sees")
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFolder) -> None:
-    """Load weights into a model. Raises OtherModelError."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        difference = f"{str(error).splitlines()[-1].strip()}; {_RESTORE}"
-        raise OtherModelError(f"checkpoint {folder.uri} does not fit the model: {difference}") from error
-
-
-def check_kept(values: object) -> None:
-    """Raise torch's error if a checkpoint cannot hold these values, since it is read with ``weights_only``."""
-    saved = io.BytesIO()
-    torch.save(values, saved)
-    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-
-
-def state_of(callback: Callback) -> dict[str, Any]:
-    """Return a callback's state for a checkpoint. Raises TrainingStoppedError if a checkpoint cannot hold it."""
-    values = callback.state_dict()
-    try:
-        check_kept(values)
-    except Exception as error:  # torch's own message would advise running code
-        code, said = callback.state_dict.__code__, "returns more than numbers, strings, lists, dicts and tensors"
-        place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
-        raise TrainingStoppedError(f"{type(callback).__name__}.state_dict {said} ({place})") from error
-    return values
+def _can_all_read(can_read: bool, group: Group) -> bool:
+    if group.world_size == 1:
+        return can_read
+    of_all = torch.tensor(int(can_read), device=group.device)
+    dist.all_reduce(of_all, dist.ReduceOp.MIN)
+    return bool(of_all.item())

@@ -11,13 +11,7 @@ from typing import Any
 from safetensors.torch import save
 
 from mnist_ray.checkpoints.saved_model import load_fitting, load_model, read_weights
-from mnist_ray.checkpoints.state_file import (
-    STATE_FILE,
-    CheckpointMetrics,
-    DamagedCheckpointError,
-    read_state,
-    workload_in,
-)
+from mnist_ray.checkpoints.state_file import STATE_FILE, CheckpointMetrics, DamagedCheckpointError, read_state
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import find_run, untrusted_folders
 from mnist_ray.settings import build, check_known, declared
@@ -65,7 +59,7 @@ def find(
     with in_one_line(f"cannot read {run.uri}"):
         checkpoint = checkpoint_of(run)
     document = read_state(checkpoint)
-    saved = workload_in(checkpoint, document)
+    saved = document["workload"]
     source = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, source, untrusted_folders(run, storage_path))
     now = workload_class.source.reference

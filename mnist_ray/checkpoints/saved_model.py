@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import psutil
+import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from mnist_ray.checkpoints.checkpoint import load_weights
-from mnist_ray.checkpoints.state_file import MODEL, STATE_FILE, read_file, read_state, reading, tensors_of, unpickled
+from mnist_ray.checkpoints.state_file import MODEL, STATE_FILE, read_state, tensors_of
 from mnist_ray.checkpoints.tensor_files import Rows, files_of
-from mnist_ray.errors import JobError, UsageError
-from mnist_ray.storage import RunFolder
-from mnist_ray.text import size_of
+from mnist_ray.errors import UsageError
+from mnist_ray.storage import RunFolder, in_one_line, with_retries
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import placed
 
@@ -32,37 +33,26 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
 
     Raises UsageError if there is no checkpoint, JobError if it is damaged, does not fit the model, or cannot be read.
     """
-    document = read_state(folder)
-    with reading(folder):
-        files = tensors_of(folder, document, MODEL)
-    if files.num_bytes > (free := psutil.virtual_memory().available):
-        needed = f"the model of {folder.uri} needs {size_of(files.num_bytes)} of memory"
-        raise JobError(f"{needed}, and {size_of(free)} are free here; use a larger machine")
+    weights = tensors_of(folder, read_state(folder), MODEL)
     with placed(workload, "create_model"):
         model = workload.create_model()
-    own = model.state_dict()
-    is_sharded = len(files_of(document["sha256"], MODEL)) > 1
-    with reading(folder):
-        if is_sharded and files.shapes == {name: tuple(tensor.shape) for name, tensor in own.items()}:
-            for name, tensor in own.items():  # one by one: a second copy of a sharded model may not fit into memory
-                tensor.copy_(files.read(name))
-        else:
-            load_weights(model, files.read_all(), folder)
+    load_weights(model, weights, folder)
     return model.eval()
 
 
 def read_weights(location: RunFolder) -> dict[str, Tensor]:
     """Return the weights of a checkpoint, or of a file, without running code in it. Raises UsageError and JobError."""
     if location.exists(STATE_FILE):
-        with reading(location):
-            return tensors_of(location, read_state(location), MODEL).read_all()
-    content = read_file(location.storage, location.name) or b""
+        return tensors_of(location, read_state(location), MODEL)
+    with in_one_line(f"cannot read {location.uri}"):
+        content = with_retries(functools.partial(location.storage.read_bytes, location.name)) or b""
     try:
         with warnings.catch_warnings():  # torch warns about strange files
             warnings.simplefilter("ignore")
-            weights = load(content) if location.name.endswith(".safetensors") else unpickled(content)
-        if (size := max((tensor.nbytes for tensor in weights.values()), default=0)) > len(content):
-            raise ValueError(f"a tensor has {size:,} bytes")  # an expanded one: stored, it takes no room
+            if location.name.endswith(".safetensors"):
+                weights = load(content)
+            else:
+                weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         return {name: Rows.of(tensor).copied().values for name, tensor in weights.items()}  # tied ones apart
     except Exception as error:  # torch's own message would advise running the code
         remedy = "write .safetensors, or torch.save(model.state_dict(), 'FILE.pt')"

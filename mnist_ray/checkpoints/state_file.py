@@ -1,27 +1,27 @@
-"""A checkpoint's state.json, and the checks of all that is read from a checkpoint."""
+"""A checkpoint's state.json, and how errors of reading a checkpoint are raised."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import hashlib
-import io
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mnist_ray.checkpoints.tensor_files import DamagedFileError, TensorFiles, files_of
+from mnist_ray.checkpoints.tensor_files import files_of, read_tensors
 from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.storage import RunFolder, in_one_line, position_of, with_retries
+from mnist_ray.storage import RunFolder, in_one_line, with_retries
 
 STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
-FORMAT = 3
-_FILE_NAME = re.compile(r"[\w-]+\.(safetensors|pt|json)", re.ASCII)
+FORMAT = 4
+OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors that say nothing about what is read or loaded."""
 
 
 class DamagedCheckpointError(JobError):
@@ -66,83 +66,41 @@ def digest_of(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def reading(folder: RunFolder, place: str = "") -> Iterator[None]:
+    """Raise an error of the storage in the block as a JobError, any that damage may cause as a DamagedCheckpointError.
+
+    The digests are checked first. What another program has written with right digests may raise anything.
+    """
+    try:
+        with in_one_line(f"cannot read the checkpoint {folder.uri}"):
+            yield
+    except (UsageError, JobError, *OF_THE_MACHINE):
+        raise
+    except Exception as error:
+        found = f"checkpoint {folder.uri} is damaged: {place}{first_line(error)}"
+        raise DamagedCheckpointError(f"{found}; use another one") from error
+
+
 def read_state(folder: RunFolder) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json. Raises UsageError and JobError."""
-    content = read_file(folder, STATE_FILE)
-    if content is None:
-        raise UsageError(f"{folder.uri} is not a checkpoint: it has no {STATE_FILE}")
-    try:
-        document = json.loads(content)
+    with reading(folder, f"{STATE_FILE}: "):
+        content = with_retries(functools.partial(folder.read_bytes, STATE_FILE))
+        if content is None:
+            raise UsageError(f"{folder.uri} is not a checkpoint: it has no {STATE_FILE}")
+        document: dict[str, Any] = json.loads(content)
         if document["sha256"][STATE_FILE] != digest_of(document):
             raise ValueError("its digest is wrong")
         if document.get("format") != FORMAT:
             found = f"checkpoint {folder.uri} has format {document.get('format')}"
             raise UsageError(f"{found}; this version reads {FORMAT}")
-        if position_of(folder.name) not in ((), (document["epoch"], document["step"])):
-            raise ValueError(f"it is of epoch {document['epoch']}, step {document['step']}")
-        if wrong := [name for name in document["sha256"] if not _FILE_NAME.fullmatch(name)]:
-            raise ValueError(f"{wrong[0]} is not the name of one of its files")
-        for name in ("config", "tensors", "metrics"):
-            if not isinstance(document.get(name, {}), dict):
-                raise TypeError(f"{name} is {json.dumps(document[name]):.40}")
-        metrics = CheckpointMetrics.of(document.get("metrics", {}))
-        if not all(isinstance(number, (int, float)) for number in (metrics.epoch, metrics.epochs, *metrics.score)):
-            raise TypeError("the metrics are not numbers")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise _damaged(folder, f"{STATE_FILE}: {first_line(error)}") from error
-    return document
+        return document
 
 
-def workload_in(folder: RunFolder, document: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry about the workload in a checkpoint's state.json. Raises DamagedCheckpointError."""
-    kinds, saved = {"reference": str, "sha256": str, "settings": dict, "metadata": dict}, document.get("workload")
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
-        raise _damaged(folder, f"{STATE_FILE}: its workload is incomplete")
-    return saved
-
-
-def read_file(folder: RunFolder, name: str) -> bytes | None:
-    """Return a file's content, or None if it does not exist. Raises JobError."""
-    with in_one_line(f"cannot read the checkpoint {folder.uri}"):
-        return with_retries(functools.partial(folder.read_bytes, name))
-
-
-def tensors_of(folder: RunFolder, document: dict[str, Any], kind: str) -> TensorFiles:
-    """Return the tensors of a kind, such as MODEL; reads only the files' headers. Call it within ``reading``."""
-    digests = document["sha256"]
-    files = TensorFiles(folder, {name: digests[name] for name in files_of(digests, kind)})
-    if document.get("tensors", {}).get(kind, len(files.shapes)) != len(files.shapes):
-        raise DamagedFileError(f"{kind}: some tensors are missing")
-    return files
-
-
-@contextlib.contextmanager
-def reading(folder: RunFolder) -> Iterator[None]:
-    """Turn errors of reading tensors into a DamagedCheckpointError or, if the storage fails, into a JobError."""
-    try:
-        with in_one_line(f"cannot read the checkpoint {folder.uri}"):
-            yield
-    except DamagedFileError as error:
-        raise _damaged(folder, str(error)) from error
-
-
-def decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], Any]) -> Any:
-    """Return the decoded content of a checkpoint's file. Raises DamagedCheckpointError if it is damaged."""
-    content = read_file(folder, name)
-    if content is None or hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
-        raise _damaged(folder, f"{name}: it is missing" if content is None else f"{name}: its digest is wrong")
-    try:
-        return decode(content)
-    except MemoryError:
-        raise
-    except Exception as error:  # a file that another program has written may raise anything
-        raise _damaged(folder, f"{name}: {first_line(error)}") from error
-
-
-def _damaged(folder: RunFolder, reason: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; use another one")
-
-
-def unpickled(content: bytes) -> Any:
-    """Return what ``torch.save`` has written, without running code."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def tensors_of(
+    folder: RunFolder, document: dict[str, Any], kind: str, own: Callable[[str], Tensor | None] = lambda key: None
+) -> dict[str, Tensor]:
+    """Return the tensors of a kind, such as MODEL, each like ``own(key)``. Raises JobError."""
+    with reading(folder):
+        digests = document["sha256"]
+        return read_tensors(folder, {name: digests[name] for name in files_of(digests, kind)}, own)

@@ -1,8 +1,7 @@
-"""Files of tensors in the safetensors format. Any rows can be read and checked on their own.
+"""Files of tensors in the safetensors format, written from the tensors' own memory, without a copy.
 
 *Rows* are numbered along a tensor's first dimension; a tensor without dimensions has one row. A file holds all rows of
-its tensors, or those of one worker (``--strategy fsdp``). Its header has their numbers, and a digest of every few rows.
-Files are written from the tensors' own memory, without a copy.
+its tensors, or those of one worker (``--strategy fsdp``). Its header has their numbers.
 """
 
 from __future__ import annotations
@@ -11,29 +10,25 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from mnist_ray.data.tensors import is_sharded
-from mnist_ray.errors import UsageError, first_line
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
+from mnist_ray.errors import UsageError
+from mnist_ray.storage import RunFolder, with_retries
 
-_DIGESTED_BYTES = 2**15  # per digest, about; reading rows reads up to that many more bytes at each end
-_DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64},
+_NAMES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL"},
+    **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64"},
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class DamagedFileError(ValueError):
-    """A file is missing, cut off, or not the one that was written."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +66,22 @@ class Rows:
         return Rows(copy, self.start, self.shape)
 
 
-def content_of(tensors: Mapping[str, Rows]) -> tuple[list[Any], str]:
-    """Return a file's content, in buffers to be written one after another, and the SHA-256 of its header."""
+def content_of(tensors: Mapping[str, Rows]) -> list[Any]:
+    """Return a file's content, in buffers to be written one after another."""
     header: dict[str, Any] = {}
-    entries: dict[str, Any] = {}
+    places: dict[str, Any] = {}
     buffers, offset = list[Any](), 0
     for name, rows in sorted(tensors.items(), key=lambda item: -item[1].values.itemsize):  # aligns them
-        content = _bytes_of(rows.values.reshape(-1))
-        digested_rows = max(1, _DIGESTED_BYTES // (row_bytes(rows.shape, rows.values.dtype) or 1))
-        digests = _digests(content, digested_rows * row_bytes(rows.shape, rows.values.dtype))
-        entries[name] = [rows.start, rows.shape, digested_rows, digests]
+        content: Any = rows.values.reshape(-1).view(torch.uint8).numpy()
         shape, stop = list(rows.values.shape), offset + len(content)
         header[name] = {"dtype": _NAMES[rows.values.dtype], "shape": shape, "data_offsets": [offset, stop]}
-        buffers.append(content)
+        places[name] = [rows.start, rows.shape]
+        buffers.append(memoryview(content))
         offset = stop
-    header["__metadata__"] = {"format": "pt", "rows": json.dumps(entries)}
+    header["__metadata__"] = {"format": "pt", "rows": json.dumps(places)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, *buffers], hashlib.sha256(text).hexdigest()
+    return [len(text).to_bytes(8, "little"), text, *buffers]
 
 
 def check_held(tensors: Mapping[str, Tensor]) -> None:
@@ -99,150 +92,61 @@ def check_held(tensors: Mapping[str, Tensor]) -> None:
             raise UsageError(f"a checkpoint cannot hold {name} ({kind}); use another type, or persistent=False")
 
 
-def _bytes_of(values: Tensor) -> memoryview:
-    """Return the memory of a tensor with one dimension."""
-    buffer: Any = values.view(torch.uint8).numpy()
-    return memoryview(buffer)
+def read_checked(folder: RunFolder, name: str, digest: str) -> bytes:
+    """Return a file's content. Raises ValueError if it is missing or does not have the digest; STORAGE_ERRORS."""
+    content = with_retries(functools.partial(folder.read_bytes, name))
+    if content is None or hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{name}: it is missing" if content is None else f"{name}: its digest is wrong")
+    return content
 
 
-def row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Return the size of a tensor's row."""
-    return math.prod(shape[1:]) * dtype.itemsize
+def read_tensors(
+    folder: RunFolder, digests: Mapping[str, str], own: Callable[[str], Tensor | None] = lambda key: None
+) -> dict[str, Tensor]:
+    """Return the tensors in the files of a kind, which ``digests`` names in the order of their ranks.
+
+    One with the shape of ``own(key)`` has its memory format, and is sharded like it. Files are read one by one; of
+    sharded tensors, only this rank's rows are kept. Raises like ``read_checked``.
+    """
+    parts, shapes, mesh = dict[str, list[Tensor]](), dict[str, tuple[int, ...]](), None
+    for rank, name in enumerate(digests):
+        if mesh is not None and mesh.size() == len(digests) and mesh.get_local_rank() != rank:
+            continue  # as many ranks have written as read: except the first file, this rank needs only its own
+        content = read_checked(folder, name, digests[name])
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        places = json.loads(header["__metadata__"]["rows"])
+        for key, part in load(content).items():
+            start, shapes[key] = places[key][0], tuple(places[key][1])
+            like: Any = own(key)
+            if like is not None and is_sharded(like) and tuple(like.shape) == shapes[key]:
+                rows, mesh = Rows.of(like), like.device_mesh
+                part = part[max(0, rows.start - start) : max(0, rows.stop - start)].clone()  # frees the other rows
+            parts.setdefault(key, []).append(part)
+    tensors = dict[str, Tensor]()
+    for key, shape in shapes.items():
+        of_files = parts.pop(key)  # else there would be two copies of a whole model
+        values, like = torch.cat(of_files) if len(of_files) > 1 else of_files[0], own(key)
+        tensors[key] = values if like is None or tuple(like.shape) != shape else _like(like, values)
+    return tensors
 
 
-def _digests(content: memoryview, size: int) -> list[str]:
-    """Return the digest of every ``size`` bytes."""
-    return [hashlib.sha256(content[at : at + size]).hexdigest()[:32] for at in range(0, len(content), size or 1)]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The rows of a tensor that are in one file."""
-
-    file_name: str
-    offset: int  # of the first row, in bytes
-    rows: range  # their numbers
-    row_bytes: int
-    digested_rows: int  # for each digest
-    digests: list[str]
-
-    def read(self, folder: RunFolder, start: int, stop: int) -> memoryview:
-        """Return the bytes of rows, which this part must have. Raises DamagedFileError and STORAGE_ERRORS."""
-        first = (start - self.rows.start) // self.digested_rows
-        last = math.ceil((stop - self.rows.start) / self.digested_rows)
-        digested = self.rows[first * self.digested_rows : last * self.digested_rows]  # by whole digests
-        position = self.offset + (digested.start - self.rows.start) * self.row_bytes
-        content = _read_range(folder, self.file_name, position, len(digested) * self.row_bytes)
-        if _digests(content, self.digested_rows * self.row_bytes) != self.digests[first:last]:
-            raise DamagedFileError(f"{self.file_name}: its digest is wrong")
-        begin = (start - digested.start) * self.row_bytes
-        return content[begin : begin + (stop - start) * self.row_bytes]
-
-
-def _read_range(folder: RunFolder, file_name: str, start: int, size: int) -> memoryview:
-    return memoryview(with_retries(functools.partial(folder.read_range, file_name, start, size)))
-
-
-class TensorFiles:
-    """Tensors in one or several files of a folder."""
-
-    def __init__(self, folder: RunFolder, digests: Mapping[str, str]) -> None:
-        """Read the files' headers; ``digests`` are those that ``content_of`` returned. Raises like ``read``."""
-        self._folder = folder
-        self._parts: dict[str, list[_Part]] = {}
-        self._tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for file_name, digest in digests.items():
-            try:
-                found = list(self._parts_in(file_name, digest))
-            except (MemoryError, *STORAGE_ERRORS):
-                raise
-            except Exception as error:  # a file that another program has written may raise anything
-                raise DamagedFileError(f"{file_name}: {first_line(error)}") from error
-            for name, shape, dtype, part in found:
-                if self._tensors.setdefault(name, (shape, dtype)) != (shape, dtype):
-                    raise DamagedFileError(f"{file_name}: {name} has another shape or type than in another file")
-                self._parts.setdefault(name, []).append(part)
-        for name, parts in self._parts.items():
-            parts.sort(key=lambda part: part.rows.start)
-            num_rows = (*self._tensors[name][0], 1)[0]
-            if [*(part.rows.start for part in parts), num_rows] != [0, *(part.rows.stop for part in parts)]:
-                raise DamagedFileError(f"{parts[0].file_name}: some rows of {name} are missing, or in two files")
-
-    def _parts_in(self, file_name: str, digest: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, _Part]]:
-        file_size = self._folder.info(file_name).size
-        if file_size is None:
-            raise DamagedFileError("it is missing")
-        length = int.from_bytes(_read_range(self._folder, file_name, 0, 8), "little")
-        text = _read_range(self._folder, file_name, 8, length)
-        if hashlib.sha256(text).hexdigest() != digest:
-            raise DamagedFileError("its digest is wrong")
-        header, offset = json.loads(bytes(text)), 8 + length
-        for name, (start, shape, digested_rows, digests) in json.loads(header.pop("__metadata__")["rows"]).items():
-            entry, shape = header[name], tuple(shape)
-            dtype, stop = _DTYPES[entry["dtype"]], start + (entry["shape"][0] if shape else 1)
-            numbers = (*shape, start, stop - start, digested_rows - 1)
-            is_number = all(isinstance(number, int) and number >= 0 for number in numbers)
-            if not is_number or math.prod(max(1, size) for size in shape) * dtype.itemsize >= 2**63:  # torch's limit
-                raise DamagedFileError(f"{name} has no such rows")
-            part = _Part(file_name, offset, range(start, stop), row_bytes(shape, dtype), digested_rows, list(digests))
-            offset += (stop - start) * part.row_bytes
-            yield name, shape, dtype, part
-        if offset != file_size:
-            raise DamagedFileError(f"it has {file_size:,} bytes, but its tensors {offset:,}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the whole tensors."""
-        return {name: shape for name, (shape, _) in self._tensors.items()}
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of all tensors."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._tensors.values())
-
-    def read(self, name: str, own: Tensor | None = None) -> Tensor:
-        """Return a tensor; if ``own`` has its shape, in the memory format of ``own``, and sharded like it.
-
-        Only this rank's rows of a sharded tensor are read. Raises DamagedFileError and STORAGE_ERRORS.
-        """
-        shape, dtype = self._tensors[name]
-        if own is None or tuple(own.shape) != shape:
-            return self.rows(name, 0, shape[0] if shape else 1)
-        rows = Rows.of(own)
-        values = torch.empty_like(rows.values, dtype=dtype, device="cpu").copy_(self.rows(name, rows.start, rows.stop))
-        if not is_sharded(own):
-            return values
-        from torch.distributed.tensor import DTensor
-
-        sharded: Any = own
-        values = values.to(own.device)
-        return DTensor.from_local(
-            values, sharded.device_mesh, sharded.placements, run_check=False, shape=own.shape, stride=own.stride()
-        )
-
-    def read_all(self, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return all tensors, each like the one of ``own`` with the same name. Raises like ``read``."""
-        return {name: self.read(name, (own or {}).get(name)) for name in self}
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of a tensor. Raises like ``read``."""
-        shape, dtype = self._tensors[name]
-        values = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=dtype)
-        content = _bytes_of(values.view(-1))
-        for part in self._parts[name]:
-            first, last = max(start, part.rows.start), min(stop, part.rows.stop)
-            if first < last and part.row_bytes:
-                begin, end = (first - start) * part.row_bytes, (last - start) * part.row_bytes
-                content[begin:end] = part.read(self._folder, first, last)
+def _like(own: Tensor, values: Tensor) -> Tensor:
+    """Return the values of all rows, or of this rank's, in the memory format of ``own``, and sharded like it."""
+    values = torch.empty_like(Rows.of(own).values, dtype=values.dtype, device="cpu").copy_(values)
+    if not is_sharded(own):
         return values
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = own
+    values = values.to(own.device)
+    return DTensor.from_local(
+        values, sharded.device_mesh, sharded.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
 
 
 def files_of(digests: Iterable[str], stem: str) -> list[str]:
-    """Return the names of the files of one kind, such as ``model``: one, or one of each worker."""
-    return [name for name in digests if name.endswith(".safetensors") and name.split(".")[0].split("-")[0] == stem]
+    """Return the names of the files of one kind, such as ``model``, by rank: one, or one of each worker."""
+    return sorted(name for name in digests if name.endswith(".safetensors") and re.split("[.-]", name)[0] == stem)
 
 
 def file_name(stem: str, rank: int = 0, world_size: int = 1) -> str:

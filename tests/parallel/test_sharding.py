@@ -231,7 +231,7 @@ def check_damage(run: RunFolder, group: Group) -> None:
 
 
 def check_failure(folder: RunFolder, group: Group) -> None:
-    """Rank 0 raises the error of a rank that cannot write, and leaves no checkpoint."""
+    """Rank 0 raises the error of a rank that cannot write, and writes no state.json."""
     if group.rank == 0:
         (Path(folder.path) / "model-00002-of-00002.safetensors").mkdir(parents=True)
     dist.barrier()
@@ -239,7 +239,7 @@ def check_failure(folder: RunFolder, group: Group) -> None:
     with pytest.raises(IsADirectoryError) if group.rank == 0 else contextlib.nullcontext():
         taken.write(folder, dist.group.WORLD)
     dist.barrier()
-    assert not Path(folder.path).exists()
+    assert not folder.exists(state_file.STATE_FILE)
 
 
 def check_scale(group: Group) -> None:
