@@ -33,7 +33,7 @@ from chaos import Driver
 PARTS: dict[str, str | tuple[str, ...]] = {
     "GCS": "gcs_server",
     "raylet": "raylet",
-    "agent of the dashboard, or what stands for it": ("no_dashboard.py", "ray::DashboardA"),
+    "agent of the dashboard, or what stands for it": ("agents.py", "ray::DashboardA"),
     "agent of runtime environments": "ray::RuntimeEn",
     "controller": "ray::TrainContr",
     "event queue": "ray::EventQueue",

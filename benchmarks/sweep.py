@@ -22,8 +22,9 @@ import ray
 from ray import tune
 
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.connect import connect
-from mnist_ray.cluster.plan import Cluster, plan_workers
+from mnist_ray.cluster.connection import Connection
+from mnist_ray.cluster.plan import plan_workers
+from mnist_ray.config import WorkerConfig
 from mnist_ray.many.executor import at_a_time, train_members
 from mnist_ray.many.jobs import check_data, read_sweep
 from mnist_ray.many.member import MemberSpec, NotesConsole
@@ -62,14 +63,13 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the seconds as JSON")
     args = parser.parse_args()
-    environment.prepare(verbose=False)
-    with tempfile.TemporaryDirectory() as storage:
+    with environment.prepared(WorkerConfig()) as forking, tempfile.TemporaryDirectory() as storage:
         few = {"num_trials": args.num_trials, "scheduler": "none", "num_confirmed": 0, "num_epochs": 1}
         many = read_sweep({**few, "storage_path": storage, "run_name": "ours"})
         data = data_of(many.job.workload)
         many = check_data(many, splits_for(many.job.workload, data, many.job.train))
-        with connect(many.job.workers) as found:
-            plan, cluster = plan_workers(many.job.workers, found), Cluster(found.is_local, found.nodes, "")
+        with Connection(many.job.workers, forking).opened(print) as cluster:
+            plan = plan_workers(many.job.workers, cluster)
             concurrent = at_a_time(many, plan, cluster)
             spec = MemberSpec(many, plan, cluster, None, None, ("benchmarks/sweep.py",), ray.put(data))
             start = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from mnist_ray import layers, process
 from mnist_ray.cluster import environment
-from mnist_ray.config import EvaluationConfig
+from mnist_ray.config import EvaluationConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.many.jobs import read_sweep, read_train
@@ -26,7 +26,6 @@ from mnist_ray.storage import BEST_FILE
 from mnist_ray.text import did_you_mean
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import reference_of
-from ray_fork.starting import prepared_forking
 
 if TYPE_CHECKING:
     from mnist_ray.checkpoints.find import Found
@@ -92,8 +91,7 @@ def evaluate(
     ``settings``: changes to the workload's settings, e.g. the path of different data. Raises UsageError and JobError.
     """
     config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu, "plain_ray": plain_ray})
-    environment.prepare(verbose=False, plain=plain_ray)
-    with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
+    with environment.prepared(WorkerConfig(plain_ray=plain_ray), "mnist_ray.run.evaluate") as forking:
         found = find(run, workload, storage_path, settings)
         from mnist_ray.run.evaluate import evaluate_found
 

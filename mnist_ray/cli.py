@@ -31,7 +31,6 @@ from mnist_ray.settings import Parser, build, peek, setting_in, values_of
 from mnist_ray.settings_files import read_settings
 from mnist_ray.storage import RESULT_FILE, locate
 from mnist_ray.text import PROGRAM, VERSION
-from ray_fork.starting import prepared_forking
 
 Command = Callable[..., Mapping[str, Any] | None]
 """A function of instances of settings classes. ``--json`` prints what it returns. If that has an ``error``, the command
@@ -76,8 +75,8 @@ def predict(model: ModelConfig, output: config.PredictionConfig, scale: config.S
         return predict_files(found, output)
     if output.grid:
         raise UsageError("--grid draws IMAGE_OR_FOLDER; it does not go with --input")
-    environment.prepare(verbose=False, plain=scale.plain_ray)
-    with prepared_forking("mnist_ray.predictions.at_scale", is_wanted=not scale.plain_ray) as forking:
+    workers = config.WorkerConfig(plain_ray=scale.plain_ray)
+    with environment.prepared(workers, "mnist_ray.predictions.at_scale") as forking:
         from mnist_ray.predictions.at_scale import predict_at_scale
 
         return predict_at_scale(api.find(**values_of(model)), scale, output.threshold, forking)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ class Forking:
     is_wanted: bool
     modules: tuple[str, ...]  # imported before the fork
     server: subprocess.Popen[bytes] | None  # for a local Ray; None if the job joins a cluster
-    at_the_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closing it ends the server
 
 
 @contextlib.contextmanager
@@ -59,7 +58,7 @@ def prepared_forking(*modules: str, is_wanted: bool = True) -> Iterator[Forking]
             server = _start_server(modules, at_the_end)
         except OSError as error:
             logging.getLogger(__name__).warning("workers are started as usual, not forked: %s", error)
-        yield Forking(is_wanted, modules, server, at_the_end)
+        yield Forking(is_wanted, modules, server)
 
 
 def _start_server(modules: tuple[str, ...], at_the_end: contextlib.ExitStack) -> subprocess.Popen[bytes]:

@@ -27,11 +27,10 @@ import torch
 from PIL import Image
 from pyarrow import parquet as pq
 
-from mnist_ray import cli
+from mnist_ray import cli, extras
 from mnist_ray.cluster import environment
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Blocks, Splits
-from mnist_ray.extras import is_on
 from mnist_ray.job.job import Job
 from mnist_ray.job.job_data import check_against_data
 from mnist_ray.mnist import MNIST, idx
@@ -41,6 +40,7 @@ from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, splits_for
 from mnist_ray.workload.classification import Classification
+from ray_fork.ray_internals import shim_in_local_ray
 from ray_fork.starting import prepared_forking
 from tests.ranks import WORLD_SIZES
 
@@ -327,15 +327,9 @@ def ray_address() -> Iterator[str]:
     """The address of a Ray of two CPUs that all tests share."""
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.fit") as forking:
-        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as during_start:
-            if is_on("small", plain=False):
-                from mnist_ray.extras import small
-
+        with pytest.MonkeyPatch.context() as patch, shim_in_local_ray(forking), contextlib.ExitStack() as during_start:
+            if small := extras.load("small", plain=False):
                 during_start.enter_context(small.for_one_job(log_to_driver=False))
-            if is_on("workers", plain=False):
-                from mnist_ray.extras import workers
-
-                during_start.enter_context(workers.shim_in_local_ray(forking))
             # Ray passes this on to Ray Train's cleaner, which asks a dashboard: here none answers, so it fails at once.
             # Otherwise it would try an old address of `ray start`.
             patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")

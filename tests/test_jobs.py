@@ -19,6 +19,7 @@ import pytest
 import ray
 
 from mnist_ray import cli
+from mnist_ray.cluster.connection import Connection
 from mnist_ray.cluster.plan import Cluster, Node
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import read_csv
@@ -48,7 +49,7 @@ def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
 
 def test_an_evaluation_on_a_gpu_that_is_missing_is_refused(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(is_local=True, nodes=(Node(2),), log_folder="")
-    monkeypatch.setattr("mnist_ray.run.evaluate.connect", lambda *given: contextlib.nullcontext(cluster))
+    monkeypatch.setattr(Connection, "opened", lambda *given: contextlib.nullcontext(cluster))
     with pytest.raises(UsageError, match=r"^--use-gpu yes, but this machine has no GPU; use --use-gpu no$"):
         run_main("evaluate", str(finished_run), "--use-gpu", "yes")
 

@@ -45,13 +45,12 @@ def usable(device: torch.device) -> torch.device:
     return device
 
 
-def is_gpu_wanted(use_gpu: str, cluster: Cluster, warn: Callable[[str], None]) -> bool:
+def is_gpu_wanted(use_gpu: str, cluster: Cluster) -> bool:
     """Return whether to use GPUs, given the setting ``use_gpu``. Raises UsageError if there are none."""
-    if use_gpu == "auto" and ray.available_resources().get("GPU", 0) >= 1:
-        return any(node.num_gpus for node in without_unusable_gpus(cluster, warn).nodes)
-    if use_gpu == "yes" and cluster.is_local and not any(node.num_gpus for node in cluster.nodes):
+    has_gpu = any(node.num_gpus for node in cluster.nodes)
+    if use_gpu == "yes" and cluster.is_local and not has_gpu:
         raise UsageError("--use-gpu yes, but this machine has no GPU; use --use-gpu no")
-    return use_gpu == "yes"
+    return use_gpu == "yes" or (use_gpu == "auto" and has_gpu and ray.available_resources().get("GPU", 0) >= 1)
 
 
 def name_of(device: torch.device) -> str:
@@ -62,7 +61,7 @@ def name_of(device: torch.device) -> str:
     return f"{name}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
 
 
-def without_unusable_gpus(cluster: Cluster, warn: Callable[[str], None]) -> Cluster:
+def without_unusable_gpus(cluster: Cluster, warn: Callable[[str], object]) -> Cluster:
     """Return ``cluster``; if it is local and PyTorch finds none of its GPUs, ``warn``, and return it without them."""
     if not cluster.is_local or not any(node.num_gpus for node in cluster.nodes) or torch.cuda.is_available():
         return cluster

@@ -1,4 +1,4 @@
-"""Environment variables that Ray reads when it is imported or started."""
+"""What a job prepares before it connects to Ray: variables, the fork server, the folder for files of a local Ray."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-from mnist_ray.ray_versions import must_ask_for_tokens
+from mnist_ray.cluster.plan import threads_per_worker
+from mnist_ray.config import WorkerConfig
+from mnist_ray.extras import EXTRAS
+from mnist_ray.process import usable_cores
+from mnist_ray.ray_versions import is_at_least, must_ask_for_tokens
 from mnist_ray.storage import others_can_write
+from ray_fork.shim import own_folder
+from ray_fork.starting import Forking, prepared_forking
 
-IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # by Ray Train and PyTorch's optimizers, in running workers
 _SETTINGS = {
     # Tasks without GPUs keep CUDA_VISIBLE_DEVICES, as later versions of Ray will do. This avoids a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -40,6 +47,20 @@ _QUIET_SETTINGS = {
 _LOAD = Path("/proc/loadavg")
 
 
+@contextlib.contextmanager
+def prepared(config: WorkerConfig, *modules: str, verbose: bool = False, batch_size: int = 1) -> Iterator[Forking]:
+    """Prepare this process for a job's ``Connection``. During the block, a fork server may run for a local Ray.
+
+    ``modules``: what workers need; they are imported before the fork. ``batch_size``: of a training, if there is one.
+    """
+    cores = usable_cores()
+    num_threads = threads_per_worker(cores, cores, 1, batch_size)
+    prepare(verbose=verbose, plain=config.plain_ray, num_threads=num_threads)
+    is_wanted = config.num_workers != 0 and config.fork_workers == "auto" and not config.plain_ray
+    with prepared_forking(*modules, is_wanted=is_wanted) as forking:
+        yield forking
+
+
 def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None:
     """Set defaults for variables that Ray and OpenMP read; variables that the user has set win.
 
@@ -57,35 +78,22 @@ def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None
 
 
 def _protect_local(*, plain: bool) -> None:
-    """Let a local Ray require a token and, if it is plain, listen on loopback only. Ray reads both when it is imported.
+    """Let a local Ray require a token and listen on loopback only. Ray reads both when it is imported.
 
-    Otherwise, an extra does so when the local Ray starts: the job may join a cluster on this machine instead.
+    If the extra is on, it does so when the local Ray starts: the job may join a cluster on this machine instead.
     """
     if must_ask_for_tokens():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if plain:
+    if plain or not is_at_least(EXTRAS["small"].since):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as by default on macOS
 
 
 def prepare_local() -> None:
-    """Set defaults for a local Ray before it starts."""
+    """Set defaults for a local Ray before it starts, and a token of its own, unless the user has one."""
     _set_defaults(_LOCAL_SETTINGS)
     has_own = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    if has_own or os.environ.get("RAY_AUTH_MODE", "token") != "token":  # the user has decided on authentication
-        return
-    token = Path(os.path.expanduser("~/.ray/auth_token"))
-    try:  # before Ray does: it would let everybody read the token
-        token.parent.mkdir(exist_ok=True)
-        if token.exists() and token.stat().st_mode & 0o077:
-            token.chmod(0o600)
-        with contextlib.suppress(FileExistsError), open(token, "x", opener=_for_owner_only) as file:
-            file.write(secrets.token_hex(32))
-    except OSError:  # such as a read-only home folder
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-def _for_owner_only(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    if not has_own and os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one into a file that all can read
 
 
 def _set_defaults(settings: dict[str, str]) -> None:
@@ -93,12 +101,26 @@ def _set_defaults(settings: dict[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def for_workers() -> dict[str, str]:
-    """Return the variables that Ray Train passes from the driver to its controller and workers.
+def sessions_folder() -> Path:
+    """Return the folder for the files of this user's local Rays; RAY_TMPDIR is its parent, and is set by default.
 
-    Ray reuses a process only for workers with the same variables. Without forking, they only slow the start.
+    By default, only this user can enter the parent: Ray lets everybody write to its sessions. Raises PermissionError.
     """
-    return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+    if "RAY_TMPDIR" not in os.environ:
+        os.environ["RAY_TMPDIR"] = own_folder("mnist_ray")
+    return Path(os.environ["RAY_TMPDIR"]).absolute() / "ray"
+
+
+def sessions_of(pid: int) -> list[Path]:
+    """Return the folders with the files of the local Rays that a process has started."""
+    return [*sessions_folder().glob(f"session_*_{pid}")]
+
+
+def remove_sessions_of(pid: int) -> None:
+    """Remove the files of the local Rays that a process has started."""
+    with contextlib.suppress(OSError):
+        for session in sessions_of(pid):
+            shutil.rmtree(session, ignore_errors=True)
 
 
 def spin_briefly_if_busy(num_threads: int) -> None:

@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnist_ray.cluster.plan import Node, node_of
+from mnist_ray.cluster.plan import Cluster, node_of
 
 
-def current_nodes() -> tuple[Node, ...]:
-    """Return the nodes that are alive now: an autoscaler may add and remove nodes."""
-    return tuple(node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])
+def current_cluster(*, is_local: bool) -> Cluster:
+    """Return the Ray that this process is connected to, with the nodes that are alive now."""
+    alive = tuple(node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])
+    return Cluster(is_local, alive, str(session_folder() / "logs"))
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
@@ -39,11 +39,6 @@ def temporary_folder() -> Iterator[str]:
     session = session_folder()
     with tempfile.TemporaryDirectory(prefix="mnist_ray-", dir=session if os.access(session, os.W_OK) else None) as name:
         yield name
-
-
-def num_nodes_here() -> int:
-    """Return how many of Ray's nodes run on this machine, as far as this process can see."""
-    return sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))
 
 
 _SAID_AFTER_S, _SAID_EVERY_S = 30.0, 300.0  # a start takes up to 20 s

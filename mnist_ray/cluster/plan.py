@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +38,6 @@ class Cluster:
     is_local: bool  # started by this job on this machine, and ended with it
     nodes: tuple[Node, ...]
     log_folder: str
-    leave: Callable[[], None] = lambda: None
-    """Start to disconnect or to end a local Ray, while the caller does work that needs no Ray."""
-    notes: tuple[str, ...] = ()  # for the user
 
 
 @dataclass(frozen=True)

@@ -23,49 +23,45 @@ _STORED_BYTES = 2**18  # large enough for an object to go into the raylet's stor
 class RaySilentError(JobError):
     """A part of Ray has died or hangs. Other calls to Ray may hang as well."""
 
-    has_died = False  # else it hangs
-
     @classmethod
-    def of(cls, name: str, *, has_died: bool = False) -> RaySilentError:
-        """Return the error for a part of Ray."""
-        silence = "has died" if has_died else f"has not answered for {MAX_SILENCE_S:.0f} s"
-        error = cls(f"Ray has failed: {name} {silence}")
-        error.has_died = has_died
-        return error
+    def of(cls, name: str) -> RaySilentError:
+        """Return the error for a part of Ray that hangs."""
+        return cls(f"Ray has failed: {name} has not answered for {MAX_SILENCE_S:.0f} s")
 
 
-@contextlib.contextmanager
-def watched(*, plain: bool = False) -> Iterator[Callable[[], None]]:
-    """End the job with an error if Ray dies or hangs in the block. Yields a function that ends the watch.
+class Watch:
+    """A thread that ends the job with an error if Ray dies or hangs, until it is stopped.
 
     ``plain``: use only Ray's public API; it does not report at once that a part of Ray has died.
     """
-    is_over, is_silent = threading.Event(), False
 
-    def watch() -> None:
-        while not is_over.wait(_LOOK_INTERVAL_S):
+    def __init__(self, *, plain: bool) -> None:
+        self._plain, self._is_over = plain, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RaySilentError):
+            self._is_over.set()  # the thread may wait forever
+        else:
+            self.stop()
+
+    def stop(self) -> None:
+        """Stop, once Ray has answered: it must not be shut down while a thread waits for its answer."""
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(_LOOK_INTERVAL_S):
             try:
-                look(plain=plain)
+                look(plain=self._plain)
             except Exception as error:
                 said = about_ray(error)
                 end_with(JobError(said) if said else error)
                 return
-
-    def stop() -> None:
-        is_over.set()
-        if not is_silent:
-            thread.join()  # Ray must not be shut down while a thread waits for its answer
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        with as_raised():
-            yield stop
-    except RaySilentError:
-        is_silent = True
-        raise
-    finally:
-        stop()
 
 
 @contextlib.contextmanager
@@ -77,22 +73,22 @@ def as_raised() -> Iterator[None]:
         raise error.__cause__ or error from None
 
 
-def look(*, plain: bool = False) -> None:
+def look(*, plain: bool) -> None:
     """Ask each part of Ray for a sign of life: an answer or an error. Raises RaySilentError if a part gives neither."""
-    ask_gcs: Callable[[], object] = ray.nodes
-    find_dead: Callable[[], list[str]] = list
-    if extras.is_on("processes", plain=plain):
-        from mnist_ray.extras import processes
-
-        ask_gcs, find_dead = processes.remove_orphans, processes.dead_processes
-    for name, ask in {"Ray's GCS": ask_gcs, "this node's raylet": lambda: ray.put(bytes(_STORED_BYTES))}.items():
-        answer, end = in_thread(ask), time.monotonic() + MAX_SILENCE_S
-        while True:
-            if dead := find_dead():
-                raise RaySilentError.of(f"its {dead[0]}", has_died=True)
-            if wait([answer], _LOOK_INTERVAL_S).done:
-                break
-            if time.monotonic() > end:
+    processes = extras.load("processes", plain=plain)
+    asked: dict[str, Callable[[], object]] = {
+        "Ray's GCS": processes.remove_orphans if processes else ray.nodes,
+        "this node's raylet": lambda: ray.put(bytes(_STORED_BYTES)),
+    }
+    for name, ask in asked.items():
+        answer = in_thread(ask)
+        end = time.monotonic() + MAX_SILENCE_S
+        has_answered = False
+        while not has_answered:
+            if processes and (dead := processes.dead_processes()):
+                raise RaySilentError(f"Ray has failed: its {dead[0]} has died")
+            has_answered = bool(wait([answer], _LOOK_INTERVAL_S).done)
+            if not has_answered and time.monotonic() > end:
                 raise RaySilentError.of(name)
         if (error := answer.exception()) is not None and about_ray(error):
             raise error

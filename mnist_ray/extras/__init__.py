@@ -1,8 +1,8 @@
 """What Ray's private API adds: faster starts and earlier detection of failures. Everything else uses the public API.
 
-Each extra is a module of this package. An extra is on if Ray is at least the first version that passed its tests, and
-has the names that the extra uses, with the same parameters. ``--plain-ray`` turns all extras off. Call ``is_on`` before
-you import an extra's module: modules of extras that are off must not be imported.
+An extra is on if Ray is at least the first version that passed its tests, and has the names that the extra uses, with
+the same parameters. ``--plain-ray`` turns all extras off. ``load`` is the only way to an extra: it returns the extra's
+module of this package, or None if the extra is off. Forked workers have no module here: ``ray_fork`` starts them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from mnist_ray.ray_versions import is_at_least, ray_version
 
 _NEED = re.compile(r"([\w.]+):([\w.]+)(?:\((.+)\))?")
-_SLOWER = "the start takes some seconds longer"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Extra:
     """Something that Ray's private API makes possible."""
 
     gain: str
-    loss: str  # without it
     since: str  # the first version of Ray with which its tests passed
     needs: tuple[str, ...]  # names in Ray: MODULE:NAME, or MODULE:NAME(PARAMETER,…) with the parameters that are used
     is_of_train: bool = False  # needs Ray Train, which takes seconds to import
@@ -37,11 +36,9 @@ class Extra:
 EXTRAS = {
     "workers": Extra(
         "forked workers",
-        _SLOWER,
         "2.51",
         (
             "ray._private.parameter:RayParams.__init__(setup_worker_path)",
-            "ray._private.ray_constants:RAY_ENABLE_UV_RUN_RUNTIME_ENV",
             "ray._raylet:Config.initialize(config_list)",
             "ray.actor:ActorClassID",
             "ray:NodeID.from_random",
@@ -49,26 +46,20 @@ EXTRAS = {
     ),
     "small": Extra(
         "a small local Ray",
-        _SLOWER,
         "2.55",
         (
             "ray._private.node:Node.start_api_server(include_dashboard,raise_on_failure)",
             "ray._private.parameter:RayParams.__init__(no_monitor,include_log_monitor)",
+            "ray._private.ray_constants:ENABLE_RAY_CLUSTER",
             "ray._private.services:ConsolePopen(args,env)",
             "ray._private.services:RAY_PATH",
             "ray._private.utils:get_dashboard_dependency_error",
+            "ray._raylet:Config.initialize(config_list)",
             "ray._raylet:METRICS_AGENT_PORT_NAME",
         ),
     ),
-    "loopback": Extra(
-        "a local Ray on loopback even if Ray was imported first",
-        "",  # another note reports what is open
-        "2.51",
-        ("ray._private.ray_constants:ENABLE_RAY_CLUSTER", "ray._raylet:Config.initialize(config_list)"),
-    ),
     "processes": Extra(
         "a watch over Ray's processes",
-        "a dead part of Ray is noticed only after a minute",
         "2.55",
         (
             "ray._private.node:Node.dead_processes",
@@ -82,7 +73,6 @@ EXTRAS = {
     ),
     "address": Extra(
         "a quick look at a cluster's address",
-        "a cluster is joined only if RAY_ADDRESS names it",
         "2.60",
         (
             "ray._common.usage.usage_lib:get_cluster_metadata(gcs_client)",
@@ -99,7 +89,6 @@ EXTRAS = {
     ),
     "trainer": Extra(
         "a trainer without unneeded actors",
-        _SLOWER,
         "2.55",
         (
             "ray.train.torch:TorchTrainer._create_default_callbacks",
@@ -110,7 +99,6 @@ EXTRAS = {
     ),
     "sweeps": Extra(
         "sweeps that lose no CPUs",
-        "a sweep may lose count of CPUs",
         "2.51",
         (
             "ray.air._internal.usage:tag_callbacks(callbacks)",
@@ -118,19 +106,12 @@ EXTRAS = {
         ),
         is_of_train=True,
     ),
-    "preemption": Extra(
-        "news of workers that leave a node",
-        "no line reports that workers are replaced because their node is preempted",
-        "2.60",
-        (
-            "ray.train.v2._internal.execution.callback:ControllerCallback.after_controller_state_update("
-            "previous_state,current_state)",
-            "ray.train.v2._internal.execution.controller.state:PreemptingState",
-            "ray.train.v2._internal.execution.controller.state:RestartingState",
-        ),
-        is_of_train=True,
-    ),
 }
+
+
+def load(name: str, *, plain: bool) -> ModuleType | None:
+    """Return the module of an extra; None if the extra is off. With ``plain``, all are."""
+    return importlib.import_module(f"{__name__}.{name}") if is_on(name, plain=plain) else None
 
 
 def is_on(name: str, *, plain: bool) -> bool:
@@ -166,14 +147,10 @@ def listed(*, plain: bool) -> dict[str, list[Extra]]:
     return {"on": [known[name] for name in on], "off": [known[name] for name in known if name not in on]}
 
 
-def note(*, plain: bool) -> str:
-    """Return one line about the extras that do not work with this Ray; empty if all work or none is wanted."""
-    off = [] if plain else listed(plain=False)["off"]
-    if not off:
-        return ""
-    *most, last = [extra.gain for extra in off]
-    losses = "; ".join({extra.loss: None for extra in off if extra.loss})
-    return f"Ray {ray_version()}: without {' and '.join(filter(None, [', '.join(most), last]))}; {losses}"
+def note() -> str:
+    """Return one line about the extras that do not work with this Ray; empty if all work."""
+    missing = [extra.gain for extra in listed(plain=False)["off"]]
+    return f"Ray {ray_version()}: without {', '.join(missing)}" if missing else ""
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""A local Ray with only what one job needs; it starts in a second.
+"""A local Ray with only what one job needs; it starts in a second, and other machines cannot reach it.
 
 Without it: Ray also starts an autoscaler, a log monitor, and the dashboard's process and agent. A signal to all
-processes of the job reaches Ray's processes too, so Ray may exit before a checkpoint is saved.
+processes of the job reaches Ray's processes too, so Ray may exit before a checkpoint is saved. If a script imports Ray
+before the job has set Ray's variables, the local Ray listens on all interfaces.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray._private import services, utils
+from ray._private import ray_constants, services, utils
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
 from mnist_ray.extras import replaced
+from mnist_ray.ray_versions import must_ask_for_tokens
+from ray_fork.ray_internals import read_settings_again
 
 _SETTINGS = {
     # Keep an evaluation's process for the next evaluation; Ray would end it after a second. Starts are expensive.
@@ -30,26 +32,10 @@ _SETTINGS = {
     # Start no processes in advance: a job's processes have an environment of their own.
     "RAY_prestart_worker_first_driver": "0",
 }
-_END_TIMEOUT_S = 5.0  # for one of Ray's processes
-_started: list[services.ConsolePopen] = []  # Ray's processes
-_AGENT = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
-_NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
-_OTHER_AGENT = os.path.join(services.RAY_PATH, "_private", "runtime_env", "agent", "main.py")
-_UNTIL_RAYLET = str(Path(__file__).with_name("until_raylet.py"))
-
-
-def wait_until_ended() -> None:
-    """Wait until the processes of a Ray that is shut down have exited.
-
-    The raylet first stops its agents. If this process exited before, the kernel would kill the raylet, and an agent
-    would run for another minute. A Ray that does not answer is not shut down, and not waited for.
-    """
-    if ray.is_initialized():
-        return
-    for process in _started:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_END_TIMEOUT_S)
-    _started.clear()
+_END_TIMEOUT_S = 5.0  # for one of Ray's processes, if the start fails
+_AGENTS = str(Path(__file__).with_name("agents.py"))
+_OF_DASHBOARD = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
+_OF_ENVIRONMENTS = os.path.join(services.RAY_PATH, "_private", "runtime_env", "agent", "main.py")
 
 
 @contextlib.contextmanager
@@ -63,25 +49,24 @@ def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    started = _started
-    started.clear()
-    with_parameters = functools.partialmethod(RayParams.__init__, no_monitor=True, include_log_monitor=log_to_driver)
-    is_linux = sys.platform.startswith("linux")
+    if must_ask_for_tokens():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        read_settings_again()
+    started: list[services.ConsolePopen] = []
     popen = services.ConsolePopen
-    agent, no_agent = (subprocess.list2cmdline([path]) for path in (_AGENT, _NO_DASHBOARD))
-    other_agent, until_raylet = map(subprocess.list2cmdline, ([_OTHER_AGENT], [_UNTIL_RAYLET, _OTHER_AGENT]))
 
     def in_own_session(command: list[str], **options: Any) -> Any:
-        # The agents' commands are in options of the raylet.
-        words = [word.replace(agent, no_agent).replace(other_agent, until_raylet) for word in command]
-        started.append(popen(words, start_new_session=is_linux, **options))
+        words = [_with_own_agents(word) for word in command]
+        started.append(popen(words, start_new_session=sys.platform.startswith("linux"), **options))
         return started[-1]
 
+    parameters = functools.partialmethod(RayParams.__init__, no_monitor=True, include_log_monitor=log_to_driver)
     with (
         replaced(services, "ConsolePopen", in_own_session),
-        replaced(RayParams, "__init__", with_parameters),
+        replaced(RayParams, "__init__", parameters),
         replaced(Node, "start_api_server", lambda node, **options: None),
         replaced(utils, "get_dashboard_dependency_error", lambda: None),  # it imports the dashboard's packages
+        replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),  # as on macOS: listen on loopback only
     ):
         try:
             yield
@@ -95,3 +80,10 @@ def for_one_job(*, log_to_driver: bool) -> Iterator[None]:
             if names and isinstance(error, Exception):  # its cause; Ray itself waits, then names a file or a timeout
                 raise RuntimeError(f"its {names[0]} has died") from error
             raise
+
+
+def _with_own_agents(word: str) -> str:
+    """Return a word of the raylet's command, whose options hold the commands of its agents."""
+    of_dashboard, of_environments = (subprocess.list2cmdline([path]) for path in (_OF_DASHBOARD, _OF_ENVIRONMENTS))
+    own = subprocess.list2cmdline([_AGENTS])
+    return word.replace(of_dashboard, own).replace(of_environments, f"{own} {of_environments}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 from pyarrow.fs import LocalFileSystem
 
-from mnist_ray.cluster.session_files import remove_sessions_of
+from mnist_ray.cluster.environment import remove_sessions_of
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.signals import end_with
 from mnist_ray.storage import RunFolder, in_one_line

@@ -1,4 +1,4 @@
-"""A job from its first line of output to its last. The first lines are printed before Ray and torch are imported."""
+"""A job's session: what its steps need, from the connection to Ray until the end, which is explained."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mnist_ray import extras, process
-from mnist_ray.cluster import environment
-from mnist_ray.cluster.plan import Cluster, threads_per_worker
+from mnist_ray import process
+from mnist_ray.cluster.plan import Cluster
 from mnist_ray.config import WorkerConfig, shown
 from mnist_ray.data.data import Blocks, Split, Splits
 from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
 from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
-from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.repository import Repository, state_of
-from mnist_ray.signals import if_ended, take_signals
+from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.text import size_of
 from mnist_ray.training.events import EpochFinished, Event, Started, Validated
-from ray_fork.starting import Forking, prepared_forking
+from ray_fork.starting import Forking
 
 
 class Clock:
@@ -63,15 +61,6 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a job has before its data are loaded."""
-
-    clock: Clock
-    preload: str  # the module that workers need; it is imported while Ray starts
-    forking: Forking | None  # None if this process trains, without Ray
-
-
-@dataclass(frozen=True)
 class Session:
     """What every step of a job needs, from the connection to Ray on."""
 
@@ -83,6 +72,7 @@ class Session:
     cluster: Cluster
     repository: Future[Repository | None]  # that of the user's code
     own_unused: set[str] | None  # settings that the workload's own optimizer and schedule do not use, if it has any
+    leave: Callable[[], None] = lambda: None  # begin to disconnect from Ray, which is no longer needed
 
     @property
     def is_here(self) -> bool:
@@ -96,92 +86,51 @@ class Session:
 
 
 @contextlib.contextmanager
-def started(job: Job, preload: str) -> Iterator[Start]:
-    """Set this process up, and start a fork server. However the job ends, report how to resume if that may help."""
-    clock, workers = Clock(), job.workers
-    cores = usable_cores()
-    num_threads = threads_per_worker(cores, cores, 1, job.train.batch_size)
-    environment.prepare(verbose=job.output.verbose, plain=workers.plain_ray, num_threads=num_threads)
-    with contextlib.ExitStack() as at_the_end:
-        at_the_end.enter_context(ending_explained(job))
-        forking = None
-        if workers.num_workers != 0:
-            is_wanted = workers.fork_workers == "auto" and not workers.plain_ray
-            prepared = prepared_forking(preload, *environment.IMPORTED_LATE, is_wanted=is_wanted)
-            forking = at_the_end.enter_context(prepared)
-        clock.mark("start")
-        yield Start(clock, preload, forking)
-
-
-@contextlib.contextmanager
 def opened(
-    start: Start,
+    forking: Forking,
     job: Job,
     data: Splits,
     console: RunConsole,
-    say_header: Callable[[], None],
+    clock: Clock,
+    preload: str,
     batch_sizes: Sequence[int] = (),
 ) -> Iterator[Session]:
-    """Print a job's header, own its run until the end, and connect to Ray. ``batch_sizes``: those of a sweep.
+    """Own the job's run until the end, connect to Ray, and meanwhile send a batch through the workload.
 
-    Raises JobError if the storage is not writable; UsageError if another job owns the run; and like ``connected``.
-    """
-    take_signals()  # again: the user's code may have handlers of its own
-    job.run.check_writable()
-    start.clock.mark("data")
-    with console:
-        say_header()
-        with owned(job.run, console.waiting):
-            # Again: another job may have created the run meanwhile.
-            check_free(job.run, resume=job.output.resume, is_resumed=job.is_resumed)
-            if job.is_resumed:
-                if_ended(f"; to resume: {job.resume_with}")
-            with connected(start, job, data, console, batch_sizes) as session:
-                yield session
-
-
-@contextlib.contextmanager
-def connected(
-    start: Start, job: Job, data: Splits, console: RunConsole, batch_sizes: Sequence[int] = ()
-) -> Iterator[Session]:
-    """Send a batch through the workload, and join a cluster or start a local Ray, except with ``--num-workers 0``.
-
-    An error in the user's code ends the start of Ray. Raises UsageError and JobError.
+    ``preload``: the module that workers need. ``batch_sizes``: those of a sweep. Raises UsageError if another job owns
+    the run or something in the user's code is wrong, and JobError if Ray does not start.
     """
     folder = job.workload.source.place
     repository = process.in_thread(lambda: state_of(folder))
-    unused, note, reason = None, "", _too_large(job) if job.train.strategy == "fsdp" else ""
-    if reason:
-        console.say("note", f"skipping the trial batch: {reason}")
+    say = functools.partial(console.say, "note")
+    unused, note = None, ""
+    too_large = _too_large(job) if job.train.strategy == "fsdp" else ""
+    if too_large:
+        say(f"skipping the trial batch: {too_large}")
 
     def meanwhile() -> None:
         nonlocal unused, note
         with process.without_collector():
-            if not reason:
+            if not too_large:
                 from mnist_ray.job.dry_run import note_of_transforms  # imports torch
 
                 unused = _try_batch(job, data.train, batch_sizes)
                 note = note_of_transforms(job.workload, data.validation)
-            importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
+            importlib.import_module(preload)  # with Ray Train, which ray.init does not import
 
-    if job.workers.num_workers == 0:
-        meanwhile()
-        if note:
-            console.say("note", note)
-        cluster = Cluster(is_local=True, nodes=(), log_folder="")
-        yield Session(job, job.workers, data, console, start.clock, cluster, repository, unused)
-        return
-    with process.without_collector():
-        from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
+    with owned(job.run, console.waiting):
+        # Again: another job may have created the run meanwhile.
+        check_free(job.run, resume=job.output.resume, is_resumed=job.is_resumed)
+        if job.is_resumed:
+            if_ended(f"; to resume: {job.resume_with}")
+        with process.without_collector():
+            from mnist_ray.cluster.connection import Connection  # imports Ray, after the header is printed
 
-    with connect(job.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
-        for each in filter(None, (note, *cluster.notes, extras.note(plain=job.workers.plain_ray))):
-            console.say("note", each)
-        if job.workers.use_gpu == "auto":
-            from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
-
-            cluster = without_unusable_gpus(cluster, functools.partial(console.say, "note"))
-        yield Session(job, job.workers, data, console, start.clock, cluster, repository, unused)
+        connection = Connection(job.workers, forking, verbose=job.output.verbose)
+        with connection.opened(say, meanwhile) as cluster:
+            if note:
+                say(note)
+            yield Session(job, job.workers, data, console, clock, cluster, repository, unused, connection.leave)
 
 
 @contextlib.contextmanager

@@ -96,11 +96,8 @@ def _train_on_tune(keeper: Keeper, spec: MemberSpec, concurrent: int) -> None:
     """Let Tune train segments until there are no more."""
     os.environ.update(_SETTINGS)
     workers = spec.many.job.workers
-    frugally: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if extras.is_on("sweeps", plain=workers.plain_ray):
-        from mnist_ray.extras import sweeps
-
-        frugally = sweeps.frugal()
+    sweeps = extras.load("sweeps", plain=workers.plain_ray)
+    frugally = sweeps.frugal() if sweeps else contextlib.nullcontext()
     with temporary_folder() as folder:  # Tune's own files are never read
         tuner = tune.Tuner(
             tune.with_resources(functools.partial(train_in_tune, spec=spec), _reserved(spec.plan)),

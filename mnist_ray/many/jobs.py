@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 from mnist_ray import settings
+from mnist_ray.cluster.environment import prepared
 from mnist_ray.config import SweepConfig, TrainConfig, shown
-from mnist_ray.data.data import Splits
+from mnist_ray.data.data import Data, Splits
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.job.job_data import check_against_data
-from mnist_ray.job.session import console_of, opened, started
+from mnist_ray.job.session import Clock, Session, console_of, ending_explained, opened
 from mnist_ray.many.console import ManyConsole
 from mnist_ray.many.points import space_of
 from mnist_ray.many.table import Many
 from mnist_ray.record.header import say_data, say_plan, say_result, say_run
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import Given
+from mnist_ray.signals import take_signals
 from mnist_ray.text import count
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, splits_for
@@ -88,30 +89,43 @@ def run(many: Many) -> Many:
     if job.is_finished:
         say_result(console_of(job), job)
         return many
-    with started(job, preload="mnist_ray.run.fit" if is_single else "mnist_ray.many.run") as start:
+    clock = Clock()
+    preload = "mnist_ray.run.fit" if is_single else "mnist_ray.many.run"
+    environment = prepared(job.workers, preload, verbose=job.output.verbose, batch_size=job.train.batch_size)
+    with ending_explained(job), environment as forking:
+        clock.mark("start")
         data = data_of(job.workload)
         splits = splits_for(job.workload, data, job.train)
         many = check_data(many, splits)
         job = many.job
         console = console_of(job) if is_single else ManyConsole(many)
-        show = functools.partial(say_header, console, many, splits)
-        with opened(start, job, splits, console, show, many.batch_sizes) as session:
-            from mnist_ray.run import fit  # torch was loaded while Ray started
-
-            if idle := sorted((session.own_unused or set()) & {*many.space.spaces}):
-                own = f"{type(job.workload).__name__}'s loss, optimizer and schedule"
-                raise UsageError(f"--sweep {idle[0]} has no effect: {own} do not use it; leave it out")
-            plan = fit.plan(session)
-            if job.output.dry_run:
-                say_plan(session, plan)
-                fit.check_nodes_for(session, plan)
-            elif is_single:
-                fit.train_run(session, plan)
-            else:
-                from mnist_ray.many.run import train_many
-
-                train_many(session, plan, many, data)
+        take_signals()  # again: the user's code may have handlers of its own
+        job.run.check_writable()
+        clock.mark("data")
+        with console:
+            say_header(console, many, splits)
+            with opened(forking, job, splits, console, clock, preload, many.batch_sizes) as session:
+                _train_or_check(session, many, data)
     return many
+
+
+def _train_or_check(session: Session, many: Many, data: Data) -> None:
+    """Train one run or many; with ``--dry-run``, only check whether that is possible."""
+    from mnist_ray.run import fit  # torch was loaded while Ray started
+
+    if idle := sorted((session.own_unused or set()) & {*many.space.spaces}):
+        own = f"{type(session.job.workload).__name__}'s loss, optimizer and schedule"
+        raise UsageError(f"--sweep {idle[0]} has no effect: {own} do not use it; leave it out")
+    plan = fit.plan(session)
+    if session.job.output.dry_run:
+        say_plan(session, plan)
+        fit.check_nodes_for(session, plan)
+    elif many.is_sweep or session.job.train.is_several:
+        from mnist_ray.many.run import train_many
+
+        train_many(session, plan, many, data)
+    else:
+        fit.train_run(session, plan)
 
 
 def say_header(console: RunConsole, many: Many, splits: Splits) -> None:

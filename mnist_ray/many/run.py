@@ -13,7 +13,7 @@ import ray
 
 from mnist_ray.checkpoints.find import best_of
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
-from mnist_ray.cluster.plan import Cluster, WorkerPlan
+from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import may_be_stored
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Data, Split
@@ -71,7 +71,7 @@ def _train_all(session: Session, plan: WorkerPlan, many: Many, data: Data) -> Ta
     spec = MemberSpec(
         many,
         plan,
-        Cluster(session.cluster.is_local, session.cluster.nodes, session.cluster.log_folder),
+        session.cluster,
         known_repository(session),
         session.own_unused,
         tuple(sys.argv),

@@ -28,11 +28,10 @@ from pyarrow import fs
 from pyarrow import parquet as pq
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from mnist_ray import extras
 from mnist_ray.checkpoints.find import Found
 from mnist_ray.checkpoints.saved_model import weights_digest
 from mnist_ray.checkpoints.state_file import read_state
-from mnist_ray.cluster.connect import connect
+from mnist_ray.cluster.connection import Connection
 from mnist_ray.cluster.devices import device_here, is_gpu_wanted
 from mnist_ray.cluster.plan import Cluster, cpus_for_each
 from mnist_ray.config import ScaleConfig, WorkerConfig
@@ -56,9 +55,7 @@ _MAX_RETRIES = 3  # of a part whose actors die
 _RESUME = "; rerun the same command to resume"
 
 
-def predict_at_scale(
-    found: Found, config: ScaleConfig, threshold: float, forking: Forking | None = None
-) -> dict[str, Any]:
+def predict_at_scale(found: Found, config: ScaleConfig, threshold: float, forking: Forking) -> dict[str, Any]:
     """Predict an input into a folder; print a summary and return it. Raises UsageError and JobError."""
     if config.input is None or config.output is None:
         raise UsageError("--input and --output belong together: give both")
@@ -168,15 +165,13 @@ def _predicted(
     folder: RunFolder,
     config: ScaleConfig,
     threshold: float,
-    forking: Forking | None,
+    forking: Forking,
     console: RunConsole,
 ) -> dict[str, dict[str, Any]]:
     """Predict parts in actors, and show the progress. Return what is known of the parts."""
-    with connect(WorkerConfig(plain_ray=config.plain_ray), forking) as cluster:
-        say = functools.partial(console.say, "note")
-        for note in filter(None, (*cluster.notes, extras.note(plain=config.plain_ray))):
-            say(note)
-        use_gpu = is_gpu_wanted(config.use_gpu, cluster, say)
+    connection = Connection(WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu), forking)
+    with connection.opened(functools.partial(console.say, "note")) as cluster:
+        use_gpu = is_gpu_wanted(config.use_gpu, cluster)
         number, cpus, gpus = _resources(cluster, config, len(inputs.parts), use_gpu)
         console.say("actors", f"{number} × {count(cpus, 'CPU')}" + (f" and {gpus:.3g} GPU" if gpus else ""))
         arguments = dataclasses.replace(inputs, parts={}), folder, threshold, cpus

@@ -13,11 +13,10 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from mnist_ray import extras
 from mnist_ray.checkpoints.find import Found
 from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.checkpoints.state_file import CheckpointMetrics, read_state
-from mnist_ray.cluster.connect import connect
+from mnist_ray.cluster.connection import Connection
 from mnist_ray.cluster.devices import device_here, is_gpu_wanted
 from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import cpus_for_each
@@ -53,14 +52,16 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
     """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, data_of(found.workload)
     test = Split(data.test, origin="test")
-    workers = WorkerConfig(plain_ray=config.plain_ray)
-    with connect(workers, forking) as cluster, RunConsole(workload, 0, quiet=False) as console:
-        use_gpu = is_gpu_wanted(config.use_gpu, cluster, functools.partial(console.say, "note"))
-        for note in filter(None, (*cluster.notes, extras.note(plain=config.plain_ray), *found.notes)):
-            console.say("note", note)
+    connection = Connection(WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu), forking)
+    console = RunConsole(workload, 0, quiet=False)
+    note = functools.partial(console.say, "note")
+    with console, connection.opened(note) as cluster:
+        use_gpu = is_gpu_wanted(config.use_gpu, cluster)
+        for text in found.notes:
+            note(text)
         for name, whole in (("limit", 1.0), ("overfit_batches", None), ("fold", None)):
             if (part := found.config.get(name, whole)) != whole:
-                console.say("note", f"the run was tested with {flag(name)} {part}; this is the whole test set")
+                note(f"the run was tested with {flag(name)} {part}; this is the whole test set")
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
         places = sum(node.num_gpus if use_gpu else node.num_cpus > 0 for node in cluster.nodes)
@@ -69,8 +70,8 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         tasks = Tasks(number, max(1, min(cpus_for_each(cluster.nodes, number, None, use_gpu) or 1, free)), use_gpu)
         tested = evaluate_in_tasks(workload, found.checkpoint, test, tasks, 0, console)
         console.show_evaluation(tested)
-        for note in not_finite_notes(tested.not_finite, test, workload.nouns):
-            console.say("note", note)
+        for text in not_finite_notes(tested.not_finite, test, workload.nouns):
+            note(text)
         return tested
 
 
@@ -92,7 +93,7 @@ def evaluate_fitted(
         tasks = Tasks(number, plan.cpus_per_worker, plan.use_gpu, plan.labels)
         tested = evaluate_in_tasks(job.workload, fitted.checkpoint, test, tasks, loader_workers, session.console)
     if is_last:
-        session.cluster.leave()
+        session.leave()
     record.add_test(fitted, tested)
     if is_last:
         if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")

@@ -39,15 +39,8 @@ def create_trainer(
     """
     # How often Train's controller checks its workers, and sees that they have ended; the default is 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    trainer_class, callbacks = TorchTrainer, [*callbacks]
-    if extras.is_on("trainer", plain=spec.job.workers.plain_ray):
-        from mnist_ray.extras.trainer import Trainer
-
-        trainer_class = Trainer
-    if spec.event_queue is not None and extras.is_on("preemption", plain=spec.job.workers.plain_ray):
-        from mnist_ray.extras.preemption import PreemptionCallback
-
-        callbacks.append(PreemptionCallback(spec.event_queue))
+    extra = extras.load("trainer", plain=spec.job.workers.plain_ray)
+    trainer_class: type[TorchTrainer] = extra.Trainer if extra else TorchTrainer
     is_elastic, scaling = plan.min_workers is not None, dict[str, Any]()
     if is_elastic:
         scaling["elastic_resize_monitor_interval_s"] = _RESIZE_INTERVAL_S
@@ -68,7 +61,7 @@ def create_trainer(
             name=spec.job.run.name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=callbacks,
+            callbacks=[*callbacks],
         ),
     )
 

@@ -1,5 +1,4 @@
 import os
-import stat
 import subprocess
 import sys
 import threading
@@ -31,30 +30,14 @@ def test_the_users_variables_win() -> None:
     assert given.items() <= os.environ.items()
 
 
-@pytest.mark.parametrize("left_by_ray", [False, True])
-def test_only_this_user_may_read_the_token_of_a_local_ray(left_by_ray: bool, tmp_path: Path) -> None:
-    token = tmp_path / ".ray" / "auth_token"
-    if left_by_ray:
-        token.parent.mkdir()
-        token.write_text("0123456789abcdef" * 4)
-        token.chmod(0o644)
-    os.environ["HOME"] = str(tmp_path)
+@pytest.mark.parametrize(
+    ("given", "has_own"),
+    [({}, True), ({"RAY_AUTH_MODE": "disabled"}, False), ({"RAY_AUTH_TOKEN_PATH": "/token"}, False)],
+)
+def test_a_local_ray_has_a_token_of_its_own_unless_the_user_has_decided(given: dict[str, str], has_own: bool) -> None:
+    os.environ |= given
     environment.prepare_local()
-    assert "RAY_AUTH_TOKEN" not in os.environ
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    assert len(token.read_text()) == 64
-
-
-def test_a_local_ray_has_its_token_in_a_variable_if_the_home_cannot_be_written() -> None:
-    os.environ["HOME"] = "/dev/null"
-    environment.prepare_local()
-    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
-
-
-def test_no_token_is_made_if_the_user_has_decided_on_authentication(tmp_path: Path) -> None:
-    os.environ |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
-    environment.prepare_local()
-    assert list(tmp_path.iterdir()) == []
+    assert len(os.environ.get("RAY_AUTH_TOKEN", "")) == (64 if has_own else 0)
 
 
 def test_a_workload_may_itself_call_the_api() -> None:
@@ -174,6 +157,7 @@ print(resident_mib() - before)
         (True, False, None, "2.60.0", {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}),
         (True, False, "local", "2.55.1", {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}),
         (False, False, "auto", "2.55.1", {"RAY_AUTH_MODE": "token"}),
+        (False, False, "auto", "2.51.2", {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}),
         (True, True, None, "2.55.1", {}),
         (True, False, "127.0.0.1:6379", "2.55.1", {}),
     ],

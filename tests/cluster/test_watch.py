@@ -12,7 +12,7 @@ from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
 from mnist_ray.cluster import watch
-from mnist_ray.cluster.watch import RaySilentError, watched
+from mnist_ray.cluster.watch import RaySilentError, Watch
 from mnist_ray.extras import processes
 from tests.conftest import wait_for
 
@@ -38,31 +38,23 @@ def test_a_process_of_ray_that_has_died_is_named_while_another_part_is_asked(mon
     monkeypatch.setattr(processes, "remove_orphans", answered.wait)
     monkeypatch.setattr(processes, "dead_processes", lambda: next(dead))
     with pytest.raises(RaySilentError, match="its gcs_server has died"):
-        watch.look()
+        watch.look(plain=False)
     answered.set()
 
 
 def test_a_ray_goes_on_without_its_dashboard(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(global_worker.node, "dead_processes", lambda: [("dashboard", None)])
-    watch.look()
+    watch.look(plain=False)
     monkeypatch.setattr(global_worker.node, "dead_processes", lambda: [("dashboard", None), ("raylet", None)])
     with pytest.raises(RaySilentError, match="its raylet has died"):
-        watch.look()
+        watch.look(plain=False)
 
 
 def test_an_error_is_a_sign_of_life(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Mock(side_effect=RuntimeError)
     monkeypatch.setattr("ray.put", asked)
-    watch.look()
+    watch.look(plain=False)
     asked.assert_called_once()
-
-
-def test_an_error_that_a_signal_raises_in_rays_code_is_not_hidden_by_python() -> None:
-    def wait() -> None:
-        raise SystemError("a result with an exception set") from RaySilentError("its raylet has died")
-
-    with pytest.raises(RaySilentError, match="its raylet has died"), watched():
-        wait()
 
 
 def test_python_exits_while_a_thread_waits_for_a_silent_ray() -> None:
@@ -91,7 +83,7 @@ def test_only_a_dead_actors_placement_group_is_removed(ray_address: str) -> None
     left, kept = ray.get([dead.reserve.remote(), alive.reserve.remote()])
     own = placement_group([{"CPU": 0.001}])
     ray.kill(dead)
-    with watched():
+    with Watch(plain=False):
         wait_for(lambda: not is_there(left))
         ray.get(own.ready())  # its CPU is free
     assert is_there(kept)
@@ -143,10 +135,10 @@ def test_a_thread_that_waits_for_a_silent_ray_is_not_waited_for(monkeypatch: pyt
 
     monkeypatch.setattr(watch, "_LOOK_INTERVAL_S", 0.01)
     monkeypatch.setattr(watch, "look", look)
-    with contextlib.suppress(RaySilentError), watched():
+    with contextlib.suppress(RaySilentError), Watch(plain=False):
         asked.acquire()
-        raise RaySilentError.of("its raylet", has_died=True)
-    with watched():  # without that error, it is waited for
+        raise RaySilentError.of("its raylet")
+    with Watch(plain=False):  # without that error, it is waited for
         asked.acquire()
         threading.Timer(0.2, answered.set).start()
     assert answered.is_set()

@@ -43,8 +43,8 @@ def head(folder: Path, *, user: int = os.geteuid()) -> Iterator[str]:
 
 def test_a_cluster_is_joined_only_while_its_processes_are_this_users(address_file: Path, tmp_path: Path) -> None:
     assert address.address_of_ray_start() is None
-    with head(tmp_path) as here, socket.create_server(("127.0.0.1", 0)) as another:
-        for content in (b"127.0.0.1:1", bytes(range(256)), f"127.0.0.1:{another.getsockname()[1]}".encode()):
+    with head(tmp_path) as here:
+        for content in (b"127.0.0.1:1", bytes(range(256))):
             address_file.write_bytes(content)
             assert address.address_of_ray_start() is None
         address_file.write_text(here)
@@ -53,44 +53,33 @@ def test_a_cluster_is_joined_only_while_its_processes_are_this_users(address_fil
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-def test_a_cluster_of_another_user_or_an_address_that_he_may_have_written_is_not_joined(
-    address_file: Path, tmp_path: Path
-) -> None:
+def test_a_cluster_of_another_user_is_not_joined(address_file: Path, tmp_path: Path) -> None:
     for path in (*tmp_path.parents[:-1], tmp_path):
         path.chmod(path.stat().st_mode | 0o055)
     with head(tmp_path, user=65534) as here:
         address_file.write_text(here)
-        assert address.owners_here(here) == {65534}
         assert address.address_of_ray_start() is None
-    for path in (address_file, address_file.parent):
-        os.chown(path, 65534, -1)
-        with pytest.raises(PermissionError, match="another user may have written it") as raised:
-            address.address_of_ray_start()
-        assert raised.value.filename == str(address_file)
-        os.chown(path, 0, -1)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
 def test_an_address_that_is_in_no_file_is_not_read(make: Callable[[Path], None], address_file: Path) -> None:
     make(address_file)
-    with pytest.raises(OSError, match=r"not a file|Is a directory|symbolic links") as raised:
-        address.address_of_ray_start()
-    assert raised.value.filename == str(address_file)
+    assert address.address_of_ray_start() is None
 
 
 def test_a_cluster_of_another_ray_version_is_not_joined_with_a_note(
     address_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {"ray_version": "2.51.2", "python_version": "3.11.9"}
-    monkeypatch.setattr(address, "_ask", lambda here, timeout_s: None)
+    monkeypatch.setattr(address, "_ask", lambda here: None)
     monkeypatch.setattr(address, "GcsClient", lambda address: None)
     monkeypatch.setattr(address, "get_cluster_metadata", lambda client: versions)
     with head(tmp_path) as here:
         address_file.write_text(here)
-        found, (note,) = address.find("auto")
+        found, note = address.find_ray_start()
         assert found is None
         assert note.startswith(f"not joining the cluster at {here}: Version mismatch: ")
         assert " Ray: 2.51.2 " in note
         assert "\n" not in note
         versions |= {"ray_version": ray.__version__, "python_version": platform.python_version()}
-        assert address.find("auto") == (here, [])
+        assert address.find_ray_start() == (here, "")

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import ray
 from ray._private import node, ray_constants, services
@@ -17,17 +15,11 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState
 
 from mnist_ray import extras, ray_versions
 from mnist_ray.cli import status_of
-from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.data.data import Arrays, Split
-from mnist_ray.extras import EXTRAS, is_on, listed, loopback, note, processes, small
-from mnist_ray.job.job import read_job
-from mnist_ray.run.trainer import WorkerGroupConfig, create_trainer
-from mnist_ray.run.worker import LoopSpec
-from mnist_ray.training.events import WorkersLost
+from mnist_ray.extras import EXTRAS, is_on, listed, note, processes, small
+from mnist_ray.run.trainer import WorkerGroupConfig
 from ray_fork import starting
 from tests.conftest import ROOT, Flags, run_main, weights
 
@@ -61,7 +53,7 @@ def owner_of(need: str) -> tuple[Any, str]:
 
 def test_all_extras_are_on_with_the_newest_ray_that_was_tried() -> None:
     assert listed(plain=False)["off"] == []
-    assert note(plain=False) == ""
+    assert note() == ""
     assert listed(plain=True)["on"] == []
 
 
@@ -69,7 +61,7 @@ def test_all_extras_are_on_with_the_newest_ray_that_was_tried() -> None:
 def test_an_extra_is_off_without_one_of_its_names(name: str, need: str, monkeypatch: pytest.MonkeyPatch) -> None:
     remove(need, monkeypatch)
     assert not is_on(name, plain=False)
-    assert note(plain=False).startswith(f"Ray {ray.__version__}: without ")
+    assert note().startswith(f"Ray {ray.__version__}: without ")
 
 
 @pytest.mark.parametrize(("name", "need"), [pair for pair in NEEDS if "(" in pair[1] and "_raylet" not in pair[1]])
@@ -89,15 +81,13 @@ def test_an_extra_is_off_with_an_older_ray_than_its_tests_passed_with(
     assert not is_on(off, plain=False)
 
 
-def test_the_note_names_what_is_missing_and_what_that_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_note_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("ray._private.node.Node.start_api_server")
     monkeypatch.delattr("ray._private.parameter.RayParams.__init__")
-    assert note(plain=False) == (
-        f"Ray {ray.__version__}: without forked workers and a small local Ray; the start takes some seconds longer"
-    )
+    assert note() == (f"Ray {ray.__version__}: without forked workers, a small local Ray")
 
 
-@pytest.mark.parametrize("without", ["trainer", "preemption", "processes"])
+@pytest.mark.parametrize("without", ["trainer", "processes"])
 def test_a_job_trains_the_same_without_an_extra(
     without: str, finished_run: Path, quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +130,7 @@ def test_an_extra_that_fails_is_one_line_with_the_way_out(
 
 def test_replaced_names_of_ray_are_restored() -> None:
     before = services.ConsolePopen, node.Node.start_api_server, ray_constants.ENABLE_RAY_CLUSTER
-    with small.for_one_job(log_to_driver=False), loopback.on_loopback():
+    with small.for_one_job(log_to_driver=False):
         assert (services.ConsolePopen, node.Node.start_api_server) != before[:2]
         assert not ray_constants.ENABLE_RAY_CLUSTER
     assert (services.ConsolePopen, node.Node.start_api_server, ray_constants.ENABLE_RAY_CLUSTER) == before
@@ -175,17 +165,6 @@ def test_a_trainer_creates_the_callbacks_that_are_left_out() -> None:
     trainer = TorchTrainer(lambda: None, torch_config=WorkerGroupConfig(is_local=True))
     kinds = {type(callback) for callback in trainer._create_default_callbacks()}
     assert {DatasetsCallback, PlacementGroupCleanerCallback} <= kinds
-
-
-def test_workers_that_are_replaced_because_their_node_is_to_leave_are_lost(tmp_path: Path) -> None:
-    job, queue = read_job({"storage_path": str(tmp_path)}), Mock()
-    spec = LoopSpec(job=job, train=Split(Arrays(np.ones(3), np.ones(3))), event_queue=queue)
-    trainer = create_trainer(spec, WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), str(tmp_path), max_failures=0)
-    *_, callback = trainer._create_default_callbacks()
-    leaving, restarting = map(object.__new__, (PreemptingState, RestartingState))
-    for states in ((None, leaving), (leaving, restarting), (None, restarting)):
-        callback.after_controller_state_update(*states)
-    queue.put.remote.assert_called_once_with(WorkersLost("a worker's node was preempted", is_failure=False))
 
 
 def test_ray_uses_the_names_of_the_file_and_variable_that_are_read() -> None:

@@ -19,7 +19,7 @@ from mnist_ray.data.data import Arrays, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job, resume_command
-from mnist_ray.job.session import Clock, Session, Start, connected, ending_explained
+from mnist_ray.job.session import Clock, Session, ending_explained, opened
 from mnist_ray.record.recorder import write_settings
 from mnist_ray.repository import Repository
 from mnist_ray.runs import untrusted_folders
@@ -27,6 +27,7 @@ from mnist_ray.settings import declared, json_lines
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Data, Regression, Workload, user_code
+from ray_fork.starting import Forking
 from tests.conftest import ROOT, Numbers, callback_at, folder_at, load_splits, run_main, with_data, write_data_set
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")
@@ -340,6 +341,9 @@ def test_workers_share_the_streams_of_blocks_and_few_blocks_are_noted(tmp_path: 
         with_data(read_job({**given, "num_workers": 9}))
 
 
+NOT_FORKED = Forking(False, (), None)
+
+
 @pytest.mark.parametrize(("reproducible", "part"), [(False, 1), (True, Fraction(1, 8))])
 def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_time(
     reproducible: bool, part: Fraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -348,7 +352,7 @@ def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_
     monkeypatch.setattr("mnist_ray.job.dry_run.try_batch", tried)
     given = {"workload": InBlocks, "storage_path": str(tmp_path), "num_workers": 0, "reproducible": reproducible}
     job = read_job(given)
-    with connected(Start(Clock(), "math", None), job, load_splits(job), Mock()):
+    with opened(NOT_FORKED, job, load_splits(job), Mock(), Clock(), "math"):
         assert tried.call_args.args[-2] == part
 
 
@@ -369,7 +373,7 @@ def test_label_smoothing_that_a_workloads_own_loss_does_not_use_is_refused_if_it
 
     def begin(**more: Any) -> None:
         job = read_job({**given, **more})
-        with connected(Start(Clock(), "math", None), job, load_splits(job), Mock()):
+        with opened(NOT_FORKED, job, load_splits(job), Mock(), Clock(), "math"):
             pass
 
     begin(recipe="smooth")

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import ray
 
-from mnist_ray.cluster import connect as connecting
-from mnist_ray.cluster.connect import connect
-from mnist_ray.cluster.session_files import removed_unless_failed
+from mnist_ray.cluster.connection import Connection
+from mnist_ray.cluster.plan import Cluster
+from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
+from ray_fork.starting import Forking
 from tests.conftest import ROOT
 
 JOB = """\
@@ -37,13 +38,14 @@ def fail():
     raise JobError("it does not fit")
 
 def main():
-    environment.prepare(verbose=False)
-    from mnist_ray.cluster.connect import connect
-    with connect(WorkerConfig(), meanwhile=lambda: print("meanwhile")) as cluster:
-        print(cluster.log_folder, *cluster.notes)
-        cluster.leave()
-    with connect(WorkerConfig(), meanwhile=fail):
-        print("not connected")
+    with environment.prepared(WorkerConfig()) as forking:
+        from mnist_ray.cluster.connection import Connection
+        connection = Connection(WorkerConfig(), forking)
+        with connection.opened(print, lambda: print("meanwhile")) as cluster:
+            print(cluster.log_folder)
+            connection.leave()
+        with Connection(WorkerConfig(), forking).opened(print, fail):
+            print("not connected")
 
 cli.run(main)
 """
@@ -56,26 +58,12 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run(
-    temporary: Path, address: str = "local", code: str = JOB, *, under_uv: bool = False, **variables: str
-) -> subprocess.CompletedProcess:
+def run(temporary: Path, address: str = "local", code: str = JOB, **variables: str) -> subprocess.CompletedProcess:
     """Run a job, by default one that connects, leaves, connects again and fails; Ray's files are in ``temporary``."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # Ray sets some itself
     environment = {**others, "RAY_ADDRESS": address, "RAY_TMPDIR": str(temporary), **variables}
     command = [sys.executable, "-c", code]
-    if under_uv:  # a shell of this name, which runs a script of this name
-        (temporary / "run").write_text(f"cd {ROOT}; '{sys.executable}' -c \"$1\"")
-        command = ["uv", "run", code]
-    return subprocess.run(
-        command,
-        executable="/bin/sh" if under_uv else None,
-        cwd=temporary if under_uv else ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.long
@@ -115,6 +103,10 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
             head.communicate()
 
 
+def opened(config: WorkerConfig) -> contextlib.AbstractContextManager[Cluster]:
+    return Connection(config, Forking(False, (), None)).opened(print)
+
+
 CALL = """\
 import ray
 from mnist_ray import cli
@@ -127,10 +119,10 @@ class Answering:
         return "answered"
 
 def main():
-    environment.prepare(verbose=False)
-    from mnist_ray.cluster.connect import connect
-    with connect(WorkerConfig()):
-        print(ray.get(Answering.remote().answer.remote()))
+    with environment.prepared(WorkerConfig()) as forking:
+        from mnist_ray.cluster.connection import Connection
+        with Connection(WorkerConfig(), forking).opened(print):
+            print(ray.get(Answering.remote().answer.remote()))
 
 cli.run(main)
 """
@@ -148,7 +140,7 @@ def test_a_connection_that_is_of_no_use_is_one_line(
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr(replaced, lambda: value)
-    with pytest.raises((UsageError, JobError), match=f"^{error}"), connect(WorkerConfig()):
+    with pytest.raises((UsageError, JobError), match=f"^{error}"), opened(WorkerConfig()):
         pass
 
 
@@ -158,17 +150,6 @@ def test_a_token_is_sent_only_to_a_cluster_that_wants_it(cluster: tuple[str, Pat
     address, home = cluster
     done = run(temporary, address, CALL, HOME=str(home))
     assert (done.stdout, done.stderr) == ("answered\n", "")
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
-def test_a_cluster_whose_node_here_is_another_users_is_one_line(cluster: tuple[str, Path], temporary: Path) -> None:
-    address, home = cluster
-    done = run(temporary, address, f"import os; os.geteuid = lambda: 12345\n{CALL}", HOME=str(home))
-    assert done.stderr == (
-        f"error: the node of RAY_ADDRESS={address} on this machine belongs to another user, whose files you cannot "
-        "write; use ray job submit\n"
-    )
 
 
 @pytest.mark.processes
@@ -183,12 +164,6 @@ def test_a_cluster_of_other_versions_is_one_line_with_all_versions(cluster: tupl
         "install the cluster's versions, or use ray job submit\n",
         done.stderr,
     )
-
-
-@pytest.mark.long
-def test_workers_have_the_environment_that_uv_run_has_made_even_if_ray_is_imported_first(temporary: Path) -> None:
-    done = run(temporary, code=f"import ray\n{CALL}", under_uv=True)
-    assert (done.stdout, done.stderr) == ("answered\n", "")
 
 
 @pytest.mark.long
@@ -215,95 +190,26 @@ def test_a_local_ray_that_cannot_start_is_one_line_that_names_the_logs(temporary
     assert done.stderr.count("\n") == 1
 
 
-def test_a_folder_whose_path_is_too_long_for_sockets_is_one_line_with_the_remedy(temporary: Path) -> None:
-    folder = temporary / ("x" * 60)
-    folder.mkdir()
-    said = run(folder).stderr
-    assert said.startswith("error: a local Ray cannot start: ")
-    assert "; set RAY_TMPDIR to a folder with a shorter path (logs: " in said
-    assert said.count("\n") == 1
-
-
-def begin_session(folder: Path) -> Path:
-    """Make a session's folder that is not empty, to which a link leads, as Ray makes one; return the session's logs."""
-    session = folder / f"session_2_{os.getpid()}"
-    (session / "logs").mkdir(parents=True)
-    (folder / "session_latest").unlink(missing_ok=True)
-    (folder / "session_latest").symlink_to(session)
-    return session / "logs"
-
-
-@pytest.mark.parametrize(
-    ("ending", "is_kept"), [(None, False), (KeyboardInterrupt, False), (UsageError, False), (JobError, True)]
-)
-def test_a_session_is_removed_unless_something_failed(
-    ending: type[BaseException] | None, is_kept: bool, tmp_path: Path
-) -> None:
-    with contextlib.suppress(KeyboardInterrupt, UsageError, JobError), removed_unless_failed(tmp_path):
-        logs = begin_session(tmp_path)
-        if ending:
-            raise ending
-    assert logs.is_dir() == is_kept
-    assert bool(list(tmp_path.iterdir())) == is_kept
-
-
-@pytest.mark.parametrize(
-    ("log", "hint"),
-    [
-        ("raylet: Too many workers, failed to create a file. Try setting `ulimit -n <num_files>`", "raise .*ulimit -n"),
-        ("thd.cc:157] pthread_create failed: Resource temporarily unavailable", "raise .*ulimit -u"),
-        ("a warning", "$"),
-    ],
-)
-@pytest.mark.parametrize("part", ["gcs_server", "raylet"])
-def test_a_limit_of_the_system_that_ends_ray_is_named(part: str, log: str, hint: str, tmp_path: Path) -> None:
-    def fail() -> None:
-        (begin_session(tmp_path) / f"{part}.err").write_text(log)
-        raise JobError("its raylet has died")
-
-    with pytest.raises(JobError, match=f"^its raylet has died.*{hint}"), removed_unless_failed(tmp_path):
-        fail()
-
-
-def test_only_the_session_of_the_block_is_removed(tmp_path: Path) -> None:
-    another, earlier = tmp_path / "session_1_1", tmp_path / f"session_1_{os.getpid()}"
-    another.mkdir()
-    earlier.mkdir()
-    with removed_unless_failed(tmp_path):
-        begin_session(tmp_path)
-        latest = tmp_path / "session_latest"
-        latest.unlink()
-        latest.symlink_to(another)  # it has started later
-    assert {*tmp_path.iterdir()} == {latest, another, earlier}
-
-
 def test_a_plain_job_joins_only_what_ray_address_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     said = "^no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1; unset it to start a local Ray$"
-    with pytest.raises(JobError, match=said), connect(WorkerConfig(plain_ray=True)):
+    with pytest.raises(JobError, match=said), opened(WorkerConfig(plain_ray=True)):
         pass
 
 
-OTHERS = "other users of this machine can run code as you while this job runs: "
-ALL = "anyone who can reach this machine's ports can run code as you while this job runs: "
-
-
 @pytest.mark.parametrize(
-    ("address", "mode", "has_tokens", "note"),
+    ("raised", "seen"),
     [
-        ("127.0.0.1", "token", True, None),
-        ("127.0.0.1", "token", False, f"{OTHERS}Ray supports tokens only since 2.52"),
-        ("192.0.2.7", "", False, f"{ALL}Ray supports tokens only since 2.52"),
-        ("192.0.2.7", "", True, f"{ALL}set RAY_AUTH_MODE=token before Ray is imported"),
-        ("192.0.2.7", "token", True, "this local Ray listens on all interfaces; only its token keeps others out"),
-        ("192.0.2.7", "disabled", True, None),
+        (ray.exceptions.RayError("it is over"), r"Ray failed: RayError: it is over \(logs: /\S+\)"),
+        (RaySilentError("its raylet has died"), "its raylet has died"),
+        (SystemError("a result with an exception set"), "its raylet has died"),
     ],
 )
-def test_a_note_says_who_can_use_a_local_ray(
-    address: str, mode: str, has_tokens: bool, note: str | None, monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_ray_is_one_line_also_if_a_signal_raises_it_in_rays_code(
+    raised: Exception, seen: str, ray_address: str
 ) -> None:
-    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: address)
-    monkeypatch.setattr(connecting, "has_tokens", lambda: has_tokens)
-    monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    assert connecting.about_access() == ([note] if note else [])
+    raised.__cause__ = RaySilentError("its raylet has died") if isinstance(raised, SystemError) else None
+    with pytest.raises(JobError, match=f"^{seen}$"), opened(WorkerConfig()):
+        raise raised
+    assert ray.is_initialized(), "the caller's connection stays open"

@@ -11,7 +11,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # Cython, partly withou
     persist_port,
 )
 
-from mnist_ray.extras import no_dashboard, until_raylet
+from mnist_ray.extras import agents
 from tests.conftest import wait_for
 
 START = """
@@ -27,7 +27,7 @@ def test_ports_are_named_as_ray_names_them_until_the_raylet_ends(tmp_path: Path)
         folder.mkdir()
     for name in (DASHBOARD_AGENT_LISTEN_PORT_NAME, METRICS_AGENT_PORT_NAME, METRICS_EXPORT_PORT_NAME):
         persist_port(str(rays), node, name, -1)
-    command = [no_dashboard.__file__, f"--node-id={node}", f"--session-dir={ours}", "--head"]
+    command = [agents.__file__, f"--node-id={node}", f"--session-dir={ours}", "--head"]
     raylet = [sys.executable, "-c", START, *command]
     with subprocess.Popen(raylet, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
@@ -45,15 +45,15 @@ def test_a_local_ray_runs_no_agent_of_the_dashboard(ray_address: str) -> None:
     # Unlike `Process.cmdline`, this passes over a worker that ends meanwhile.
     found = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]) if process.pid in ours]
     commands = [" ".join(words) for words in found]
-    assert any(no_dashboard.__file__ in command and "raylet" not in command.split()[0] for command in commands)
+    assert any(agents.__file__ in command and "raylet" not in command.split()[0] for command in commands)
     assert not any("dashboard/agent.py" in command for command in commands)
-    assert any(until_raylet.__file__ in command for command in commands), "the other agent ends with the raylet"
+    assert any(f"{agents.__file__} /" in command for command in commands), "the other agent ends with the raylet"
 
 
 def test_the_agent_for_runtime_environments_ends_with_the_raylet(tmp_path: Path) -> None:
     agent = tmp_path / "agent.py"
     agent.write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\nprint('outlived the raylet')")
-    raylet = f"import subprocess, sys\nsubprocess.run([sys.executable, {until_raylet.__file__!r}, {str(agent)!r}])"
+    raylet = f"import subprocess, sys\nsubprocess.run([sys.executable, {agents.__file__!r}, {str(agent)!r}])"
     with subprocess.Popen([sys.executable, "-c", raylet], text=True, stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "begun\n"
