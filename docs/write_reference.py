@@ -14,9 +14,11 @@ from typing import Any
 import mnist_ray
 from mnist_ray import cli, config, errors, settings
 from mnist_ray.api import SweptRun
+from mnist_ray.flags import Parser, title_of
+from mnist_ray.job.rules import RULES
 from mnist_ray.predictions.predictor import Prediction, Predictor
 from mnist_ray.report.run_files import Run
-from mnist_ray.settings import Choice, Range, Setting, declared, flag, title_of
+from mnist_ray.settings import Choice, Range, Setting, declared, flag
 from mnist_ray.tools.compare import Comparison, Verdict
 from mnist_ray.trackers import Ending, Tracker
 from mnist_ray.training import events
@@ -45,6 +47,7 @@ the [Python function](python.md).
 | Python | `train(batch_size=64, reproducible=True)` |
 
 Settings that few runs need have no flag: set them with `--set NAME=VALUE`. Write lists and `true` as in JSON.
+[Rules](rules.md) lists which settings exclude each other.
 
 A workload's recipe may have other defaults: `train --help` shows them, and the workload's own settings. A dash means
 that the setting is unset; in a file or on the command line, `none` unsets a number. Settings files are for `train`,
@@ -58,6 +61,11 @@ ABOUT_WORKLOADS = (
     "What a workload may define. Import the classes from `mnist_ray.workload`. [Your own "
     "workload](../guides/workload.md) shows how to write one; [Python](python.md) has `Data`, `Metric` and others."
 )
+ABOUT_RULES = (
+    "A job checks these before it starts, those about data once the data are loaded. The error also names the file or "
+    "recipe that a setting comes from. Only a setting that is given with the command or call must have an effect; "
+    "a file's may go unused."
+)
 
 
 def flags() -> str:
@@ -66,7 +74,7 @@ def flags() -> str:
     for name, command in cli.COMMANDS.items():
         purpose = (inspect.getdoc(command) or "").splitlines()[0]
         classes = OF_JOBS.get(name) or cli.classes_of(command)
-        usage = settings.Parser("", *classes).format_help().splitlines()[0].rpartition(".py ")[2]
+        usage = Parser("", *classes).format_help().splitlines()[0].rpartition(".py ")[2]
         lines += ["", f"## {name}", "", f"    mnist-ray {name} {usage}", ""]
         lines += textwrap.wrap(f"{purpose} {NOTES.get(name, '')}", 120)
         tables = {title_of(one): declared(one) for one in classes} if name in OF_JOBS else {"": declared(*classes)}
@@ -241,7 +249,24 @@ def documented(member: Any) -> list[str]:
     return (inspect.getdoc(member) or "").replace("``", "`").splitlines()
 
 
-PAGES = {"flags.md": flags, "python.md": python, "workload.md": workload}
+def rules() -> str:
+    """Return the page of the rules between settings."""
+    lines = ["# Rules between settings", "", NOTE, "", *textwrap.wrap(ABOUT_RULES, 120)]
+    titles = {
+        "What cannot be combined": lambda rule: rule.when == "settings" and not rule.is_about_effect,
+        "What does not fit the data": lambda rule: rule.when == "data" and not rule.is_about_effect,
+        "What has no effect": lambda rule: rule.is_about_effect,
+    }
+    for title, belongs in titles.items():
+        lines += ["", f"## {title}", "", "| settings | error | what to do |", "|---|---|---|"]
+        for rule in filter(belongs, RULES):
+            names = ", ".join(f"`{name}`" for name in rule.settings)
+            problem = re.sub(r"{[^}]*}", "…", rule.problem)
+            lines.append(f"| {names} | {problem} | {rule.fix} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"flags.md": flags, "rules.md": rules, "python.md": python, "workload.md": workload}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -20,6 +20,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.config import ChangesConfig, ModelConfig, RunConfig
 from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
+from mnist_ray.flags import Parser, peek, setting_in
 from mnist_ray.job.job import Job, load_trusted, resume_command
 from mnist_ray.many.jobs import read_sweep, read_train
 from mnist_ray.many.jobs import run as run_job
@@ -27,8 +28,7 @@ from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import settings_of
 from mnist_ray.runs import find_run, is_sweep
-from mnist_ray.settings import Parser, build, peek, setting_in, values_of
-from mnist_ray.settings_files import read_settings
+from mnist_ray.settings import build, values_of
 from mnist_ray.storage import RESULT_FILE, locate
 from mnist_ray.text import PROGRAM, VERSION
 
@@ -39,7 +39,7 @@ exits with status 1."""
 
 def train() -> dict[str, Any]:
     """Train a workload on Ray, evaluate it on the test set, and write the run's files."""
-    if peek(config.WorkerConfig).get("num_workers") == "0":
+    if peek(config.WorkerConfig).get("num_workers") == 0:
         spin_briefly_if_busy(usable_cores())  # before this process imports torch, as the workload's file may
     return _result_of(run_job(read_train()).job)
 
@@ -84,11 +84,12 @@ def predict(model: ModelConfig, output: config.PredictionConfig, scale: config.S
 
 def view(choice: config.ViewConfig, changes: ChangesConfig) -> None:
     """Show examples of a workload's data."""
-    file = None if choice.config is None else read_settings(choice.config)
-    places = layers.defaults()[0] | ({} if file is None else {file.path: file.values})
+    files = layers.read_files(choice.config)
+    places = [*layers.defaults()[0], *files]
     flags = {} if choice.workload is None else {"workload": choice.workload}
-    workload_class = load_trusted("train", locate(layers.storage_path(), ""), flags, layers.Layers(places), file)
-    own = layers.Layers(layers.with_workload(places, [], workload_class.Settings)).values | _changed(changes)
+    workload_class = load_trusted(locate(layers.storage_path(), ""), flags, places, files)
+    layers.check_names(places, workload_class.Settings)
+    own = layers.values_in(layers.merged(places, workload_class.Settings)) | _changed(changes)
     api.check_settings(workload_class, own)
     from mnist_ray.tools.view import view as show
 

@@ -14,8 +14,6 @@ _PLAIN = "use only Ray's public API; starts more slowly; try it if Ray misbehave
 _JSON = "print the result as one JSON object on stdout, and all else on stderr"
 _RUN = "a run's name, or the folder or URI of a run or a checkpoint; default: the newest run"
 READ_AHEAD_MIB = 512  # of each worker
-_AGAIN: Any = {"on_resume": "given"}
-_DROPPED: Any = {"on_resume": "dropped"}
 _LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 
 
@@ -25,7 +23,7 @@ def _ending(suffix: str) -> dict[str, Any]:
 
 def _code(description: str, base: str, **more: Any) -> Any:
     description += ": FILE.py[:NAME][(KEY=VALUE, …)] or package.module…; may be repeated"
-    return setting((), description, code=base, metavar="FILE.py", **more)
+    return setting((), description, code=base, metavar="FILE.py", is_repeated=True, **more)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +35,12 @@ class SourceConfig:
         "the workload: FILE.py or package.module, with :NAME if it has several; default: MNIST",
         metavar="FILE.py",
     )
-    recipe: str | None = setting(None, "a named set of settings; flags override them", is_single=True, **_DROPPED)
-    config: str | None = setting(
-        None, "settings in TOML, YAML or JSON, such as a run's config.json", metavar="FILE", is_single=True, **_DROPPED
+    recipe: str | None = setting(None, "a named set of settings; flags override them")
+    config: tuple[str, ...] = setting(
+        (),
+        "settings in TOML, YAML or JSON, such as a run's config.json; may be repeated, the last one wins",
+        metavar="FILE",
+        is_repeated=True,
     )
 
 
@@ -291,26 +292,21 @@ class OutputConfig:
         "folder of this run under --storage-path; default: date, time and a random number",
         check=lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name) is not None,
         must="must be at most 200 letters, digits, '.', '_' or '-'",
-        **_AGAIN,
     )
-    storage_path: str = setting(
-        "~/ray_results", "folder or URI (s3://…) for all runs, reachable from every node", **_AGAIN
-    )
+    storage_path: str = setting("~/ray_results", "folder or URI (s3://…) for all runs, reachable from every node")
     resume: Literal["no", "yes", "auto"] = setting(
         "no",
         "continue the run of --run-name from its last checkpoint; auto: or start it, or print its result",
         bare="yes",
-        **_DROPPED,
     )
     tracker: tuple[str, ...] = _code(
         "where to follow the run: wandb, mlflow or your Tracker, beside TensorBoard",
         "mnist_ray.trackers:Tracker",
-        **_AGAIN,
     )
-    dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it", **_DROPPED)
-    json: bool = setting(False, _JSON, **_DROPPED)
-    quiet: bool = setting(False, "print only the result", **_DROPPED)
-    verbose: bool = setting(False, "also print Ray's own log", **_DROPPED)
+    dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it")
+    json: bool = setting(False, _JSON)
+    quiet: bool = setting(False, "print only the result")
+    verbose: bool = setting(False, "also print Ray's own log")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -367,7 +363,7 @@ class ViewConfig:
     workload: str | None = setting(
         None, "FILE.py or package.module; default: the project's or MNIST", metavar="FILE.py"
     )
-    config: str | None = setting(None, "settings in TOML, YAML or JSON", metavar="FILE")
+    config: tuple[str, ...] = setting((), "settings in TOML, YAML or JSON", metavar="FILE", is_repeated=True)
     split: Literal["train", "test"] = setting("train", "part of the data")
     index: int = setting(0, "first example, from 0", **at_least(0))
     count: int = setting(1, "number of examples; several are drawn as a grid", **within(1, 1000))
@@ -441,7 +437,6 @@ class ProjectConfig:
         None,
         "where the project gets mnist_ray: path of a checkout or a wheel, or a git URL; default: as it is installed",
         metavar="PLACE",
-        is_single=True,
     )
 
 

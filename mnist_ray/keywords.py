@@ -73,7 +73,7 @@ class TrainKeywords(TypedDict, total=False):
     quiet: bool
     verbose: bool
     recipe: str | None
-    config: str | Path | None
+    config: str | Path | Sequence[str | Path]
 
 
 class TuneKeywords(TrainKeywords, total=False):

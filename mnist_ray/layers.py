@@ -1,18 +1,20 @@
-"""Settings by the place that gives them: recipes, a project's file, the environment, a settings file, flags."""
+"""Settings by the place that gives them: recipes, a project's file, the environment, settings files, flags."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mnist_ray.config import CLASSES, OutputConfig
-from mnist_ray.errors import UsageError
-from mnist_ray.settings import Given, build, check_known, checked, declared
-from mnist_ray.settings_files import located, read_table
+from mnist_ray.errors import UsageError, first_line
+from mnist_ray.settings import Given, Setting, build, check_known, declared, is_no_file, path_of
 from mnist_ray.storage import is_foreign
 
 FLAGS = "the flags"
@@ -22,98 +24,167 @@ _PROJECT_FILE, _TABLE = "pyproject.toml", "mnist_ray"
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Settings by the place that gives them. Later places win."""
+class Place:
+    """A place that gives settings."""
 
-    places: Mapping[str, Given]
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The settings of all places."""
-        return {name: value for given in self.places.values() for name, value in given.items()}
-
-    def place_of(self, name: str) -> str:
-        """Return the place that decides a setting; empty if none gives it."""
-        return next((place for place, given in reversed([*self.places.items()]) if name in given), "")
-
-    def decided(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each place that decides settings of the run, with these settings."""
-        once = {name for name, about in declared(*CLASSES).items() if about.on_resume == "dropped"}
-        for place, given in self.places.items():
-            own = {name: value for name, value in given.items() if name not in once and self.place_of(name) == place}
-            if own:
-                yield place, own
+    name: str
+    values: Given
+    folder: Path | None = None  # where relative paths start: that of a file that people write; None: the current one
 
 
-def defaults() -> tuple[dict[str, Given], list[str]]:
-    """Return the settings of the project and of the environment by their place, and notes for the user.
+class Placed(NamedTuple):
+    """A setting's value, and the place that decides it."""
 
-    The project's are in the table ``[tool.mnist_ray]`` of the nearest ``pyproject.toml`` that has one: in the current
-    folder or above it. Raises UsageError.
+    value: Any
+    place: str
+    rank: int  # of the place; the strongest has the largest
+
+
+def merged(places: Sequence[Place], *classes: type) -> dict[str, Placed]:
+    """Return the settings of some classes that places give, the strongest last.
+
+    Raises UsageError for a wrong value, with its place.
     """
-    places, notes = dict[str, Given](), list[str]()
+    found, known = dict[str, Placed](), declared(*classes)
+    for rank, place in enumerate(places):
+        for name in place.values.keys() & known.keys():
+            try:
+                found[name] = Placed(_value_in(place, known[name]), place.name, rank)
+            except UsageError as error:
+                raise UsageError(str(error) if place.name == FLAGS else f"{place.name}: {error}") from error
+    return {name: found[name] for name in known if name in found}
+
+
+def check_names(places: Iterable[Place], of_workload: type) -> None:
+    """Raise UsageError if a file has a setting that neither the workload nor any command has."""
+    known = {*declared(*CLASSES, of_workload)} - {*ONLY_FLAGS, "config"}
+    for place in places:
+        check_known(place.values, known, place.name)
+
+
+def defaults() -> tuple[list[Place], list[str]]:
+    """Return the project and the environment as places, and notes for the user.
+
+    The project's settings are in the table ``[tool.mnist_ray]`` of the nearest ``pyproject.toml`` that has one: in the
+    current folder or above it. Raises UsageError.
+    """
+    places, notes = list[Place](), list[str]()
     for file in _project_files():
         if is_foreign(file):
             notes.append(f"{file} belongs to another user: its settings are ignored")
-        elif (values := read_table(file, "tool", _TABLE)) is not None:
-            places[str(file)] = located(values, file, *CLASSES)
+        elif (values := _table_of(file)) is not None:
+            places.append(Place(str(file), values, file.parent))
             break
     if path := os.environ.get(STORAGE_VARIABLE):
-        places[STORAGE_VARIABLE] = {"storage_path": path}
+        places.append(Place(STORAGE_VARIABLE, {"storage_path": path}))
     return places, notes
 
 
-def check_files(places: Mapping[str, Given], classes: Sequence[type]) -> None:
-    """Raise UsageError, with the file's name, if a value of a setting of ``classes`` is wrong."""
-    for place, values in places.items():
-        try:
-            checked(values, *classes)
-        except UsageError as error:
-            raise UsageError(f"{place}: {error}") from error
-
-
-def with_workload(places: Mapping[str, Given], classes: Sequence[type], of_workload: type) -> dict[str, Given]:
-    """Return the settings of ``classes`` and of a workload, after checking the latter; paths start at the file.
-
-    Raises UsageError, also if there is a setting that neither the workload nor any command has.
-    """
-    check_files(places, [of_workload])
-    found, names = dict[str, Given](), declared(*classes, of_workload)
-    for place, values in places.items():
-        check_known(values, {*declared(*CLASSES, of_workload)} - {*ONLY_FLAGS, "config"}, place)
-        whole = located(values, Path(place), of_workload)
-        found[place] = {name: value for name, value in whole.items() if name in names}
-    return found
+def read_files(given: object) -> list[Place]:
+    """Return the settings files that ``--config`` names, if any, as places. Raises UsageError."""
+    paths = declared(*CLASSES)["config"].checked(() if given is None else given)
+    return [_read_file(path) for path in paths]
 
 
 def storage_path(given: str | Path | None = None) -> str:
     """Return the storage of runs: as ``given``, else from the environment, the project or the default."""
-    values = Layers(defaults()[0]).values if given is None else {"storage_path": given}
-    return build(OutputConfig, values).storage_path
+    places = defaults()[0] if given is None else [Place(FLAGS, {"storage_path": given})]
+    return build(OutputConfig, values_in(merged(places, OutputConfig))).storage_path
+
+
+def values_in(settings: Mapping[str, Placed]) -> dict[str, Any]:
+    """Return settings without their places."""
+    return {name: value for name, (value, *_) in settings.items()}
 
 
 def in_order(
-    recipes: Mapping[str, Given],
-    defaults: Mapping[str, Given],
-    saved: Mapping[str, Given],
-    of_file: Mapping[str, Given],
-    flags: Given,
-) -> Layers:
-    """Return all settings, the strongest last. Raises UsageError if there is no such recipe.
+    recipes: Mapping[str, Given], defaults: Sequence[Place], saved: Sequence[Place], after: Sequence[Place]
+) -> list[Place]:
+    """Return all places, the strongest last: ``after`` are the settings files and the flags.
 
     A resumed run has its ``saved`` settings instead of the recipes', unless a flag or a file names a recipe again.
+    Raises UsageError if there is no such recipe.
     """
-    naming = Layers({**({} if saved else defaults), **of_file, FLAGS: flags})
-    name = naming.values.get("recipe", "default")
+    name = "default"
+    for place in [*([] if saved else defaults), *after]:
+        name = place.values.get("recipe", name)
     if name not in (*recipes, "default"):
         raise UsageError(f"there is no recipe {name}; known: {', '.join(recipes) or 'none'}")
-    recipe = {} if name == "default" else {f"the recipe {name}": recipes[name]}
-    if saved:
-        return Layers({**defaults, **saved, **recipe, **of_file, FLAGS: flags})
-    return Layers({"the default recipe": recipes.get("default", {}), **recipe, **defaults, **of_file, FLAGS: flags})
+    always = [] if saved else [Place("the default recipe", recipes.get("default", {}))]
+    chosen = [] if name == "default" else [Place(f"the recipe {name}", recipes[name])]
+    return [*defaults, *saved, *chosen, *after] if saved else [*always, *chosen, *defaults, *after]
+
+
+def _value_in(place: Place, about: Setting) -> Any:
+    """Return a setting's value in a place, whose relative paths start at its folder. Raises UsageError."""
+    value = place.values[about.name]
+    if place.folder and isinstance(value, str) and (about.plain is Path or about.name == "storage_path"):
+        value = _from(place.folder, value)
+    value = about.checked(value)
+    if place.folder and about.code:
+        return tuple(_from(place.folder, code) if re.search(r"\.py($|[:(])", code) else code for code in value)
+    if place.folder and about.name == "workload" and value and re.search(r"\.py($|:)", value):
+        return _from(place.folder, value)
+    return value
+
+
+def _from(folder: Path, path: str) -> str:
+    return path if path[:1] in ("", "~") or "://" in path else str(folder / path)
 
 
 def _project_files() -> Iterator[Path]:
     with contextlib.suppress(OSError):  # the current folder is gone
         here = Path.cwd()
         yield from (path for folder in (here, *here.parents) if os.path.isfile(path := folder / _PROJECT_FILE))
+
+
+def _table_of(project_file: Path) -> dict[str, Any] | None:
+    """Return the table of the settings in a project's file; None if there is none. Raises UsageError."""
+    table: Any = _parsed(project_file, str(project_file)).get("tool")
+    if not isinstance(table, dict) or _TABLE not in table:
+        return None
+    return _as_settings(table[_TABLE], f"[tool.{_TABLE}] of {project_file}")
+
+
+def _read_file(path: str) -> Place:
+    """Read a settings file: TOML, YAML or, as runs write it with whole paths, JSON. Raises UsageError."""
+    file = path_of(path, "--config")
+    return Place(path, _parsed(file, path), file.absolute().parent if file.suffix.lower() in _PARSERS else None)
+
+
+def _parsed(file: Path, path: str) -> dict[str, Any]:
+    """Return the content of a file, whose suffix tells its format. Raises UsageError."""
+    kind, parse = _PARSERS.get(file.suffix.lower(), ("JSON", json.loads))
+    try:
+        if is_no_file(file):
+            raise UsageError(f"the settings file {path} is not a file")
+        return _as_settings(parse(file.read_text(encoding="utf-8-sig")), path)
+    except OSError as error:
+        raise UsageError(f"cannot read the settings file {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also if it is not UTF-8
+        raise UsageError(f"{path} is not {kind}: {first_line(error)}") from error
+
+
+def _as_settings(values: Any, path: str) -> dict[str, Any]:
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UsageError(f"{path} must contain settings by their names")
+    return values
+
+
+def _from_yaml(text: str) -> Any:
+    from ruamel.yaml import YAML  # YAML 1.2, where 1e-3 is a number and `no` is a text
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"{getattr(error, 'problem', error)}{place}") from error
+
+
+_PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of people's files
+    ".toml": ("TOML", tomllib.loads),
+    ".yaml": ("YAML", _from_yaml),
+    ".yml": ("YAML", _from_yaml),
+}

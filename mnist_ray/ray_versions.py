@@ -6,15 +6,8 @@ import functools
 import importlib.util
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mnist_ray.config import shown
-from mnist_ray.errors import UsageError
-
-if TYPE_CHECKING:
-    from mnist_ray.config import WorkerConfig
-
-_SETTINGS_SINCE = {"label_selector": "2.53", "min_workers": "2.55"}
 _TOKENS_SINCE, _TOKENS_BY_DEFAULT_SINCE = "2.52", "2.60"
 _PREEMPTION_SINCE = "2.60"
 
@@ -34,15 +27,6 @@ def is_at_least(minimum: str) -> bool:
     """Return whether Ray's version is ``minimum``, such as ``2.55``, or later."""
     own, least = ([int(number) for number in re.findall(r"\d+", text)[:2]] for text in (ray_version(), minimum))
     return own >= least
-
-
-def check_workers(config: WorkerConfig) -> None:
-    """Raise UsageError if this Ray does not support a setting."""
-    for name, since in _SETTINGS_SINCE.items():
-        if getattr(config, name) is not None and not is_at_least(since):
-            raise UsageError(
-                f"{shown(name)} needs Ray {since} or later, not {ray_version()}; leave it out, or upgrade Ray"
-            )
 
 
 def has_tokens() -> bool:

@@ -1,57 +1,41 @@
-"""References to a user's callbacks and trackers: ``FILE.py:NAME``, with keyword arguments as in a call.
+"""References to callbacks and trackers: ``freeze.py:Freeze(num_epochs=2)`` on the command line and in a run's files.
 
-``freeze.py:Freeze(num_epochs=2)`` on the command line and in the files of a run is ``{"freeze.py:Freeze":
-{"num_epochs": 2}}`` in Python and in a settings file.
+In Python and in a settings file, that is ``{"freeze.py:Freeze": {"num_epochs": 2}}``.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_MAX_LETTERS = 4_096  # of a reference; each parenthesis in it is tried as the start of the arguments
+from mnist_ray.errors import UsageError
+
+_CALL = re.compile(r"(.*?\.py(?::\w+)?|[\w.]+(?::\w+)?)\((.*)\)", re.DOTALL)  # a folder may have parentheses, too
 
 
 def references_of(value: Any) -> tuple[str, ...]:
-    """Return references from one, from a list of them, or from a mapping to keyword arguments; none from None.
-
-    Raises TypeError, or ValueError with the reason.
-    """
+    """Return references from one, from a list, or from a mapping to keyword arguments. Raises TypeError, UsageError."""
     if isinstance(value, Mapping):
-        return tuple(_called(reference, arguments) for reference, arguments in value.items())
-    several = [value] if isinstance(value, (str, Path)) else [] if value is None else value
-    if not isinstance(several, Sequence) or not all(isinstance(one, (str, Path)) for one in several):
-        raise TypeError
-    for one in several:
-        split_call(str(one))
-    return tuple(map(str, several))
+        calls = {name: ", ".join(f"{key}={one!r}" for key, one in {**given}.items()) for name, given in value.items()}
+        value = [f"{name}({words})" if words else name for name, words in calls.items()]
+    references = [] if value is None else [value] if isinstance(value, (str, Path)) else [*value]
+    for reference in references:
+        split_call(reference)
+    return tuple(map(str, references))
 
 
-def split_call(reference: str) -> tuple[str, dict[str, Any]]:
-    """Return a reference without its keyword arguments, and these. Raises ValueError if they are wrong."""
-    if len(reference) > _MAX_LETTERS:
-        raise ValueError(f"it has {len(reference):,} characters; {_MAX_LETTERS:,} are allowed")
-    if not reference.endswith(")"):
-        return reference, {}
-    for start in (number for number, letter in enumerate(reference) if letter == "("):
-        try:
-            call = ast.parse(f"f{reference[start:]}", mode="eval").body
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
-                words = {word.arg or "": ast.literal_eval(word.value) for word in call.keywords}
-                if not call.args and "" not in words:
-                    return reference[:start], words
-        except (SyntaxError, ValueError):  # this parenthesis is a part of the path, or the arguments are wrong
-            continue
-    raise ValueError("arguments must be NAME=VALUE, and values numbers, strings, lists or dicts")
-
-
-def _called(reference: Any, arguments: Any) -> str:
-    if not isinstance(reference, (str, Path)) or not isinstance(arguments, Mapping):
-        raise TypeError
-    words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    text = f"{reference}({words})" if words else str(reference)
-    if split_call(text) != (str(reference), {**arguments}):
-        raise ValueError("arguments must be numbers, strings, lists or dicts, by name")
-    return text
+def split_call(reference: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return a reference without its keyword arguments, and these. Raises UsageError if they are wrong."""
+    if not (found := _CALL.fullmatch(os.fspath(reference))):
+        return str(reference), {}
+    try:
+        call: Any = ast.parse(f"f({found[2]})", mode="eval").body
+        if call.args or None in (words := {word.arg: ast.literal_eval(word.value) for word in call.keywords}):
+            raise ValueError
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise UsageError("arguments must be NAME=VALUE, and values numbers, strings, lists or dicts") from error
+    return found[1], words

@@ -42,7 +42,7 @@ def type_of(field: dataclasses.Field) -> str:
     if field.metadata["setting"].code:
         return "UserCode"
     if field.name == "config":
-        return "str | Path | None"
+        return "str | Path | Sequence[str | Path]"
     return f"{kind} | bool" if '"yes"' in kind else kind
 
 

@@ -11,13 +11,13 @@ import pytest
 
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.flags import Parser, peek
+from mnist_ray.references import references_of, split_call
 from mnist_ray.settings import (
-    Parser,
     at_least,
     build,
     declared,
     fraction,
-    peek,
     positive,
     setting,
     values_of,
@@ -200,6 +200,7 @@ def test_impossible_paths_are_refused(given: str, reason: str) -> None:
         (["--train-size"], "unrecognized arguments: --train-size; see --help"),
         (["--batchsize", "3"], "unrecognized arguments: --batchsize 3; did you mean --batch-size?"),
         (["--gpu"], "unrecognized arguments: --gpu; did you mean --use-gpu?"),
+        (["--set", "momentun=1"], "unrecognized arguments: --set momentun=1; did you mean --set momentum?"),
         (["--precison=fp32"], "unrecognized arguments: --precison=fp32; did you mean --precision?"),
         (
             ["--storage-pth=http://user:pw@host", "\x1b\n"],
@@ -251,21 +252,18 @@ def test_a_misspelled_property_of_a_setting_is_an_error_where_it_is_declared() -
         ("fork_workers=no", "fork_workers", "no"),
         ("label_selector=market=spot", "label_selector", ("market=spot",)),
         ('label_selector=["market=spot", "zone=!b"]', "label_selector", ("market=spot", "zone=!b")),
+        ("weight_decay=0.5", "weight_decay", 0.5),
     ],
 )
-def test_a_setting_without_a_flag_is_set_by_its_name(text: str, name: str, value: Any) -> None:
+def test_any_setting_is_set_by_its_name(text: str, name: str, value: Any) -> None:
     given = Parser("", TrainConfig, WorkerConfig).read_flags(["--set", text, "--batch-size", "8"])
-    assert given.keys() == {name, "batch_size"}
-    config = build(TrainConfig if name in declared(TrainConfig) else WorkerConfig, given)
-    assert getattr(config, name) == value
+    assert given == {name: value, "batch_size": 8}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--set", "momentum"], "--set momentum must be NAME=VALUE"),
-        (["--set", "momentun=1"], "--set momentun: there is no such setting without a flag; did you mean momentum?"),
-        (["--set", "batch_size=8"], "--set batch_size: there is no such setting without a flag"),
         (["--set", "momentum=high"], "--set momentum must be of type float, not 'high'"),
         (["--set", "momentum=" + "[" * 10**5], f"--set momentum must be of type float, not '{'[' * 39}"),
     ],
@@ -299,9 +297,60 @@ def test_the_usage_names_only_what_is_no_flag(capsys: pytest.CaptureFixture[str]
     ("line", "given"),
     [
         ("Anna", {"cook": "Anna"}),
-        ("soup --set a=1 Anna", {"cook": "soup", "dishes": ["Anna"], "set": ["a=1"]}),
-        ("Anna soup --set a=1 --set b= pie", {"cook": "Anna", "dishes": ["soup", "pie"], "set": ["a=1", "b="]}),
+        ("soup --set a=1 Anna", {"cook": "soup", "dishes": ("Anna",), "set": ("a=1",)}),
+        ("Anna soup --set a=1 --set b= pie", {"cook": "Anna", "dishes": ("soup", "pie"), "set": ("a=1", "b=")}),
     ],
 )
 def test_words_stand_between_flags(line: str, given: dict[str, Any]) -> None:
     assert Parser("", Kitchen).read_flags(line.split()) == given
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, ()),
+        ("freeze.py", ("freeze.py",)),
+        (Path("freeze.py"), ("freeze.py",)),
+        (["freeze.py:Freeze(num_epochs=2)", "watch.py"], ("freeze.py:Freeze(num_epochs=2)", "watch.py")),
+        ({"freeze.py:Freeze": {"num_epochs": 2}, "watch.py": {}}, ("freeze.py:Freeze(num_epochs=2)", "watch.py")),
+        (
+            {"package.module": {"names": ["it's"], "by": {"a": None}}},
+            ("package.module(names=[\"it's\"], by={'a': None})",),
+        ),
+        ("/my(copy)/a.py:Of(text='x(y)')", ("/my(copy)/a.py:Of(text='x(y)')",)),
+    ],
+)
+def test_references_keep_their_arguments_in_every_form(value: Any, expected: tuple[str, ...]) -> None:
+    assert references_of(value) == expected
+    if isinstance(value, dict):
+        assert dict(map(split_call, expected)) == value
+
+
+def test_a_parenthesis_in_a_path_begins_no_arguments() -> None:
+    assert split_call("/my(copy)/a.py:Of(text='x(y)')") == ("/my(copy)/a.py:Of", {"text": "x(y)"})
+    assert split_call("/my (copy)/a.py") == ("/my (copy)/a.py", {})
+
+
+NO_ARGUMENTS, NO_REFERENCE = "arguments must be NAME=VALUE, and values numbers, strings", "must be FILE.py:NAME, a list"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("a.py:F(1)", NO_ARGUMENTS),
+        ("a.py:F(x=y)", NO_ARGUMENTS),
+        ("a.py:F(**{})", NO_ARGUMENTS),
+        ("a.py:F(1) + f(2)", NO_ARGUMENTS),
+        ({"a.py": {"x": float("inf")}}, NO_ARGUMENTS),
+        ({"a.py": {"x y": 1}}, NO_ARGUMENTS),
+        (5, NO_REFERENCE),
+        ([3], NO_REFERENCE),
+        ({"a.py": 3}, NO_REFERENCE),
+        ({3: {}}, NO_REFERENCE),
+    ],
+)
+def test_wrong_references_are_one_line(value: Any, said: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        build(TrainConfig, {"callback": value})
+    assert str(raised.value).startswith("--callback ")
+    assert said in str(raised.value)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from mnist_ray.config import shown
 from mnist_ray.data.data import Blocks, Splits
 from mnist_ray.data.digests import digests_of
-from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import UsageError
+from mnist_ray.job import rules
 from mnist_ray.job.job import Job
 from mnist_ray.text import count
 
@@ -22,19 +21,14 @@ def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) 
     """
     num_train, largest = len(data.train), max(batch_sizes or [job.train.batch_size])
     notes = _check_same_data(job, data)
-    if isinstance(data.train.examples, Streamed) and job.train.num_steps is None:
-        raise UsageError(f"{type(job.workload).__name__} trains on a stream without a length: set --num-steps")
-    if (weights := data.train.weights) is not None and not weights.any():
-        raise UsageError("Data(weights=…): the examples to train on all have weight 0")
     if largest > num_train:
         notes += _check_batch_size(job, num_train, largest, is_of_sweep=len(batch_sizes) > 0)
-        if job.train.batch_size > num_train:
-            job = job.with_values({"batch_size": num_train})
     with_largest = dataclasses.replace(job.train, batch_size=min(largest, num_train))
-    min_steps = with_largest.total_steps(num_train)
-    if job.train.warmup_steps >= min_steps:
-        raise UsageError(f"warmup_steps {job.train.warmup_steps:,} must be below the {min_steps:,} steps of the run")
-    notes += [*_check_streams(job, data.train.examples), *_check_early_stop(job, len(data.validation))]
+    rules.check(dataclasses.replace(job, train=with_largest), data)
+    rules.check_used([job], job.given, data)
+    if job.train.batch_size > num_train:
+        job = job.with_values({"batch_size": num_train})
+    notes += [*_notes_on_streams(job, data.train.examples), *_notes_on_early_stop(job)]
     return dataclasses.replace(job, notes=(*job.notes, *notes))
 
 
@@ -47,31 +41,17 @@ def _check_batch_size(job: Job, num_train: int, largest: int, *, is_of_sweep: bo
     return [f"batch size {num_train:,}, not {largest:,}: there are only {there}"]
 
 
-def _check_streams(job: Job, examples: object) -> list[str]:
-    """Return a note if there are fewer blocks than streams. Raises UsageError if there are too few."""
-    if not isinstance(examples, Blocks):
-        for name in sorted(job.given & {"num_streams", "read_ahead_mib"}):
-            raise UsageError(f"{shown(name)} has no effect: the data are not in blocks; leave it out")
+def _notes_on_streams(job: Job, examples: object) -> list[str]:
+    """Return a note if there are fewer blocks than streams."""
+    if not isinstance(examples, Blocks) or len(examples.sizes) >= job.train.num_streams:
         return []
-    if job.train.reproducible_chunks not in (None, job.train.num_streams):
-        raise UsageError("--reproducible: data in blocks need num_streams and num_chunks to be equal")
     streams = f"{count(job.train.num_streams, 'stream')} of blocks (num_streams)"
-    if (job.workers.num_workers or 1) > job.train.num_streams:
-        raise UsageError(f"--num-workers {job.workers.num_workers} is more than the {streams}")
-    if len(examples.sizes) >= job.train.num_streams:
-        return []
     return [f"{count(len(examples.sizes), 'block')} for {streams}: some are read twice; write smaller ones"]
 
 
-def _check_early_stop(job: Job, num_validation: int) -> list[str]:
-    """Return a note if the learning rate may not come down. Raises UsageError without validation."""
-    if job.train.early_stopping_patience is None:
-        return []
-    if num_validation == 0:
-        raise UsageError(
-            "--early-stopping-patience needs validation; leave --validation-size 0 and --overfit-batches out"
-        )
-    if job.train.lr_schedule == "constant":
+def _notes_on_early_stop(job: Job) -> list[str]:
+    """Return a note if the learning rate may not come down."""
+    if job.train.early_stopping_patience is None or job.train.lr_schedule == "constant":
         return []
     said = f"the {job.train.lr_schedule} schedule spans all epochs: if training stops early, the learning rate has"
     return [f"{said} not come down; --lr-schedule constant avoids that"]

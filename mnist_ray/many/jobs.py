@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from mnist_ray import settings
 from mnist_ray.cluster.environment import prepared
-from mnist_ray.config import SweepConfig, TrainConfig, shown
+from mnist_ray.config import SweepConfig
 from mnist_ray.data.data import Data, Splits
 from mnist_ray.errors import UsageError
+from mnist_ray.job import rules
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.job.job_data import check_against_data
 from mnist_ray.job.session import Clock, Session, console_of, ending_explained, opened
@@ -21,7 +21,6 @@ from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import Given
 from mnist_ray.signals import take_signals
 from mnist_ray.text import count
-from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, splits_for
 
 _MANY_FOLDS = 20
@@ -40,26 +39,13 @@ def read_sweep(given: Given | None = None) -> Many:
     space = space_of(type(job.workload), job.asked, fixed=job.given)
     many = Many(job, space, config)
     jobs = [job.with_values(dict(each)) for each in many.configurations]  # raises if settings contradict each other
-    _check_used(job, space.spaces, [each.train for each in jobs])
+    rules.check_used(jobs, {*space.spaces, *job.given})
     many.table()  # raises if it is damaged
     return many
 
 
 def _with_workers_of_many(job: Job) -> Job:
     return dataclasses.replace(job, workers=job.workers.of_many)
-
-
-def _check_used(job: Job, searched: Given, trials: Sequence[TrainConfig]) -> None:
-    """Raise UsageError if a searched or given setting has no effect in any trial."""
-    unused = set[str]()
-    if type(job.workload).create_optimizer is Workload.create_optimizer:
-        unused = set.intersection(*(train.unused for train in trials))
-    if not any(train.reproducible for train in trials):
-        unused |= {"num_chunks"}
-    if job.train.is_several and job.asked.get("num_confirmed"):
-        unused |= {"num_confirmed"}
-    for name in sorted(unused & {*searched, *job.given}):
-        raise UsageError(f"{shown(name)} has no effect: no trial uses it; leave it out")
 
 
 def check_data(many: Many, data: Splits) -> Many:

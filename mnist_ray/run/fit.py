@@ -244,6 +244,6 @@ def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
         console.say("extras", "; ".join(groups))
     if plan.must_scale_up:
         console.say("note", "this check cannot tell whether the cluster can start nodes for these workers")
-    for place, values in job.layers.decided():
+    for place, values in job.by_place.items():
         console.say("settings", f"{format_settings(values)} (from {place})")
     console.say("check", "this job would run")

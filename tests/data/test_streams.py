@@ -195,7 +195,6 @@ def test_a_run_on_a_stream_that_ends_begins_it_again_says_so_and_resumes_to_the_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_steps": None}, "Misused trains on a stream without a length: set --num-steps"),
         ({"validation_size": 5}, "nothing can be held out from a stream; give Data.validation instead"),
         ({"limit": 0.5}, "--limit and --overfit-batches do not work with a stream"),
         ({"overfit_batches": 1}, "--limit and --overfit-batches do not work with a stream"),

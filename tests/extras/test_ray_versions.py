@@ -1,8 +1,6 @@
 import pytest
 
 from mnist_ray import ray_versions
-from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import UsageError
 
 
 @pytest.fixture
@@ -16,22 +14,6 @@ def version(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_versions_are_compared_as_numbers(version: list[str]) -> None:
     for version[0], is_later in {"2.51.2": True, "2.51.0rc1": True, "2.9.3": False, "3.0.0.dev0": True}.items():
         assert ray_versions.is_at_least("2.51") == is_later
-
-
-@pytest.mark.parametrize(
-    ("config", "since"),
-    [(WorkerConfig(min_workers=1), "2.55"), (WorkerConfig(label_selector=("market=spot",)), "2.53")],
-)
-def test_a_flag_that_this_ray_cannot_do_is_one_line_with_the_version_that_can(
-    config: WorkerConfig, since: str, version: list[str]
-) -> None:
-    for version[0] in (since + ".0", "2.61.0"):
-        ray_versions.check_workers(config)
-    version[0] = "2.52.1"
-    ray_versions.check_workers(WorkerConfig())
-    said = rf"^--set (min_workers|label_selector) needs Ray {since} or later, not 2\.52\.1; leave it out, or"
-    with pytest.raises(UsageError, match=said):
-        ray_versions.check_workers(config)
 
 
 def test_an_older_ray_knows_of_no_preemption(version: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,7 +329,10 @@ MOMENTUM, RATE = "momentum=0.5,0.9", "learning_rate=0.1,0.2"
             "warmup_steps: one-cycle has its own warm-up",
         ),
         ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not work with --compile"),
-        ({"sweep": [MOMENTUM], "optimizer": "adam"}, "--set momentum has no effect: no trial uses it; leave it out"),
+        (
+            {"sweep": [MOMENTUM], "optimizer": "adam"},
+            "--set momentum has no effect: adam does not use it",
+        ),
         ({"sweep": [RATE], "optimizer": "adam", "momentum": 0.5}, "--set momentum has no effect"),
         ({"sweep": ["num_chunks=4,8"]}, "--set num_chunks has no effect"),
         ({"num_seeds": 3, "num_confirmed": 2}, "--num-confirmed has no effect"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mnist_ray.checkpoints.saved_model import read_weights
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError
 from tests.conftest import Flags, folder_at, run_main
 
 CUSTOM = """\
@@ -65,19 +65,6 @@ def test_an_optimizer_that_cannot_take_parts_of_tensors_is_one_line(quick: Flags
         JobError, match=r"DTensor.*custom\.py, line 7.*; with --strategy fsdp, use each tensor's to_loc"
     ):
         run_main("train", *quick(num_workers=2, strategy="fsdp", workload=tmp_path / "custom.py"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"reproducible": ""}, "--reproducible adds up whole gradients in a fixed order; use --strategy ddp"),
-        ({"compile": ""}, "--strategy fsdp does not work with --compile"),
-    ],
-)
-def test_what_does_not_go_with_sharding_is_refused(quick: Flags, flags: dict[str, str], message: str) -> None:
-    given = [text for text in quick(num_workers=2, strategy="fsdp", **flags) if text]
-    with pytest.raises(UsageError, match=message):
-        run_main("train", *given)
 
 
 @pytest.mark.usefixtures("ray_address")

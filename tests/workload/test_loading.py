@@ -12,7 +12,8 @@ import pytest
 from ray import cloudpickle
 
 from mnist_ray.errors import UsageError
-from mnist_ray.settings import Parser, build
+from mnist_ray.flags import Parser
+from mnist_ray.settings import build
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Workload
 from mnist_ray.workload.base import create

@@ -1,0 +1,149 @@
+"""The flags of a command, made from its settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mnist_ray.errors import UsageError
+from mnist_ray.settings import Given, Setting, declared, flag
+from mnist_ray.text import did_you_mean, redact
+
+UNSET = argparse.SUPPRESS  # a flag that is not given leaves no value
+_WORDS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  # for a flag's value in the help
+_NOTHING: Given = {}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with a flag for each setting of some classes. It reports errors in one line.
+
+    ``--help`` shows ``defaults`` instead of the settings' own, and the flags in ``first`` before the others.
+    ``metavars``: words for values that the declarations lack.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        *classes: type,
+        defaults: Given = _NOTHING,
+        metavars: Given = _NOTHING,
+        first: Sequence[str] = (),
+        add_help: bool = True,
+    ) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, add_help=add_help)
+        self._settings = declared(*classes)
+        groups: dict[str, Any] = {"Options": self}  # beside --help
+        title_by_name = {name: title_of(one) for one in classes for name in declared(one)}
+        others = sorted(self._settings, key=lambda name: not self._settings[name].word)
+        for name in dict.fromkeys([*first, *others]):
+            about, title = self._settings[name], "Most used" if name in first else title_by_name[name]
+            if not about.has_flag:
+                continue
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            form = _form_of(about) | ({"metavar": metavars[name]} if name in metavars else {})
+            help_text = _help_with(about, defaults.get(name, about.default)).replace("%", "%%")
+            groups[title].add_argument(name if about.word else flag(name), default=UNSET, help=help_text, **form)
+        rare = [name for name, about in self._settings.items() if not about.has_flag]
+        if "set" not in self._settings:
+            set_help = f"set a setting by its name; these have no flag: {', '.join(rare)}" if rare else UNSET
+            self.add_argument("--set", metavar="NAME=VALUE", action="append", default=UNSET, help=set_help)
+
+    def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return the given flags, after checking them. Raises UsageError."""
+        values, unknown = self.read_known(arguments)
+        if unknown:
+            wrong = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+            for name, about in self._settings.items():
+                if not about.has_flag and wrong in (flag(name), flag(f"no_{name}")):
+                    self.error(f"{wrong} is no flag; use --set {name}=VALUE, or a settings file")
+            known = [text for action in self._actions for text in action.option_strings]
+            known += [f"--set {name}" for name in self._settings]
+            meant = did_you_mean(wrong, known) if wrong else ""
+            if wrong and not meant and "set" in self._settings:
+                meant = "; change a workload's setting by --set NAME=VALUE"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return {
+            name: self._settings[name].checked(value) if name in self._settings else value
+            for name, value in values.items()
+        }
+
+    def read_known(self, arguments: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+        """Return the given flags that this parser knows, and the other words. Raises UsageError."""
+        found, unknown = self.parse_known_intermixed_args(arguments)
+        values = {name: self._parsed(name, value) for name, value in vars(found).items()}
+        for text in () if "set" in self._settings else values.pop("set", ()):
+            name, value = setting_in(text)
+            if name in self._settings:
+                values[name] = value
+            else:
+                unknown.append(f"--set {text}")
+        return values, unknown
+
+    def _parsed(self, name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._parsed(name, text) for text in value]
+        return self._settings[name].parsed(value) if name in self._settings and isinstance(value, str) else value
+
+    def format_help(self) -> str:
+        """Return the help; its usage names only what is no flag."""
+        words = []
+        for action in self._actions:
+            if not action.option_strings:
+                may_lack = getattr(action, "save_nargs", action.nargs)  # argparse parses in two steps
+                words.append(f"[{action.metavar}]" if may_lack else str(action.metavar))
+        self.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line, not the whole usage, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
+
+
+def setting_in(text: str) -> tuple[str, Any]:
+    """Return the name and the value of ``NAME=VALUE``; lists and ``true`` are written as in JSON. Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text} must be NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):  # no JSON
+        return name, value
+
+
+def peek(*config_classes: type) -> dict[str, Any]:
+    """Return the flags of some classes, not yet checked, before all flags are known. Raises UsageError."""
+    return Parser("", *config_classes, add_help=False).read_known()[0]
+
+
+def title_of(config_class: type) -> str:
+    """Return the title of a class of settings: its docstring up to a colon."""
+    title = (config_class.__doc__ or "").split(":")[0].strip().rstrip(".")
+    # A dataclass without a docstring gets one from Python, such as "Settings(width: int = 32)".
+    return "The workload's settings" if "(" in title else title
+
+
+def _form_of(about: Setting) -> dict[str, Any]:
+    """Return a flag's arguments for ``add_argument``; its values stay texts, for ``Setting.parsed``."""
+    if about.plain is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if about.word:
+        return {"nargs": "*" if about.plain is tuple else "?" if about.may_be_none else None, "metavar": about.word}
+    if about.plain is tuple:
+        several = {"action": "append"} if about.is_repeated else {"action": "extend", "nargs": "+"}
+        return {"metavar": about.metavar or _WORDS[about.item], **several}
+    choices = "{" + ",".join(map(str, about.arguments)) + "}" if about.arguments else ""
+    form = {"metavar": about.metavar or choices or _WORDS[about.plain]}
+    return form if about.bare is None else {**form, "nargs": "?", "const": about.bare}
+
+
+def _help_with(about: Setting, default: Any) -> str:
+    """Return a flag's help with a default, if there is one."""
+    default = about.unset if default is None and about.unset != "none" else default
+    if about.plain is bool or default in (None, (), ""):
+        return about.help
+    return f"{about.help} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"

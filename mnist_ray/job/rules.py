@@ -1,0 +1,279 @@
+"""The rules between settings, and between settings and a workload or its data, as one table.
+
+Errors come from it, and a page of the reference. A setting that has no effect is a mistake, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mnist_ray.config import shown
+from mnist_ray.data.data import Blocks, Splits
+from mnist_ray.data.streamed import Streamed
+from mnist_ray.errors import UsageError
+from mnist_ray.layers import FLAGS
+from mnist_ray.ray_versions import is_at_least, ray_version
+from mnist_ray.settings import values_of
+from mnist_ray.workload.base import Workload
+
+if TYPE_CHECKING:
+    from mnist_ray.job.job import Job
+
+_NO_DATA: Any = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A mistake: what is wrong, and what to do."""
+
+    settings: tuple[str, ...]  # that it reads or, of those without an effect, that it is about
+    is_broken: Callable[[Job, Splits], bool]
+    problem: str  # with {…} for settings and for what ``_facts`` has
+    fix: str
+    when: Literal["settings", "data"] = "settings"  # what must be known: the settings, or the data, too
+    is_about_effect: bool = False  # it only counts for settings that are given with this command or call
+
+
+def _no_effect(settings: Sequence[str], unless: Callable[[Job, Splits], bool], reason: str, **more: Any) -> Rule:
+    """Return the rule that settings have no effect ``unless`` a condition holds."""
+    problem, fix = f"has no effect{reason}", "leave it out"
+    return Rule((*settings,), lambda job, data: not unless(job, data), problem, fix, is_about_effect=True, **more)
+
+
+def _optimizes(name: str) -> Callable[[Job, Splits], bool]:
+    return lambda job, _: _has_own_optimizer(job) or name not in job.train.unused
+
+
+def _has_own_optimizer(job: Job) -> bool:
+    return type(job.workload).create_optimizer is not Workload.create_optimizer
+
+
+def _epochs_come_last(job: Job) -> bool:
+    """Return whether a place that is at least as strong as that of --num-steps asks for epochs."""
+    steps, epochs = job.placed.get("num_steps"), job.placed.get("num_epochs")
+    if job.train.num_steps is None or steps is None or epochs is None:
+        return False
+    return epochs.rank > steps.rank or epochs.place == steps.place == FLAGS
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("num_steps", "num_epochs"),
+        lambda job, _: _epochs_come_last(job),
+        "--num-steps {num_steps} replaces --num-epochs",
+        "leave one of them out, or add --num-steps none",
+    ),
+    Rule(
+        ("validate_every", "num_steps"),
+        lambda job, _: job.train.validate_every is not None and job.train.num_steps is None,
+        "--validate-every needs --num-steps: without it, validation follows each pass",
+        "leave it out, or set --num-steps",
+    ),
+    Rule(
+        ("seed", "num_seeds"),
+        lambda job, _: job.train.seed + job.train.num_seeds > 2**31,
+        "--num-seeds {num_seeds}: the last seed would be above 2,147,483,647",
+        "lower --seed",
+    ),
+    Rule(
+        ("fold", "folds"),
+        lambda job, _: job.train.fold is not None and job.train.fold > (job.train.folds or 0),
+        "--set fold={fold} needs at least as many folds",
+        "set --folds",
+    ),
+    Rule(
+        ("fold", "num_seeds"),
+        lambda job, _: job.train.fold is not None and job.train.num_seeds > 1,
+        "--set fold: each seed of --num-seeds divides the folds anew",
+        "leave one of the two out",
+    ),
+    Rule(
+        ("folds", "overfit_batches"),
+        lambda job, _: job.train.folds is not None and job.train.overfit_batches is not None,
+        "--overfit-batches tests on the training examples",
+        "leave --folds out",
+    ),
+    Rule(
+        ("lr_schedule", "warmup_steps"),
+        lambda job, _: job.train.lr_schedule == "one-cycle" and job.train.warmup_steps > 0,
+        "--set warmup_steps: one-cycle has its own warm-up",
+        "choose another --lr-schedule",
+    ),
+    Rule(
+        ("strategy", "compile"),
+        lambda job, _: job.train.strategy == "fsdp" and job.train.compile,
+        "--strategy fsdp does not work with --compile, which cannot trace how units are gathered",
+        "leave one of them out",
+    ),
+    Rule(
+        ("activation_checkpointing", "compile"),
+        lambda job, _: job.train.activation_checkpointing and job.train.compile,
+        "--set activation_checkpointing does not work with --compile, which cannot trace it",
+        "leave one of them out",
+    ),
+    Rule(
+        ("strategy",),
+        lambda job, _: job.train.strategy == "fsdp" and job.workload.has_unused_parameters,
+        "--strategy fsdp needs all parameters in each step",
+        "call every expert, also on no rows, and leave has_unused_parameters out",
+    ),
+    Rule(
+        ("reproducible", "num_chunks", "num_workers"),
+        lambda job, _: job.train.reproducible and (job.workers.num_workers or 1) > job.train.num_chunks,
+        "--reproducible: {num_workers} workers cannot share the {num_chunks} chunks of a batch",
+        "lower --num-workers, or start a run with more num_chunks",
+    ),
+    Rule(
+        ("reproducible", "use_gpu"),
+        lambda job, _: job.train.reproducible and job.workers.use_gpu == "yes",
+        "--reproducible computes on CPUs only",
+        "leave --use-gpu out",
+    ),
+    Rule(
+        ("reproducible", "strategy"),
+        lambda job, _: job.train.reproducible and job.train.strategy == "fsdp",
+        "--reproducible adds up whole gradients in a fixed order",
+        "use --strategy ddp",
+    ),
+    Rule(
+        ("reproducible", "micro_batch_size"),
+        lambda job, _: job.train.reproducible and job.train.micro_batch_size is not None,
+        "--reproducible computes one chunk at a time",
+        "use --set num_chunks, not --micro-batch-size",
+    ),
+    Rule(
+        ("reproducible", "compile"),
+        lambda job, _: job.train.reproducible and job.train.compile,
+        "--reproducible does not work with --compile, whose kernels may give different bits",
+        "leave one of them out",
+    ),
+    Rule(
+        ("label_selector",),
+        lambda job, _: job.workers.label_selector is not None and not is_at_least("2.53"),
+        "--set label_selector needs Ray 2.53 or later, not {ray}",
+        "leave it out, or upgrade Ray",
+    ),
+    Rule(
+        ("min_workers",),
+        lambda job, _: job.workers.min_workers is not None and not is_at_least("2.55"),
+        "--set min_workers needs Ray 2.55 or later, not {ray}",
+        "leave it out, or upgrade Ray",
+    ),
+    Rule(
+        ("json", "dry_run"),
+        lambda job, _: job.output.json and job.output.dry_run,
+        "--json prints a result, but --dry-run has none",
+        "leave it out",
+    ),
+    _no_effect(
+        (
+            *("min_workers", "placement_strategy", "label_selector", "autoscaling", "max_failures", "fork_workers"),
+            *("plain_ray", "hang_timeout_s", "max_concurrent_trials"),
+        ),
+        lambda job, _: job.workers.num_workers != 0,
+        " with --num-workers 0, which trains without Ray",
+    ),
+    _no_effect(("num_chunks",), lambda job, _: job.train.reproducible, " without --reproducible"),
+    *(
+        _no_effect((name,), _optimizes(name), ": {optimizer} does not use it")
+        for name in ("beta1", "beta2", "momentum")
+    ),
+    _no_effect(
+        ("num_confirmed",),
+        lambda job, _: not job.train.is_several or job.asked.get("num_confirmed") == 0,
+        ": each configuration already has several runs, of --num-seeds or --folds",
+    ),
+    Rule(
+        ("num_steps",),
+        lambda job, data: isinstance(data.train.examples, Streamed) and job.train.num_steps is None,
+        "{workload} trains on a stream without a length",
+        "set --num-steps",
+        when="data",
+    ),
+    Rule(
+        ("limit", "validation_size", "folds", "overfit_batches"),
+        lambda _, data: data.train.weights is not None and not data.train.weights.any(),
+        "Data(weights=…): the examples to train on all have weight 0",
+        "use more of the data, or other weights",
+        when="data",
+    ),
+    Rule(
+        ("warmup_steps", "num_epochs", "num_steps", "batch_size"),
+        lambda job, data: job.train.warmup_steps >= job.train.total_steps(len(data.train)),
+        "--set warmup_steps={warmup_steps} must be below the {steps:,} steps of the run",
+        "lower it",
+        when="data",
+    ),
+    Rule(
+        ("early_stopping_patience", "validation_size", "overfit_batches"),
+        lambda job, data: job.train.early_stopping_patience is not None and len(data.validation) == 0,
+        "--early-stopping-patience needs validation",
+        "leave --validation-size 0 and --overfit-batches out",
+        when="data",
+    ),
+    Rule(
+        ("reproducible", "num_streams", "num_chunks"),
+        lambda job, data: (
+            job.train.reproducible
+            and isinstance(data.train.examples, Blocks)
+            and job.train.num_chunks != job.train.num_streams
+        ),
+        "--reproducible: data in blocks need num_streams ({num_streams}) and num_chunks ({num_chunks}) to be equal",
+        "set both",
+        when="data",
+    ),
+    Rule(
+        ("num_workers", "num_streams"),
+        lambda job, data: (
+            isinstance(data.train.examples, Blocks) and (job.workers.num_workers or 1) > job.train.num_streams
+        ),
+        "--num-workers {num_workers} is more than the {num_streams} streams of blocks (num_streams)",
+        "lower it, or start a run with more num_streams",
+        when="data",
+    ),
+    _no_effect(
+        ("num_streams", "read_ahead_mib"),
+        lambda _, data: isinstance(data.train.examples, Blocks),
+        ": the data are not in blocks",
+        when="data",
+    ),
+)
+
+
+def check(job: Job, data: Splits | None = None) -> None:
+    """Raise UsageError if settings cannot be combined or, with ``data``, do not fit them."""
+    for rule in _rules(data):
+        if not rule.is_about_effect and rule.is_broken(job, data or _NO_DATA):
+            raise UsageError(_text(rule, job, data))
+
+
+def check_used(jobs: Sequence[Job], names: Collection[str], data: Splits | None = None) -> None:
+    """Raise UsageError if one of the named settings has no effect in any of the jobs, such as a sweep's trials."""
+    for rule in _rules(data):
+        if rule.is_about_effect and all(rule.is_broken(job, data or _NO_DATA) for job in jobs):
+            for name in sorted({*rule.settings} & {*names}):
+                raise UsageError(f"{shown(name)} {_text(rule, jobs[0], data)}")
+
+
+def _rules(data: Splits | None) -> list[Rule]:
+    return [rule for rule in RULES if rule.when == ("settings" if data is None else "data")]
+
+
+def _text(rule: Rule, job: Job, data: Splits | None) -> str:
+    """Return what is wrong, which places other than flags have decided it, and what to do."""
+    places = dict[str, list[str]]()
+    for name in rule.settings:
+        if name in job.placed and job.placed[name].place != FLAGS and not rule.is_about_effect:
+            places.setdefault(job.placed[name].place, []).append(name)
+    where = "; ".join(f"{', '.join(names)} from {place}" for place, names in places.items())
+    problem = rule.problem.format_map(_facts(job, data))
+    return f"{problem}{f' ({where})' if where else ''}; {rule.fix}"
+
+
+def _facts(job: Job, data: Splits | None) -> dict[str, Any]:
+    """Return the values that a rule's text may name."""
+    facts = {**job.asked, **values_of(job.train, job.workers), "workload": type(job.workload).__name__}
+    facts |= {"ray": ray_version(), "num_workers": job.workers.num_workers or 1}
+    return facts if data is None else {**facts, "steps": job.train.total_steps(len(data.train))}
