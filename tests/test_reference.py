@@ -16,7 +16,7 @@ from mnist_ray.settings import declared
 from tests.conftest import ROOT, Digits
 
 SOURCES = [*(ROOT / "mnist_ray").rglob("*.py"), *(ROOT / "ray_fork").rglob("*.py")]
-GIT_FILE = ROOT / "mnist_ray" / "repository.py"  # whose variables are those of git's process
+GIT_FILE = ROOT / "mnist_ray" / "provenance.py"  # whose variables are those of git's process
 OTHER_CONSTANTS = {
     "ENABLE_RAY_CLUSTER",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",

@@ -19,8 +19,8 @@ from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
 from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
+from mnist_ray.provenance import Repository, state_of
 from mnist_ray.report.console import RunConsole
-from mnist_ray.repository import Repository, state_of
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.text import size_of

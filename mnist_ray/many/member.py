@@ -21,8 +21,8 @@ from mnist_ray.job.session import Clock, Session
 from mnist_ray.many.points import Point
 from mnist_ray.many.rungs import Segment
 from mnist_ray.many.table import Many
+from mnist_ray.provenance import Repository
 from mnist_ray.report.console import RunConsole
-from mnist_ray.repository import Repository
 from mnist_ray.run.failures import code_failures_placed
 from mnist_ray.run.fit import train_run
 from mnist_ray.training.events import Event, Saved

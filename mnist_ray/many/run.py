@@ -28,7 +28,7 @@ from mnist_ray.many.table import Many, Table
 from mnist_ray.output import finite
 from mnist_ray.provenance import origin
 from mnist_ray.record.header import say_plan
-from mnist_ray.record.recorder import known_repository, logs_named, write_settings
+from mnist_ray.record.recorder import logs_named, write_settings
 from mnist_ray.report import page
 from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.intervals import mean_interval
@@ -72,7 +72,7 @@ def _train_all(session: Session, plan: WorkerPlan, many: Many, data: Data) -> Ta
         many,
         plan,
         session.cluster,
-        known_repository(session),
+        session.repository.result(),
         session.own_unused,
         tuple(sys.argv),
         ray.put(data) if are_stored else None,  # else, each process loads them

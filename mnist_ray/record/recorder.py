@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import wait
 from datetime import datetime
 from typing import Any
 
@@ -27,7 +25,6 @@ from mnist_ray.record.header import say_plan
 from mnist_ray.record.history import History
 from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.report.run_files import FORMAT_VERSION
-from mnist_ray.repository import TIME_LIMIT_S, Repository
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
@@ -100,18 +97,10 @@ def write_settings(session: Session, plan: WorkerPlan, settings: Mapping[str, An
             "data_name": session.data.name,
             "data": digests_of(session.data),
             "unused_settings": sorted(session.unused),
-            "repository": dataclasses.asdict(repository) if (repository := known_repository(session)) else None,
+            "repository": session.repository.result(),
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
     if_ended(f"; to resume: {job.resume_with}")
-
-
-def known_repository(session: Session) -> Repository | None:
-    """Return the state of the repository of the user's code; waits for git, but not for long."""
-    wait([session.repository], 2 * TIME_LIMIT_S)
-    if session.repository.done():
-        return session.repository.result()
-    return Repository(folder=str(session.job.workload.source.place), note="git does not end")
 
 
 class Recorder:

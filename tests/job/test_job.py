@@ -20,8 +20,8 @@ from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job, resume_command
 from mnist_ray.job.session import Clock, Session, ending_explained, opened
+from mnist_ray.provenance import Repository
 from mnist_ray.record.recorder import write_settings
-from mnist_ray.repository import Repository
 from mnist_ray.runs import untrusted_folders
 from mnist_ray.settings import declared, json_lines
 from mnist_ray.storage import RunFolder
