@@ -79,7 +79,7 @@ def predict(model: ModelConfig, output: config.PredictionConfig, scale: config.S
     with environment.prepared(workers, "mnist_ray.predictions.at_scale") as forking:
         from mnist_ray.predictions.at_scale import predict_at_scale
 
-        return predict_at_scale(api.find(**values_of(model)), scale, output.threshold, forking)
+        return predict_at_scale(api.find(**values_of(model)), scale, forking)
 
 
 def view(choice: config.ViewConfig, changes: ChangesConfig) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 from pyarrow import parquet as pq
@@ -19,24 +16,19 @@ from mnist_ray.data.columns import REMEDY, arrays_of, check_kinds
 from mnist_ray.data.files import files_at, folder_of
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.predictions.predictor import PICTURES, Kind, Predictor, kind_of
-from mnist_ray.storage import RunFolder
-from mnist_ray.text import size_of
 from mnist_ray.workload.base import Workload
 
+TABLES = "Parquet"
 # The endings of the files of each kind.
-_ENDINGS: dict[str, tuple[str, ...]] = {"pictures": PICTURES, "texts": (".txt",), "Parquet": (".parquet",)}
+_ENDINGS: dict[str, tuple[str, ...]] = {"pictures": PICTURES, "texts": (".txt",), TABLES: (".parquet",)}
 _ADDED = ("prediction", "probability", "probabilities")  # the columns of predictions
 _GROUP = 1000  # pictures or texts whose predictions one file has
 _AT_ONCE = 256  # rows
-_VALUES = (  # kinds of columns that are pictures or texts, not numbers
-    *(pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string),
-)
 _DAMAGE = (pa.ArrowException, EOFError, FileNotFoundError, UsageError, ValueError)
-_MAX_BYTES = 2**26  # of a picture or a text
-_FITS: dict[Kind, tuple[Callable[[Any], bool], ...]] = {  # values of the input's column; the first kind found is taken
-    "pictures": (lambda value: isinstance(value, (bytes, dict)), lambda value: isinstance(value, (list, np.ndarray))),
-    "texts": (lambda value: isinstance(value, str),),
-    "arrays": (lambda value: isinstance(value, (list, np.ndarray)), lambda value: _may_be_number(value)),
+_FITS: dict[Kind, tuple[str, ...]] = {  # what the input's column may hold; the first of these that is found is taken
+    "pictures": ("pictures", "arrays"),
+    "texts": ("texts",),
+    "arrays": ("arrays", "numbers"),
 }
 
 
@@ -64,52 +56,48 @@ class Inputs:
 
     def chunks(self, part: str, files: Sequence[str], predictor: Predictor) -> Iterator[Chunk]:
         """Read a part, some rows at a time. Raises DamagedTableError, and STORAGE_ERRORS."""
-        first = 1
-        if self.kind != "Parquet":
+        if self.kind != TABLES:
             for start in range(0, len(files), _AT_ONCE):
                 some = files[start : start + _AT_ONCE]
                 yield Chunk(pa.table({"file": some}), [self._input_in(file, predictor) for file in some], some)
             return
+        first = 1
         for rows in self._tables(part):
-            inputs = self._inputs_of(rows, predictor)
-            yield Chunk(rows, inputs, [f"{part}, row {first + row}" for row in range(len(inputs))])
-            first += len(inputs)
+            yield Chunk(rows, self._inputs_of(rows, predictor), [f"{part}, row {first + n}" for n in range(len(rows))])
+            first += len(rows)
 
-    def first_row(self) -> dict[str, Any]:
-        """Return the first row of a table. Raises UsageError if no table has one that can be read."""
+    def schema(self) -> pa.Schema:
+        """Return the columns of the first table that can be read. Raises UsageError if there is none."""
         for part in self.parts:
             with contextlib.suppress(DamagedTableError):
-                for rows in self._tables(part):
-                    for row in rows.slice(0, 1).to_pylist():
-                        return dict(row)
-        raise UsageError(f"the {self.kind} files in {self.folder} have no rows that can be read")
+                return next(self._tables(part)).schema
+        raise UsageError(f"none of the Parquet files in {self.folder} can be read")
 
-    def num_predicted(self, folder: RunFolder, part: str) -> int:
-        """Return how many rows a part's predictions have. Raises DamagedTableError, and STORAGE_ERRORS."""
-        written = dataclasses.replace(self, filesystem=folder.filesystem, folder=folder.path)
-        with written._opened(part) as file:
-            return int(pq.read_metadata(file).num_rows)
+    def _tables(self, part: str) -> Iterator[pa.Table]:
+        """Yield the rows of a Parquet file; of an empty one, no rows with the file's columns.
 
-    @contextlib.contextmanager
-    def _opened(self, part: str) -> Iterator[Any]:
-        """Open a Parquet file. Raises DamagedTableError for it, and STORAGE_ERRORS if the storage fails."""
-        path = posixpath.join(self.folder, part)
+        Raises DamagedTableError, and OSError if the storage fails or Arrow cannot decompress the file.
+        """
         try:
-            with self.filesystem.open_input_file(path) as file:
-                yield file
-        except (*_DAMAGE, OSError) as error:
-            if not isinstance(error, _DAMAGE):  # Arrow's decompression raises such an error, too
-                with self.filesystem.open_input_stream(path, compression=None) as stream:
-                    while stream.read(2**20):
-                        pass
+            with self.filesystem.open_input_file(posixpath.join(self.folder, part)) as handle:
+                # Otherwise, it would read a whole row group at once.
+                file = pq.ParquetFile(handle, buffer_size=2**20, pre_buffer=False)
+                check_kinds(file.schema_arrow)
+                names = file.schema_arrow.names
+                if missing := [name for name in self.columns if name not in names]:
+                    raise UsageError(f"it has no column {missing[0]}")
+                if doubled := [name for name in names if names.count(name) > 1 or (self.columns and name in _ADDED)]:
+                    raise UsageError(f"it has several columns {doubled[0]}, or one that predictions add: rename it")
+                if file.metadata.num_rows == 0:
+                    yield file.schema_arrow.empty_table()
+                yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(_AT_ONCE))
+        except _DAMAGE as error:
             raise DamagedTableError(f"the file cannot be read: {first_line(error)}") from error
 
     def _input_in(self, file: str, predictor: Predictor) -> Any:
         try:
             with self.filesystem.open_input_stream(posixpath.join(self.folder, file)) as stream:
-                content = bytes(stream.read(_MAX_BYTES + 1))
-            if len(content) > _MAX_BYTES:
-                return JobError(f"has more than {size_of(_MAX_BYTES)}")
+                content = stream.read()
             return predictor.decode(content.decode("utf-8") if self.kind == "texts" else content)
         except (FileNotFoundError, PermissionError) as error:
             return JobError(f"cannot be read: {error.strerror or 'it does not exist'}")
@@ -118,25 +106,12 @@ class Inputs:
         except JobError as error:
             return error
 
-    def _tables(self, part: str) -> Iterator[pa.Table]:
-        """Yield the rows of a Parquet file; first no rows, with the file's columns. Raises like ``_opened``."""
-        with self._opened(part) as handle:
-            # Otherwise, it would read a whole row group at once.
-            file = pq.ParquetFile(handle, buffer_size=2**20, pre_buffer=False)
-            check_kinds(file.schema_arrow)
-            names = file.schema_arrow.names
-            if missing := [name for name in self.columns if name not in names]:
-                raise UsageError(f"it has no column {missing[0]}")
-            if doubled := [name for name in names if names.count(name) > 1 or (self.columns and name in _ADDED)]:
-                raise UsageError(f"it has several columns {doubled[0]}, or one that predictions add: rename it")
-            yield pa.Table.from_batches([], file.schema_arrow)
-            yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(_AT_ONCE))
-
     def _inputs_of(self, rows: pa.Table, predictor: Predictor) -> list[Any]:
+        """Return the input of each row; a JobError for a row that has none."""
         if len(rows) == 0:
             return []
-        if any(is_kind(rows.schema.field(self.columns[0]).type) for is_kind in _VALUES):
-            return [self._input_of(row, predictor) for row in rows.select(self.columns).to_pylist()]
+        if _held_by(rows.schema.field(self.columns[0]).type) in ("pictures", "texts"):
+            return [_decoded(row, predictor) for row in rows.select(self.columns).to_pylist()]
         try:
             return [*arrays_of(rows, [*self.columns, self.columns[-1]]).inputs]
         except UsageError as error:
@@ -144,12 +119,13 @@ class Inputs:
                 return [JobError(str(error).removesuffix(f"; {REMEDY}"))]
             return [each for row in range(len(rows)) for each in self._inputs_of(rows.slice(row, 1), predictor)]
 
-    def _input_of(self, row: dict[str, Any], predictor: Predictor) -> Any:
-        values = [row[name] for name in self.columns]
-        try:
-            return predictor.decode(values if len(values) > 1 else values[0])
-        except JobError as error:
-            return error
+
+def _decoded(row: dict[str, Any], predictor: Predictor) -> Any:
+    values = [*row.values()]
+    try:
+        return predictor.decode(values if len(values) > 1 else values[0])
+    except JobError as error:
+        return error
 
 
 def find_inputs(place: str, workload: Workload, columns: Sequence[str]) -> Inputs:
@@ -158,54 +134,64 @@ def find_inputs(place: str, workload: Workload, columns: Sequence[str]) -> Input
     ``columns``: those of a table that hold the input; if there are none, the workload's ``column_names`` or, without
     them, the only one that fits.
     """
-    takes, name = kind_of(workload), type(workload).__name__
-    known = tuple(workload.metadata.get("column_names", ()))
-    if known and columns and sorted(columns) != sorted(known):
-        raise UsageError(f"--column: {name} takes the columns {', '.join(known)}; name all of them, or none")
     filesystem, paths = files_at(place, sum(_ENDINGS.values(), ()), "picture, text or Parquet")
     by_kind = {kind: [path for path in paths if path.lower().endswith(endings)] for kind, endings in _ENDINGS.items()}
-    usable = [kind for kind, found in by_kind.items() if found and kind in (takes, "Parquet")]
+    kind = _kind_in(by_kind, place, workload)
+    folder = folder_of(by_kind[kind])
+    files = [posixpath.relpath(path, folder) for path in by_kind[kind]]
+    if kind == TABLES:
+        parts = {file: [file] for file in files}
+        schema = Inputs(filesystem, folder, kind, (), parts).schema()
+        return Inputs(filesystem, folder, kind, _columns_in(schema, place, workload, columns), parts)
+    if columns:
+        raise UsageError(f"--column is for tables, but {place} has {kind}")
+    groups = [files[start : start + _GROUP] for start in range(0, len(files), _GROUP)]
+    return Inputs(filesystem, folder, kind, (), {f"part-{n:05}.parquet": group for n, group in enumerate(groups)})
+
+
+def _kind_in(by_kind: dict[str, list[str]], place: str, workload: Workload) -> str:
+    """Return the only kind of files that a workload can take. Raises UsageError if there is none, or several."""
+    usable = [kind for kind, found in by_kind.items() if found and kind in (kind_of(workload), TABLES)]
     if not usable:
-        found = " and ".join(kind for kind, found in by_kind.items() if found)
-        others = f"{found}; choose another run with --run" if found else "other files; rewrite tables as Parquet"
-        raise UsageError(f"{name} takes {takes}, but {place} has only {others}")
+        takes = "" if kind_of(workload) == "arrays" else f"{kind_of(workload)} or "
+        raise UsageError(f"{place} has only files that {type(workload).__name__} cannot take: give {takes}Parquet")
     if len(usable) > 1:
         pattern = f"{place.rstrip('/')}/*{_ENDINGS[usable[0]][0]}"
         raise UsageError(f"{place} has {' and '.join(usable)}: choose by a pattern, such as '{pattern}'")
-    (kind,) = usable
-    folder = folder_of(by_kind[kind])
-    files = [posixpath.relpath(path, folder) for path in by_kind[kind]]
-    if kind != "Parquet":
-        if columns:
-            raise UsageError(f"--column is for tables, but {place} has {kind}")
-        groups = [files[start : start + _GROUP] for start in range(0, len(files), _GROUP)]
-        return Inputs(filesystem, folder, kind, (), {f"part-{n:05}.parquet": group for n, group in enumerate(groups)})
-    inputs = Inputs(filesystem, folder, kind, (), {file: [file] for file in files})
-    row = inputs.first_row()
-    if taken := [each for each in _ADDED if each in row]:
+    return usable[0]
+
+
+def _columns_in(schema: pa.Schema, place: str, workload: Workload, given: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of a table that hold the input, in the model's order. Raises UsageError."""
+    takes, name = kind_of(workload), type(workload).__name__
+    known = tuple(workload.metadata.get("column_names", ()))
+    if taken := [each for each in _ADDED if each in schema.names]:
         raise UsageError(f"{place} already has a column {taken[0]}: rename it")
-    columns = known or tuple(columns)
-    if unknown := [column for column in columns if column not in row]:
-        raise UsageError(f"{place} has no column {unknown[0]}, only {', '.join(row)}")
-    chosen = columns or (_column_of(row, takes, f"{place}: {name} takes {takes}"),)
-    return Inputs(filesystem, folder, kind, chosen, inputs.parts)
-
-
-def _column_of(row: dict[str, Any], takes: Kind, where: str) -> str:
-    for fits in _FITS[takes]:
-        found = [name for name, value in row.items() if fits(value)]
+    if known and given and sorted(given) != sorted(known):
+        raise UsageError(f"--column: {name} takes the columns {', '.join(known)}; name all of them, or none")
+    columns = known or tuple(given)
+    if unknown := [column for column in columns if column not in schema.names]:
+        raise UsageError(f"{place} has no column {unknown[0]}, only {', '.join(schema.names)}")
+    if columns:
+        return columns
+    for held in _FITS[takes]:
+        found = [field.name for field in schema if _held_by(field.type) == held]
         if len(found) == 1:
-            return found[0]
+            return (found[0],)
         if found:
-            raise UsageError(f"{where}, and several columns fit ({', '.join(found)}): choose with --column")
-    raise UsageError(f"{where}, and no column fits: {', '.join(f'{k} ({type(v).__name__})' for k, v in row.items())}")
+            several = f"several columns fit ({', '.join(found)}): choose with --column"
+            raise UsageError(f"{place}: {name} takes {takes}, and {several}")
+    there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise UsageError(f"{place}: {name} takes {takes}, and no column fits: {there}")
 
 
-def _may_be_number(value: Any) -> bool:
-    """Return whether a column with this value in its first row may hold numbers; there, it may be missing."""
-    if value is None:
-        return True
-    try:
-        return not isinstance(value, bool) and math.isfinite(value)
-    except (TypeError, OverflowError):
-        return False
+def _held_by(kind: pa.DataType) -> str:
+    """Return what a column of this type holds."""
+    types = pa.types
+    if types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+        return "pictures"
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "texts"
+    if isinstance(kind, pa.BaseExtensionType) or types.is_nested(kind):
+        return "arrays"
+    return "numbers" if types.is_integer(kind) or types.is_floating(kind) else "others"

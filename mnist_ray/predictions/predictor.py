@@ -159,19 +159,19 @@ class Predictor:
         A ``Classification`` adds ``probabilities``, (N, classes) in the order of its classes. A ``Regression`` and a
         language model have only ``prediction``. Raises UsageError.
         """
-        best, probabilities = list[tuple[Any, float]](), list[np.ndarray]()
-        for _, tops, outputs in self._computed(inputs):
+        has_classes = type(self.workload).top_predictions is Classification.top_predictions
+        classes = getattr(self.workload, "class_names", []) if has_classes else []
+        best, probabilities = list[tuple[Any, float]](), [np.empty((0, len(classes)), np.float32)]
+        for batch, tops, outputs in self._computed(inputs):
             best += [top[0] for top in tops]
-            if self._inherits(Classification):
-                probabilities.append(outputs.softmax(1)[: len(tops)].cpu().numpy())
-        columns = {"prediction": _column([prediction for prediction, _ in best], [0.0])}
-        if self.takes == "texts" or self._inherits(Regression):
-            return columns
-        columns["probability"] = np.array([probability for _, probability in best], np.float32)
-        if isinstance(self.workload, Classification) and self._inherits(Classification):
-            names = self.workload.class_names
-            columns["prediction"] = _column([prediction for prediction, _ in best], names)
-            columns["probabilities"] = np.concatenate([np.empty((0, len(names)), np.float32), *probabilities])
+            if has_classes:
+                probabilities.append(outputs.softmax(1)[: len(batch)].cpu().numpy())
+        alike = classes or ([""] if self.takes == "texts" else [0.0])
+        columns = {"prediction": _column([prediction for prediction, _ in best], alike)}
+        if self.takes != "texts" and not isinstance(self.workload, Regression):
+            columns["probability"] = np.array([probability for _, probability in best], np.float32)
+        if has_classes:
+            columns["probabilities"] = np.concatenate(probabilities)
         return columns
 
     def read(self, file: Path | Image.Image) -> Prediction:
@@ -181,10 +181,6 @@ class Predictor:
             return Prediction(name, self.decode(file))
         except JobError as error:
             return Prediction(name, error=str(error))
-
-    def _inherits(self, base: type[Workload]) -> bool:
-        """Return whether the predictions are those of ``base``."""
-        return type(self.workload).top_predictions is base.top_predictions
 
     def _computed(self, inputs: Iterable[Any]) -> Iterator[tuple[list[Any], list[Any], Any]]:
         """Yield batches of inputs with the top predictions for each input, and the model's outputs in fp32."""
