@@ -23,7 +23,7 @@ from before import checked_out, this_version
 from faults import Fault, faulty_copy
 
 TRAINER, STEP = "mnist_ray/training/trainer.py", "mnist_ray/training/step.py"
-METRICS, CADENCE = "mnist_ray/training/metrics.py", "mnist_ray/training/cadence.py"
+METRICS, WINDOW = "mnist_ray/training/metrics.py", "mnist_ray/training/window.py"
 REPRODUCIBLE, BATCHES = "mnist_ray/parallel/reproducible.py", "mnist_ray/data/batches.py"
 ORDER, SAMPLER = "mnist_ray/data/order.py", "mnist_ray/data/sampler.py"
 TIME_LIMIT_S = 600.0
@@ -43,7 +43,7 @@ MUTATIONS = [
     ),
     (
         "training/test_weights",
-        Fault("a batch without weight moves the weights", STEP, "raise NoWeightError\n", "return\n"),
+        Fault("a batch without weight has no gradient of zero", STEP, "torch.zeros_like(quotient)", "quotient"),
     ),
     (
         "training/test_engine training/test_steps",
@@ -51,7 +51,7 @@ MUTATIONS = [
     ),
     (
         "training/test_weights",
-        Fault("ranks divide by their own weights", STEP, "dist.all_reduce(weight_sum)", "weight_sum.clone()"),
+        Fault("ranks divide by their own weights", STEP, "self._group.add_up(weight)", "weight.clone()"),
     ),
     (
         "training/test_engine training/test_weights",
@@ -77,15 +77,15 @@ MUTATIONS = [
     ),
     (
         "training/test_step",
-        Fault("a closure's loss is one rank's", STEP, "dist.all_reduce(pair)", "pair.clone()"),
+        Fault("a closure's loss is one rank's", STEP, "self._group.add_up(total)", "total.clone()"),
     ),
     (
         "parallel/test_sharding training/test_engine",
         Fault(
             "a checkpoint of one rank's NaN is saved",
             TRAINER,
-            "dist.all_reduce(is_finite, dist.ReduceOp.MIN)",
-            "is_finite.clone()",
+            "all(self.group.gathered(is_finite))",
+            "is_finite",
         ),
     ),
     (
@@ -105,7 +105,7 @@ MUTATIONS = [
     ),
     (
         "training/test_engine",
-        Fault("ranks close windows by their own clocks", CADENCE, "dist.broadcast_object_list(decisions, 0)", "pass"),
+        Fault("ranks close windows by their own clocks", WINDOW, "decision = parts[0].decision", "pass"),
     ),
     (
         "parallel/test_reproducible",

@@ -34,10 +34,10 @@ class GradientSync:
     factor = 1
     """What a rank's losses must be multiplied by: more than 1 if gradients are averaged over the ranks."""
 
-    def __init__(self, model: nn.Module, group: Group, now: Callable[[], Any]) -> None:
-        self.model, self.group, self._now = model, group, now
+    def __init__(self, model: nn.Module, group: Group, on_ready: Callable[[], None]) -> None:
+        self.model, self.group = model, group
         self.called = model  # what a loss calls for a forward pass
-        self.ready_at: Any = None  # the moment when this rank had its own gradients, if it was noted
+        self._on_ready = on_ready  # called when this rank has its own gradients, and waits for those of others
 
     def plan(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[int | None, MicroBatch]]:
         """Yield each micro-batch with the number to seed by before it: before the first one, that of the rank."""
@@ -55,7 +55,7 @@ class GradientSync:
     def finish(self) -> None:
         """Complete the gradients; give all ranks the buffers of rank 0, which checkpoints keep."""
         if self.group.world_size > 1:
-            self.ready_at = self._now()
+            self._on_ready()
             add_over_ranks(self.model)
             self._share_buffers()
 
@@ -70,8 +70,11 @@ class GradientSync:
 class Bucketed(GradientSync):
     """DDP adds up some gradients while others are computed, if the loss calls DDP's module."""
 
-    def __init__(self, model: nn.Module, group: Group, now: Callable[[], Any], *, has_unused_parameters: bool) -> None:
-        super().__init__(model, group, now)
+    def __init__(
+        self, model: nn.Module, group: Group, on_ready: Callable[[], None], *, has_unused_parameters: bool
+    ) -> None:
+        super().__init__(model, group, on_ready)
+        self._is_last = True  # whether the step ends with this micro-batch
         devices = [group.device] if group.device.type == "cuda" else None
         self._ddp = DistributedDataParallel(model, devices, find_unused_parameters=has_unused_parameters)
         self._ddp.register_forward_pre_hook(self._note_call)
@@ -87,7 +90,7 @@ class Bucketed(GradientSync):
 
         Raises TrainingStoppedError if some parameters had no gradient in the last step.
         """
-        self.factor = 1
+        self.factor, self._is_last = 1, micro_batch.ends_step
         try:
             with _NOTHING if micro_batch.ends_step else self._ddp.no_sync():
                 yield
@@ -110,7 +113,8 @@ class Bucketed(GradientSync):
         self.factor = self.group.world_size
 
     def _note_ready(self, _: Tensor) -> None:
-        self.ready_at = self._now()
+        if self._is_last:
+            self._on_ready()
 
 
 class Sharded(GradientSync):

@@ -13,7 +13,7 @@ import functools
 import operator
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,10 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.provenance import arithmetic
 
 
-def check_arithmetic(world_size: int) -> None:
+def check_arithmetic(group: Group) -> None:
     """Raise TrainingStoppedError, on every rank, if results could depend on which rank computes them."""
-    of_ranks: list[tuple[str, dict[str, list[str]]]] = [(socket.gethostname(), arithmetic())] * world_size
-    if world_size > 1:
-        dist.all_gather_object(of_ranks, of_ranks[0])
-    first_host, first = of_ranks[0]
-    for host, own in of_ranks:
+    (first_host, first), *others = group.gathered((socket.gethostname(), arithmetic()))
+    for host, own in others:
         for name, values in own.items():
             if values != first[name]:
                 raise TrainingStoppedError(
@@ -80,11 +77,11 @@ class Chunks(GradientSync):
         model: nn.Module,
         group: Group,
         num_chunks: int,
-        now: Callable[[], Any],
+        on_ready: Callable[[], None],
         *,
         has_unused_parameters: bool = False,
     ) -> None:
-        super().__init__(model, group, now)
+        super().__init__(model, group, on_ready)
         self._own, self._num_chunks = part_of(num_chunks, group.rank, group.world_size), num_chunks
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._owners = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
@@ -126,7 +123,7 @@ class Chunks(GradientSync):
     def finish(self) -> None:
         """Put the global batch's gradients and buffers into the model."""
         if self.group.world_size > 1:
-            self.ready_at = self._now()
+            self._on_ready()
         rows = torch.stack([node.vector for node in self._nodes])  # one per subtree
         self._total = self._total or self._connect(rows.shape[1])
         gradients, changes, used = self._unflattened(self._total(rows))

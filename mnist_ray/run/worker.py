@@ -116,7 +116,7 @@ def train_worker(
     with Life(job, group.rank, spec.event_queue) as life:
         config = replace(job.train, precision=resolve_precision(job.train.precision, group))
         if config.reproducible:
-            check_arithmetic(group.world_size)
+            check_arithmetic(group)
         split = _opened(spec.train)
         life.show()
         state = create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +50,7 @@ def evaluate_together(
         own = evaluate(workload, model, split.between(start, stop), config, num_loader_processes, on_batch, size)
         for _ in range(own_passes, max(passes) if has_units else 0):  # all ranks together gather the units
             evaluate(workload, model, split.between(0, 1), config, batch_size=size)
-    parts: list[Any] = [None] * group.world_size
-    dist.all_gather_object(parts, own)
-    return Evaluation.merge(parts[: len(bounds)])
+    return Evaluation.merge(group.gathered(own)[: len(bounds)])
 
 
 @contextlib.contextmanager

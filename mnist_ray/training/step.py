@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -79,10 +78,6 @@ def measured_of(workload: Workload, outputs: Any, targets: Any, number: int) -> 
     return measured
 
 
-class NoWeightError(Exception):
-    """All example weights of the global batch are 0, so it has no gradient: the step is skipped, on all ranks alike."""
-
-
 class Step:
     """What a workload's ``training_step`` gets. All ranks must make the same calls."""
 
@@ -98,7 +93,6 @@ class Step:
         self.generator = _generator(group.device)  # seeded for each ``backward``, as the global generators are
         self.sums: dict[str, Tensor] = {}  # over this rank's slice; with --reproducible, a number for each chunk
         self.gradient_norm: Tensor | None = None  # the largest of the step's updates, before clipping
-        self.has_updated = False  # not if all example weights are 0
         self._workload, self._state, self._group, self._callbacks = workload, state, group, callbacks
         self._name = type(workload).__name__
         in_optimizers = itertools.chain(*map(parameters_of, state.optimizers.values()))
@@ -108,11 +102,12 @@ class Step:
         self._micro_batches: Sequence[MicroBatch] = ()
         self._micro_batch: MicroBatch | None = None  # whose losses are computed now
         self._found: dict[str, Tensor] = {}  # sums over its examples
-        self._sync = GradientSync(state.model, group, state.watch.now)  # of the last ``backward``
+        self._on_ready = functools.partial(state.watch.turn, WORKERS)
+        self._sync = GradientSync(state.model, group, self._on_ready)  # of the last ``backward``
         self._reported: Tensor | None = None  # the micro-batch's losses that ``measure`` has reported, (N,)
         self._first: Tensor | None = None  # sum of the losses of the step's first ``backward``
         self._minimized = torch.zeros(())  # sum of the losses of the last ``backward``
-        self._weight: Tensor | None = None  # and of its example weights, if there are any
+        self._weight: Tensor | None = None  # the global batch's sum of example weights, if there are any
         if len(self.optimizers) > 1:
             self._check_flags("several optimizers")
 
@@ -120,18 +115,17 @@ class Step:
     def on(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
         """Take a step on this rank's slice of a batch inside the block. Raises UsageError if it has no gradient."""
         self.begin(micro_batches)
-        with contextlib.suppress(NoWeightError):
-            yield
+        yield
         if self._first is None:
             raise UsageError(f"{self._name}.training_step must call step.backward")
         self.sums.setdefault("loss", self._first)
         self.sums.pop(_MINIMIZED)
-        self._clear(self._parameters)
+        _clear(self._parameters)
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Prepare for the calls of a step with these micro-batches of this rank's slice."""
         self._micro_batches = micro_batches
-        self.sums, self.gradient_norm, self.has_updated, self._first = {}, None, False, None
+        self.sums, self.gradient_norm, self._first = {}, None, None
 
     def take_logged(self) -> None:
         """Add to the step's sums what was logged outside of losses."""
@@ -149,7 +143,7 @@ class Step:
         """
         own = self._parameters if optimizer is None else parameters_of(self._optimizer(optimizer))
         if self._first is not None:  # before a step's first gradient, there is none
-            self._clear(own)
+            _clear(own)
         total: Mapping[str, Tensor] = {}
         with _NOTHING if optimizer is None else self._alone(optimizer):
             self._sync = sync = self._sync_for(optimizer)
@@ -164,14 +158,12 @@ class Step:
                     self._state.scaler.scale(losses * factor).backward()  # type: ignore[no-untyped-call]
                 total = _added(total, sync.collect(self._found)) if total else sync.collect(self._found)
             sync.finish()
-        if sync.ready_at is not None:
-            self._state.watch.turn(WORKERS, sync.ready_at)
-            sync.ready_at = None
-        self._minimized, self._weight = total[_MINIMIZED], total.get(WEIGHT)
+        self._state.watch.turn(COMPUTE)
+        self._minimized, self._weight = total[_MINIMIZED], None
         self._first = self._minimized if self._first is None else self._first
         self.sums = {**total, **self.sums}
-        if self._weight is not None:
-            self._divide_by_weights(own, self._weight)
+        if WEIGHT in total:
+            self._divide_by_weights(own, total[WEIGHT])
 
     def update(self, optimizer: str | None = None, closure: Callable[[], object] | None = None) -> None:
         """Clip the gradients, and let the optimizer step: the only one, or the one of that name.
@@ -190,9 +182,8 @@ class Step:
             self._check_flags("a closure in step.update")
             stepping.step(functools.partial(self._closed, closure, stepping))
         self._state.watch.turn(COMPUTE)
-        self.has_updated = True
         if optimizer is not None:
-            self._clear(parameters_of(stepping))
+            _clear(parameters_of(stepping))
 
     def log(self, name: str, values: Tensor | float) -> None:
         """Log a value for each example, (N,), inside of a loss; or a number, inside or outside of one.
@@ -210,12 +201,10 @@ class Step:
 
     def mean(self) -> Tensor:
         """Return the mean over the global batch of the losses of the last ``backward``; all ranks must call this."""
-        divisor = torch.zeros_like(self._minimized) if self._weight is None else self._weight
-        pair = torch.stack([self._minimized.double(), divisor.double()])
-        if self._group.world_size > 1:
-            dist.all_reduce(pair)
-        total, weight = pair.view(2, -1).sum(1)  # with --reproducible, over the chunks
-        return total / (self._micro_batches[0].global_size if self._weight is None else weight)
+        total = self._minimized.double().sum()[None]  # with --reproducible, over the chunks
+        self._group.add_up(total)
+        size = self._micro_batches[0].global_size
+        return total[0] / size if self._weight is None else self._by_weight(total[0] / self._weight)
 
     # --- for losses
 
@@ -322,20 +311,22 @@ class Step:
             self.gradient_norm = norm if known is None else torch.maximum(norm, known)
         self._state.watch.turn(COMPUTE)
 
-    def _divide_by_weights(self, own: Iterable[Tensor], own_sum: Tensor) -> None:
+    def _divide_by_weights(self, own: Iterable[Tensor], of_rank: Tensor) -> None:
         """Divide the gradients by the global batch's sum of example weights, instead of by its size.
 
-        Raises NoWeightError if the sum is 0; to know that, this waits for a GPU. If a weight is negative, the sum is
-        NaN, and closing the window raises an error.
+        If that sum is 0, so are the gradients. If a weight is negative, they are NaN, and closing the window raises an
+        error.
         """
-        weight_sum = own_sum.clone()
-        if self._group.world_size > 1:
-            dist.all_reduce(weight_sum)
-        weight_sum = weight_sum.sum()  # over the chunks
-        if weight_sum == 0:
-            raise NoWeightError
+        weight = of_rank.clone()
+        self._group.add_up(weight)
+        self._weight = weight.sum()  # over the chunks
         gradients = [rows_here(p.grad) for p in own if p.grad is not None]
-        torch._foreach_mul_(gradients, self._micro_batches[0].global_size / weight_sum)
+        torch._foreach_mul_(gradients, self._by_weight(self._micro_batches[0].global_size / self._weight))
+
+    def _by_weight(self, quotient: Tensor) -> Tensor:
+        """Return a number divided by the batch's sum of weights: 0 if that is 0, since nothing can be learned."""
+        assert self._weight is not None
+        return torch.where(self._weight == 0, torch.zeros_like(quotient), quotient)
 
     def _sync_for(self, optimizer: str | None) -> GradientSync:
         """Return the form that adds up the gradients of the parameters that are trained now."""
@@ -343,23 +334,21 @@ class Step:
         known, sync = self._syncs.get(optimizer, ([], None))
         if sync is not None and known == trained:
             return sync
-        if not any(trained):
-            raise TrainingStoppedError("all parameters are frozen; keep some trainable, or end the training")
         if isinstance(sync, Sharded):
             found = "--strategy fsdp: a callback has changed requires_grad during training"
             raise TrainingStoppedError(f"{found}; change it in on_start")
         if sync is not None:
             sync.close()
-        model, config, group, now = self.model, self.config, self._group, self._state.watch.now
+        model, config, group, on_ready = self.model, self.config, self._group, self._on_ready
         has_unused = self._workload.has_unused_parameters
         if config.reproducible:
-            sync = Chunks(model, group, config.num_chunks, now, has_unused_parameters=has_unused)
+            sync = Chunks(model, group, config.num_chunks, on_ready, has_unused_parameters=has_unused)
         elif self._state.is_sharded:
-            sync = Sharded(model, group, now)
+            sync = Sharded(model, group, on_ready)
         elif group.world_size > 1 and optimizer is None:
-            sync = Bucketed(model, group, now, has_unused_parameters=has_unused)
+            sync = Bucketed(model, group, on_ready, has_unused_parameters=has_unused)
         else:
-            sync = GradientSync(model, group, now)
+            sync = GradientSync(model, group, on_ready)
         self._syncs[optimizer] = trained, sync
         return sync
 
@@ -367,9 +356,6 @@ class Step:
     def _alone(self, optimizer: str) -> Iterator[None]:
         """Inside the block, which computes a gradient, only the parameters of an optimizer require one."""
         own = {id(each) for each in parameters_of(self.optimizers[optimizer]) if each.requires_grad}
-        if not own:
-            found = f"all parameters of the optimizer {optimizer} are frozen"
-            raise TrainingStoppedError(f"{found}; keep some trainable, or set its learning rate to 0")
         trained = [parameter.requires_grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.requires_grad_(id(parameter) in own)
@@ -392,10 +378,6 @@ class Step:
             if value in ("fp16", "fsdp"):
                 raise UsageError(f"{flag} {value} does not work with {what}")
 
-    def _clear(self, parameters: Iterable[Tensor]) -> None:
-        for parameter in parameters:  # model.zero_grad() would walk through all modules
-            parameter.grad = None
-
     def _seed(self, number: int) -> None:
         """Seed augmentation and dropout by epoch, step, and the number of the rank or, with chunks, of the chunk."""
         seed = seed_of(self.config.seed, self._state.epoch, number) + self._state.step
@@ -406,6 +388,11 @@ class Step:
 def logged(name: str, total: Tensor, count: Tensor | float) -> dict[str, Tensor]:
     """Return the sums by which a value is logged: the value's, and what it is divided by."""
     return {LOGGED + name: total, COUNT + name: torch.as_tensor(count, device=total.device)}
+
+
+def _clear(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:  # model.zero_grad() would walk through all modules
+        parameter.grad = None
 
 
 def _added(total: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -54,9 +54,9 @@ class Stopwatch:
         """The part to which this moment belongs."""
         return self._turns[-1][1]
 
-    def turn(self, part: str, at: Any = None) -> None:
-        """Count the time from now on, or from the moment ``at``, as ``part``."""
-        self._turns.append((self.now() if at is None else at, part))
+    def turn(self, part: str) -> None:
+        """Count the time from now on as ``part``."""
+        self._turns.append((self.now(), part))
 
     @contextlib.contextmanager
     def on(self, part: str) -> Iterator[None]:
@@ -104,16 +104,15 @@ class Pace:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._saved_at = now, now()
-        self._stall_s, self._write_s, self._is_late = _FIRST_S * _MAX_COST, 0.0, False
+        self._stall_s, self._write_s = _FIRST_S * _MAX_COST, 0.0
         self._began_at, self.saving_s = now(), 0.0  # seconds of the last checkpoint, until it was written
         self._written = threading.Event()
         self._written.set()
 
-    def is_due(self, *, at_any_cost: bool = False) -> bool:
-        """Return whether to save now. Only one checkpoint is written at a time; if another falls due, it comes next."""
-        self._is_late |= at_any_cost
+    def is_due(self) -> bool:
+        """Return whether to save now. Only one checkpoint is written at a time."""
         is_cheap = self._now() - self._saved_at > (self._stall_s + self._write_s) / _MAX_COST
-        return self._written.is_set() and (is_cheap or self._is_late)
+        return self._written.is_set() and is_cheap
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -121,7 +120,7 @@ class Pace:
         self._began_at = self._now()
         yield
         self._saved_at = self._now()
-        self._stall_s, self._is_late = self._saved_at - self._began_at, False
+        self._stall_s = self._saved_at - self._began_at
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written, and announce the next one."""

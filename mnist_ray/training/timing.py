@@ -1,21 +1,20 @@
 """Choices that depend on how fast a processor computes the model: one thread, and fp32 in place of bf16.
 
-All ranks must call the functions, and all return the same. They time passes of a slice through another model.
+All ranks must call the functions, and all return the same. They time gradients of a slice of another model.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import batch_loader, batches_of
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
@@ -45,26 +44,19 @@ def is_one_thread_faster(
     Several threads wait for each other longer than they compute if steps are small. Only for arrays in memory, because
     reading a ``Dataset`` takes longer than such a pass.
     """
-    num_bytes = sum(parameter.nbytes for parameter in state.model.parameters())
-    if group.device.type != "cpu" or config.compile or num_bytes > _MAX_SMALL_BYTES or split.whole_arrays is None:
+    is_small = _num_bytes(state) <= _MAX_SMALL_BYTES and split.whole_arrays is not None
+    if group.device.type != "cpu" or config.compile or not is_small:
         return False
-    is_faster = torch.get_num_threads() > 1 and _is_one_faster_here(workload, split, config, group)
-    of_all = torch.tensor(int(is_faster))
-    if group.world_size > 1:
-        dist.all_reduce(of_all, dist.ReduceOp.MIN)
-    return bool(of_all)
+    return all(group.gathered(_is_one_faster_here(workload, split, config, group)))
 
 
 def _is_one_faster_here(workload: Workload, split: Split, config: TrainConfig, group: Group) -> bool:
-    planned, compute = torch.get_num_threads(), _pass(workload, split, config, group)
-
-    def seconds(num_threads: int) -> float:
-        with _threads(num_threads):
-            start = time.perf_counter()
-            compute()
-            return time.perf_counter() - start
-
-    if seconds(1) > 100 * _MAX_PASS_S or seconds(1) > 10 * _MAX_PASS_S:  # the first pass also warms up
+    planned = torch.get_num_threads()
+    if planned == 1:
+        return False
+    seconds = functools.partial(_seconds, _pass(workload, split, config, group), time.perf_counter)
+    seconds(1)  # warms up
+    if seconds(1) > 10 * _MAX_PASS_S:
         return False
     pairs = [(seconds(1), seconds(planned)) for _ in range(_NUM_PASSES)]
     return min(alone for alone, _ in pairs) <= min(_MAX_PASS_S, *(together for _, together in pairs))
@@ -77,30 +69,25 @@ def is_bf16_slow(workload: Workload, state: TrainingState, split: Split, config:
     fast; for ``--reproducible``, which must not depend on a clock; for a stream, which would be read from its start;
     and for sharded models.
     """
-    num_bytes = sum(parameter.nbytes for parameter in state.model.parameters())
-    is_unmeasured = state.is_sharded or num_bytes > _MAX_MODEL_BYTES or isinstance(split.examples, Streamed)
-    if config.reproducible or group.device.type != "cpu" or is_unmeasured:
+    is_measured = _num_bytes(state) <= _MAX_MODEL_BYTES and not isinstance(split.examples, Streamed)
+    if config.reproducible or group.device.type != "cpu" or state.is_sharded or not is_measured:
         return False
-    is_slow = torch.tensor(0)
-    if group.rank == 0:
-        is_slow.fill_(_is_bf16_slow_here(workload, split, config, group))
-    if group.world_size > 1:
-        dist.broadcast(is_slow, 0)
-    return bool(is_slow)
+    return group.gathered(group.rank == 0 and _is_bf16_slow_here(workload, split, config, group))[0]
 
 
 def _is_bf16_slow_here(workload: Workload, split: Split, config: TrainConfig, group: Group) -> bool:
-    precisions: tuple[Precision, ...] = ("bf16", "fp32")
-    seconds: dict[str, list[float]] = {precision: [] for precision in precisions}
-    passes = {each: _pass(workload, split, replace(config, precision=each), group) for each in precisions}
-    with _threads(1):
-        for _ in range(1 + _NUM_PRECISION_PASSES):
-            for precision, compute in passes.items():
-                start = time.thread_time()
-                compute()
-                seconds[precision].append(time.thread_time() - start)
-    bf16, fp32 = (min(of_passes[1:]) for of_passes in seconds.values())
-    return bf16 > max(_MIN_RATIO * fp32, fp32 + _MIN_LOSS_S)
+    bf16, fp32 = (
+        functools.partial(_seconds, _pass(workload, split, replace(config, precision=precision), group))
+        for precision in ("bf16", "fp32")
+    )
+    pairs = [(bf16(time.thread_time, 1), fp32(time.thread_time, 1)) for _ in range(1 + _NUM_PRECISION_PASSES)]
+    in_bf16 = min(slow for slow, _ in pairs[1:])  # the first passes warm up
+    in_fp32 = min(fast for _, fast in pairs[1:])
+    return in_bf16 > max(_MIN_RATIO * in_fp32, in_fp32 + _MIN_LOSS_S)
+
+
+def _num_bytes(state: TrainingState) -> int:
+    return sum(parameter.nbytes for parameter in state.model.parameters())
 
 
 def _pass(workload: Workload, split: Split, config: TrainConfig, group: Group) -> Callable[[], None]:
@@ -118,11 +105,13 @@ def _pass(workload: Workload, split: Split, config: TrainConfig, group: Group) -
     return compute
 
 
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
+def _seconds(compute: Callable[[], None], clock: Callable[[], float], num_threads: int) -> float:
+    """Return the seconds that a pass takes with a number of threads."""
     planned = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(num_threads)
     try:
-        yield
+        start = clock()
+        compute()
+        return clock() - start
     finally:
         torch.set_num_threads(planned)

@@ -26,7 +26,6 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import others_can_write
-from mnist_ray.training.cadence import Cadence
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
@@ -104,7 +103,7 @@ class Trainer:
         self.workload, self.state, self.config, self.group, self.callbacks = workload, state, config, group, callbacks
         self.num_loader_processes = num_loader_processes
         self.batches = batches_of(checked(split, workload.find_fault), group.device, workload.collate, read_ahead_mib)
-        self.window, self.cadence = LoggingWindow(workload, group), Cadence(config, group)
+        self.window = LoggingWindow(workload, state, config, group)
 
     def train(self) -> None:
         """Train. All ranks must call this.
@@ -115,7 +114,7 @@ class Trainer:
         self._start()
         state = self.state
         while not is_over(state, self.config):
-            self.cadence.restart_clock()
+            self.window.restart_clock()
             for micro_batches in state.watch.iterating(DATA, self._slices_of_epoch()):
                 self._step(micro_batches)
                 progress = self._report_if_due()
@@ -123,7 +122,7 @@ class Trainer:
                     self._save(progress)
                     if progress.stops:
                         raise StopWantedError
-                    self.cadence.restart_clock()
+                    self.window.restart_clock()
             assert progress is not None  # an epoch's last step closes a window
             self._end_epoch(progress)
             if progress.stops and not is_over(state, self.config):
@@ -150,7 +149,7 @@ class Trainer:
         with step.on(micro_batches):
             self.workload.training_step(step)
         state.watch.turn(OPTIMIZER)
-        if step.has_updated and self.config.ema_decay is not None:
+        if self.config.ema_decay is not None:
             move_average(state, self.config.ema_decay)
         for scheduler in state.schedulers.values():
             if not isinstance(scheduler, ReduceLROnPlateau):  # it is stepped at each validation
@@ -165,12 +164,11 @@ class Trainer:
 
     def _report_if_due(self) -> Progress | None:
         """If the window is full or a checkpoint is due, report, and return what to do next, on all ranks alike."""
-        state = self.state
-        if not self.cadence.is_due(state, len(self.window)):
+        if not self.window.is_due():
             return None
-        progress = self.window.close(state, self.cadence.decide(state, len(self.window), self.callbacks))
+        progress = self.window.close(self.callbacks)
         for callback in self.callbacks:
-            callback.on_progress(state, progress)
+            callback.on_progress(self.state, progress)
         wanted = [callback.wants_checkpoint() for callback in self.callbacks]  # asks all of them; all ranks must agree
         return replace(progress, saves=progress.saves or any(wanted))
 
@@ -185,12 +183,10 @@ class Trainer:
         """Let the callbacks validate and save: a run's ``Worker`` does. Raises TrainingDivergedError."""
         state = self.state
         weights = [rows_here(tensor) for tensor in {*state.model.parameters(), *state.result.parameters()}]
-        is_finite = torch.stack([rows.isfinite().all() for rows in weights]).all().int()  # a GPU is asked only once
-        if state.scaler.is_enabled() and state.scaler.get_scale() < _MIN_LOSS_SCALE:
-            is_finite.zero_()
+        is_finite = bool(torch.stack([rows.isfinite().all() for rows in weights]).all())  # a GPU is asked only once
         if state.is_sharded:
-            dist.all_reduce(is_finite, dist.ReduceOp.MIN)
-        if not is_finite:
+            is_finite = all(self.group.gathered(is_finite))
+        if not is_finite or (state.scaler.is_enabled() and state.scaler.get_scale() < _MIN_LOSS_SCALE):
             raise TrainingDivergedError(progress.epoch, progress.step)
         for callback in self.callbacks:
             callback.on_checkpoint(state, progress)

@@ -1,42 +1,75 @@
-"""The window of steps between two reports."""
+"""The window of steps between two reports: when it closes, what it reports, and what all ranks do then."""
 
 from __future__ import annotations
 
 import functools
 import math
 import operator
-import zlib
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel.group import Group
-from mnist_ray.training.cadence import Decision
+from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import COUNT, LOGGED, WEIGHT, MetricSums, TrainingDivergedError, check_logged
 from mnist_ray.training.optimizers import names_of_rates
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS
+from mnist_ray.training.stopwatch import CALLBACKS, WORKERS
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import GRADIENT_NORM
 
+_FIRST_INTERVAL_STEPS = 10
+_REPORT_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a window of steps: rank 0 decides."""
+
+    saves: bool
+    stops: bool  # after saving
+    elapsed_s: float  # seconds of training in the window
+    next_interval: int  # steps until the next window closes
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A rank's part of a window's report."""
+
+    decision: Decision  # that of rank 0 counts
+    sums: Mapping[str, np.ndarray]  # by name, (steps,) or, with --reproducible, (steps, chunks)
+    seconds: Sequence[float]  # by part of the rank's time
+
 
 class LoggingWindow:
-    """The steps since the last report. Their sums stay on the device until the window is closed."""
+    """The steps since the last report. It closes about twice a second, and where a checkpoint is due.
 
-    def __init__(self, workload: Workload, group: Group) -> None:
-        self._workload, self._group = workload, group
+    Within an epoch, ranks communicate only for gradients and when a window closes: until then, sums stay on the device.
+    Rank 0's clock sets the length of the next window in steps, so that all ranks close it at the same step.
+    """
+
+    def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
+        self._workload, self._state, self._group = workload, state, group
+        self._checkpoint_every = config.checkpoint_every
+        self._interval_steps = _FIRST_INTERVAL_STEPS
+        self.restart_clock()
+        self._empty()
+
+    def _empty(self) -> None:
         self._sums: list[Mapping[str, Tensor]] = []  # of each step, on this rank
         self._sizes: list[int] = []  # of each step's global batch
         self._norms: list[Tensor] = []  # of the gradients, before clipping; all ranks have the same
 
-    def __len__(self) -> int:
-        return len(self._sizes)
+    def restart_clock(self) -> None:
+        """Do not count the time since the last window, which was spent on saving or between epochs."""
+        self._start = time.perf_counter()
 
     def add(self, sums: Mapping[str, Tensor], global_size: int, gradient_norm: Tensor | None) -> None:
         """Add a step: its sums on this rank, one number or a row of the chunks' each, and its global batch size."""
@@ -45,26 +78,66 @@ class LoggingWindow:
         if gradient_norm is not None:
             self._norms.append(gradient_norm)
 
-    def close(self, state: TrainingState, decision: Decision) -> Progress:
-        """Sum the window over all ranks, add it to ``state``, and empty it; all ranks must call this.
+    def is_due(self) -> bool:
+        """Return whether to close the window now, on all ranks alike.
+
+        It stays open if an epoch's last steps are too few for another.
+        """
+        steps_left = self._state.epoch_steps - self._state.step
+        is_full = len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps
+        return steps_left == 0 or is_full or self._must_save()
+
+    def _must_save(self) -> bool:
+        state, every = self._state, self._checkpoint_every
+        return state.total_step == state.last_step or (every is not None and state.step % every == 0)
+
+    def close(self, callbacks: Sequence[Callback]) -> Progress:
+        """Sum the window over all ranks, add it to the state, and empty it; all ranks must call this.
 
         Raises TrainingStoppedError for a wrong sum of weights, TrainingDivergedError if a loss is not finite.
         """
+        state = self._state
+        if self._group.device.type == "cuda":
+            torch.cuda.synchronize()  # otherwise unfinished kernels would be timed in the next window
+        decision = self._decide(callbacks)
         state.watch.turn(WORKERS)
-        sums, seconds = self._reduced(state)
+        parts = self._group.gathered(_Part(decision, self._sums_here(), state.watch.taken()))
         state.watch.turn(CALLBACKS)
-        losses = self._losses(sums, state)
-        num_examples = sum(self._sizes)
+        decision = parts[0].decision
+        self._interval_steps = decision.next_interval
+        progress = self._progress(decision, _added_up([part.sums for part in parts]), [part.seconds for part in parts])
+        self._empty()
+        return progress
+
+    def _decide(self, callbacks: Sequence[Callback]) -> Decision:
+        state, now = self._state, time.perf_counter()
+        elapsed_s = now - self._start
+        self._start = now
+        stops = state.total_step == state.last_step or any(callback.wants_stop() for callback in callbacks)
+        saves = self._must_save() if self._checkpoint_every is not None else state.pace.is_due()
+        next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
+        return Decision(saves or stops, stops, elapsed_s, next_interval)
+
+    def _sums_here(self) -> dict[str, np.ndarray]:
+        """Return the steps' sums on this rank, by name, in double. A step that has not logged a value counts as 0."""
+        nothing = torch.zeros_like(self._sums[0]["loss"])
+        unknown = torch.full_like(nothing, math.nan)
+        names = [*dict.fromkeys(name for step in self._sums for name in step)]
+        missing = {name: nothing if name.startswith((LOGGED, COUNT)) else unknown for name in names}
+        rows = [step.get(name, missing[name]) for name in names for step in self._sums]
+        values = torch.stack(rows).double().cpu().numpy()  # in one transfer
+        return dict(zip(names, np.split(values, len(names)), strict=True))
+
+    def _progress(
+        self, decision: Decision, sums: Mapping[str, np.ndarray], seconds: Sequence[Sequence[float]]
+    ) -> Progress:
+        """Return the report of a window, whose ``sums`` over all ranks count in the epoch's from now on."""
+        state, num_examples = self._state, sum(self._sizes)
+        check_logged(self._workload, [name.removeprefix(LOGGED) for name in sums if name.startswith(LOGGED)])
+        losses = self._losses(sums)
         state.epoch_s += decision.elapsed_s
         state.sums = state.sums.plus(sums, num_examples)
         window = MetricSums().plus(sums, num_examples)
-        others = window.logged
-        if self._norms:
-            others[GRADIENT_NORM.name] = GRADIENT_NORM.join(torch.stack(self._norms).tolist())
-        rates = state.learning_rates
-        if len(rates) > 1:
-            others |= dict(zip(names_of_rates(state.optimizers), rates, strict=False))
-        self._sums, self._sizes, self._norms = [], [], []
         return Progress(
             epoch=state.epoch + 1,
             step=state.step,
@@ -74,66 +147,44 @@ class LoggingWindow:
             so_far=state.sums.values(self._workload),
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,
-            learning_rate=rates[0] if rates else math.nan,
+            learning_rate=state.learning_rates[0] if state.learning_rates else math.nan,
             total_step=state.total_step,
             saves=decision.saves,
             stops=decision.stops,
             parts=seconds,
-            others=others,
+            others={**window.logged, **self._figures()},
             logged=state.sums.logged,
         )
 
-    def _reduced(self, state: TrainingState) -> tuple[dict[str, np.ndarray], list[list[float]]]:
-        """Return the steps' sums over all ranks, (steps,) by name, and the seconds of each rank by part of its time."""
-        names = [*dict.fromkeys(name for step in self._sums for name in step)]
-        own = [name for name in names if not name.startswith((LOGGED, COUNT))]  # the same on all ranks
-        logged = sorted({*names} - {*own})  # ranks may have logged other names
-        sums = self._stacked(own, missing=math.nan)
-        key = zlib.crc32("\n".join(logged).encode())
-        ranks = sums.new_zeros(self._group.world_size, len(PARTS) + 1)  # each rank fills its row
-        ranks[self._group.rank] = sums.new_tensor([*state.watch.taken(), key])
-        if self._group.world_size > 1:
-            whole = torch.cat([sums.view(-1), ranks.view(-1)])
-            dist.all_reduce(whole)
-            sums, ranks = whole[: sums.numel()].view_as(sums), whole[sums.numel() :].view_as(ranks)
-        *seconds, keys = ranks.T.tolist()
-        totals = _by_name(own, sums)
-        if any(keys):
-            totals |= self._logged(logged, is_same=len({*keys}) == 1)
-        return totals, [list(row) for row in zip(*seconds, strict=True)]
-
-    def _logged(self, names: list[str], *, is_same: bool) -> dict[str, np.ndarray]:
-        """Return what was logged like ``_reduced``. Unless it ``is_same``, ranks have logged different names."""
-        if not is_same:
-            of_ranks: list[Any] = [names] * self._group.world_size
-            dist.all_gather_object(of_ranks, names)
-            names = sorted({name for of_rank in of_ranks for name in of_rank})
-        check_logged(self._workload, [name.removeprefix(LOGGED) for name in names if name.startswith(LOGGED)])
-        sums = self._stacked(names, missing=0.0)
-        if self._group.world_size > 1:
-            dist.all_reduce(sums)
-        return _by_name(names, sums)
-
-    def _stacked(self, names: Sequence[str], missing: float) -> Tensor:
-        """Return the sums of each step, (steps, names) or, with --reproducible, (steps, names, chunks), in double."""
-        nothing = torch.full_like(self._sums[0]["loss"], missing)
-        rows = [step.get(name, nothing) for step in self._sums for name in names]
-        return torch.stack(rows).double().unflatten(0, (len(self._sums), len(names)))
-
-    def _losses(self, sums: Mapping[str, np.ndarray], state: TrainingState) -> list[float]:
+    def _losses(self, sums: Mapping[str, np.ndarray]) -> list[float]:
         """Return each step's mean loss: NaN if it has no weight."""
-        weights, first = sums.get(WEIGHT, np.array(self._sizes)), state.step - len(self._sizes) + 1
+        weights = sums.get(WEIGHT, np.array(self._sizes))
+        epoch, first = self._state.epoch + 1, self._state.step - len(self._sizes) + 1
         for number, (weight, loss) in enumerate(zip(weights.tolist(), sums["loss"].tolist(), strict=True), first):
             if not weight >= 0:
-                found = f"one in step {number} of epoch {state.epoch + 1} is negative or NaN"
+                found = f"one in step {number} of epoch {epoch} is negative or NaN"
                 raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: {found}; leave it out")
             if not math.isfinite(loss):
-                raise TrainingDivergedError(state.epoch + 1, number)
+                raise TrainingDivergedError(epoch, number)
         losses: list[float] = (sums["loss"] / np.where(weights > 0, weights, math.nan)).tolist()
         return losses
 
+    def _figures(self) -> dict[str, float]:
+        """Return the window's figures that are no means: the gradient norm, and the learning rates if several."""
+        figures = dict[str, float]()
+        if self._norms:
+            figures[GRADIENT_NORM.name] = GRADIENT_NORM.join(torch.stack(self._norms).tolist())
+        rates = self._state.learning_rates
+        if len(rates) > 1:
+            figures |= dict(zip(names_of_rates(self._state.optimizers), rates, strict=False))
+        return figures
 
-def _by_name(names: Sequence[str], sums: Tensor) -> dict[str, np.ndarray]:
-    if sums.dim() > 2:
-        sums = functools.reduce(operator.add, sums.unbind(2))  # chunk by chunk
-    return dict(zip(names, sums.T.cpu().numpy(), strict=True))
+
+def _added_up(of_ranks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the sums over ranks and chunks, in their order, (steps,) by name. Ranks may have logged other names."""
+    total = dict[str, np.ndarray]()
+    for name in dict.fromkeys(name for sums in of_ranks for name in sums):
+        total[name] = functools.reduce(operator.add, [sums[name] for sums in of_ranks if name in sums])
+        if total[name].ndim > 1:
+            total[name] = functools.reduce(operator.add, total[name].T)  # chunk by chunk
+    return total

@@ -25,7 +25,6 @@ from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group, resolve_precision
-from mnist_ray.training.cadence import Cadence
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
@@ -33,6 +32,7 @@ from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
 from mnist_ray.training.step import Step
 from mnist_ray.training.trainer import Trainer, create_state
+from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload import Regression
 from tests.conftest import mnist
 from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
@@ -134,14 +134,16 @@ def check_buffers(group: Group, split: Split) -> None:
 
 def check_clocks(group: Group) -> None:
     """All ranks close the next window at the same step, although one rank's clock is slow."""
-    state = create_state(mnist(), CONFIG, 600, Group())
+    state, step = create_state(mnist(), CONFIG, 600, Group()), {"loss": torch.zeros(())}
     now, number = [0.0], 0
-    with mock.patch("mnist_ray.training.cadence.time", mock.Mock(perf_counter=lambda: now[0])):
-        cadence = Cadence(CONFIG, group)
+    with mock.patch("mnist_ray.training.window.time", mock.Mock(perf_counter=lambda: now[0])):
+        window = LoggingWindow(mnist(), state, CONFIG, group)
         now[0] = 0.1 / (1 + group.rank)
-        cadence.decide(state, num_steps=1, callbacks=())
+        window.add(step, 20, None)
+        window.close(callbacks=())
     state.step = 1
-    while not cadence.is_due(state, number):
+    while not window.is_due():
+        window.add(step, 20, None)
         number += 1
     assert number == 5, "half a second by rank 0's clock"
 

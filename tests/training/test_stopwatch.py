@@ -72,17 +72,6 @@ def test_a_block_goes_back_to_the_part_before() -> None:
     assert seconds_of(watch) == {CALLBACKS: 2, COMPUTE: 2}
 
 
-def test_a_part_may_have_begun_before() -> None:
-    watch = ByHand()
-    watch.turn(COMPUTE)
-    watch.time = 3
-    ready_at = watch.now()
-    watch.time = 5
-    watch.turn(WORKERS, ready_at)
-    watch.go(1, DATA)
-    assert seconds_of(watch) == {COMPUTE: 3, WORKERS: 3}
-
-
 def test_all_up_to_the_first_step_is_the_start() -> None:
     watch = ByHand()
     watch.go(1, DATA)
@@ -189,24 +178,10 @@ def test_no_checkpoint_is_due_while_one_is_written() -> None:
     assert pace.is_due()
 
 
-def test_a_checkpoint_that_must_be_saved_while_one_is_written_comes_next() -> None:
-    pace = Pace(Moments())
-    assert pace.is_due(at_any_cost=True)
-    with pace.saving():
-        pace.wait()
-    assert not pace.is_due(at_any_cost=True)
-    with pace.writing():
-        assert not pace.is_due()
-    assert pace.is_due()
-    with pace.saving():
-        pass
-    assert not pace.is_due()
-
-
 class Eager(Pace):
     """Finds that each moment is a good one."""
 
-    def is_due(self, *, at_any_cost: bool = False) -> bool:
+    def is_due(self) -> bool:
         return True
 
 
@@ -230,23 +205,6 @@ def test_checkpoints_are_saved_at_good_moments_and_change_no_weight(few_images: 
     found, saves = weights_and_saves(few_images, replace(CONFIG, checkpoint_every=None), Eager())
     assert (saves[0], saves[-1]) == (10, 75), "the first window ends after ten steps"
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def test_without_a_good_moment_a_checkpoint_is_saved_every_thousand_steps(few_images: Arrays) -> None:
-    few = Arrays(few_images.inputs[:10], few_images.targets[:10])
-    config, pace = replace(CONFIG, batch_size=1, num_steps=1100, validate_every=1100, num_epochs=1), Pace(Moments())
-    _, saves = weights_and_saves(few, config, pace)
-    assert saves == [1000, 1100]
-
-    def write_long(state: TrainingState) -> None:
-        if state.step == 990:
-            pace.wait()
-        if state.step == 1030:
-            with pace.writing():
-                pass
-
-    _, saves = weights_and_saves(few, config, pace, on_step=write_long)
-    assert min(saves) >= 1030, "training does not wait for the checkpoint that is being written"
 
 
 def test_a_given_number_of_steps_must_be_one() -> None:
