@@ -15,6 +15,10 @@ _JSON = "print the result as one JSON object on stdout, and all else on stderr"
 _RUN = "a run's name, or the folder or URI of a run or a checkpoint; default: the newest run"
 READ_AHEAD_MIB = 512  # of each worker
 _LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_RARE: Any = {"has_flag": False}  # a settings file, a keyword or --set NAME=VALUE sets it
+_SHARED: Any = {"is_searchable": False}  # by all trials of a sweep
+_FREE: Any = {"decides_weights": False}  # a resumed run may have another value
 
 
 def _ending(suffix: str) -> dict[str, Any]:
@@ -31,16 +35,11 @@ class SourceConfig:
     """Where the settings come from."""
 
     workload: str | None = setting(
-        None,
-        "the workload: FILE.py or package.module, with :NAME if it has several; default: MNIST",
-        metavar="FILE.py",
+        None, "FILE.py or package.module, with :NAME if it has several workloads; default: MNIST", metavar="FILE.py"
     )
     recipe: str | None = setting(None, "a named set of settings; flags override them")
     config: tuple[str, ...] = setting(
-        (),
-        "settings in TOML, YAML or JSON, such as a run's config.json; may be repeated, the last one wins",
-        metavar="FILE",
-        is_repeated=True,
+        (), "settings in TOML, YAML or JSON; may be repeated, the last one wins", metavar="FILE", is_repeated=True
     )
 
 
@@ -48,15 +47,10 @@ class SourceConfig:
 class TrainConfig:
     """Hyperparameters of one training run: all but a few affect the weights, as do the workload's settings."""
 
-    num_epochs: int = setting(3, "passes over the training set", is_searchable=False, **at_least(1))
-    num_steps: int | None = setting(
-        None, "optimizer steps, instead of --num-epochs", is_searchable=False, **at_least(1)
-    )
+    num_epochs: int = setting(3, "passes over the training set", **_SHARED, **at_least(1))
+    num_steps: int | None = setting(None, "optimizer steps, instead of --num-epochs", **_SHARED, **at_least(1))
     validate_every: int | None = setting(
-        None,
-        "with --num-steps: steps per epoch; a validation ends each epoch; default: a tenth of --num-steps",
-        is_searchable=False,
-        **at_least(1),
+        None, "with --num-steps: steps per epoch; default: a tenth of --num-steps", **_SHARED, **at_least(1)
     )
     batch_size: int = setting(
         32, "examples per optimizer step, across all workers", search=Choice((16, 32, 64, 128, 256)), **at_least(1)
@@ -66,69 +60,44 @@ class TrainConfig:
     )
     lr_schedule: Literal["constant", "one-cycle", "cosine", "linear"] = setting("constant", "learning-rate schedule")
     warmup_steps: int = setting(
-        0, "steps over which the learning rate rises; not for one-cycle", has_flag=False, **at_least(0)
+        0, "steps over which the learning rate rises; not for one-cycle", **_RARE, **at_least(0)
     )
     optimizer: Literal["adam", "adamw", "sgd"] = setting(
         "adam", "optimizer from torch.optim; adamw differs from adam only with --weight-decay (PyTorch's default: 0.01)"
     )
-    beta1: float = setting(
-        0.9, "decay of Adam's running mean of the gradients", **fraction(with_one=False), has_flag=False
-    )
-    beta2: float = setting(
-        0.999, "decay of Adam's running mean of the squared gradients", **fraction(with_one=False), has_flag=False
-    )
-    momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False), has_flag=False)
+    beta1: float = setting(0.9, "decay of Adam's mean of the gradients", **_RARE, **fraction(with_one=False))
+    beta2: float = setting(0.999, "decay of Adam's mean of the squared gradients", **_RARE, **fraction(with_one=False))
+    momentum: float = setting(0.9, "momentum of SGD", **_RARE, **fraction(with_one=False))
     weight_decay: float = setting(0.0, "weight decay: an L2 penalty; with adamw, decoupled", **within(0, 1000))
     label_smoothing: float = setting(
-        0.0,
-        "for classification: fraction of each training target to spread over all classes",
-        **fraction(),
-        has_flag=False,
+        0.0, "for classification: fraction of each training target to spread over all classes", **_RARE, **fraction()
     )
     ema_decay: float | None = setting(
-        None,
-        "keep and evaluate an exponential moving average (EMA) of the weights with this decay, e.g. 0.99",
-        **fraction(with_one=False),
+        None, "decay of an average of the weights (EMA) to keep and evaluate, e.g. 0.99", **fraction(with_one=False)
     )
     early_stopping_patience: int | None = setting(
         None, "stop after this many validations without improvement", **at_least(1)
     )
     precision: Precision = setting(
-        "auto",
-        "number format of forward and backward passes; auto: bf16 if supported and fast, else fp32; fp16 scales losses",
+        "auto", "number format of both passes; auto: bf16 if supported and fast, else fp32; fp16 scales losses"
     )
     validation_size: int | None = setting(
-        None,
-        "training examples held out for validation; 0: train on all and keep the last checkpoint; default: the "
-        "data's own validation set, else a tenth, at most 5,000",
-        is_searchable=False,
-        **at_least(0),
+        None, "examples to hold out; 0: none; default: the data's own, or a tenth up to 5,000", **_SHARED, **at_least(0)
     )
     init_from: str | None = setting(
-        None, "weights to start from: a run, a checkpoint, or a .safetensors or .pt file", is_searchable=False
+        None, "weights to start from: a run, a checkpoint, or a .safetensors or .pt file", **_SHARED
     )
     seed: int = setting(
-        0, "determines the initial weights and the order of the examples", is_searchable=False, **within(0, 2**31 - 1)
+        0, "determines the initial weights and the order of the examples", **_SHARED, **within(0, 2**31 - 1)
     )
     num_seeds: int = setting(
-        1,
-        "runs whose seeds are --seed, --seed + 1, …; reports their mean and its 95 % interval",
-        is_searchable=False,
-        **within(1, 10_000),
+        1, "runs with seeds from --seed on; reports their mean and its 95 % interval", **_SHARED, **within(1, 10_000)
     )
     folds: int | None = setting(
-        None,
-        "cross-validation: a run for each of this many parts of the training set, trained without the part and tested "
-        "on it",
-        is_searchable=False,
-        **within(2, 10_000),
+        None, "cross-validation: a run per part of the training set, tested on it", **_SHARED, **within(2, 10_000)
     )
     fold: int | None = setting(
-        None,
-        "with --folds: only the run that is tested on this part, from 1 on",
-        is_searchable=False,
-        has_flag=False,
-        **at_least(1),
+        None, "with --folds: only the run that is tested on this part, from 1 on", **_SHARED, **_RARE, **at_least(1)
     )
     clip_grad_norm: float | None = setting(
         None, "maximum norm of the gradients; larger gradients are scaled down", **positive()
@@ -137,55 +106,39 @@ class TrainConfig:
         None, "examples per forward pass; each worker accumulates the gradients of its slice of a batch", **at_least(1)
     )
     strategy: Literal["ddp", "fsdp"] = setting(
-        "ddp",
-        "ddp: each worker holds the whole model; fsdp: a part of the weights, gradients and optimizer state",
-        decides_weights=False,
+        "ddp", "ddp: each worker has the whole model; fsdp: a part of weights, gradients and optimizer state", **_FREE
     )
     activation_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass, to save memory", decides_weights=False, has_flag=False
+        False, "recompute activations in the backward pass, to save memory", **_FREE, **_RARE
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
     callback: tuple[str, ...] = _code(
-        "your Callback in the training loop, or profiler", "mnist_ray.training.callback:Callback", is_searchable=False
+        "your Callback in the training loop, or profiler", "mnist_ray.training.callback:Callback", **_SHARED
     )
     limit: float = setting(
-        1.0,
-        "fraction of all data to use, chosen at random",
-        is_searchable=False,
-        **rule(lambda part: 0 < part <= 1, "must be in (0, 1]"),
+        1.0, "fraction of all data, at random", **_SHARED, **rule(lambda part: 0 < part <= 1, "must be in (0, 1]")
     )
     overfit_batches: int | None = setting(
-        None,
-        "train and test only on the examples of this many batches; a working model learns them",
-        is_searchable=False,
-        **at_least(1),
+        None, "train and test only on this many batches; a working model learns them", **_SHARED, **at_least(1)
     )
     checkpoint_every: int | None = setting(
         None,
         "steps between checkpoints within an epoch; auto: as often as the storage and 1 % of the time allow",
-        decides_weights=False,
         unset="auto",
+        **_FREE,
         **at_least(1),
     )
     keep_checkpoints: int | None = setting(
-        2,
-        "how many of the best checkpoints by validation to keep beside the last one; or all",
-        decides_weights=False,
-        is_searchable=False,
-        unset="all",
-        **at_least(1),
+        2, "number of best checkpoints to keep beside the last one; or all", unset="all", **_FREE, **at_least(1)
     )
     reproducible: bool = setting(
         False, "bit-identical weights for any number of workers; slower: CPUs only, one thread per worker"
     )
     num_chunks: int = setting(
-        8, "with --reproducible: chunks per batch, and the maximum number of workers", has_flag=False, **within(1, 1024)
+        8, "with --reproducible: chunks per batch, and the maximum number of workers", **_RARE, **within(1, 1024)
     )
     num_streams: int = setting(
-        8,
-        "with data in blocks: streams that make up an epoch, and the maximum number of workers",
-        has_flag=False,
-        **within(1, 1024),
+        8, "with data in blocks: streams of an epoch, and the maximum number of workers", **_RARE, **within(1, 1024)
     )
 
     @property
@@ -226,54 +179,36 @@ class WorkerConfig:
     """Workers on a machine or a cluster."""
 
     num_workers: int | None = setting(
-        None,
-        "training processes; default: one per GPU, else one per node with all cores; 0: in this process, without Ray",
-        **at_least(0),
+        None, "training processes; 0: this one, without Ray; default: one per GPU, else one per node", **at_least(0)
     )
     cpus_per_worker: int | None = setting(
-        None,
-        "CPUs per worker, with a thread for each but at least 8 examples per thread; default: all CPUs, shared evenly, "
-        "and one thread if steps are small",
-        **at_least(1),
+        None, "CPUs per worker, with a thread for each if steps are large; default: all, shared evenly", **at_least(1)
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch finds any")
     loader_workers: int = setting(
         0, "processes per worker to read a Dataset; 0: the worker reads it; not used for arrays", **at_least(0)
     )
     read_ahead_mib: int = setting(
-        READ_AHEAD_MIB,
-        "with data in blocks: memory per worker, in MiB, for reading ahead",
-        has_flag=False,
-        **at_least(1),
+        READ_AHEAD_MIB, "with data in blocks: MiB per worker for reading ahead", **_RARE, **at_least(1)
     )
     min_workers: int | None = setting(
-        None,
-        "minimum number of workers to continue with if the cluster has no room for all",
-        has_flag=False,
-        **at_least(1),
+        None, "minimum number of workers to continue with if there is no room for all", **_RARE, **at_least(1)
     )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
-        "PACK",
-        "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node per worker or fail",
-        has_flag=False,
+        "PACK", "few nodes (PACK), many (SPREAD), exactly one (STRICT_PACK) or one per worker (STRICT_SPREAD)", **_RARE
     )
     label_selector: tuple[str, ...] | None = setting(
         None,
-        "required labels of a worker's node, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
-        has_flag=False,
+        "labels that a worker's node must have; default: any node",
+        **_RARE,
         **rule(lambda labels: all(map(_LABEL.fullmatch, labels)), "must be KEY=VALUE, KEY=!VALUE or KEY=in(A,B)"),
     )
     autoscaling: bool = setting(False, "wait for nodes that the cluster starts on demand")
     max_failures: int = setting(3, "how many times to replace lost workers before the run fails", **at_least(0))
-    fork_workers: Literal["auto", "no"] = setting(
-        "auto", "fork worker processes to start faster; auto: if it is safe", has_flag=False
-    )
+    fork_workers: Literal["auto", "no"] = setting("auto", "fork workers to start faster; auto: if it is safe", **_RARE)
     plain_ray: bool = setting(False, _PLAIN)
     hang_timeout_s: float = setting(
-        600.0,
-        "maximum seconds for a step, a validation batch or a part of the start; then the worker is replaced",
-        has_flag=False,
-        **within(1, 10**6),
+        600.0, "most seconds for a step or a part of the start; then a new worker starts", **_RARE, **within(1, 10**6)
     )
 
     @property
@@ -290,18 +225,14 @@ class OutputConfig:
     run_name: str | None = setting(
         None,
         "folder of this run under --storage-path; default: date, time and a random number",
-        check=lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name) is not None,
-        must="must be at most 200 letters, digits, '.', '_' or '-'",
+        **rule(lambda name: _NAME.fullmatch(name), "must be at most 200 letters, digits, '.', '_' or '-'"),
     )
     storage_path: str = setting("~/ray_results", "folder or URI (s3://…) for all runs, reachable from every node")
     resume: Literal["no", "yes", "auto"] = setting(
-        "no",
-        "continue the run of --run-name from its last checkpoint; auto: or start it, or print its result",
-        bare="yes",
+        "no", "continue the run of --run-name; auto: or start it, or print its result", bare="yes"
     )
     tracker: tuple[str, ...] = _code(
-        "where to follow the run: wandb, mlflow or your Tracker, beside TensorBoard",
-        "mnist_ray.trackers:Tracker",
+        "where to follow the run: wandb, mlflow or yours, beside TensorBoard", "mnist_ray.trackers:Tracker"
     )
     dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it")
     json: bool = setting(False, _JSON)
@@ -314,9 +245,7 @@ class StorageConfig:
     """Storage."""
 
     storage_path: str | None = setting(
-        None,
-        "folder or URI of the runs; default: MNIST_RAY_STORAGE_PATH, the project's or ~/ray_results",
-        metavar="PLACE",
+        None, "folder or URI of the runs; default: the project's, or ~/ray_results", metavar="PLACE"
     )
 
 
@@ -325,9 +254,7 @@ class ModelConfig(StorageConfig):
     """Trained model."""
 
     run: str | None = setting(None, _RUN, metavar="RUN")
-    workload: str | None = setting(
-        None, "FILE.py or package.module of the workload; default: the run's", metavar="FILE.py"
-    )
+    workload: str | None = setting(None, "FILE.py or package.module; default: the run's", metavar="FILE.py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -342,10 +269,7 @@ class ChangesConfig:
     """Settings of the workload."""
 
     set: tuple[str, ...] = setting(
-        (),
-        "another value for a setting of the workload, such as the place of its data; may be repeated",
-        metavar="NAME=VALUE",
-        is_repeated=True,
+        (), "another value for a setting of the workload", metavar="NAME=VALUE", is_repeated=True
     )
 
 
@@ -386,9 +310,7 @@ class ScaleConfig:
     """Data at scale, on Ray."""
 
     input: str | None = setting(
-        None,
-        "file, folder, URI or pattern of pictures, texts or Parquet files, instead of IMAGE_OR_FOLDER",
-        metavar="PLACE",
+        None, "instead of files: a folder, URI or pattern of pictures, texts or Parquet files", metavar="PLACE"
     )
     output: str | None = setting(
         None, "folder or URI for the predictions; the same command goes on with a begun one", metavar="PLACE"
@@ -434,9 +356,7 @@ class ProjectConfig:
         "blank", "kind of the sample data; blank: arrays made in the code"
     )
     package: str | None = setting(
-        None,
-        "where the project gets mnist_ray: path of a checkout or a wheel, or a git URL; default: as it is installed",
-        metavar="PLACE",
+        None, "source of mnist_ray: a checkout, a wheel or a git URL; default: as it is installed", metavar="PLACE"
     )
 
 
@@ -445,9 +365,7 @@ class EvaluationConfig:
     """Evaluation on Ray."""
 
     num_tasks: int | None = setting(
-        None,
-        "Ray tasks that share the examples; any number gives the same result; default: one, or more for a long test",
-        **at_least(1),
+        None, "Ray tasks that share the examples; default: one, or more for a long test", **at_least(1)
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
     plain_ray: bool = setting(False, _PLAIN)
@@ -458,9 +376,7 @@ class SweepConfig:
     """Hyperparameter search."""
 
     sweep: tuple[str, ...] | None = setting(
-        None,
-        "settings to search, each as NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: every setting with a "
-        "search space, unless it is given as a flag",
+        None, "settings to search: NAME=A,B, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: all with a search space"
     )
     num_trials: int = setting(16, "configurations to try, including the default one", **within(1, 10_000))
     search_algorithm: Literal["random", "grid"] = setting("random", "how configurations are chosen")
@@ -471,11 +387,7 @@ class SweepConfig:
         3, "how many of the best configurations race with up to two more seeds; 0: one seed decides", **at_least(0)
     )
     max_concurrent_trials: int | None = setting(
-        None,
-        "maximum number of trials at a time, at most as many as fit on the cluster unless --autoscaling is given; "
-        "default: as many as fit on the cluster",
-        decides_weights=False,
-        **at_least(1),
+        None, "maximum number of trials at a time; default: as many as fit on the cluster", **_FREE, **at_least(1)
     )
 
 

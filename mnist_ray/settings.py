@@ -18,7 +18,7 @@ from mnist_ray.references import references_of
 from mnist_ray.text import did_you_mean
 
 T = TypeVar("T", bound=Any)
-Check = Callable[[Any], bool]
+Check = Callable[[Any], object]  # which is true if a value is allowed
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
 
