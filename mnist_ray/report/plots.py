@@ -1,97 +1,203 @@
-"""Plots of a run's values: curves over steps, on an axis that fits the metric; and stacked bars."""
+"""The plots of a run's values: curves, where the time went, a sweep's trials; on axes that fit the metric."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 
+from mnist_ray.report.run_files import DONE, STOPPED, WAITING, Run
+from mnist_ray.text import count, in_words
+from mnist_ray.training.stopwatch import PARTS
+from mnist_ray.workload.base import Picture
 from mnist_ray.workload.drawing import new_plot, plain, png_of
-from mnist_ray.workload.figures import Metric
+from mnist_ray.workload.figures import Figure as Column
+from mnist_ray.workload.figures import Metric, formatted
 
 _MIN_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
 _LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values are above
+_MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps that a curve's point covers
+_MAX_BARS, _MIN_SHARE = 16, 0.002  # of the plot of the time; share of the time below which a part is not shown
+_TRAINING: dict[str, Any] = {"color": "C0", "linewidth": 1}
+_VALIDATION: dict[str, Any] = {"color": "C1", "linestyle": "--", "marker": "."}
+_WIDTH = 9.5  # inches: across the page, the text is as large as the page's own
+Row = Mapping[str, str]  # of members.csv
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One line of a plot; NaNs are left out."""
+def curves(record: Run, metric: Metric) -> list[Picture]:
+    """Plot a metric over the steps; of a job of many runs, that of each run of the result over its epochs."""
+    if record.table:
+        return _of_members(record, metric)
+    if not record.steps:
+        return []
+    epoch, total = record.steps_per_epoch, record.steps[-1]["step"]
+    min_steps = min(max(_MIN_EPOCH * epoch, _MIN_PART * total), epoch)
+    ends = [min(number * epoch, total) for number in record.column("epoch")]
+    figure, axes = _over_steps(epoch)
+    training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
+    steps, means = smoothed([row["step"] for row in record.steps], training, min_steps)
+    validation = record.column(f"val_{metric.name}")
+    _draw(axes, metric, steps, means, label="training", **_TRAINING)
+    _draw(axes, metric, ends, validation, label="validation", **_VALIDATION)
+    parts = {"training": means, "validation": validation}
+    last = "; ".join(f"{label} ends at {metric.format(values[-1])}" for label, values in parts.items() if values)
+    return [_finished(figure, axes, metric, f"{metric.name} over {total:,.0f} steps. {last}")]
 
-    label: str
-    steps: Sequence[float]
-    values: Sequence[float]
-    style: Mapping[str, Any]
+
+def _of_members(record: Run, metric: Metric) -> list[Picture]:
+    figure, axes = new_plot("epoch")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    for part, label, style in (("train", "training", _TRAINING), ("val", "validation", _VALIDATION)):
+        for member in record.members:
+            values = member.column(f"{part}_{metric.name}")
+            _draw(axes, metric, member.column("epoch"), values, label=label, alpha=0.7, **style)
+            label = ""  # only the first has one
+    alt = f"{metric.name} of {count(len(record.members), 'run')} over their epochs"
+    return [_finished(figure, axes, metric, alt, "A line for each run.")] if axes.lines else []
 
 
-def smoothed(curve: Curve, min_steps: float) -> Curve:
-    """Join points until each covers at least ``min_steps``; a point is the mean over the steps since the last one."""
-    points = [point for point in zip(curve.steps, curve.values, strict=True) if math.isfinite(point[1])]
+def over_steps(record: Run, column: Column) -> list[Picture]:
+    """Plot a column of steps.csv that is no metric; none if the run has no such values."""
+    values = [row.get(column.name, math.nan) for row in record.steps]
+    if all(map(math.isnan, values)):
+        return []
+    figure, axes = _over_steps(record.steps_per_epoch)
+    metric, title = Metric(column.label, "min", column.form == "fraction"), column.label.capitalize()
+    _draw(axes, metric, [row["step"] for row in record.steps], values, label=column.label, **_TRAINING)
+    alt = f"{title} over the steps. It ends at {formatted(values[-1], column.form)}"
+    return [_finished(figure, axes, metric, alt, name=column.name, title=title)]
+
+
+def smoothed(steps: Sequence[float], values: Sequence[float], least: float) -> tuple[list[float], list[float]]:
+    """Join points until each covers at least ``least`` steps; a point is the mean over the steps since the last one."""
+    points = [point for point in zip(steps, values, strict=True) if math.isfinite(point[1])]
     ends = [0.0]
     for step, _ in points:
-        if step == points[-1][0] or min(step - ends[-1], points[-1][0] - step) >= min_steps:
+        if step == points[-1][0] or min(step - ends[-1], points[-1][0] - step) >= least:
             ends.append(step)
-    steps, values = np.array([(0, 0), *points]).T
-    sums = np.interp(ends, steps, np.cumsum(values * np.diff(steps, prepend=0)))
-    return replace(curve, steps=ends[1:], values=(np.diff(sums) / np.diff(ends)).tolist())
+    known, means = np.array([(0, 0), *points]).T
+    sums = np.interp(ends, known, np.cumsum(means * np.diff(known, prepend=0)))
+    return ends[1:], (np.diff(sums) / np.diff(ends)).tolist()
 
 
-def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float) -> bytes:
-    """Draw a metric over steps, with epochs along the top."""
+def _over_steps(steps_per_epoch: float) -> tuple[Figure, Axes]:
+    """Return a plot over steps, with epochs along the top."""
     figure, axes = new_plot("step")
-    for curve in curves:
-        values = [on_axis(metric, value) for value in curve.values]
-        points = [point for point in zip(curve.steps, values, strict=True) if math.isfinite(point[1])]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=curve.label, **curve.style)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    functions = (lambda steps: steps / steps_per_epoch, lambda epochs: epochs * steps_per_epoch)
+    epochs = axes.secondary_xaxis("top", functions=functions)
+    epochs.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    epochs.set_xlabel("epoch")
+    return figure, axes
+
+
+def _draw(axes: Axes, metric: Metric, x: Iterable[float], values: Iterable[float], **style: Any) -> None:
+    """Draw a line through the values that are known."""
+    points = [(at, on_axis(metric, value)) for at, value in zip(x, values, strict=True) if math.isfinite(value)]
+    if points:
+        axes.plot([at for at, _ in points], [value for _, value in points], **style)
+
+
+def _finished(
+    figure: Figure, axes: Axes, metric: Metric, alt: str, caption: str = "", name: str = "", title: str = ""
+) -> Picture:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(fontsize="small")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-    to_epochs, to_steps = (functools.partial(np.multiply, by) for by in (1 / steps_per_epoch, steps_per_epoch))
-    epochs = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
-    epochs.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-    epochs.set_xlabel("epoch")
     scale_axis(axes, metric)
-    return png_of(figure)
+    return Picture(name or metric.name, title or metric.name, alt, png_of(figure), caption)
 
 
-def bands_of(metric: Metric, epochs: Sequence[float], runs: Mapping[str, np.ndarray]) -> bytes:
-    """Draw a metric of several runs over epochs: for each label, the mean and a band from the lowest to the highest.
-
-    ``runs``: the values by label, (runs, epochs); NaNs are left out.
-    """
-    figure, axes = new_plot("epoch")
-    for number, (label, values) in enumerate(runs.items()):
-        shown = np.array([[on_axis(metric, value) for value in run] for run in values])
-        known = ~np.isnan(shown).all(axis=0)
-        x, shown = np.asarray(epochs)[known], shown[:, known]
-        axes.plot(x, np.nanmean(shown, axis=0), color=f"C{number}", marker="o", label=label)
-        axes.fill_between(x, np.nanmin(shown, axis=0), np.nanmax(shown, axis=0), color=f"C{number}", alpha=0.2)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-    scale_axis(axes, metric)
-    return png_of(figure)
-
-
-def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], xlabel: str) -> bytes:
-    """Draw a bar for each label, with a segment for each part."""
-    figure, axes = new_plot(xlabel)
-    starts = np.zeros(len(labels))
-    for number, (part, values) in enumerate(parts.items()):
-        axes.barh(labels, values, left=starts, label=part, color=f"C{number}")
+def time_spent(record: Run) -> list[Picture]:
+    """Draw the mean seconds of a worker by part, in a bar per epoch or, if these are too many, per some epochs."""
+    last = math.ceil(max((row["epoch"] for row in record.steps), default=1))
+    width = math.ceil(last / _MAX_BARS)  # epochs
+    firsts = range(1, last + 1, width)
+    of_bars = [[row for row in record.steps if first - 1 < row["epoch"] <= first - 1 + width] for first in firsts]
+    seconds = {
+        label: [math.fsum(row.get(f"{part}_s") or 0.0 for row in rows) for rows in of_bars]
+        for part, label in PARTS.items()
+    }
+    total = math.fsum(itertools.chain(*seconds.values()))
+    shown = {label: values for label, values in seconds.items() if sum(values) > _MIN_SHARE * total}
+    if not shown:
+        return []
+    bars = [f"epoch {first}" if width == 1 else f"epochs {first} to {min(first + width - 1, last)}" for first in firsts]
+    figure, axes = new_plot("seconds")
+    starts = np.zeros(len(bars))
+    for label, values in shown.items():
+        axes.barh(bars, values, left=starts, label=label)
         starts += values
-    axes.invert_yaxis()  # the first label is at the top
+    axes.invert_yaxis()  # the first epoch is at the top
     axes.tick_params(labelsize="small")
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
-    return png_of(figure)
+    shares = ", ".join(f"{label} {sum(values) / total:.0%}" for label, values in shown.items())
+    return [Picture("time", "Where the time went", f"Mean seconds of a worker: {shares}", png_of(figure))]
+
+
+def trials(record: Run) -> list[Picture]:
+    """Plot a sweep's trials; none if the run is not a sweep, or before the first validation.
+
+    Trials that were stopped early are grey or hollow, those of the best configuration are black or ringed, and failed
+    trials are left out.
+    """
+    spaces = dict(text.split("=", 1) for text in record.config.get("sweep") or ())
+    monitor, column = record.workload.monitor, f"val_{record.workload.monitor.name}"
+    rows = [row for row in record.table if row["state"] in (DONE, STOPPED, WAITING) and row.get(column, "nan") != "nan"]
+    if not spaces or not rows:
+        return []
+    tested = {tuple(member.row[name] for name in spaces) for member in record.members if member.result}
+    best = [row for row in rows if tuple(row[name] for name in spaces) in tested and row["state"] == DONE]
+    varied = [name for name in spaces if len({row[name] for row in rows}) > 1] or [*spaces]
+    figure = Figure(figsize=(_WIDTH, 5 + 4 * len(varied)), dpi=150, layout="constrained")
+    over_epochs, *plots = figure.subplots(1 + len(varied))
+    for row in sorted(rows, key=lambda row: (row in best, row["state"] != STOPPED)):  # the best is drawn on top
+        colour = "black" if row in best else "silver" if row["state"] == STOPPED else "tab:blue"
+        reports = np.array([report.split(":") for report in row["reports"].split()], float).reshape(-1, 2)
+        _draw(over_epochs, monitor, reports[:, 0], reports[:, 1], marker=".", alpha=0.7, color=colour)
+    over_epochs.set_xlabel("epoch")
+    for axes, name in zip(plots, varied, strict=True):
+        _draw_over(axes, monitor, rows, best, name, spaces[name])
+    for axes in (over_epochs, *plots):
+        axes.grid(alpha=0.3)
+        scale_axis(axes, monitor, f"validation {monitor.name}")
+    alt = f"Validation {monitor.name} of {len(rows)} trials; the table has all values"
+    caption = "Grey or hollow: stopped early. Black or ringed: the best configuration"
+    if best:
+        mean = monitor.format(statistics.mean(float(row[column]) for row in best))
+        settings = ", ".join(f"{in_words(name)} {best[0][name]}" for name in spaces)
+        caption += f", {settings}: {mean}, {count(len(best), 'seed')}"
+    return [Picture("sweep", "Trials", alt, png_of(figure), caption, is_wide=True)]
+
+
+def _draw_over(axes: Axes, metric: Metric, rows: Sequence[Row], best: Sequence[Row], name: str, space: str) -> None:
+    """Draw all trials against a setting, whose ``space`` is a text of ``--sweep``: a range, or a list of values."""
+    low, is_range, high = space.removeprefix("log:").partition(":")
+    options = [*dict.fromkeys(row[name] for row in rows)]
+    with contextlib.suppress(ValueError):  # words stay in the order of the trials
+        options.sort(key=float)
+    for row in rows:
+        x = float(row[name]) if is_range else options.index(row[name])
+        y = on_axis(metric, float(row[f"val_{metric.name}"]))
+        fill: dict[str, Any] = {"markerfacecolor": "none"} if row["state"] == STOPPED else {}
+        axes.plot(x, y, "o", color="tab:blue", markersize=8, alpha=0.7, **fill)
+        if row in best:
+            axes.plot(x, y, "o", color="black", markersize=15, markerfacecolor="none")
+    if not is_range:
+        axes.set_xticks(range(len(options)), [plain(option or "none") for option in options])
+    elif space.startswith("log:"):
+        axes.set_xscale("log")
+        label_log_axis(axes.xaxis, float(low), float(high))
+    axes.set_xlabel(in_words(name))
 
 
 def on_axis(metric: Metric, value: float) -> float:

@@ -16,18 +16,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.report.plots import curves_of
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder
 from mnist_ray.trackers import Ending, Tracker, Trackers, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload import user_code
-from mnist_ray.workload.figures import LOSS
+from mnist_ray.workload.drawing import new_plot, png_of
 from tests.conftest import Digits, folder_at
 
 INTERRUPTED = Ending(None, {}, has_failed=True)
-PICTURE = curves_of(LOSS, [], 1)
+PICTURE = png_of(new_plot("step")[0])
 FORMATS = {"val_loss": "number", "test_loss": "number", "test_accuracy": "fraction", "examples_per_s": ",.0f"}
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "examples_per_s": 100.0, "formats": FORMATS}
 
