@@ -73,8 +73,6 @@ def predict(model: ModelConfig, output: config.PredictionConfig, scale: config.S
         from mnist_ray.tools.predict import predict as predict_files  # imports torch
 
         return predict_files(found, output)
-    if output.grid:
-        raise UsageError("--grid draws IMAGE_OR_FOLDER; it does not go with --input")
     workers = config.WorkerConfig(plain_ray=scale.plain_ray)
     with environment.prepared(workers, "mnist_ray.predictions.at_scale") as forking:
         from mnist_ray.predictions.at_scale import predict_at_scale

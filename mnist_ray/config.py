@@ -302,7 +302,6 @@ class PredictionConfig:
         (), "images, or folders of images; for a language model, texts to continue", word="IMAGE_OR_FOLDER"
     )
     threshold: float = setting(0.8, "predictions below this probability are marked unsure", **fraction())
-    grid: str | None = setting(None, "image file to write, of the model's inputs and predictions", **_ending(".png"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -354,9 +353,6 @@ class ProjectConfig:
     name: str = setting("", "the folder to make; the workload has its name in CamelCase", word="NAME")
     kind: Literal["images", "table", "text", "blank"] = setting(
         "blank", "kind of the sample data; blank: arrays made in the code"
-    )
-    package: str | None = setting(
-        None, "source of mnist_ray: a checkout, a wheel or a git URL; default: as it is installed", metavar="PLACE"
     )
 
 

@@ -22,12 +22,9 @@ _MAX_P = 0.05
 
 @dataclass(frozen=True)
 class Member:
-    """A trained and tested model: a run, or one of a run's seeds and folds."""
+    """A trained and tested run: one of those that are compared, or one of its seeds and folds."""
 
-    name: str  # with its seed and fold, if it is one of several; else ""
-    config: Mapping[str, Any]
-    origin: Mapping[str, Any]
-    result: Mapping[str, Any]
+    run: Run
     columns: Mapping[str, np.ndarray]  # those of predictions.parquet that hold numbers, (N,) each, by rising index
 
     @classmethod
@@ -37,21 +34,18 @@ class Member:
         columns = run.predictions.items()
         numbers = {name: values for name, values in columns if values.ndim == 1 and values.dtype.kind in "biuf"}
         order = np.argsort(numbers.get("index", np.arange(0)))
-        by_index = {name: values[order] for name, values in numbers.items()}
-        return cls(run.name if run.row else "", run.config, run.origin, run.result, by_index)
+        return cls(run, {name: values[order] for name, values in numbers.items()})
 
     @property
     def is_fold(self) -> bool:
         """Whether it is one of a cross-validation, whose members are tested on different examples."""
-        return "_fold-" in self.name
+        return bool(self.run.row.get("fold"))
 
     @property
     def figures(self) -> list[str]:
         """The names of the test's figures in result.json."""
-        no_figure = (list, dict)
-        return [
-            name for name in self.result if name.startswith("test_") and not isinstance(self.result[name], no_figure)
-        ]
+        result = self.run.result
+        return [name for name in result if name.startswith("test_") and not isinstance(result[name], (list, dict))]
 
     @property
     def has_classes(self) -> bool:
@@ -100,7 +94,7 @@ class Comparison:
     def forms(self) -> dict[str, str]:
         """How to show each figure in result.json that is compared: those of the test, and the speed."""
         first = self.members[0][0]
-        known = first.result.get("formats", {})
+        known = first.run.result.get("formats", {})
         return {**{name: known.get(name, "number") for name in first.figures}, RATE: ",.0f"}
 
     def __str__(self) -> str:
@@ -133,7 +127,7 @@ def compare(first: Run, second: Run) -> Comparison:
 
 
 def _values(members: Sequence[Member], figure: str) -> list[float]:
-    return [number_of(member.result.get(figure)) for member in members]
+    return [number_of(member.run.result.get(figure)) for member in members]
 
 
 def _differences(first: Sequence[Member], second: Sequence[Member]) -> dict[str, str]:
@@ -154,9 +148,9 @@ def _differences(first: Sequence[Member], second: Sequence[Member]) -> dict[str,
 
 def _recorded(members: Sequence[Member]) -> dict[str, dict[str, Any]]:
     """Return the values that are compared, by subject: those of the first member, but the seeds and folds of all."""
-    config, origin = dict(members[0].config), members[0].origin
+    config, origin = dict(members[0].run.config), members[0].run.origin
     for name in {"seed", "fold"} & config.keys():
-        config[name] = " ".join(dict.fromkeys(str(member.config.get(name)) for member in members))
+        config[name] = " ".join(dict.fromkeys(str(member.run.config.get(name)) for member in members))
     repository = origin.get("repository") or {}  # a submitted job does not know its own
     return {
         "settings": {name: config[name] for name in config if name not in origin.get("unused_settings", ())},
@@ -226,7 +220,7 @@ def _why_not(first: Sequence[Member], second: Sequence[Member]) -> str:
         if not all({"index", "loss"} <= member.columns.keys() for member in members):
             return f"{letter} has no predictions.parquet with the loss of each example"
     has_folds = first[0].is_fold
-    if (has_folds or second[0].is_fold) and [one.name for one in first] != [two.name for two in second]:
+    if (has_folds or second[0].is_fold) and [one.run.name for one in first] != [two.run.name for two in second]:
         return "their seeds or folds differ"
     if has_folds and len(np.unique(_indices(first))) * len(first) == len(_indices(first)):
         return "all of their folds test the same examples"
@@ -244,7 +238,7 @@ def _why_not(first: Sequence[Member], second: Sequence[Member]) -> str:
 
 def _is_same_test(one: Member, two: Member) -> bool:
     """Return whether digests, places and targets are the same; data may have no digest."""
-    data = [member.origin.get("data") or {} for member in (one, two)]
+    data = [member.run.origin.get("data") or {} for member in (one, two)]
     names = {"index", "label", "target"} & one.columns.keys()
     return all(data[0].get(name) == data[1].get(name) for name in ("test", "files")) and all(
         name in two.columns and np.array_equal(one.columns[name], two.columns[name]) for name in names

@@ -21,20 +21,14 @@ _WORDS = {
 def write_images(folder: Path) -> None:
     """Write images of three shapes, in a folder each."""
     rng = np.random.default_rng(0)
-    for shape in ("circle", "square", "triangle"):
+    for shape, num_sides in {"circle": 60, "square": 4, "triangle": 3}.items():
         (folder / shape).mkdir(parents=True)
         for number in range(_NUM_IMAGES):
             ground, colour = (tuple(rng.integers(low, low + 90, 3).tolist()) for low in (0, 160))
             image = Image.new("RGB", (_SIZE, _SIZE), ground)
             radius = rng.uniform(14, 22)
             x, y = rng.uniform(radius, _SIZE - radius, 2)
-            draw, box = ImageDraw.Draw(image), (x - radius, y - radius, x + radius, y + radius)
-            if shape == "circle":
-                draw.ellipse(box, colour)
-            elif shape == "square":
-                draw.rectangle(box, colour)
-            else:
-                draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], colour)
+            ImageDraw.Draw(image).regular_polygon((x, y, radius), num_sides, fill=colour)
             image.save(folder / shape / f"{number:02d}.png")
 
 

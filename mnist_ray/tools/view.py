@@ -29,26 +29,30 @@ def view(workload: Workload, config: ViewConfig) -> None:
     splits = {"train": Split(data.train), "test": Split(data.test)}
     for name, split in splits.items():
         say(f"{name:<7} {count(len(split), workload.noun)}")
+    chosen = splits[config.split]
+    if config.index >= len(chosen):
+        known = f"{config.split} {workload.nouns} are 0 to {len(chosen) - 1}"
+        raise UsageError(f"--index {config.index} is out of range: {known}")
+    indices = range(config.index, min(config.index + config.count, len(chosen)))
+    names = workload.class_names if isinstance(workload, Classification) else None
     with placed(workload, "an example"):
-        indices = choose(workload, splits[config.split], config)
-        examples = [splits[config.split][index] for index in indices]
+        examples = [chosen[index] for index in indices]
         images = [image for inputs, _ in examples if (image := picture_of(workload, inputs)) is not None]
-        names = workload.class_names if isinstance(workload, Classification) else None
         targets = [target if names is None else names[int(target)] for _, target in examples]
-        if len(images) == len(examples) > 1:
-            say(f"{workload.nouns:<7} {config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
-        else:
-            for index, (inputs, _), target in zip(indices, examples, targets, strict=True):
-                say(f"{workload.noun:<7} {config.split} {index:,}")
-                for name, value in (_parts("inputs", inputs) | _parts("label" if names else "target", target)).items():
-                    say(f"{name:<7} {_short(value)}")
-        if len(images) < len(examples):
-            say(f"picture none: {type(workload).__name__} has no as_picture")
-            return
-        captions = [f"{index}: {_short(target)}" for index, target in zip(indices, targets, strict=True)]
-        png = single_image(images[0]) if len(images) == 1 else image_grid(images, captions)
-        write_file(path_of(config.output, "--output"), png)
-        say(f"picture {config.output}")
+    if len(images) == len(examples) > 1:
+        say(f"{workload.nouns:<7} {config.split} {indices[0]:,} to {indices[-1]:,}")
+    else:
+        for index, (inputs, _), target in zip(indices, examples, targets, strict=True):
+            say(f"{workload.noun:<7} {config.split} {index:,}")
+            for name, value in (_parts("inputs", inputs) | _parts("label" if names else "target", target)).items():
+                say(f"{name:<7} {_short(value)}")
+    if len(images) < len(examples):
+        say(f"picture none: {type(workload).__name__} has no as_picture")
+        return
+    captions = [f"{index}: {_short(target)}" for index, target in zip(indices, targets, strict=True)]
+    png = single_image(images[0]) if len(images) == 1 else image_grid(images, captions)
+    write_file(path_of(config.output, "--output"), png)
+    say(f"picture {config.output}")
 
 
 def _parts(name: str, value: Any) -> dict[str, Any]:
@@ -71,11 +75,3 @@ def _short(value: Any) -> str:
     if array.ndim > 1:
         text = f"{array.min():.4g} to {array.max():.4g}"
     return f"{array.shape} {array.dtype}, " + (f"{array.mean():.0%} true" if array.dtype == bool else text)
-
-
-def choose(workload: Workload, split: Split, config: ViewConfig) -> range:
-    """Return the indices of the chosen examples. Raises UsageError if there are none."""
-    if config.index >= len(split):
-        known = f"{config.split} {workload.nouns} are 0 to {len(split) - 1}"
-        raise UsageError(f"--index {config.index} is out of range: {known}")
-    return range(config.index, min(config.index + config.count, len(split)))

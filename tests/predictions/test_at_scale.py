@@ -307,7 +307,6 @@ def test_impossible_flags_are_one_line(finished_run: Path, tmp_path: Path) -> No
         ((), "name images or folders or, for data at scale, --input and --output"),
         ((*given, "a.png", "--output", other), "name images or folders or, for data at scale, --input and --output"),
         (given, "--input and --output belong together: give both"),
-        ((*given, "--output", other, "--grid", "a.png"), "--grid draws IMAGE_OR_FOLDER; it does not go with --input"),
         ((*given, "--output", str(tmp_path / "full")), r"holds other files \(mine.txt\); choose an empty folder"),
     ):
         with pytest.raises(UsageError, match=message):

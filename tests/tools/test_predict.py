@@ -49,7 +49,7 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     Image.effect_noise((90, 90), 99).save(tmp_path / "cut.png")
     os.truncate(tmp_path / "cut.png", 900)
     given = (tmp_path, pictures, "~nosuchuser/x.png", tmp_path / ("a" * 300), tmp_path / "folder")
-    flags = (*map(str, given), "--run", str(finished_run), "--grid", str(tmp_path / "grid.png"))
+    flags = (*map(str, given), "--run", str(finished_run))
     flags = (*flags, "--workload", str(ROOT / "examples" / "digits.py"))
     with pytest.raises(JobError, match=r"^no prediction for 8 of 16 files$"):
         run_main("predict", *flags)
@@ -65,7 +65,6 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     assert lines[14].endswith("aaa: cannot be read: File name too long")
     assert lines[15].endswith("folder: not a file")
     assert len(lines) == 16
-    assert Image.open(tmp_path / "grid.png").width == 8 * 134
 
 
 def test_json_prints_all_predictions(finished_run: Path, pictures: Path, mnist_test: Arrays) -> None:
