@@ -41,7 +41,7 @@ import torch
 from pyarrow import parquet as pq
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
-from mnist_ray.data.batches import batch_loader, batches_of
+from mnist_ray.data.batches import Batches, batch_loader, order_of
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.sources import Parquet
@@ -266,9 +266,10 @@ def train(place: str, number: int, num_epochs: int, read_ahead_mib: int, first_s
 
 def read(place: str, rank: int, world_size: int, first_step: int = 0) -> dict[str, Any]:
     """Read a rank's part of an epoch; return a digest of each step's labels, in the order of the ranks."""
-    dataset = batches_of(Split(Parquet(place)), torch.device("cpu"), None, _FEW_MIB)
+    dataset = Batches(Split(Parquet(place)), torch.device("cpu"), read_ahead_mib=_FEW_MIB)
     begun, config = time.perf_counter(), TrainConfig(num_epochs=1, batch_size=128)
-    order = dataset.order(config, 0, first_step, rank, world_size)  # type: ignore[union-attr]
+    dataset.read_ahead(config, first_step, rank, world_size)
+    order = order_of(dataset.split, config, 0)
     options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step, "order": order}
     sampler = ShardedBatchSampler(len(dataset), config.batch_size, config.seed, 0, **options)
     sums, first_s = [], 0.0

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 
 from mnist_ray import train
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import batch_loader, batches_of
+from mnist_ray.data.batches import Batches, batch_loader, order_of
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.mnist import MNIST, idx
@@ -119,8 +119,8 @@ def read_plainly() -> None:
 def read_as_a_worker() -> None:
     """Read the images as a worker's training does."""
     config = TrainConfig(batch_size=32, num_steps=NUM_STREAMED // 32)
-    batches: Any = batches_of(Split(Streamed(images)), torch.device("cpu"))
-    sampler = ShardedBatchSampler(len(batches), 32, 0, 0, order=batches.order(config, 0))
+    batches = Batches(Split(Streamed(images)), torch.device("cpu"))
+    sampler = ShardedBatchSampler(len(batches), 32, 0, 0, order=order_of(batches.split, config, 0))
     for number, _ in enumerate(batch_loader(batches, sampler, torch.device("cpu"))):
         if 32 * number >= NUM_STREAMED:
             return

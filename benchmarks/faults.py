@@ -70,7 +70,7 @@ FAULTS = {
         Fault("blocks are not permuted", ORDER, "Shuffled(len(sizes), self._key)[:]", "np.arange(len(sizes))"),
         Fault(
             "examples of several blocks are mixed up",
-            "mnist_ray/data/batches.py",
+            "mnist_ray/data/readers.py",
             'np.argsort(np.argsort(blocks, kind="stable"))',
             'np.argsort(blocks, kind="stable")',
         ),

@@ -24,7 +24,7 @@ from faults import Fault, faulty_copy
 
 TRAINER, STEP = "mnist_ray/training/trainer.py", "mnist_ray/training/step.py"
 METRICS, WINDOW = "mnist_ray/training/metrics.py", "mnist_ray/training/window.py"
-REPRODUCIBLE, BATCHES = "mnist_ray/parallel/reproducible.py", "mnist_ray/data/batches.py"
+REPRODUCIBLE, READERS = "mnist_ray/parallel/reproducible.py", "mnist_ray/data/readers.py"
 ORDER, SAMPLER = "mnist_ray/data/order.py", "mnist_ray/data/sampler.py"
 TIME_LIMIT_S = 600.0
 MUTATIONS = [
@@ -151,8 +151,8 @@ MUTATIONS = [
         "data/test_block_batches",
         Fault(
             "a block is forgotten that another stream needs",
-            "mnist_ray/data/block_reader.py",
-            "max(before.last_step, read.last_step)",
+            "mnist_ray/data/readers.py",
+            "max(before.last_step, self._next.last_step)",
             "before.last_step",
         ),
     ),
@@ -167,7 +167,7 @@ MUTATIONS = [
     ),
     (
         "data/test_dataset_loading data/test_draws",
-        Fault("Python's generator is not seeded", BATCHES, "    random.seed(seed)\n", ""),
+        Fault("Python's generator is not seeded", READERS, "    random.seed(seed)\n", ""),
     ),
     (
         "data/test_draws data/test_order",

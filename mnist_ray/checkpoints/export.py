@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from mnist_ray.checkpoints.find import Found
 from mnist_ray.config import ExportConfig
-from mnist_ray.data.batches import ArrayBatches, ExampleBatches, batches_of
+from mnist_ray.data.batches import Batches
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.errors import JobError, UsageError, with_place
@@ -69,12 +69,12 @@ def export(found: Found, config: ExportConfig) -> Path:
     return path
 
 
-def test_batches(workload: Workload) -> ArrayBatches | ExampleBatches:
+def test_batches(workload: Workload) -> Batches:
     """Return the data set of batches of the workload's test set. Raises UsageError and JobError."""
-    return batches_of(Split(data_of(workload).test, origin="test"), torch.device("cpu"), workload.collate)
+    return Batches(Split(data_of(workload).test, origin="test"), torch.device("cpu"), workload.collate)
 
 
-def inputs_of(workload: Workload, batches: ArrayBatches | ExampleBatches, start: int, number: int) -> Any:
+def inputs_of(workload: Workload, batches: Batches, start: int, number: int) -> Any:
     """Return the model's inputs for a batch of examples; too few examples are repeated. Raises UsageError."""
     places = np.arange(start, start + number) % len(batches)
     with placed(workload, "prepare"):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from mnist_ray.data.data import Blocks, Origin, Split
+from mnist_ray.data.data import Origin, Split, as_streamed
 from mnist_ray.data.order import AllBut
-from mnist_ray.data.streamed import as_streamed
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.workload.base import Workload
 
@@ -45,7 +44,7 @@ class RemoteSplit:
 
 def may_be_stored(split: Split) -> bool:
     """Return whether the object store can hold a split: all of some arrays in memory, or Blocks without examples."""
-    return split.whole_arrays is not None or isinstance(split.examples, Blocks)
+    return split.whole_arrays is not None or split.is_in_blocks
 
 
 def share(workload: Workload, split: Split) -> RemoteSplit:

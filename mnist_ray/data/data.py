@@ -1,9 +1,12 @@
-"""Data sets: arrays, any map-style ``Dataset``, or blocks; and their splits."""
+"""Data sets: arrays, any map-style ``Dataset``, blocks, or a stream; and their splits."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,6 +107,64 @@ class Blocks:
         return {name: value for name, value in vars(self).items() if name != "_last"}
 
 
+class Streamed:
+    """A stream of pairs (input, target), or of items that ``decode`` turns into such pairs; its length is unknown.
+
+    Examples come in the stream's order. Every worker reads the whole stream, and keeps its slices. ``source`` is an
+    iterable, or a function that returns an iterator; it must have the same examples in the same order each time it is
+    started. If it has ``state_dict`` and ``load_state_dict``, a resumed run begins there; otherwise, it reads and drops
+    the examples that it has seen.
+    """
+
+    def __init__(self, source: Any, decode: Callable[[Any], tuple[Any, Any]] | None = None) -> None:
+        self.source, self.decode = source, decode
+        self._beginning = copy.deepcopy(source.state_dict()) if self.has_state else None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the source can say where it is, and go on there."""
+        return hasattr(self.source, "state_dict") and hasattr(self.source, "load_state_dict")
+
+    def __len__(self) -> int:
+        """Return a number that no training reaches: a stream that ends begins again."""
+        return sys.maxsize
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        items: Iterator[Any] = iter(self.source() if callable(self.source) else self.source)
+        return items if self.decode is None else map(self.decode, items)
+
+    def restarted(self) -> Iterator[tuple[Any, Any]]:
+        """Return an iterator from the first example on: a source that has gone on somewhere may begin there again."""
+        if self.has_state:
+            self.source.load_state_dict(copy.deepcopy(self._beginning))
+        return iter(self)
+
+    def first(self, number: int) -> list[tuple[Any, Any]]:
+        """Return the first examples, or fewer if the stream ends before; a stream that knows its place is set back."""
+        state = copy.deepcopy(self.source.state_dict()) if self.has_state else None
+        examples = list(itertools.islice(self, number))
+        if self.has_state:
+            self.source.load_state_dict(state)
+        return examples
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Return one example, after reading all before it."""
+        return self.first(index + 1)[index]
+
+
+def as_streamed(examples: Any) -> Any:
+    """Return a stream as ``Streamed``, and other examples as they are."""
+    return Streamed(examples) if is_stream(examples) and not isinstance(examples, Streamed) else examples
+
+
+def is_stream(examples: Any) -> bool:
+    """Return whether these are examples of unknown length."""
+    if isinstance(examples, Streamed) or any(base.__name__ == "IterableDataset" for base in type(examples).__mro__):
+        return True
+    is_sized = hasattr(examples, "__getitem__") or hasattr(examples, "__len__")
+    return not is_sized and (hasattr(examples, "__iter__") or callable(examples))
+
+
 @dataclass(frozen=True)
 class Data:
     """The result of a workload's ``load_data``.
@@ -167,6 +228,16 @@ class Split:
     def all_places(self) -> np.ndarray:
         """The places of these examples in the field of ``Data``, (N,)."""
         return np.arange(len(self)) if self.places is None else np.asarray(self.places)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the examples are a stream."""
+        return isinstance(self.examples, Streamed)
+
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether the examples are read a block at a time."""
+        return isinstance(self.examples, Blocks)
 
     @property
     def is_in_memory(self) -> bool:

@@ -206,3 +206,7 @@ class StreamOrder:
         """Return the step, counted over all epochs, that needs a stream's example at a position of the row."""
         in_full = (position - stream.edges[0]) // stream.width if stream.width else self._num_full
         return int(self._first_step + min(in_full, self._num_full))
+
+
+Order = Shuffled | Drawn | StreamOrder | InOrder
+"""The order of a pass: a function of the seed, the pass and the position, and nothing else."""

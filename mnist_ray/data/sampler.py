@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_ray.data.order import Drawn, InOrder, Shuffled, StreamOrder, part_of
+from mnist_ray.data.order import Drawn, Order, Shuffled, StreamOrder, part_of
 
 _DRAWN_AT_ONCE = 2**13  # examples of a pass's order; drawing one at a time takes 100 times as long
 
@@ -60,7 +60,7 @@ class ShardedBatchSampler:
     first_step: int = 0
     num_chunks: int | None = None  # of a batch, with --reproducible; None: slices
     micro_batch_size: int | None = None  # the upper limit; None: no limit
-    order: StreamOrder | Drawn | InOrder | None = None  # of a pass; None: a permutation. The first gives ranks streams
+    order: Order | None = None  # of a pass; None: a permutation. The first gives ranks streams
 
     def __iter__(self) -> Iterator[Request]:
         # A rank's slice is one of world_size parts or, for data in blocks, its streams' parts. Chunks stay separate.

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.data import Blocks, Data, Split, Splits
+from mnist_ray.data.data import Data, Split, Splits
 from mnist_ray.data.order import AllBut, Shuffled
-from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import UsageError
 from mnist_ray.text import count
 
@@ -40,13 +39,13 @@ def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None)
         name = f"fold {fold.number + 1} of {fold.num_folds} of {name}"
         held_out = _positions_of(fold, data, train)
         train, test = train.take(AllBut(len(train), held_out)), train.take(held_out)
-    if isinstance(data.train, Streamed) and data.validation is None and validation_size is None:
+    if train.is_stream and data.validation is None and validation_size is None:
         validation_size = 0
     if validation_size == 0:
         return Splits(name, train, train.between(0, 0), test, data.files)
     if data.validation is not None and validation_size is None:
         return Splits(name, train, Split(data.validation, origin="validation"), test, data.files)
-    if isinstance(data.train, Streamed):
+    if train.is_stream:
         raise UsageError("--validation-size: nothing can be held out from a stream; give Data.validation instead")
     size = min(_MAX_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
     if size >= len(train):
@@ -63,9 +62,9 @@ def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None)
 
 def _positions_of(fold: Fold, data: Data, train: Split) -> np.ndarray:
     """Return the sorted positions of a fold's examples. Raises UsageError."""
-    if isinstance(train.examples, Streamed):
+    if train.is_stream:
         raise UsageError("--folds: nothing can be held out from a stream")
-    if isinstance(train.examples, Blocks):
+    if train.is_in_blocks:
         sizes = np.asarray(train.examples.sizes)
         folds = np.repeat(folds_of_groups(sizes, fold.num_folds, fold.seed), sizes)
     elif (groups := _groups_of(data, train)) is not None:
@@ -82,7 +81,7 @@ def _groups_of(data: Data, train: Split) -> np.ndarray | None:
 
 def subset(splits: Splits, config: TrainConfig) -> Splits:
     """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed. Raises UsageError."""
-    if isinstance(splits.train.examples, Streamed) and (config.limit < 1 or config.overfit_batches):
+    if splits.train.is_stream and (config.limit < 1 or config.overfit_batches):
         raise UsageError("--limit and --overfit-batches do not work with a stream; yield fewer examples instead")
     if config.limit < 1:
         whole = splits.train, splits.validation, splits.test
@@ -109,7 +108,7 @@ def _part(split: Split, limit: float) -> Split:
 
 def _drawn(split: Split, size: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """Return the sorted indices of ``size`` random examples; with groups or ``Blocks``, those of whole ones."""
-    if isinstance(split.examples, Blocks):
+    if split.is_in_blocks:
         return whole_blocks(split, size, seed)
     if groups is not None:
         return np.flatnonzero(random_groups(np.bincount(groups), size, seed)[groups])

@@ -26,8 +26,9 @@ from torch.utils import _pytree as pytree
 from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
 from mnist_ray.checkpoints.tensor_files import check_held
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import ExampleBatches, MicroBatch, batches_of
+from mnist_ray.data.batches import Batches, MicroBatch
 from mnist_ray.data.data import Split
+from mnist_ray.data.readers import ItemReader
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import detached, map_tensors
 from mnist_ray.errors import UsageError, with_place
@@ -81,7 +82,7 @@ def try_batch(
 
     _check_callbacks(workload)
     with placed(workload, "an example"):
-        batches = batches_of(train, torch.device("cpu"), workload.collate)
+        batches = Batches(train, torch.device("cpu"), workload.collate)
         inputs, _ = train[0]
     picture_of(workload, inputs)
     model = new_model(workload, config)
@@ -103,8 +104,8 @@ def try_batch(
 
 def note_of_transforms(workload: Workload, validation: Split) -> str:
     """Return a note if the validation set is held out from a ``Dataset`` whose examples change from read to read."""
-    batches = batches_of(validation, torch.device("cpu"), workload.collate)
-    if validation.origin != "train" or not len(validation) or type(batches) is not ExampleBatches:
+    batches = Batches(validation, torch.device("cpu"), workload.collate)
+    if validation.origin != "train" or not len(validation) or not isinstance(batches.reader, ItemReader):
         return ""
     few = Request(np.arange(min(_NUM_REREAD, len(validation))))
     read = list[list[Tensor]]()

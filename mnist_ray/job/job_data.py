@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from mnist_ray.data.data import Blocks, Splits
+from mnist_ray.data.data import Split, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import UsageError
 from mnist_ray.job import rules
@@ -28,7 +28,7 @@ def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) 
     rules.check_used([job], job.given, data)
     if job.train.batch_size > num_train:
         job = job.with_values({"batch_size": num_train})
-    notes += [*_notes_on_streams(job, data.train.examples), *_notes_on_early_stop(job)]
+    notes += [*_notes_on_streams(job, data.train), *_notes_on_early_stop(job)]
     return dataclasses.replace(job, notes=(*job.notes, *notes))
 
 
@@ -41,12 +41,12 @@ def _check_batch_size(job: Job, num_train: int, largest: int, *, is_of_sweep: bo
     return [f"batch size {num_train:,}, not {largest:,}: there are only {there}"]
 
 
-def _notes_on_streams(job: Job, examples: object) -> list[str]:
+def _notes_on_streams(job: Job, train: Split) -> list[str]:
     """Return a note if there are fewer blocks than streams."""
-    if not isinstance(examples, Blocks) or len(examples.sizes) >= job.train.num_streams:
+    if not train.is_in_blocks or len(train.examples.sizes) >= job.train.num_streams:
         return []
     streams = f"{count(job.train.num_streams, 'stream')} of blocks (num_streams)"
-    return [f"{count(len(examples.sizes), 'block')} for {streams}: some are read twice; write smaller ones"]
+    return [f"{count(len(train.examples.sizes), 'block')} for {streams}: some are read twice; write smaller ones"]
 
 
 def _notes_on_early_stop(job: Job) -> list[str]:

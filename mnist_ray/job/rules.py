@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mnist_ray.config import shown
-from mnist_ray.data.data import Blocks, Splits
-from mnist_ray.data.streamed import Streamed
+from mnist_ray.data.data import Splits
 from mnist_ray.errors import UsageError
 from mnist_ray.layers import FLAGS
 from mnist_ray.ray_versions import is_at_least, ray_version
@@ -187,7 +186,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("num_steps",),
-        lambda job, data: isinstance(data.train.examples, Streamed) and job.train.num_steps is None,
+        lambda job, data: data.train.is_stream and job.train.num_steps is None,
         "{workload} trains on a stream without a length",
         "set --num-steps",
         when="data",
@@ -216,9 +215,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("reproducible", "num_streams", "num_chunks"),
         lambda job, data: (
-            job.train.reproducible
-            and isinstance(data.train.examples, Blocks)
-            and job.train.num_chunks != job.train.num_streams
+            job.train.reproducible and data.train.is_in_blocks and job.train.num_chunks != job.train.num_streams
         ),
         "--reproducible: data in blocks need num_streams ({num_streams}) and num_chunks ({num_chunks}) to be equal",
         "set both",
@@ -226,16 +223,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("num_workers", "num_streams"),
-        lambda job, data: (
-            isinstance(data.train.examples, Blocks) and (job.workers.num_workers or 1) > job.train.num_streams
-        ),
+        lambda job, data: data.train.is_in_blocks and (job.workers.num_workers or 1) > job.train.num_streams,
         "--num-workers {num_workers} is more than the {num_streams} streams of blocks (num_streams)",
         "lower it, or start a run with more num_streams",
         when="data",
     ),
     _no_effect(
         ("num_streams", "read_ahead_mib"),
-        lambda _, data: isinstance(data.train.examples, Blocks),
+        lambda _, data: data.train.is_in_blocks,
         ": the data are not in blocks",
         when="data",
     ),

@@ -14,8 +14,7 @@ from fractions import Fraction
 from mnist_ray import process
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.config import WorkerConfig, shown
-from mnist_ray.data.data import Blocks, Split, Splits
-from mnist_ray.data.streamed import Streamed
+from mnist_ray.data.data import Split, Splits
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
 from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
@@ -178,10 +177,10 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
 
     num_workers, num_streams = job.workers.num_workers or 1, job.train.num_streams
     smallest = Fraction(1, job.train.reproducible_chunks or num_workers)
-    if isinstance(train.examples, Blocks) and not job.train.reproducible:  # each worker has some of the streams
+    if train.is_in_blocks and not job.train.reproducible:  # each worker has some of the streams
         smallest = Fraction(num_streams // num_workers, num_streams)
     sizes = batch_sizes or [job.train.batch_size]
-    if isinstance(train.examples, Streamed):
+    if train.is_stream:
         train, sizes = Split(train.examples.first(2 * NUM_EXAMPLES)), ()
         if len(train) == 0:
             raise UsageError(f"{type(job.workload).__name__}: the stream of training examples is empty")

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.data import Splits
-from mnist_ray.data.streamed import Streamed
 from mnist_ray.job.job import Job, report_command
 from mnist_ray.job.session import Session
 from mnist_ray.process import usable_cores
@@ -57,7 +56,7 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
     """Print a job's notes, and the sizes of its data."""
     for note in job.notes:
         console.say("note", note)
-    nouns, is_stream = job.workload.nouns, isinstance(data.train.examples, Streamed)
+    nouns, is_stream = job.workload.nouns, data.train.is_stream
     to_train_on = f"a stream of {nouns}" if is_stream else f"{len(data.train):,} {nouns}"
     counts = f"{to_train_on} to train on, {len(data.validation):,} for validation"
     console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")

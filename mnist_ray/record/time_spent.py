@@ -6,8 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from mnist_ray.data.data import Blocks, Split
-from mnist_ray.data.streamed import Streamed
+from mnist_ray.data.data import Split
 from mnist_ray.job.job import Job
 from mnist_ray.training import stopwatch
 from mnist_ray.training.events import Event, Progress, Saved, Started
@@ -83,9 +82,9 @@ def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, trai
 
 
 def _data_remedy(data_s: float, total: float, job: Job, train: Split) -> str:
-    if isinstance(train.examples, Blocks):
+    if train.is_in_blocks:
         return "its storage, or Blocks.read, is slower than the training"
-    if isinstance(train.examples, Streamed):
+    if train.is_stream:
         ahead = "" if job.workers.loader_workers else "--loader-workers 1 reads ahead, and "
         return f"every worker reads the whole stream; {ahead}Blocks are read in parts"
     if job.workers.loader_workers:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import MicroBatch, batch_loader, batches_of, checked, to_device
+from mnist_ray.data.batches import Batches, MicroBatch, batch_loader, to_device
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request, split_bounds
 from mnist_ray.errors import UsageError
@@ -94,7 +94,7 @@ def batch_size_of(
     is_own = type(workload).evaluation_batch_size is not Workload.evaluation_batch_size
     if is_own or workload.compares_examples or not len(split):
         return size
-    batches = batches_of(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
+    batches = Batches(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
     (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_loader_processes))
     with evaluating(model), _not_compiled(model):
         outputs = forward(workload, model, to_device(first, device))
@@ -125,7 +125,7 @@ def evaluate(
     losses: list[dict[str, Tensor]] = []
     is_finite: list[Tensor] = [torch.ones(0, dtype=torch.bool, device=device)]
     num_bytes = 0
-    batches = batches_of(checked(split, workload.find_fault), device, workload.collate)
+    batches = Batches(split, device, workload.collate, workload.find_fault)
     loader = batch_loader(batches, requests, device, num_loader_processes)
     with evaluating(model):
         for request, loaded in zip(requests, loader, strict=True):

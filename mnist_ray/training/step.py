@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist_ray.config import Precision, TrainConfig
-from mnist_ray.data.batches import MicroBatch, seed_generators
+from mnist_ray.data.batches import MicroBatch
+from mnist_ray.data.readers import seed_generators
 from mnist_ray.data.tensors import as_fp32, autocast, buffers_kept, detached, is_sharded, rows_here
 from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.parallel.gradients import Bucketed, GradientSync, Sharded

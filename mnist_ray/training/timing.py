@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import batch_loader, batches_of
+from mnist_ray.data.batches import Batches, batch_loader
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
-from mnist_ray.data.streamed import Streamed
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
@@ -69,7 +68,7 @@ def is_bf16_slow(workload: Workload, state: TrainingState, split: Split, config:
     fast; for ``--reproducible``, which must not depend on a clock; for a stream, which would be read from its start;
     and for sharded models.
     """
-    is_measured = _num_bytes(state) <= _MAX_MODEL_BYTES and not isinstance(split.examples, Streamed)
+    is_measured = _num_bytes(state) <= _MAX_MODEL_BYTES and not split.is_stream
     if config.reproducible or group.device.type != "cpu" or state.is_sharded or not is_measured:
         return False
     return group.gathered(group.rank == 0 and _is_bf16_slow_here(workload, split, config, group))[0]
@@ -95,7 +94,7 @@ def _pass(workload: Workload, split: Split, config: TrainConfig, group: Group) -
     model = with_fast_layout(sharding.create_model(workload, config)).train()
     size = min(len(split), math.ceil(config.batch_size / group.world_size))
     request = Request(np.arange(min(size, config.micro_batch_size or size)), size)
-    (batch,) = batch_loader(batches_of(split, group.device, workload.collate), [request], group.device)
+    (batch,) = batch_loader(Batches(split, group.device, workload.collate), [request], group.device)
     step = Step(workload, TrainingState(model, {}, {}), replace(config, reproducible=False), Group())
 
     def compute() -> None:

@@ -17,10 +17,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
-from mnist_ray.data.batches import ExampleBatches, MicroBatch, batch_loader, batches_of, checked, to_device
+from mnist_ray.data.batches import Batches, MicroBatch, batch_loader, order_of, to_device
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import ShardedBatchSampler
-from mnist_ray.data.stream_batches import StreamBatches
 from mnist_ray.data.tensors import rows_here, with_fast_layout
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import sharding
@@ -102,7 +101,7 @@ class Trainer:
         assert config.precision != "auto"
         self.workload, self.state, self.config, self.group, self.callbacks = workload, state, config, group, callbacks
         self.num_loader_processes = num_loader_processes
-        self.batches = batches_of(checked(split, workload.find_fault), group.device, workload.collate, read_ahead_mib)
+        self.batches = Batches(split, group.device, workload.collate, workload.find_fault, read_ahead_mib)
         self.window = LoggingWindow(workload, state, config, group)
 
     def train(self) -> None:
@@ -132,8 +131,8 @@ class Trainer:
         state = self.state
         if self.config.compile:
             _prepare_compilation(state.model)
-        if isinstance(self.batches, StreamBatches):
-            self.batches.read_to = state.read_to
+        self.batches.reader.read_to = state.read_to
+        self.batches.read_ahead(self.config, state.total_step, self.group.rank, self.group.world_size)
         state.model.train()
         for callback in self.callbacks:
             callback.on_start(state, self.group)
@@ -217,10 +216,9 @@ class Trainer:
             first_step=first_step,
             num_chunks=config.reproducible_chunks,
             micro_batch_size=config.micro_batch_size,
-            order=batches.order(config, pass_number, state.total_step, group.rank, group.world_size),
+            order=order_of(batches.split, config, pass_number),
         )
-        if isinstance(batches, ExampleBatches):
-            batches.seed = seed_of(config.seed, pass_number, 0)  # for an example's own random numbers, with its index
+        batches.seed = seed_of(config.seed, pass_number, 0)  # for an example's own random numbers, with its index
         micro_batches: list[MicroBatch] = []
         for micro_batch in batch_loader(batches, sampler, group.device, self.num_loader_processes):
             if group.device.type != "cpu":

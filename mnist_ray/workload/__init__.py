@@ -3,8 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mnist_ray.data.data import Arrays, Blocks, Data
-from mnist_ray.data.streamed import Streamed
+from mnist_ray.data.data import Arrays, Blocks, Data, Streamed
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.classification import Classification

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.data import Arrays, Blocks, Data, Split, Splits
+from mnist_ray.data.data import Arrays, Blocks, Data, Split, Splits, Streamed, as_streamed
 from mnist_ray.data.digests import digest_of_files
 from mnist_ray.data.splits import Fold, splits_of, subset
-from mnist_ray.data.streamed import Streamed, as_streamed
 from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.workload.base import Workload
 

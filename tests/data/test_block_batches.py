@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import BlockBatches, MicroBatch, batch_loader, batches_of, checked
+from mnist_ray.data.batches import Batches, MicroBatch, batch_loader, order_of
 from mnist_ray.data.data import Split
+from mnist_ray.data.order import Shuffled
 from mnist_ray.data.sampler import Request, ShardedBatchSampler
 from mnist_ray.errors import ExampleError
 from mnist_ray.workload import Arrays, Blocks, Classification, Regression, Workload
@@ -23,18 +24,17 @@ CPU = torch.device("cpu")
 CONFIG = TrainConfig(batch_size=27, num_epochs=2)  # 9 steps
 
 
-def dataset_of(blocks: Blocks, read_ahead_mib: int = 64) -> BlockBatches:
-    dataset = batches_of(Split(blocks), CPU, None, read_ahead_mib)
-    assert isinstance(dataset, BlockBatches)
-    return dataset
+def dataset_of(blocks: Blocks, read_ahead_mib: int = 64) -> Batches:
+    return Batches(Split(blocks), CPU, read_ahead_mib=read_ahead_mib)
 
 
 def epochs(
-    dataset: BlockBatches, rank: int = 0, world_size: int = 1, first_step: int = 0, config: TrainConfig = CONFIG
+    dataset: Batches, rank: int = 0, world_size: int = 1, first_step: int = 0, config: TrainConfig = CONFIG
 ) -> Iterator[MicroBatch]:
     """Yield a rank's batches of all epochs, as the engine reads them."""
+    dataset.read_ahead(config, first_step, rank, world_size)
     for epoch in range(config.num_epochs):
-        order = dataset.order(config, epoch, first_step, rank, world_size)
+        order = order_of(dataset.split, config, epoch)
         step = 0 if epoch else first_step
         sampler = ShardedBatchSampler(
             len(dataset), config.batch_size, config.seed, epoch, rank, world_size, step, order=order
@@ -175,7 +175,7 @@ class OfLabels(Blocks):
 
 def read_all(blocks: Blocks, workload: Workload) -> list[int]:
     """Return the targets, as an evaluation reads them."""
-    batches = batches_of(checked(Split(blocks), workload.find_fault), CPU, workload.collate)
+    batches = Batches(Split(blocks), CPU, workload.collate, workload.find_fault)
     return [target for start in (0, 4, 8) for target in batches[Request(np.arange(start, start + 4))].targets.tolist()]
 
 
@@ -236,8 +236,7 @@ def test_examples_that_no_order_announces_are_read_when_needed() -> None:
     assert batch.inputs.tolist() == [46, 0, 41]
     assert sorted(blocks.read_blocks) == [0, 1]
     few = Split(blocks, np.tile(np.arange(35, 45), 3))  # as with --overfit-batches
-    dataset = BlockBatches(few, None, 64)
-    assert dataset.order(CONFIG, 0, 0, rank=0, world_size=1) is None
+    assert isinstance(order_of(few, CONFIG, 0), Shuffled)
 
 
 def test_an_evaluation_reads_each_block_once_and_holds_few_whatever_the_memory() -> None:

@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.data.batches import ArrayBatches, ExampleBatches, MicroBatch, batch_loader, batches_of, to_device
+from mnist_ray.data.batches import Batches, MicroBatch, batch_loader, to_device
 from mnist_ray.data.data import Split
+from mnist_ray.data.readers import ArrayReader
 from mnist_ray.data.sampler import Request, ShardedBatchSampler
 from mnist_ray.errors import ExampleError, TrainingStoppedError, with_place
 from mnist_ray.workload import Arrays, Blocks
@@ -51,13 +52,19 @@ class Tables(Rows):
 
 
 def slices_of(
-    dataset: ArrayBatches | ExampleBatches, rank: int, world_size: int, num_processes: int = 0, first_step: int = 0
+    dataset: Batches, rank: int, world_size: int, num_processes: int = 0, first_step: int = 0
 ) -> list[MicroBatch]:
     """Return one rank's batches of an epoch."""
     sampler = ShardedBatchSampler(
         len(dataset), BATCH_SIZE, seed=3, pass_number=0, rank=rank, world_size=world_size, first_step=first_step
     )
     return list(batch_loader(dataset, sampler, CPU, num_processes))
+
+
+def seeded(part: Split, seed: int) -> Batches:
+    batches = Batches(part, CPU)
+    batches.seed = seed
+    return batches
 
 
 def leaves(value: Any) -> list[Any]:
@@ -69,7 +76,7 @@ def leaves(value: Any) -> list[Any]:
 
 def global_batches(part: Split, world_size: int, num_processes: int = 0, seed: int = 7) -> list[list[Tensor]]:
     """Return each global batch's tensors, joined from all ranks' slices: inputs, then targets."""
-    of_ranks = [slices_of(ExampleBatches(part, seed), rank, world_size, num_processes) for rank in range(world_size)]
+    of_ranks = [slices_of(seeded(part, seed), rank, world_size, num_processes) for rank in range(world_size)]
     batches = []
     for slices in zip(*of_ranks, strict=True):
         parts = [leaves(some.inputs) + leaves(some.targets) for some in slices if not some.is_filler]
@@ -105,7 +112,7 @@ def test_read_only_arrays_are_loaded_without_a_warning(kind: str) -> None:
     examples = [(row, 0) for row in rows] if kind == "dataset" else Arrays(rows, rows)
     torch.set_warn_always(True)  # torch warns only once, maybe in an earlier test
     try:
-        assert batches_of(Split(examples), CPU)[Request(np.array([2, 1]))].inputs.tolist() == [[2], [1]]
+        assert Batches(Split(examples), CPU)[Request(np.array([2, 1]))].inputs.tolist() == [[2], [1]]
     finally:
         torch.set_warn_always(False)
 
@@ -115,7 +122,7 @@ def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order(kind: str) 
     rows = np.arange(NUM_EXAMPLES, dtype=np.float32)[:, None].repeat(3, 1)
     rows.setflags(write=False)
     examples = Split(Rows()) if kind == "dataset" else Split(Arrays(rows, np.arange(NUM_EXAMPLES)))
-    batches = slices_of(batches_of(examples, CPU), 0, 1)
+    batches = slices_of(Batches(examples, CPU), 0, 1)
     sampled = list(ShardedBatchSampler(NUM_EXAMPLES, BATCH_SIZE, seed=3, pass_number=0))
     assert [batch.targets.tolist() for batch in batches] == [indices.tolist() for indices, *_ in sampled]
     order = torch.cat([batch.targets for batch in batches])
@@ -125,13 +132,13 @@ def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order(kind: str) 
 
 @pytest.mark.parametrize("examples", [Tables(), Arrays(np.arange(10), np.arange(10))], ids=["dataset", "arrays"])
 def test_a_rank_without_examples_gets_one_that_does_not_count(examples: Any) -> None:
-    last = [slices_of(batches_of(Split(examples), CPU), rank, 7)[-1] for rank in range(7)]
+    last = [slices_of(Batches(Split(examples), CPU), rank, 7)[-1] for rank in range(7)]
     assert sorted(batch.is_filler for batch in last) == [False] * 2 + [True] * 5
     assert {(len(batch.targets), batch.global_size) for batch in last} == {(1, 2)}
 
 
 def test_dicts_keep_their_keys() -> None:
-    batch = ExampleBatches(Split(Tables()), 0)[Request(np.array([4, 2]))]
+    batch = Batches(Split(Tables()), CPU)[Request(np.array([4, 2]))]
     assert list(batch.inputs) == ["size", "image"]
     assert batch.inputs["size"].tolist() == [4, 2]
     image, half = batch.inputs["image"]
@@ -149,18 +156,18 @@ def sequences(examples: Sequence[tuple[Any, Any]]) -> tuple[dict[str, Tensor], T
 @pytest.mark.parametrize("num_processes", [0, 1])
 def test_the_workloads_collate_joins_the_examples_of_a_data_set(num_processes: int) -> None:
     examples = Split([([1.0] * length, length) for length in (1, 3, 2)])
-    (batch,) = batch_loader(batches_of(examples, CPU, sequences), [Request(np.array([0, 2]))], CPU, num_processes)
+    (batch,) = batch_loader(Batches(examples, CPU, sequences), [Request(np.array([0, 2]))], CPU, num_processes)
     assert batch.inputs["padded"].tolist() == [[1, 0], [1, 1]]
     assert batch.inputs["lengths"].tolist() == batch.targets.tolist() == [1, 2]
     wrong: tuple[Any, Any] = (lambda examples: (1, 2, 3), lambda examples: 1 / 0)
     with pytest.raises(ExampleError, match=r"^collate must return a pair \(inputs, targets\)$"):
-        batches_of(examples, CPU, wrong[0])[Request(np.arange(2))]
+        Batches(examples, CPU, wrong[0])[Request(np.arange(2))]
     with pytest.raises(ZeroDivisionError):
-        batches_of(examples, CPU, wrong[1])[Request(np.arange(2))]
+        Batches(examples, CPU, wrong[1])[Request(np.arange(2))]
 
 
 def test_all_tensors_of_a_batch_are_copied_to_a_device() -> None:
-    batch = ExampleBatches(Split(Tables()), 0)[Request(np.array([4, 2]), 2)]
+    batch = Batches(Split(Tables()), CPU)[Request(np.array([4, 2]), 2)]
     moved = to_device(batch, torch.device("meta"))
     assert {leaf.device.type for leaf in [*leaves(moved.inputs), *leaves(moved.targets)]} == {"meta"}
     assert list(moved.inputs) == ["size", "image"]
@@ -169,7 +176,7 @@ def test_all_tensors_of_a_batch_are_copied_to_a_device() -> None:
 
 @pytest.mark.parametrize("examples", [Rows(), Arrays(np.arange(10), np.arange(10))], ids=["dataset", "arrays"])
 def test_a_subset_is_loaded_by_its_own_indices(examples: Any) -> None:
-    batches = batches_of(Split(examples).take(np.array([9, 5, 7])), CPU)
+    batches = Batches(Split(examples).take(np.array([9, 5, 7])), CPU)
     assert batches[Request(np.array([2, 0]))].targets.tolist() == [7, 9]
 
 
@@ -177,7 +184,7 @@ def test_a_subset_is_loaded_by_its_own_indices(examples: Any) -> None:
 
 
 def test_random_draws_are_the_same_in_a_resumed_run() -> None:
-    dataset = ExampleBatches(Split(Noisy()), 7)
+    dataset = seeded(Split(Noisy()), 7)
     whole, rest = slices_of(dataset, 0, 1), slices_of(dataset, 0, 1, first_step=1)
     assert len(rest) == len(whole) - 1
     for batch, expected in zip(rest, whole[1:], strict=True):
@@ -186,8 +193,8 @@ def test_random_draws_are_the_same_in_a_resumed_run() -> None:
 
 def test_random_draws_are_the_same_in_any_part() -> None:
     whole, part = Split(Noisy()), Split(Noisy()).between(4, 8)
-    expected = batches_of(whole, CPU)[Request(np.arange(4, 8))]
-    assert batches_of(part, CPU)[Request(np.arange(4))].inputs.equal(expected.inputs)
+    expected = Batches(whole, CPU)[Request(np.arange(4, 8))]
+    assert Batches(part, CPU)[Request(np.arange(4))].inputs.equal(expected.inputs)
 
 
 def test_random_draws_differ_by_example_generator_and_seed() -> None:
@@ -203,8 +210,7 @@ def test_mapped_arrays_give_the_same_batches_as_arrays_in_memory(tmp_path: Path)
     targets = np.arange(NUM_EXAMPLES, dtype=np.uint16)
     np.save(tmp_path / "inputs.npy", inputs)
     mapped = Split(Arrays(np.load(tmp_path / "inputs.npy", mmap_mode="r"), targets))
-    in_memory, in_files = batches_of(Split(Arrays(inputs, targets)), CPU), batches_of(mapped, CPU)
-    assert (type(in_memory), type(in_files)) == (ArrayBatches, ExampleBatches)
+    in_memory, in_files = Batches(Split(Arrays(inputs, targets)), CPU), Batches(mapped, CPU)
     for rank in range(3):
         for batch, expected in zip(slices_of(in_files, rank, 3), slices_of(in_memory, rank, 3), strict=True):
             assert_equal([[batch.inputs, batch.targets]], [[expected.inputs, expected.targets]])
@@ -232,13 +238,13 @@ class Failing(Rows):
 def test_whatever_an_example_raises_names_its_index_in_the_data_set_and_ends_no_loader(
     error: Exception, reason: str
 ) -> None:
-    batches = batches_of(Split(Failing(error)).take(np.array([3, 8])), CPU)
+    batches = Batches(Split(Failing(error)).take(np.array([3, 8])), CPU)
     with pytest.raises(ExampleError, match=f"^train example 8 cannot be read: {reason}"):
         list(batch_loader(batches, [Request(np.array([1]), 1), Request(np.array([0]), 1)], CPU))
 
 
 def test_a_collate_that_raises_stop_iteration_does_not_end_the_data() -> None:
-    batches = batches_of(Split(Rows()), CPU, Mock(side_effect=StopIteration))
+    batches = Batches(Split(Rows()), CPU, Mock(side_effect=StopIteration))
     with pytest.raises(ExampleError, match=r"^collate has raised StopIteration$"):
         list(batch_loader(batches, [Request(np.array([2]), 1)], CPU))
 
@@ -246,7 +252,7 @@ def test_a_collate_that_raises_stop_iteration_does_not_end_the_data() -> None:
 @pytest.mark.parametrize("error", [MemoryError(), ConnectionResetError(), TimeoutError("read timed out")])
 def test_errors_that_may_pass_are_raised_as_they_are(error: Exception) -> None:
     with pytest.raises(type(error)):
-        list(batch_loader(batches_of(Split(Failing(error)), CPU), [Request(np.array([2]), 1)], CPU))
+        list(batch_loader(Batches(Split(Failing(error)), CPU), [Request(np.array([2]), 1)], CPU))
 
 
 def test_a_process_that_loads_another_number_of_examples_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +278,7 @@ def windows(request: pytest.FixtureRequest, tmp_path: Path) -> np.ndarray:
 def test_overlapping_windows_are_never_copied_as_a_whole(windows: np.ndarray) -> None:
     split = Split(Arrays(windows, windows)).take(np.arange(len(windows) - 1))
     assert share(mnist(), split).stored is None  # each process opens them
-    batch = batches_of(split, CPU)[Request(np.array([WIDTH, 3 * WIDTH - 1]), 2)]
+    batch = Batches(split, CPU)[Request(np.array([WIDTH, 3 * WIDTH - 1]), 2)]
     assert batch.inputs.shape == batch.targets.shape == (2, WIDTH)
     assert batch.inputs.nonzero().tolist() == [[0, 0], [1, 1]]
     assert batch.inputs[:, :2].tolist() == [[1, 0], [0, 3]]
@@ -282,7 +288,7 @@ def test_overlapping_windows_are_never_copied_as_a_whole(windows: np.ndarray) ->
 def test_some_rows_of_a_mapped_array_are_read_as_they_are(rows: slice, tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.arange(60, dtype=np.uint16).reshape(20, 3))
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")[rows]
-    batch = batches_of(Split(Arrays(mapped, mapped)), CPU)[Request(np.array([7, 2]), 2)]
+    batch = Batches(Split(Arrays(mapped, mapped)), CPU)[Request(np.array([7, 2]), 2)]
     assert batch.inputs.tolist() == mapped[[7, 2]].tolist()
     assert batch.inputs.data_ptr() % 64 == 0  # always the same alignment
 
@@ -307,7 +313,7 @@ PARTS = Arrays(
 def test_arrays_may_be_dicts(examples: Arrays | Blocks, indices: np.ndarray | None) -> None:
     split = Split(examples) if indices is None else Split(examples).take(indices)
     chosen = np.array([6, 0, 5])
-    batch = batches_of(split, CPU)[Request(chosen, 3)]
+    batch = Batches(split, CPU)[Request(chosen, 3)]
     inputs, targets = PARTS[chosen if indices is None else indices[chosen]]
     for found, expected in ((batch.inputs, inputs), (batch.targets, targets)):
         assert {name: values.tolist() for name, values in found.items()} == {
@@ -319,28 +325,28 @@ def test_arrays_may_be_dicts(examples: Arrays | Blocks, indices: np.ndarray | No
 def test_arrays_stay_in_main_memory_if_the_gpu_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = Arrays(np.zeros((100, 28, 28), np.uint8), np.zeros(100, np.uint8))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100 * 785 * 2, 10**9))
-    assert ArrayBatches(arrays, torch.device("cuda")).device == CPU
+    assert ArrayReader(Split(arrays), torch.device("cuda")).device == CPU
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 100 * 785)  # PyTorch would give it again
     if torch.cuda.is_available():
-        assert ArrayBatches(arrays, torch.device("cuda")).device.type == "cuda"
+        assert ArrayReader(Split(arrays), torch.device("cuda")).device.type == "cuda"
     else:
         with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):  # without a GPU, the copy fails
-            ArrayBatches(arrays, torch.device("cuda"))
+            ArrayReader(Split(arrays), torch.device("cuda"))
 
 
 def test_only_batches_for_a_gpu_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    examples: Any = batch_loader(ExampleBatches(Split(Rows()), 0), [], CPU)
-    arrays: Any = batch_loader(batches_of(ARRAYS, CPU), [], torch.device("cuda"))
+    examples: Any = batch_loader(Batches(Split(Rows()), CPU), [], CPU)
+    arrays: Any = batch_loader(Batches(ARRAYS, CPU), [], torch.device("cuda"))
     assert not examples.pin_memory  # it would take memory of the first GPU
     assert arrays.pin_memory
 
 
 def test_arrays_are_never_read_by_loader_processes() -> None:
-    here: Any = batch_loader(batches_of(ARRAYS, CPU), [Request(np.array([2, 5]))], CPU, 2)
+    here: Any = batch_loader(Batches(ARRAYS, CPU), [Request(np.array([2, 5]))], CPU, 2)
     assert [batch.inputs.tolist() for batch in here] == [[2, 5]]
-    for_gpu: Any = batch_loader(batches_of(ARRAYS, CPU), [], torch.device("cuda"), 2)
-    examples: Any = batch_loader(ExampleBatches(Split(Rows()), 0), [], CPU, 2)
+    for_gpu: Any = batch_loader(Batches(ARRAYS, CPU), [], torch.device("cuda"), 2)
+    examples: Any = batch_loader(Batches(Split(Rows()), CPU), [], CPU, 2)
     assert (for_gpu.num_workers, examples.num_workers) == (0, 2)
 
 
@@ -352,7 +358,7 @@ class Sessions(Rows):
 
 
 def test_a_signal_to_all_processes_of_a_job_does_not_reach_its_loader_processes() -> None:
-    (batch,) = batch_loader(ExampleBatches(Split(Sessions()), 0), [Request(np.arange(2))], CPU, 1)
+    (batch,) = batch_loader(Batches(Split(Sessions()), CPU), [Request(np.arange(2))], CPU, 1)
     assert batch.inputs.tolist() == batch.targets.tolist()
     assert batch.inputs[0] != os.getsid(0)
 
@@ -364,7 +370,7 @@ def test_a_signal_to_all_processes_of_a_job_does_not_reach_its_loader_processes(
 def test_an_error_of_a_data_set_has_its_place_in_any_process(
     num_processes: int, error: BaseException, reason: str
 ) -> None:
-    loader = batch_loader(batches_of(Split(Failing(error)), CPU), [Request(np.arange(2))], CPU, num_processes)
+    loader = batch_loader(Batches(Split(Failing(error)), CPU), [Request(np.arange(2))], CPU, num_processes)
     with pytest.raises(ExampleError) as raised:
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
@@ -383,4 +389,4 @@ def test_an_example_that_does_not_fit_the_others_is_named(form: Callable[[Any], 
     )
     examples = [(form(np.zeros(size)), 0) for size in (3, 3, 4)]
     with pytest.raises(ExampleError, match=message):
-        batches_of(Split(examples), CPU)[Request(np.arange(1, 3))]
+        Batches(Split(examples), CPU)[Request(np.arange(1, 3))]

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import batch_loader, batches_of
+from mnist_ray.data.batches import Batches, batch_loader, order_of
 from mnist_ray.data.data import Split, Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.data.order import Drawn
@@ -59,10 +59,10 @@ def loaded(data: Data) -> Splits:
 
 def seen(split: Split, rank: int = 0, world_size: int = 1, first_step: int = 0) -> Iterator[list[float]]:
     """Yield the targets of a rank's slices of the steps of all passes, as the engine reads them."""
-    batches = batches_of(split, CPU)
+    batches = Batches(split, CPU)
     first_pass, first = divmod(first_step, CONFIG.steps_per_pass(len(split)))
     for number in range(first_pass, CONFIG.num_epochs):
-        order = batches.order(CONFIG, number, first_step, rank, world_size)
+        order = order_of(split, CONFIG, number)
         settings = CONFIG.batch_size, CONFIG.seed, number, rank, world_size, first
         sampler = ShardedBatchSampler(len(split), *settings, order=order)
         yield from (

@@ -14,11 +14,9 @@ from torch.utils.data import IterableDataset
 
 from mnist_ray import train
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import MicroBatch, batch_loader, batches_of
-from mnist_ray.data.data import Split
+from mnist_ray.data.batches import Batches, MicroBatch, batch_loader, order_of
+from mnist_ray.data.data import Split, Streamed
 from mnist_ray.data.sampler import ShardedBatchSampler
-from mnist_ray.data.stream_batches import StreamBatches
-from mnist_ray.data.streamed import Streamed
 from mnist_ray.errors import ExampleError, JobError, UsageError
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Arrays, Data, Regression
@@ -74,13 +72,12 @@ def steps_of(
     source: Any, rank: int = 0, world_size: int = 1, first_step: int = 0, read_to: Any = None, num_processes: int = 0
 ) -> Iterator[MicroBatch]:
     """Yield a rank's slices, as the engine reads them: two epochs share a loader."""
-    batches = batches_of(Split(Streamed(source)), CPU)
-    assert isinstance(batches, StreamBatches)
-    batches.read_to = read_to
+    batches = Batches(Split(Streamed(source)), CPU)
+    batches.reader.read_to = read_to
     assert CONFIG.num_steps
     for first, stop in ((first_step, 15), (max(first_step, 15), CONFIG.num_steps)):
         settings = CONFIG.batch_size, CONFIG.seed, 0, rank, world_size, first
-        sampler = ShardedBatchSampler(len(batches), *settings, order=batches.order(CONFIG, 0))
+        sampler = ShardedBatchSampler(len(batches), *settings, order=order_of(batches.split, CONFIG, 0))
         yield from itertools.islice(batch_loader(batches, sampler, CPU, num_processes), max(0, stop - first))
 
 
@@ -110,7 +107,7 @@ def test_batches_do_not_depend_on_the_ranks_and_a_resumed_run_has_the_same(
 
 
 def test_a_resumed_run_reads_a_stream_that_knows_its_place_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_ray.data.stream_batches._NOTED_EVERY_S", 0.0)
+    monkeypatch.setattr("mnist_ray.data.readers._NOTED_EVERY_S", 0.0)
     read_to = [*steps_of(Remembering())][16].read_to
     assert read_to == {"next": 119, "rounds": 2, "state": {"place": 19}}
     resumed = Remembering()

@@ -23,7 +23,7 @@ from tests.gpu.conftest import Train, losses
 from tests.gpu.pretended_gpu import pretended_gpu
 from tests.ranks import Hooks
 
-AT_START = {"usable", "create_state", "restore_newest", "batches_of"}
+AT_START = {"usable", "create_state", "restore_newest", "_reader_of"}
 NOT_AT_EACH_STEP = {*AT_START, "decide", "close", "_save", "on_checkpoint", "evaluate_here"}
 """Functions that may wait for the GPU."""
 CHOOSING = {"augmented", "_divide_by_weights"}
@@ -123,7 +123,7 @@ def test_an_evaluation_waits_as_often_for_many_batches_as_for_few() -> None:
         for size in (50, 200):
             gpu.waits.clear()
             evaluate(mnist(), model, Split(SPLIT).between(0, size), TrainConfig())
-            waits.append(len([wait for wait in gpu.waits if not wait.is_in({"batches_of"})]))
+            waits.append(len([wait for wait in gpu.waits if not wait.is_in({"_reader_of"})]))
     assert waits[0] == waits[1]
 
 

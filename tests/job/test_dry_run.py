@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mnist_ray.config import Precision, TrainConfig
-from mnist_ray.data.batches import batches_of
+from mnist_ray.data.batches import Batches
 from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.splits import splits_of
@@ -96,7 +96,7 @@ def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig
     workload = load(f"{write(f'{RIGHT}class Wrong({base}):{body}')}:Wrong")()
     train = splits_of(data_of(workload), 0).train
     number = min(NUM_EXAMPLES, len(train))
-    batches = batches_of(train, torch.device("cpu"), workload.collate)
+    batches = Batches(train, torch.device("cpu"), workload.collate)
     whole, *others = (batches[Request(np.arange(size), size)] for size in (number, number // 2, 1))
     others.append(batches[Request(np.arange(len(train) - number, len(train)), number)])
     check_batch(workload, new_model(workload, config), whole, others, config, num_examples=2400)
