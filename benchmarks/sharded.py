@@ -339,7 +339,6 @@ CASES: dict[str, tuple[Size, dict[str, Any]]] = {
     "clipped": (SMALL, {"clip_grad_norm": 0.5}),
     "with an EMA": (SMALL, {"ema_decay": 0.99}),
     "in micro-batches": (SMALL, {"micro_batch_size": 2}),
-    "recomputed": (SMALL, {"activation_checkpointing": True}),
     "tied": (replace(SMALL, is_tied=True), {}),
     "half frozen": (replace(SMALL, num_frozen=2), {}),
 }

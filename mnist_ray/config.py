@@ -108,9 +108,6 @@ class TrainConfig:
     strategy: Literal["ddp", "fsdp"] = setting(
         "ddp", "ddp: each worker has the whole model; fsdp: a part of weights, gradients and optimizer state", **_FREE
     )
-    activation_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass, to save memory", **_FREE, **_RARE
-    )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
     callback: tuple[str, ...] = _code(
         "your Callback in the training loop, or profiler", "mnist_ray.training.callback:Callback", **_SHARED

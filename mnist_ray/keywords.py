@@ -42,7 +42,6 @@ class TrainKeywords(TypedDict, total=False):
     clip_grad_norm: float | None
     micro_batch_size: int | None
     strategy: Literal["ddp", "fsdp"]
-    activation_checkpointing: bool
     compile: bool
     callback: UserCode
     limit: float

@@ -248,7 +248,7 @@ def test_a_misspelled_property_of_a_setting_is_an_error_where_it_is_declared() -
         ("momentum=0.5", "momentum", 0.5),
         ("hang_timeout_s=60", "hang_timeout_s", 60.0),
         ("fold=none", "fold", None),
-        ("activation_checkpointing=true", "activation_checkpointing", True),
+        ("compile=true", "compile", True),
         ("fork_workers=no", "fork_workers", "no"),
         ("label_selector=market=spot", "label_selector", ("market=spot",)),
         ('label_selector=["market=spot", "zone=!b"]', "label_selector", ("market=spot", "zone=!b")),
@@ -276,7 +276,7 @@ def test_a_wrong_word_after_set_is_one_line(words: list[str], message: str) -> N
 
 @pytest.mark.parametrize(
     ("words", "name"),
-    [(["--momentum", "0.5"], "momentum"), (["--no-activation-checkpointing"], "activation_checkpointing")],
+    [(["--momentum", "0.5"], "momentum"), (["--no-momentum"], "momentum")],
 )
 def test_a_setting_that_is_no_flag_says_how_it_is_set(
     words: list[str], name: str, capsys: pytest.CaptureFixture[str]

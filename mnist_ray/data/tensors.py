@@ -49,7 +49,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     before = [buffer.clone() for buffer in model.buffers()]
     try:
         yield
-    finally:  # a pass that recomputes activations ends with an exception as soon as it has all
+    finally:
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
 

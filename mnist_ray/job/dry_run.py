@@ -160,7 +160,9 @@ def check_batch(
         raise UsageError(f"{flag} cuts batches into parts, but {name}'s loss compares the examples of a batch")
     generator = torch.default_generator.manual_seed(config.seed)
     before = {key: value.detach().clone() for key, value in model.named_parameters() if config.reproducible}
-    with sharding.units_checked(workload, model, config, num_workers), _forward_placed(workload, model, batch):
+    if sharding.is_wanted(config, num_workers):
+        sharding.units_of(workload, model)
+    with _forward_placed(workload, model, batch):
         outputs = forward(workload, model.train(), batch, precision, generator)
     targets = batch.targets
     for key, value in before.items():

@@ -107,12 +107,6 @@ RULES: tuple[Rule, ...] = (
         "leave one of them out",
     ),
     Rule(
-        ("activation_checkpointing", "compile"),
-        lambda job, _: job.train.activation_checkpointing and job.train.compile,
-        "--set activation_checkpointing does not work with --compile, which cannot trace it",
-        "leave one of them out",
-    ),
-    Rule(
         ("strategy",),
         lambda job, _: job.train.strategy == "fsdp" and job.workload.has_unused_parameters,
         "--strategy fsdp needs all parameters in each step",

@@ -7,18 +7,15 @@ weights; afterwards, they free them. Everything outside the units, such as an em
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.tensors import buffers_kept, is_sharded
+from mnist_ray.data.tensors import is_sharded
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.parallel.group import Group
 from mnist_ray.workload.base import Workload
@@ -38,7 +35,7 @@ def create_models(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     is_whole = on_meta(workload)[0] is None
-    model = create_model(workload, config, with_memory=is_whole or group.rank == 0)
+    model = _created(workload, config, with_memory=is_whole or group.rank == 0)
     if is_whole or group.rank == 0:
         load_initial(model)
     weights = model.state_dict() if group.rank == 0 else {}
@@ -48,19 +45,15 @@ def create_models(
         set_model_state_dict(model, weights, options=options)
     if config.ema_decay is None:
         return model, None
-    average = create_model(workload, config, with_memory=is_whole)
+    average = _created(workload, config, with_memory=is_whole)
     _shard(average, units_of(workload, average), group)
     average.load_state_dict(model.state_dict())
     return model, average
 
 
-def create_model(workload: Workload, config: TrainConfig, *, with_memory: bool = True) -> nn.Module:
-    """Return a new model; with ``activation_checkpointing``, its units recompute theirs in the backward pass."""
+def _created(workload: Workload, config: TrainConfig, *, with_memory: bool) -> nn.Module:
     with contextlib.nullcontext() if with_memory else torch.device("meta"):
-        model = seeded_model(workload, config.seed)
-    if config.activation_checkpointing:
-        _recompute(units_of(workload, model))
-    return model
+        return seeded_model(workload, config.seed)
 
 
 def _shard(model: nn.Module, units: Iterable[nn.Module], group: Group) -> None:
@@ -90,18 +83,6 @@ def resharded(model: nn.Module) -> Iterator[bool]:
             model.reshard()  # type: ignore[operator]
 
 
-def _recompute(units: Iterable[nn.Module]) -> None:
-    """Let units recompute their activations in the backward pass, with the same random numbers."""
-    for unit in units:
-        contexts = functools.partial(_recomputing, unit)
-        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, context_fn=contexts)
-
-
-def _recomputing(unit: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return contexts for a unit's first forward pass, and for the second, which must not update running statistics."""
-    return contextlib.nullcontext(), buffers_kept(unit)
-
-
 def on_meta(workload: Workload) -> tuple[nn.Module | None, str]:
     """Return the model without memory for its tensors; or None, and why that is impossible."""
     try:
@@ -111,9 +92,6 @@ def on_meta(workload: Workload) -> tuple[nn.Module | None, str]:
         return None, first_line(error)
     if lost := {name for name, _ in model.named_buffers()} - set(model.state_dict()):
         return None, f"buffer {min(lost)} is not persistent"
-    for name, parameter in model.named_parameters():
-        if type(parameter) is not nn.Parameter:
-            return None, f"parameter {name} is of type {type(parameter).__name__}"
     for module in model.modules():
         others = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers")}
         if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(others)):
@@ -122,69 +100,21 @@ def on_meta(workload: Workload) -> tuple[nn.Module | None, str]:
 
 
 def units_of(workload: Workload, model: nn.Module) -> list[nn.Module]:
-    """Return the units of a model. Raises UsageError if it cannot be sharded in them."""
-    name, names = type(workload).__name__, {id(module): path for path, module in model.named_modules()}
+    """Return the units of a model. Raises UsageError if it has none, or two that share a module."""
+    name, names = type(workload).__name__, {module: path for path, module in model.named_modules()}
     units = list(workload.shard_units(model))
     if not units:
         remedy = "put its blocks into an nn.ModuleList, or override shard_units()"
-        raise UsageError(f"{name}: the model has no units for --strategy fsdp or activation_checkpointing; {remedy}")
-    for unit in units:
-        if unit is model or id(unit) not in names:
-            raise UsageError(f"{name}.shard_units: {type(unit).__name__} is not a part of the model")
-    times = Counter(id(module) for unit in units for module in unit.modules())
-    for key, number in times.items():
+        raise UsageError(f"{name}: the model has no units for --strategy fsdp; {remedy}")
+    for module, number in Counter(module for unit in units for module in unit.modules()).items():
         if number > 1:
-            raise UsageError(f"{name}: {names[key]} is in two units; override shard_units() so that it is in one")
+            raise UsageError(f"{name}: {names[module]} is in two units; override shard_units() so that it is in one")
     return units
 
 
 def is_wanted(config: TrainConfig, num_workers: int) -> bool:
     """Return whether this many workers shard the model; a single one holds all of it."""
     return config.strategy == "fsdp" and num_workers > 1
-
-
-@contextlib.contextmanager
-def units_checked(workload: Workload, model: nn.Module, config: TrainConfig, num_workers: int) -> Iterator[None]:
-    """Raise UsageError if workers cannot shard a model, which makes one forward pass within."""
-    if config.activation_checkpointing:
-        units_of(workload, model)
-    if not is_wanted(config, num_workers):
-        yield
-        return
-    _check_owners(workload, model, num_workers)
-    units, calls = units_of(workload, model), Counter[nn.Module]()
-    shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
-    hooks = [unit.register_forward_pre_hook(lambda unit, _: calls.update([unit])) for unit in units]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    paths = {module: path for path, module in model.named_modules()}
-    for unit in units:
-        if calls[unit] != 1:
-            found = f"{type(workload).__name__}: unit {paths[unit]} runs {calls[unit]} times in a forward pass"
-            raise UsageError(f"{found}; override shard_units() so that each unit is a module that runs once")
-    for path, parameter in model.named_parameters():
-        if parameter.shape != shapes.get(path):
-            raise UsageError(f"{type(workload).__name__}: a forward pass changes the shape of parameter {path}")
-
-
-def _check_owners(workload: Workload, model: nn.Module, num_workers: int) -> None:
-    """Raise UsageError if two units share a parameter, or there are more workers than rows."""
-    units, name = units_of(workload, model), type(workload).__name__
-    inside = {module for unit in units for module in unit.modules()}
-    outside = [part for part in model.modules() if part not in inside]
-    num_owners = Counter(parameter for unit in units for parameter in unit.parameters())
-    num_owners.update({parameter for part in outside for parameter in part.parameters(recurse=False)})
-    for path, parameter in model.named_parameters():
-        if num_owners[parameter] > 1:
-            remedy = "override shard_units() so that one unit has all parts that share it"
-            raise UsageError(f"{name}: parameter {path} is tied across units; {remedy}")
-        if not parameter.dim():
-            raise UsageError(f"{name}: parameter {path} is a scalar: --strategy fsdp needs the shape (1,)")
-    if num_workers > max(map(len, model.parameters())):
-        raise UsageError(f"--strategy fsdp: no tensor has rows for {num_workers} workers; lower --num-workers")
 
 
 def held_bytes(model: nn.Module, workload: Workload, config: TrainConfig, num_workers: int) -> int:

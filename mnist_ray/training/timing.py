@@ -19,11 +19,11 @@ from mnist_ray.data.batches import Batches, batch_loader
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import with_fast_layout
-from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import Step
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import seeded_model
 
 _MAX_PASS_S = 1e-3  # a longer forward and backward pass gains from more threads
 _MAX_SMALL_BYTES = 2**24  # a larger model takes longer
@@ -91,7 +91,7 @@ def _num_bytes(state: TrainingState) -> int:
 
 def _pass(workload: Workload, split: Split, config: TrainConfig, group: Group) -> Callable[[], None]:
     """Return a function that computes a gradient of another model, from the slice of a rank of ``group``."""
-    model = with_fast_layout(sharding.create_model(workload, config)).train()
+    model = with_fast_layout(seeded_model(workload, config.seed)).train()
     size = min(len(split), math.ceil(config.batch_size / group.world_size))
     request = Request(np.arange(min(size, config.micro_batch_size or size)), size)
     (batch,) = batch_loader(Batches(split, group.device, workload.collate), [request], group.device)

@@ -34,6 +34,7 @@ from mnist_ray.training.step import Step, seed_of
 from mnist_ray.training.stopwatch import CALLBACKS, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import seeded_model
 
 _MIN_LOSS_SCALE = 1e-4  # of fp16: it halves with each step that is skipped because gradients are not finite
 
@@ -75,7 +76,7 @@ def _create_models(
     """Return the model and, with ``--ema-decay``, a copy of it for the EMA."""
     if sharding.is_wanted(config, group.world_size):
         return sharding.create_models(workload, config, group, load_initial)
-    model = sharding.create_model(workload, config)
+    model = seeded_model(workload, config.seed)
     load_initial(model)
     model = with_fast_layout(model.to(group.device))
     return model, None if config.ema_decay is None else copy.deepcopy(model)

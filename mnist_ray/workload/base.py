@@ -213,9 +213,9 @@ class Workload(UserClass):
         return lr_scheduler.LambdaLR(optimizer, part_of_peak)
 
     def shard_units(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Return the parts of the model that ``--strategy fsdp`` gathers, and a recomputation repeats, one at a time.
+        """Return the parts of the model that ``--strategy fsdp`` gathers one at a time; none is in two of them.
 
-        Each must be a module that runs once per forward pass. The default is the elements of each ``nn.ModuleList``.
+        The default is the elements of each ``nn.ModuleList``.
         """
         from torch.nn import ModuleList
 

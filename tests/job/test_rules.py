@@ -74,10 +74,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"strategy": "fsdp", "compile": True},
         "--strategy fsdp does not work with --compile, which cannot trace how units",
     ),
-    (
-        {"activation_checkpointing": True, "compile": True},
-        "--set activation_checkpointing does not work with --compile",
-    ),
     ({"strategy": "fsdp", "workload": Experts}, "--strategy fsdp needs all parameters in each step; call every expert"),
     ({"reproducible": True, "num_workers": 9}, "--reproducible: 9 workers cannot share the 8 chunks of a batch; lower"),
     ({"reproducible": True, "use_gpu": True}, "--reproducible computes on CPUs only; leave --use-gpu out"),

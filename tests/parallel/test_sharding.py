@@ -124,7 +124,7 @@ CASES: dict[str, tuple[type[Words], dict[str, Any]]] = {
     "plain": (Words, {}),
     "micro-batches": (Words, {"micro_batch_size": 5, "clip_grad_norm": 0.1}),  # of slices of 13, or of 8 and 9
     "empty slices": (Words, {"batch_size": 2, "optimizer": "sgd", "learning_rate": 0.02}),
-    "frozen": (Frozen, {"ema_decay": 0.8, "clip_grad_norm": 0.1, "activation_checkpointing": True}),
+    "frozen": (Frozen, {"ema_decay": 0.8, "clip_grad_norm": 0.1}),
     "masked": (Masked, {"ema_decay": 0.8}),
 }
 
@@ -198,8 +198,8 @@ def train_cases(rank: int, folder: Path) -> None:
         for before in range(1, world_size + 1):
             cut = only_middle(locate(storage, f"frozen-{before}"), group)
             trained(Frozen(), config_of("frozen"), group, locate(storage, f"from {before} to {world_size}"), cut)
-        run, config = locate(storage, f"varying-{world_size}"), replace(CONFIG, activation_checkpointing=True)
-        trained(Varying(), config, group, run)
+        run = locate(storage, f"varying-{world_size}")
+        trained(Varying(), CONFIG, group, run)
         trained(Varying(), CONFIG, group, locate(storage, f"resumed varying-{world_size}"), only_middle(run, group))
         if rank == 0:
             (folder / f"losses-{world_size}.json").write_text(json.dumps([losses, norms]))
@@ -412,31 +412,6 @@ def test_a_checkpoint_with_a_damaged_part_is_damaged(runs: Path, tmp_path: Path,
 # --- one process ---
 
 
-def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
-    for recompute in (False, True):
-        config = replace(CONFIG, activation_checkpointing=recompute, ema_decay=0.8)
-        trained(Varying(), config, Group(), locate(str(tmp_path), f"{recompute}"))
-    found, expected = (weights_in(tmp_path / name) for name in ("True", "False"))
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def test_recomputation_repeats_the_forward_pass_of_each_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Block] = []
-    forward = Block.forward
-
-    def noted(block: Block, hidden: Tensor) -> Tensor:
-        calls.append(block)
-        return forward(block, hidden)
-
-    monkeypatch.setattr(Block, "forward", noted)
-    counts = []
-    for recompute in (False, True):
-        calls.clear()
-        trained(Words(), replace(CONFIG, activation_checkpointing=recompute), Group(), locate(str(tmp_path), "run"))
-        counts.append(len(calls))
-    assert counts == [3 * 6, 6 * 6]
-
-
 def other(create: Callable[[], nn.Module]) -> Words:
     class Other(Words):
         def create_model(self) -> nn.Module:
@@ -478,52 +453,17 @@ def shared() -> nn.Module:
     return model
 
 
-def tied() -> nn.Module:
-    model = Stack()
-    block = nn.Sequential(nn.Linear(WIDTH, NUM_WORDS))
-    block.weight = model.words.weight
-    model.blocks.append(block)
-    return model
-
-
-class Repeats(Stack):
-    def forward(self, words: Tensor) -> Tensor:
-        return super().forward(words) + 0 * self.blocks[0](self.words(words).mean(1)).sum()
-
-
-class Scaled(Stack):
-    def __init__(self) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(1.0))
-
-
-class Grows(Stack):
-    def forward(self, words: Tensor) -> Tensor:
-        outputs = super().forward(words)
-        self.blocks[0].scale = nn.Parameter(torch.ones(2))
-        return outputs
-
-
 @pytest.mark.parametrize(
-    ("create", "num_workers", "message"),
+    ("create", "message"),
     [
-        (lambda: nn.Linear(2, 2), 2, r"has no units for --strategy fsdp.*; put its blocks into an nn\.ModuleList"),
-        (shared, 2, r"blocks\.0\.layer is in two units"),
-        (tied, 2, r"parameter words\.weight is tied across units"),
-        (Repeats, 2, r"unit blocks\.0 runs 2 times in a forward pass"),
-        (Grows, 2, r"changes the shape of parameter blocks\.0\.scale"),
-        (Scaled, 2, r"parameter temperature is a scalar: --strategy fsdp needs the shape \(1,\)"),
-        (Stack, 12, r"no tensor has rows for 12 workers; lower --num-workers"),
+        (lambda: nn.Linear(2, 2), r"has no units for --strategy fsdp; put its blocks into an nn\.ModuleList"),
+        (shared, r"blocks\.0\.layer is in two units"),
     ],
 )
-def test_what_cannot_be_sharded_is_one_line(create: Callable[[], nn.Module], num_workers: int, message: str) -> None:
+def test_what_cannot_be_sharded_is_one_line(create: Callable[[], nn.Module], message: str) -> None:
     workload = other(create)
-    model = workload.create_model()
-    with (
-        pytest.raises(UsageError, match=message) as raised,
-        sharding.units_checked(workload, model, CONFIG, num_workers),
-    ):
-        model(torch.zeros(2, 5, dtype=torch.long))
+    with pytest.raises(UsageError, match=message) as raised:
+        sharding.units_of(workload, workload.create_model())
     assert "\n" not in str(raised.value)
 
 
