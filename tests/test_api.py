@@ -333,7 +333,7 @@ import contextlib, logging, os, signal, sys, threading, warnings
 import numpy, torch, torch._dynamo  # what an import changes stays
 import mnist_ray
 from mnist_ray.report import page
-from mnist_ray.run import fit, in_process
+from mnist_ray.run import fit
 from mnist_ray.many import executor
 from mnist_ray import trackers
 

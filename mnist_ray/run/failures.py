@@ -1,4 +1,4 @@
-"""Separates transient failures of workers from bugs, and describes a failure in one line."""
+"""Separates failures that a retry may avoid from bugs, and describes a failure in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ _CUDA_BUGS = (35, 209, 710)  # the driver is too old, PyTorch has no kernels for
 # PyTorch also raises plain RuntimeErrors for failures of the hardware and for killed loader processes.
 _PASSING_TEXTS = ("CUDA error", "cuDNN error", "DataLoader worker")
 _ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
-_PEER_IS_GONE = re.compile("clos|refuse|reset|abort|exited|timed out|peer", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -50,67 +49,7 @@ def code_failures_placed(*folders: Path) -> Iterator[None]:
         if may_pass(error) or (is_of_ray and not isinstance(error, Exception)):
             raise
         kind = UnreadableDataError if isinstance(error, ExampleError) else TrainingStoppedError
-        raise kind(with_place(error, *folders) + _about_sharding(error)) from sendable(error)
-
-
-def _about_sharding(error: BaseException) -> str:
-    """Return advice if an error shows that code cannot compute with parts of tensors."""
-    is_about_parts = re.search("DTensor|sharding strategy", str(error))
-    return "; with --strategy fsdp, use each tensor's to_local(), or another optimizer" if is_about_parts else ""
-
-
-class FailureCallback(UserCallback):
-    """Reports to the driver's event queue, if there is one, why workers are replaced, or ends the run.
-
-    Ray calls it in the process of Ray Train's controller. The callback also shows that this process is alive: the
-    controller itself does not answer while it waits for nodes or workers.
-    """
-
-    def __init__(self, event_queue: Any) -> None:
-        self._event_queue = event_queue
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ControllersCallback, (self._event_queue,)
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """Handle the exceptions of the failed ranks."""
-        for error in worker_exceptions.values():
-            if isinstance(error, TrainingStoppedError):
-                raise error  # to Ray, this is an error of its own controller, so it does not retry
-        if self._event_queue is not None:
-            is_failure = not any(getattr(error, "preempted", False) for error in worker_exceptions.values())
-            reason = describe(worker_exceptions, has_lost_node=self._has_lost_node())
-            self._event_queue.put.remote(WorkersLost(reason, is_failure=is_failure))
-
-    def _has_lost_node(self) -> bool:
-        return False
-
-
-class _ControllersCallback(FailureCallback):
-    """A ``FailureCallback`` in the controller's process."""
-
-    def __init__(self, event_queue: Any) -> None:
-        super().__init__(event_queue)
-        self._nodes = _nodes_alive()
-        if event_queue is not None:
-            threading.Thread(target=self._show_life, daemon=True).start()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return UserCallback, ()  # for the workers, which do not call it
-
-    def _has_lost_node(self) -> bool:
-        before, self._nodes = self._nodes, _nodes_alive()
-        return not before <= self._nodes
-
-    def _show_life(self) -> None:
-        controller = ray.get_runtime_context().current_actor
-        while True:
-            self._event_queue.put.remote(ControllerAlive(controller))
-            time.sleep(_ALIVE_INTERVAL_S)
-
-
-def _nodes_alive() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        raise kind(with_place(error, *folders)) from sendable(error)
 
 
 def may_pass(error: BaseException) -> bool:
@@ -127,37 +66,69 @@ def is_of_group(error: BaseException) -> bool:
     return is_of_gloo or isinstance(error, torch.distributed.DistError)
 
 
-def describe(worker_exceptions: Mapping[int, Exception], *, has_lost_node: bool = False) -> str:
+class FailureCallback(UserCallback):
+    """Reports to the driver's event queue why workers are replaced, or ends the run if its code has failed.
+
+    Ray calls it in the process of Ray Train's controller. There, it also shows that this process is alive: the
+    controller itself does not answer while it waits for nodes or workers.
+    """
+
+    def __init__(self, event_queue: Any) -> None:
+        self._event_queue = event_queue
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ControllersCallback, (self._event_queue,)
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        """Handle the exceptions of the failed ranks."""
+        for error in worker_exceptions.values():
+            if isinstance(error, TrainingStoppedError):
+                raise error  # to Ray, this is an error of its own controller, so it does not retry
+        is_failure = not any(getattr(error, "preempted", False) for error in worker_exceptions.values())
+        self._event_queue.put.remote(WorkersLost(describe(worker_exceptions), is_failure=is_failure))
+
+
+class _ControllersCallback(FailureCallback):
+    """A ``FailureCallback`` in the controller's process."""
+
+    def __init__(self, event_queue: Any) -> None:
+        super().__init__(event_queue)
+        threading.Thread(target=self._show_life, daemon=True).start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UserCallback, ()  # for the workers, which do not call it
+
+    def _show_life(self) -> None:
+        controller = ray.get_runtime_context().current_actor
+        while True:
+            self._event_queue.put.remote(ControllerAlive(controller))
+            time.sleep(_ALIVE_INTERVAL_S)
+
+
+def describe(worker_exceptions: Mapping[int, Exception]) -> str:
     """Describe one failed rank in one line, preferably one that died: its death makes the other workers fail too."""
     # If Ray Train's health check of a worker failed, the reason is inside the error.
     own = {rank: getattr(error, "health_check_failure", error) for rank, error in worker_exceptions.items()}
     rank, error = min(own.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
     cause = getattr(error, "_base_exc", error)
     if is_of_group(cause):
-        of_nccl = re.search(r"Last error:\s*(.+)", str(cause))
-        if of_nccl and not _PEER_IS_GONE.search(of_nccl[1]):
-            return f"worker {rank} failed: NCCL: {of_nccl[1]}"
         return f"worker {rank} has lost its connection to another worker, which has died or hangs"
     if not isinstance(error, RayActorError):
         return f"worker {rank} failed: {_line_of(cause)}"
     if error.preempted:
         return f"worker {rank} was lost with its node, which was preempted"
-    died = "died: it hung, was killed (perhaps for lack of memory), crashed, or called os._exit"
-    return f"worker {rank} {'was lost with its node' if has_lost_node else died}"
+    return f"worker {rank} died: it hung, was killed (perhaps for lack of memory), lost its node, or called os._exit"
 
 
-def reason_of(error: Exception, last_loss: str = "") -> str:
-    """Describe in one line why training failed. If a worker failed, ``last_loss`` may describe it better."""
-    if failures := getattr(error, "worker_failures", None):
-        return last_loss or describe(failures)
-    cause = cause_of(error)
-    return first_line(cause) if isinstance(cause, JobError) else f"Ray Train failed: {_line_of(cause)}"
-
-
-def cause_of(error: Exception) -> Exception:
-    """Return why Ray Train's controller failed; ``error`` itself if it does not contain the reason."""
-    cause: Exception = getattr(error, "controller_failure", error)
-    return getattr(cause, "cause", cause)  # if it is a RayTaskError, whose own text is a traceback
+def error_of(failed: Exception, last_loss: str = "") -> JobError:
+    """Return the error of a run whose training failed; if a worker failed, ``last_loss`` may describe it better."""
+    if failures := getattr(failed, "worker_failures", None):
+        return JobError(last_loss or describe(failures))
+    cause: Exception = getattr(failed, "controller_failure", failed)
+    cause = getattr(cause, "cause", cause)  # if it is a RayTaskError, whose own text is a traceback
+    if isinstance(cause, TrainingStoppedError):
+        return cause
+    return JobError(first_line(cause) if isinstance(cause, JobError) else f"Ray Train failed: {_line_of(cause)}")
 
 
 def _line_of(error: BaseException) -> str:

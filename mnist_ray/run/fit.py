@@ -1,4 +1,4 @@
-"""A run from start to end; ``fit`` trains it with Ray Train. The workers' events reach the driver through a queue."""
+"""A run from start to end: trained by Ray Train's workers, or in this process; then tested."""
 
 from __future__ import annotations
 
@@ -23,26 +23,25 @@ from mnist_ray.cluster.nodes import Waiting, temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
-from mnist_ray.errors import JobError, TrainingStoppedError
+from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
 from mnist_ray.job.session import Session
-from mnist_ray.process import in_thread
+from mnist_ray.parallel.group import Group
+from mnist_ray.process import in_thread, usable_cores
 from mnist_ray.provenance import versions
 from mnist_ray.record.recorder import recorded
 from mnist_ray.run import evaluate
 from mnist_ray.run.event_queue import open_event_queue, taken
-from mnist_ray.run.failures import FailureCallback, cause_of, reason_of
-from mnist_ray.run.in_process import fit_here
-from mnist_ray.run.life import TOLD_EVERY_S
+from mnist_ray.run.failures import error_of
 from mnist_ray.run.trainer import create_trainer
-from mnist_ray.run.worker import LoopSpec
+from mnist_ray.run.worker import LoopSpec, Sink, train_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import INITIAL_FILE, in_one_line
 from mnist_ray.text import count, format_settings
-from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkersLost
+from mnist_ray.training.state import StopWantedError
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
 _START_INTERVAL_S = 0.1  # the same, while no workers train
-_STOP_TIMEOUT_S = 60.0  # after Ctrl-C, for a step or any other sign of life from the workers
 _END_TIMEOUT_S = 5.0  # for Ray Train's controller to end, if the run ends first
 
 
@@ -86,6 +85,50 @@ def train_run(
             evaluate.evaluate_fitted(session, plan, record, trained, is_last=is_last)
 
 
+def fit_here(
+    session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], until_epoch: float = math.inf
+) -> Fitted:
+    """Train in this process, without Ray: ``--num-workers 0``, for debuggers, profilers and notebooks.
+
+    Returns the same as ``fit``. Raises the same errors, and those of the user's code.
+    """
+    job, data = session.job, session.data
+    validation = data.validation if len(data.validation) else None
+    spec = LoopSpec(job=job, train=data.train, validation=validation, until_epoch=until_epoch)
+    group = Group(device=torch.device("cuda" if plan.use_gpu else "cpu"))
+    try:
+        with first_only_noted() as interrupted:
+            train_worker(spec, group, LocalSink(on_event, interrupted), job.workers.cpus_per_worker or usable_cores())
+    except ExampleError as error:
+        if error.__cause__ is not None:
+            raise  # an error of the user's code: its traceback helps
+        raise UnreadableDataError(str(error)) from None
+    except StopWantedError as stop:
+        if not interrupted.is_set and math.isinf(until_epoch):
+            raise JobError("a callback has stopped the training") from stop
+    if interrupted.is_set:
+        raise KeyboardInterrupt
+    return best_of(job.run)
+
+
+class LocalSink(Sink):
+    """Passes events on in this process."""
+
+    def __init__(self, on_event: Callable[[Event], None], interrupted: Noted) -> None:
+        self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
+
+    def send(self, event: Event) -> None:
+        """Pass on an event."""
+        self._on_event(event)
+
+    def stop_requested(self) -> bool:
+        """Return whether Ctrl-C was pressed, and report that once."""
+        if self._interrupted.is_set and not self._is_stopping:
+            self._is_stopping = True
+            self.send(Stopping())
+        return self._is_stopping
+
+
 def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], until_epoch: float = math.inf) -> Fitted:
     """Train on Ray, from the last checkpoint if there is one; pass events on; return the best checkpoint.
 
@@ -104,7 +147,8 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], u
         event_queue=event_queue,
         is_local=plan.is_local,
     )
-    outcome = fit_with_retries(spec, plan, on_event)
+    with temporary_folder() as folder:
+        outcome = fit_and_listen(create_trainer(spec, plan, folder), event_queue, on_event)
     if outcome.diverged is not None:
         raise outcome.diverged
     if outcome.is_stopped and math.isinf(until_epoch):  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
@@ -113,32 +157,11 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], u
         return best_of(job.run)
 
 
-def fit_with_retries(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Outcome:
-    """Fit; Ray replaces lost workers, and those whose storage has failed. Raises like ``fit``."""
-    last_loss = ""
-
-    def pass_on(event: Event) -> None:
-        nonlocal last_loss
-        if isinstance(event, WorkersLost):
-            last_loss = event.reason
-        on_event(event)
-
-    with temporary_folder() as folder:
-        trainer = create_trainer(spec, plan, folder, spec.job.workers.max_failures, [FailureCallback(spec.event_queue)])
-        try:
-            return fit_and_listen(trainer, spec.event_queue, pass_on)
-        except (ray.train.TrainingFailedError, RayError) as error:
-            cause = cause_of(error)
-            if isinstance(cause, TrainingStoppedError):
-                raise cause from error
-            raise JobError(reason_of(error, last_loss)) from error
-
-
 def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> Outcome:
     """Fit in another thread, while this thread passes events on and handles Ctrl-C; return how training ended.
 
-    At the first Ctrl-C, workers save a checkpoint if they are training and do not hang; then this raises
-    KeyboardInterrupt.
+    Ray replaces lost workers, and those whose storage has failed. At the first Ctrl-C, workers save a checkpoint if
+    they are training; then this raises KeyboardInterrupt. Raises like ``fit``.
     """
     listener = _Listener(in_thread(trainer.fit), event_queue, on_event)
     try:
@@ -150,6 +173,9 @@ def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[
         return listener.outcome
     except RaySilentError:
         raise
+    except (ray.train.TrainingFailedError, RayError) as error:
+        listener.end()
+        raise error_of(error, listener.last_loss) from error
     except BaseException:
         listener.end()
         raise
@@ -159,59 +185,49 @@ class _Listener:
     """Listens to the workers and to Ray Train's controller, which starts and watches them, while a thread fits."""
 
     def __init__(self, result: Future[ray.train.Result], event_queue: Any, on_event: Callable[[Event], None]) -> None:
-        self.result, self.outcome = result, Outcome()
+        self.result, self.outcome, self.last_loss = result, Outcome(), ""
         self._event_queue, self._on_event = event_queue, on_event
-        self._is_training = False
+        self._is_training = self._is_stopping = False
         self._controller: Any = None  # its actor, once it has started
-        self._alive_at: float | None = None  # when the controller last showed life
-        self._told_at: float | None = None  # when a worker last reported
-        self._moved_at: float | None = None  # after Ctrl-C: when a worker last made progress
+        self._alive_at = 0.0  # when the controller last showed life
         self._waiting = Waiting("the workers to start", lambda text: on_event(Note(text)))
 
     def listen(self, interrupted: Noted) -> None:
-        """Pass events on until there is a result or, after Ctrl-C, until no worker is training or the workers hang."""
+        """Pass events on until there is a result or, after Ctrl-C, until no worker is training."""
         is_running = True
         while is_running and (self._is_training or not interrupted.is_set):
             interval = _POLL_INTERVAL_S if self._is_training else _START_INTERVAL_S
             is_running = bool(wait([self.result], interval).not_done)  # checked before the last events are taken
-            events = self._taken()
-            if self._alive_at is not None and time.monotonic() - self._alive_at > MAX_SILENCE_S:
-                with contextlib.suppress(RayError):
-                    ray.kill(self._controller)  # else it could continue to train once it answers again
-                raise RaySilentError.of("Ray Train's controller")
-            for event in events:
-                self._pass_on(event)
-            is_quiet = self._told_at is None or time.monotonic() - self._told_at > 2 * TOLD_EVERY_S
-            self._waiting.look(is_waiting=is_quiet and not self._is_training)
-            if interrupted.is_set and self._is_training and self._moved_at is None:
-                self._moved_at = time.monotonic()
+            for event in self._taken():
+                self._pass_on(event)  # may take long if the terminal or the storage is slow
+            self._waiting.look(is_waiting=not self._is_training)
+            if interrupted.is_set and self._is_training and not self._is_stopping:
+                self._is_stopping = True
                 self._event_queue.want_stop.remote()
                 self._on_event(Stopping())
-            if self._moved_at is not None and time.monotonic() - self._moved_at > _STOP_TIMEOUT_S:
-                silence = f"no worker has made progress for {_STOP_TIMEOUT_S:.0f} s"
-                self._on_event(Note(f"no checkpoint is saved: {silence}"))
-                return
 
     def _taken(self) -> list[Event]:
-        """Return the new events, and note the controller's signs of life among them."""
+        """Return the new events. Raises RaySilentError if the controller does not show life among them."""
         events = taken(self._event_queue)
         for event in events:
             if isinstance(event, ControllerAlive):
                 self._controller, self._alive_at = event.controller, time.monotonic()
+        if self._controller is not None and time.monotonic() - self._alive_at > MAX_SILENCE_S:
+            with contextlib.suppress(RayError):
+                ray.kill(self._controller)  # else it could continue to train once it answers again
+            raise RaySilentError.of("Ray Train's controller")
         return [event for event in events if not isinstance(event, ControllerAlive)]
 
     def _pass_on(self, event: Event) -> None:
         match event:
-            case WorkerAlive():
-                self._told_at = time.monotonic()
-                if self._moved_at is not None:
-                    self._moved_at = max(self._moved_at, self._told_at - event.silent_s)
             case Outcome():
                 self.outcome = event
-            case _:
-                if isinstance(event, (Started, WorkersLost)):
-                    self._is_training = isinstance(event, Started)
-                self._on_event(event)  # may take long if the terminal or the storage is slow
+                return
+            case Started():
+                self._is_training = True
+            case WorkersLost(reason):
+                self._is_training, self.last_loss = False, reason
+        self._on_event(event)
 
     def end(self) -> None:
         """End the controller, so that its thread stops waiting: else ``ray.shutdown`` may end this process.

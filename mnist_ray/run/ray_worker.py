@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import socket
-import sys
 import time
 from typing import Any
 
 import ray
 import ray.train
-from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.parallel.group import Group
 from mnist_ray.ray_versions import preemption_info
 from mnist_ray.run.failures import code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Sink, train_worker
-from mnist_ray.storage import CONFIG_FILE, RunFolder, with_retries
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.events import Event, NodeLeaving, Note, Outcome, Progress
+from mnist_ray.training.events import Event, NodeLeaving, Outcome, Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
-from mnist_ray.training.stopwatch import Pace
 
 _ASK_INTERVAL_S = 5.0  # of training, between two checks for preempted nodes: every tenth window
-_SPARE_S = 2.0  # between a saved checkpoint and a node's preemption
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
@@ -41,29 +33,14 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
     sink = QueueSink(spec.event_queue, group.rank)
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     policies = [] if spec.is_local else [Preemption(sink)]
-    if "RAY_DEBUG" not in os.environ:  # Ray would skip breakpoints silently
-        sys.breakpointhook = functools.partial(_pass_over_breakpoint, sink)
     try:
         with code_failures_placed(*spec.job.code_folders):
-            with_retries(lambda: _check_visible(spec.job.run))
             train_worker(spec, group, sink, cpus, context.get_local_world_size(), policies)
     except TrainingDivergedError as error:
         outcome = Outcome(diverged=error)
     except StopWantedError:
         outcome = Outcome(is_stopped=True)
     sink.send(outcome)
-
-
-def _check_visible(run: RunFolder) -> None:
-    """Raise a storage error if this node does not (or not yet) see the run."""
-    if not run.exists(CONFIG_FILE):
-        place = f"{socket.gethostname()} does not see {run.inside(CONFIG_FILE).uri}"
-        raise FileNotFoundError(f"{place}, which the job has written; use a storage that all nodes share")
-
-
-def _pass_over_breakpoint(sink: Sink, *arguments: Any, **options: Any) -> None:
-    sys.breakpointhook = lambda *arguments, **options: None
-    sink.send(Note("skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"))
 
 
 class QueueSink(Sink):
@@ -89,36 +66,25 @@ class QueueSink(Sink):
 
 
 class Preemption(Callback):
-    """Saves a checkpoint when Ray announces that a worker's node will be preempted, and again shortly before it is."""
+    """Saves a checkpoint when Ray announces that a worker's node will be preempted."""
 
     def __init__(self, sink: Sink) -> None:
-        self._sink, self._pace = sink, Pace()
-        self._trained_s = self._next_question_s = self._asked_clock_s = 0.0
-        self._saved_for: set[tuple[object, ...]] = set()
+        self._sink = sink
+        self._trained_s = self._next_question_s = 0.0
+        self._saved_for: set[str] = set()  # nodes
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Note the time."""
-        self._pace, self._trained_s = state.pace, state.finished_s + state.epoch_s
+        self._trained_s = state.finished_s + state.epoch_s  # by rank 0's clock, which all ranks know
 
     def wants_checkpoint(self) -> bool:
         """Ask Ray every five seconds; all ranks ask together, and wait for each other."""
         if self._trained_s < self._next_question_s:
             return False
+        self._next_question_s = self._trained_s + _ASK_INTERVAL_S
         info = preemption_info()
-        if info is None:
-            self._next_question_s = self._trained_s + _ASK_INTERVAL_S  # by rank 0's clock, which all ranks know
+        if info is None or self._saved_for.issuperset(info.preempted_node_ids):
             return False
-        left_s, is_last_chance = broadcast_from_rank_zero(self._time_left(info.deadline_ms))
-        reason = (*info.preempted_node_ids, is_last_chance)
-        if reason in self._saved_for:
-            return False
-        self._saved_for.add(reason)
-        self._sink.send(NodeLeaving(left_s))
+        self._saved_for.update(info.preempted_node_ids)
+        self._sink.send(NodeLeaving(math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()))
         return True
-
-    def _time_left(self, deadline_ms: int | None) -> tuple[float, bool]:
-        """Return the seconds until a deadline, and whether this is the last window to save a checkpoint in time."""
-        now, asked_at = time.time(), self._asked_clock_s
-        self._asked_clock_s = now
-        left_s = math.inf if deadline_ms is None else deadline_ms / 1000 - now
-        return left_s, left_s < _SPARE_S + self._pace.saving_s + (now - asked_at if asked_at else 0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,53 +14,52 @@ from typing import Any
 import psutil
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import distributed as dist
 
 from mnist_ray import extras
 from mnist_ray.cluster.devices import device_here
-from mnist_ray.cluster.nodes import session_folder
 from mnist_ray.cluster.plan import WorkerPlan
+from mnist_ray.run.failures import FailureCallback
 from mnist_ray.run.ray_worker import train_loop_per_worker
 from mnist_ray.run.worker import LoopSpec
-from ray_fork.shim import own_folder
 
 _RESIZE_INTERVAL_S = 15.0  # between an elastic run's checks whether the cluster has room for more workers
 
 
-def create_trainer(
-    spec: LoopSpec, plan: WorkerPlan, folder: str, max_failures: int, callbacks: Sequence[UserCallback] = ()
-) -> TorchTrainer:
+def create_trainer(spec: LoopSpec, plan: WorkerPlan, folder: str) -> TorchTrainer:
     """Return the trainer that runs ``spec`` on the planned workers.
 
-    Ray Train is told no checkpoint; what it writes all the same goes to a private ``folder`` of this node.
+    ``folder``: a private one of this node. On a local Ray, workers meet in it; and Ray Train, which is told no
+    checkpoint, writes there what it writes all the same.
     """
     # How often Train's controller checks its workers, and sees that they have ended; the default is 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    extra = extras.load("trainer", plain=spec.job.workers.plain_ray)
+    workers = spec.job.workers
+    extra = extras.load("trainer", plain=workers.plain_ray)
     trainer_class: type[TorchTrainer] = extra.Trainer if extra else TorchTrainer
-    is_elastic, scaling = plan.min_workers is not None, dict[str, Any]()
-    if is_elastic:
-        scaling["elastic_resize_monitor_interval_s"] = _RESIZE_INTERVAL_S
+    since_later: dict[str, Any] = {}  # what only newer versions of Ray take
+    if plan.min_workers is not None:
+        since_later["elastic_resize_monitor_interval_s"] = _RESIZE_INTERVAL_S
     if plan.labels:
-        scaling["label_selector"] = dict(plan.labels)
+        since_later["label_selector"] = dict(plan.labels)
     return trainer_class(
         train_loop_per_worker,
         train_loop_config={"spec": spec},
-        torch_config=WorkerGroupConfig(is_local=plan.is_local),
+        torch_config=WorkerGroupConfig(folder=folder if plan.is_local else None),
         scaling_config=ScalingConfig(
-            num_workers=(plan.min_workers, plan.num_workers) if is_elastic else plan.num_workers,
+            num_workers=plan.num_workers if plan.min_workers is None else (plan.min_workers, plan.num_workers),
             placement_strategy=plan.placement,
             use_gpu=plan.use_gpu,
-            resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
-            **scaling,
+            resources_per_worker={"CPU": plan.cpus_per_worker, "GPU": int(plan.use_gpu)},
+            **since_later,
         ),
         run_config=RunConfig(
             name=spec.job.run.name,
             storage_path=folder,
-            failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[*callbacks],
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            callbacks=[FailureCallback(spec.event_queue)],
         ),
     )
 
@@ -75,7 +73,12 @@ class WorkerGroupConfig(TorchConfig):
     which listens on all interfaces.
     """
 
-    is_local: bool = False
+    folder: str | None = None  # of a local Ray: the file's, where no other user can write, since it is unpickled
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all workers are on this machine."""
+        return self.folder is not None
 
     @property
     def backend_cls(self) -> type:
@@ -93,7 +96,7 @@ class _Backend(_RaysBackend):
         if not backend_config.is_local:
             super().on_start(worker_group, backend_config)
         elif (world_size := len(worker_group)) > 1:
-            file = f"file://{_folder_of_files()}/workers-{uuid.uuid4().hex}"  # torch does not decode %20
+            file = f"file://{backend_config.folder}/workers-{uuid.uuid4().hex}"  # torch does not decode %20
             options = (world_size, file, backend_config.timeout_s)
             ray.get([worker_group.execute_single_async(rank, _join, rank, *options) for rank in range(world_size)])
 
@@ -119,15 +122,6 @@ def _set_variables() -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
     os.environ["NODE_RANK"] = str(context.get_node_rank())
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(get_device())
-
-
-def _folder_of_files() -> str:
-    """Return a folder that no other user can write to: the content of the file is unpickled.
-
-    The session folder is removed with its content, but RAY_TMPDIR may have put it anywhere.
-    """
-    session, own = session_folder(), own_folder("mnist_ray")
-    return str(session) if session.is_relative_to(own) else own
 
 
 def use_nodes_interface() -> None:

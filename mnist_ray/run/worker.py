@@ -7,7 +7,6 @@ import copy
 import functools
 import math
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,52 +29,16 @@ from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
 from mnist_ray.process import keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic
-from mnist_ray.run.checkpointer import Checkpointer
-from mnist_ray.run.life import STORAGE_LIMIT_S, Life
+from mnist_ray.run.policies import STORAGE_LIMIT_S, Checkpointer, HangLimit, Validator
 from mnist_ray.storage import INITIAL_FILE, position_of
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.evaluation import batch_size_of, evaluate_together
-from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
-from mnist_ray.training.metrics import score
+from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
-from mnist_ray.training.stopwatch import CHECKPOINTS, VALIDATION
+from mnist_ray.training.stopwatch import CHECKPOINTS
 from mnist_ray.training.timing import is_bf16_slow, is_one_thread_faster
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import RATE
-
-
-class Validator:
-    """Evaluates the model on the validation split; each rank computes its part of it."""
-
-    def __init__(self, job: Job, split: Split, config: TrainConfig, group: Group, life: Life) -> None:
-        self._job, self._split, self._config, self._group, self._life = job, split, config, group, life
-        self._batch_size: int | None = None  # the first validation finds it
-        self.not_finite = 0, 0  # in the last validation: how many examples, and the first one's position
-
-    def validate(self, state: TrainingState) -> dict[str, Any]:
-        """Return the values of a validation for a checkpoint's metrics. All ranks must call this."""
-        workload, start = self._job.workload, time.perf_counter()
-        loader_workers = self._job.workers.loader_workers
-        with state.watch.on(VALIDATION):
-            if self._batch_size is None:
-                self._batch_size = batch_size_of(workload, state.result, self._split, self._config, loader_workers)
-            evaluation = evaluate_together(
-                workload,
-                state.result,
-                self._split,
-                self._config,
-                self._group,
-                num_loader_processes=loader_workers,
-                on_batch=lambda num_done: self._life.show(),
-                batch_size=self._batch_size,
-            )
-        self.not_finite = evaluation.not_finite
-        values = evaluation.values(workload)
-        of_metrics = {f"val_{name}": value for name, value in values.items()}
-        seconds = time.perf_counter() - start
-        rate = len(self._split) / seconds / self._group.world_size  # of one worker
-        return {**of_metrics, "val_score": [*score(workload, values)], "val_s": seconds, "val_examples_per_s": rate}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,22 +76,22 @@ def train_worker(
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
     planned = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
     torch.set_num_threads(1 if job.train.reproducible else planned)
-    with Life(job, group.rank, spec.event_queue) as life:
+    with HangLimit(job.workers) as limit:
         config = replace(job.train, precision=resolve_precision(job.train.precision, group))
         if config.reproducible:
             check_arithmetic(group)
         split = _opened(spec.train)
-        life.show()
+        limit.show()
         state = create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
         _check_schedules(spec, state)
-        life.show()
+        limit.show()
         callbacks = _callbacks_of(job)
         restored = checkpoints.restore_newest(job.run, state, callbacks, group)
         config = _settle(job, state, split, config, group, is_new=not restored.name)
         state.last_step = min(
             math.ceil(min(spec.until_epoch, config.num_epochs) * state.steps_per_epoch), state.total_steps
         )
-        worker = Worker(spec, state, config, group, callbacks, sink, life)
+        worker = Worker(spec, state, config, group, callbacks, sink, limit)
         trainer = Trainer(
             job.workload,
             state,
@@ -139,13 +102,12 @@ def train_worker(
             num_loader_processes=job.workers.loader_workers,
             read_ahead_mib=job.workers.read_ahead_mib,
         )
-        with _advised(state, config, group, restored):
+        with _memory_advised(state, config, group, restored):
             worker.start(restored)
             try:
                 trainer.train()
-            except Exception:  # an error of the code, or a StopWantedError
-                worker.checkpointer.wait(state)
-                raise
+            finally:  # also after an error of the code, or a StopWantedError
+                worker.wait()
         worker.end()
 
 
@@ -183,8 +145,10 @@ def _settle(
 
 
 @contextlib.contextmanager
-def _advised(state: TrainingState, config: TrainConfig, group: Group, restored: checkpoints.Restored) -> Iterator[None]:
-    """Raise a lack of memory, and too many shapes to compile, as a TrainingStoppedError with advice."""
+def _memory_advised(
+    state: TrainingState, config: TrainConfig, group: Group, restored: checkpoints.Restored
+) -> Iterator[None]:
+    """Raise a lack of a GPU's memory as a TrainingStoppedError with advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -193,11 +157,6 @@ def _advised(state: TrainingState, config: TrainConfig, group: Group, restored: 
         half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / group.world_size)) // 2)
         remedy = f"try --micro-batch-size {half}, lower --batch-size, or override the workload's evaluation_batch_size"
         raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
-    except Exception as error:
-        if type(error).__name__ != "FailOnRecompileLimitHit":  # dynamo's; its import takes a second
-            raise
-        remedy = "pad them to a few in collate"
-        raise TrainingStoppedError(f"--compile: the inputs have too many shapes; {remedy}") from error
 
 
 def _load_initial(job: Job, model: nn.Module) -> None:
@@ -221,23 +180,21 @@ class Worker(Callback):
         group: Group,
         callbacks: Sequence[Callback],
         sink: Sink,
-        life: Life,
+        limit: HangLimit,
     ) -> None:
         self._spec, self._state, self._config, self._group = spec, state, config, group
-        self._workload, self._callbacks, self._sink, self._life = spec.job.workload, callbacks, sink, life
+        self._workload, self._callbacks, self._sink, self._limit = spec.job.workload, callbacks, sink, limit
         self._validator = None
         if spec.validation is not None:
-            self._validator = Validator(spec.job, _opened(spec.validation), config, group, life)
-        self.checkpointer = Checkpointer(spec.job, config, group, callbacks)
-        self._has_begun_again = False  # a stream of training data
-        life.state = state
+            self._validator = Validator(spec.job, _opened(spec.validation), config, group, limit)
+        self._checkpointer = Checkpointer(spec.job, config, group, callbacks)
 
     def start(self, restored: checkpoints.Restored) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one, and what a kill has lost.
 
         If a kill came before a sweep has recorded a segment, its end is the checkpoint: raise StopWantedError.
         """
-        self._life.show()
+        self._limit.show()
         state, metrics = self._state, restored.metrics
         hosts = [socket.gethostname()] * self._group.world_size
         if self._group.world_size > 1:
@@ -250,20 +207,20 @@ class Worker(Callback):
         if state.total_step >= state.last_step and not is_over(state, self._config):
             raise StopWantedError
 
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written. Raises JobError if it could not be."""
+        self._limit.show(STORAGE_LIMIT_S)
+        self._checkpointer.wait(self._state)
+
     def end(self) -> None:
-        """Wait for the last checkpoint, and report the end of training if training stopped early."""
+        """Report if training stopped early."""
         state = self._state
-        self.checkpointer.wait(state)
         if state.epoch < self._config.num_epochs:
             self._sink.send(StoppedEarly(state.epoch, best_epoch(state.scores) if state.scores else None))
 
     def on_step(self, state: TrainingState) -> None:
-        """Show that this worker does not hang. Tell if a stream of training data begins again."""
-        self._life.show()
-        if state.read_to is not None and state.read_to["rounds"] > 0 and not self._has_begun_again:
-            self._has_begun_again = True
-            ended = f"the stream of training data ended in step {state.total_step}; it begins again each time"
-            self._sink.send(Note(ended))
+        """Show that this worker does not hang."""
+        self._limit.show()
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Report the progress."""
@@ -282,12 +239,12 @@ class Worker(Callback):
         if state.step == 0 and metrics.is_validated:
             self._after_validation(state, metrics)
         metrics = replace(metrics, is_over=is_over(state, self._config))
-        self._life.show(STORAGE_LIMIT_S)
+        self._limit.show(STORAGE_LIMIT_S)
         with state.pace.saving():
-            self.checkpointer.save(state, metrics, self._life)
+            self._checkpointer.save(state, metrics)
             if metrics.is_validated and math.isfinite(self._spec.until_epoch):  # a sweep does not train it again
-                self.checkpointer.wait(state)
-        self._life.show()
+                self._checkpointer.wait(state)
+        self._limit.show()
         if metrics.is_validated or state.step == 0:
             self._sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict(), self._seconds_of_all(state)))
 
@@ -334,12 +291,7 @@ class Worker(Callback):
 
     def _started(self, restored: checkpoints.Restored, hosts: Sequence[str]) -> Started:
         state = self._state
-        has_changed = restored.arithmetic not in (None, arithmetic())
         changed = "versions or processor changed since the checkpoint: results are no longer bit-identical"
-        small = "steps are so small that one thread is as fast as several; --cpus-per-worker sets another number"
-        slow = "this processor computes the model faster in fp32 than in bf16, so --precision auto is fp32"
-        is_small = state.one_thread and torch.get_num_threads() == 1
-        notes = {changed: has_changed, small: is_small, slow: state.bf16_is_slow}
         return Started(
             num_workers=self._group.world_size,
             hosts=tuple(hosts),
@@ -350,6 +302,6 @@ class Worker(Callback):
             step=state.step,
             total_step=state.total_step,
             damaged=restored.damaged,
-            notes=tuple(note for note, applies in notes.items() if applies),
+            notes=() if restored.arithmetic in (None, arithmetic()) else (changed,),
             processor=name_of(self._group.device),
         )

@@ -27,13 +27,6 @@ class ControllerAlive(Event):
 
 
 @dataclass(frozen=True)
-class WorkerAlive(Event):
-    """The process of a worker is alive."""
-
-    silent_s: float  # since the worker's last sign of life; 0 while it waits for the storage
-
-
-@dataclass(frozen=True)
 class Started(Event):
     """All workers are set up and start to train."""
 

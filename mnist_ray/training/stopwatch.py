@@ -105,7 +105,6 @@ class Pace:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._saved_at = now, now()
         self._stall_s, self._write_s = _FIRST_S * _MAX_COST, 0.0
-        self._began_at, self.saving_s = now(), 0.0  # seconds of the last checkpoint, until it was written
         self._written = threading.Event()
         self._written.set()
 
@@ -117,10 +116,10 @@ class Pace:
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Measure the block in which training stands still for a checkpoint."""
-        self._began_at = self._now()
+        began_at = self._now()
         yield
         self._saved_at = self._now()
-        self._stall_s = self._saved_at - self._began_at
+        self._stall_s = self._saved_at - began_at
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written, and announce the next one."""
@@ -135,5 +134,4 @@ class Pace:
             yield
         finally:
             self._write_s = time.thread_time() - start
-            self.saving_s = self._now() - self._began_at
             self._written.set()

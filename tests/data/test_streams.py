@@ -170,14 +170,12 @@ class Stopping(Streaming):
     callbacks: Sequence[Any] = (Stops(),)
 
 
-def test_a_run_on_a_stream_that_ends_begins_it_again_says_so_and_resumes_to_the_bit(
+def test_a_run_on_a_stream_that_ends_begins_it_again_and_resumes_to_the_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(Streaming, **SETTINGS, storage_path=tmp_path, run_name="whole")
     said = capsys.readouterr().out
     assert "Streaming: a stream of examples to train on, 20 for validation" in said
-    assert said.count("the stream of training data ended in step 8; it begins again each time") == 1
-    assert said.count("begins again") == 1
     settings = {**SETTINGS, "checkpoint_every": 3, "storage_path": tmp_path, "run_name": "stopped"}
     with pytest.raises(JobError, match="a callback has stopped the training"):
         train(Stopping, **settings)

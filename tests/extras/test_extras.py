@@ -162,7 +162,7 @@ def test_rays_processes_end_if_its_start_is_interrupted() -> None:
 
 
 def test_a_trainer_creates_the_callbacks_that_are_left_out() -> None:
-    trainer = TorchTrainer(lambda: None, torch_config=WorkerGroupConfig(is_local=True))
+    trainer = TorchTrainer(lambda: None, torch_config=WorkerGroupConfig(folder="/a/folder"))
     kinds = {type(callback) for callback in trainer._create_default_callbacks()}
     assert {DatasetsCallback, PlacementGroupCleanerCallback} <= kinds
 

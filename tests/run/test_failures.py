@@ -4,7 +4,6 @@ import contextlib
 import gc
 import json
 import math
-import mmap
 import os
 import pickle
 import re
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock, call
 
-import numpy as np
 import psutil
 import pytest
 import ray
@@ -33,8 +31,6 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import PreemptionInfo, UserCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from torch import nn
-from torch.utils.data import Dataset
 
 from mnist_ray.checkpoints import checkpoint
 from mnist_ray.checkpoints.checkpoint import Restored, restore_newest
@@ -47,14 +43,13 @@ from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
 from mnist_ray.job.session import ending_explained
 from mnist_ray.parallel.group import Group
-from mnist_ray.parallel.shared_memory import Exchange
 from mnist_ray.record.recorder import logs_named
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.run import checkpointer, failures, fit, life, ray_worker, worker
+from mnist_ray.run import failures, fit, policies, ray_worker, worker
 from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.event_queue import EventQueue
 from mnist_ray.run.failures import describe
-from mnist_ray.run.life import Life
+from mnist_ray.run.policies import Checkpointer, HangLimit
 from mnist_ray.run.ray_worker import Preemption
 from mnist_ray.run.worker import LoopSpec, Worker
 from mnist_ray.signals import Noted
@@ -68,14 +63,11 @@ from mnist_ray.training.events import (
     Started,
     Stopping,
     Validated,
-    WorkerAlive,
     WorkersLost,
 )
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError
-from mnist_ray.training.stopwatch import Pace
 from mnist_ray.training.trainer import Trainer, create_state
-from mnist_ray.workload import Regression
 from tests.conftest import (
     Flags,
     Gate,
@@ -231,29 +223,6 @@ def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monke
     queue.want_stop.remote.assert_called_once()
 
 
-STARTED = Started(2, ("here",), 1, "cpu", "fp32", 0, 0, 10)
-
-
-@pytest.mark.usefixtures("ray_address")
-def test_an_interrupted_run_whose_workers_hang_ends_after_a_minute_without_a_checkpoint(
-    now: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noted, over, events, at = Noted(), threading.Event(), list[Event](), list[float]()
-    monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
-    alive: list[list[Event]] = [[WorkerAlive(0), WorkerAlive(50)]] * 3
-    takes: list[list[Event]] = [[STARTED], *alive, [WorkerAlive(40)], [WorkerAlive(80)], []]
-
-    def note(event: Event) -> None:
-        events.append(event)
-        noted.is_set = True
-        at.append(now[0])
-
-    with pytest.raises(KeyboardInterrupt):
-        fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over, lambda: advance(now, 40)), note)
-    assert events == [STARTED, Stopping(), Note("no checkpoint is saved: no worker has made progress for 60 s")]
-    assert at[-1] == 240
-
-
 @pytest.mark.usefixtures("ray_address")
 def test_a_run_that_waits_for_workers_says_now_and_then_what_is_free(
     now: list[float], monkeypatch: pytest.MonkeyPatch
@@ -261,8 +230,7 @@ def test_a_run_that_waits_for_workers_says_now_and_then_what_is_free(
     over, events = threading.Event(), list[Event]()
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "memory": 1e9, "GPU": 2.0})
     monkeypatch.setattr("ray.available_resources", lambda: {"GPU": 1.0})
-    nothing, alive = list[Event](), list[Event]([WorkerAlive(0)])
-    takes = [*[nothing] * 50, *[alive] * 50, nothing]
+    takes: list[list[Event]] = [[]] * 50
     fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over, lambda: advance(now, 10)), events.append)
     said = "waiting for the workers to start: 0 of 4 CPUs and 1 of 2 GPUs are unreserved"
     assert events == [Note(f"{said} (40 s)"), Note(f"{said} (350 s)")]
@@ -364,11 +332,6 @@ def test_a_reproducible_run_resumed_with_other_workers_has_the_same_bits(ray_add
     assert len(digests[0]) == 1
     assert digests[0] == digests[1]
     assert weights(gate.folder / "alone") == weights(gate.run)
-    epochs, others = (read_csv(locate(str(gate.folder), name), "metrics.csv") for name in ("alone", "run"))
-    assert len(epochs) == 2
-    for epoch, other in zip(epochs, others, strict=True):  # nobody may have reported the epoch of the kill
-        assert other["train_loss"] in ("", epoch["train_loss"])
-        assert other["val_loss"] == epoch["val_loss"]
 
 
 @pytest.mark.long
@@ -427,32 +390,29 @@ def wanted_after(policy: Preemption, *seconds: float) -> list[bool]:
     """Let a window of training end after each number of seconds; return whether a checkpoint is wanted."""
     wanted = []
     for trained_s in seconds:
-        policy.on_progress(Mock(finished_s=0.5, epoch_s=trained_s - 0.5, pace=Pace()), Mock())
+        policy.on_progress(Mock(finished_s=0.5, epoch_s=trained_s - 0.5), Mock())
         wanted.append(policy.wants_checkpoint())
     return wanted
 
 
-def worker_of(life: Life, sink: Any = None) -> Worker:
+def worker_of(limit: HangLimit, sink: Any = None) -> Worker:
     """Return the worker of a run with one."""
     state = create_state(mnist(), TrainConfig(), 600, Group())
     state.last_step = state.total_steps
     spec = LoopSpec(job=Mock(workload=mnist()), train=Mock())
-    return Worker(spec, state, TrainConfig(), Group(), (), sink or Mock(), life)
+    return Worker(spec, state, TrainConfig(), Group(), (), sink or Mock(), limit)
 
 
 def train_on_a_worker(
     monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any], code_folder: Path | None = None, **values: Any
 ) -> tuple[Outcome, Sequence[Any]]:
-    """Call the training function of a worker, which calls ``train``; return what it sends, and its policies."""
-    monkeypatch.setattr("sys.breakpointhook", sys.breakpointhook)  # a worker sets its own
+    """Call the training function of a worker, which calls ``train``; return what it sends last, and its policies."""
     monkeypatch.setattr(ray_worker, "train_worker", Mock(side_effect=train))
     monkeypatch.setattr("ray.wait", Mock())
     monkeypatch.setattr("ray.get_runtime_context", Mock())
     context = Mock(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
-    spec: Any = Mock(
-        is_trial=False, **{"is_local": False, "job": Mock(code_folders=[code_folder] * bool(code_folder)), **values}
-    )
+    spec: Any = Mock(**{"is_local": False, "job": Mock(code_folders=[code_folder] * bool(code_folder)), **values})
     ray_worker.train_loop_per_worker({"spec": spec})
     *_, outcome = [sent.args[0] for sent in spec.event_queue.put.remote.mock_calls]
     return outcome, ray_worker.train_worker.call_args.args[-1]  # type: ignore[attr-defined]
@@ -470,30 +430,20 @@ def test_ray_is_asked_for_preempted_nodes_every_five_seconds_and_only_on_a_clust
     assert asked.call_count == num_asked
 
 
-def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_first_deadline(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_checkpoint_is_saved_once_for_each_leaving_node(monkeypatch: pytest.MonkeyPatch) -> None:
     def announced(*nodes: str) -> PreemptionInfo:
-        return PreemptionInfo(deadline_ms=1_010_000, preempted_node_to_ranks={node: [0] for node in nodes})
+        return PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
 
-    answers, now = [None, *[announced("a")] * 4, *[announced("a", "b")] * 6], [998]
-
-    def ask() -> Any:
-        now[0] += 1
-        return answers.pop(0)
-
-    monkeypatch.setattr("ray.train.get_preemption_info", ask)
-    monkeypatch.setattr(ray_worker, "broadcast_from_rank_zero", lambda values: values)
-    monkeypatch.setattr(ray_worker, "time", Mock(time=lambda: now[0]))
-    wanted = wanted_after(Preemption(Mock()), 1, *range(10, 20))
-    assert [1000 + number for number, is_wanted in enumerate(wanted[1:]) if is_wanted] == [1000, 1004, 1008]
+    answers = iter([None, announced("a"), announced("a"), announced("a", "b"), announced("b")])
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: next(answers))
+    assert wanted_after(Preemption(Mock()), 1, 6, 11, 16, 21) == [False, True, False, True, False]
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of ``time.monotonic()``, in a list."""
     now = [0.0]
-    for module in (life, fit, ray_nodes):
+    for module in (policies, fit, ray_nodes):
         monkeypatch.setattr(module, "time", Mock(monotonic=lambda: now[0], sleep=lambda seconds: time.sleep(0.01)))
     monkeypatch.setattr(fit, "_POLL_INTERVAL_S", 0)
     monkeypatch.setattr(fit, "_START_INTERVAL_S", 0)
@@ -504,28 +454,27 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def limits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time limits that are set."""
     limits: list[float] = []
-    monkeypatch.setattr(life, "end_if_hung", limits.append)
+    monkeypatch.setattr(policies, "end_if_hung", limits.append)
     return limits
 
 
-def job_of(num_workers: int = 1, **values: Any) -> Any:
-    workers = WorkerConfig(num_workers=num_workers, hang_timeout_s=600)
-    return Mock(**{"workers": workers, "code_folders": [], **values})
+WORKERS = WorkerConfig(num_workers=1, hang_timeout_s=600)
 
 
 def test_a_hung_workers_time_limit_is_for_a_step_not_for_a_window(now: list[float], limits: list[float]) -> None:
-    worker = worker_of(Life(job_of(), 0))
-    for now[0] in (0, 0.01, 9, 20):
-        worker.on_step(Mock(read_to=None))
+    with HangLimit(WORKERS) as limit:
+        worker = worker_of(limit)
+        for now[0] in (0, 0.01, 9, 20):
+            worker.on_step(Mock())
     assert limits == [600] * 3  # two steps within a hundredth of a second share one
-    Life(job_of(num_workers=0), 0)
-    assert len(limits) == 3
+    with HangLimit(WorkerConfig(num_workers=0)):
+        assert len(limits) == 3
 
 
 def test_each_part_of_a_workers_start_has_a_time_limit(
     few_images: Arrays, run: RunFolder, limits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(life, "SHOWN_EVERY_S", -1)
+    monkeypatch.setattr(policies, "SHOWN_EVERY_S", -1)
     begun: dict[str, int] = {}  # how many limits were set before each part
     of_engine = [(worker, "resolve_precision"), (worker, "create_state")]
     parts: list[tuple[Any, str]] = [*of_engine, (worker, "_opened"), (checkpoint, "restore_newest")]
@@ -540,7 +489,7 @@ def test_each_part_of_a_workers_start_has_a_time_limit(
     for module, name in parts:
         monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
     monkeypatch.setattr(Worker, "start", Mock(side_effect=StopWantedError))
-    job = job_of(run=run, train=TrainConfig(), workload=mnist(), callbacks=(), initial=None)
+    job = Mock(workers=WORKERS, run=run, train=TrainConfig(), workload=mnist(), callbacks=(), initial=None)
     with pytest.raises(StopWantedError):
         worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), Mock(), 1)
     assert begun == {"resolve_precision": 1, "_opened": 1, "create_state": 2, "restore_newest": 3}
@@ -549,76 +498,22 @@ def test_each_part_of_a_workers_start_has_a_time_limit(
 def test_a_worker_may_wait_for_the_storage_for_longer_than_for_a_step(
     limits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits, copied, worker = list[float](), list[float](), worker_of(Life(job_of(), 0))
-    state = Mock(
-        step=1, steps_per_epoch=10, epoch=0, is_sharded=False, scores=[], ends=False, epoch_s=0.1, finished_s=0
-    )
-    state.watch.on = state.pace.saving = state.pace.writing = contextlib.nullcontext
-    state.pace.wait = lambda: waits.append(limits[-1])
-    monkeypatch.setattr(checkpointer, "asdict", Mock(return_value={}))
-    monkeypatch.setattr(checkpointer, "snapshot", lambda *args: copied.append(limits[-1]))
-    monkeypatch.setattr(checkpointer, "in_thread", Mock())
+    saved, worker = list[float](), worker_of(HangLimit(WORKERS))
+    monkeypatch.setattr(Checkpointer, "save", lambda *given: saved.append(limits[-1]))
+    state = Mock(step=1, steps_per_epoch=10, epoch=0, scores=[], ends=False, epoch_s=0.1, finished_s=0)
+    state.pace.saving = contextlib.nullcontext
     worker.on_checkpoint(state, Mock(so_far={}, logged={}, examples_per_s=1.0))
-    assert (waits, copied, limits[-1]) == ([600 + life.STORAGE_LIMIT_S], [600], 600)
-
-
-def test_a_worker_tells_where_it_is_when_half_of_its_time_limit_is_over(now: list[float], limits: list[float]) -> None:
-    told, job = list[Event](), job_of(code_folders=[Path(__file__).parent])
-    shown = Life(job, 1, Mock(**{"put.remote": told.append}))
-    shown.state = Mock(step=4, epoch=2, watch=Mock(part="data"))
-    now[0] = 301
-    wait_for(lambda: told.count(WorkerAlive(301)) >= 3)
-    shown.state.watch.part = "storage"  # which has time limits of its own
-    wait_for(lambda: told[-1] == WorkerAlive(0))
-    (note,) = [event.text for event in told if isinstance(event, Note)]
-    said = "worker 1 has made no progress for 301 s of hang_timeout_s 600: it is in "
-    assert re.fullmatch(said + r"\w+ \(\w+\.py, line \d+\), data after step 4 of epoch 3", note)
-
-
-def test_a_worker_that_waits_in_shared_memory_tells_that_it_waits_for_another(
-    now: list[float], limits: list[float]
-) -> None:
-    told, memory = list[Event](), mmap.mmap(-1, 4096)
-    counters = np.frombuffer(memory, np.int64)[::8]  # a rank's stands in a line of the cache of its own
-
-    def wait() -> None:
-        Life(job_of(), 0, Mock(**{"put.remote": told.append}))
-        Exchange(memory, 0, [1, 1], 1)(torch.zeros(1, 1))
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait)
-        wait_for(lambda: counters[0] == 1)
-        now[0] = 301
-        wait_for(lambda: any(isinstance(event, Note) for event in told))
-        memory[64:72] = counters[:1].tobytes()  # the other rank arrives
-        waiting.result()
-    assert "it waits for another worker" in str(told)
-
-
-def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(*args: Any) -> None:
-        for _ in range(2):
-            breakpoint()
-
-    event_queue, said = Mock(), "skipped a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"
-    train_on_a_worker(monkeypatch, train, event_queue=event_queue)
-    assert event_queue.put.remote.mock_calls == [call(Note(said)), call(Outcome())]
+    assert (saved, limits[-1]) == ([600 + policies.STORAGE_LIMIT_S], 600)
 
 
 def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_missing() -> None:
     sink, metrics = Mock(), {"epoch": 1, "val_loss": 0.5, "val_score": [-0.5, -0.5], "val_s": 1.0}
-    worker_of(Life(job_of(num_workers=0), 0), sink).start(Restored("a checkpoint", CheckpointMetrics.of(metrics)))
+    worker_of(HangLimit(WorkerConfig(num_workers=0)), sink).start(
+        Restored("a checkpoint", CheckpointMetrics.of(metrics))
+    )
     (validated,) = [sent.args[0] for sent in sink.send.mock_calls if isinstance(sent.args[0], Validated)]
     assert validated.values["loss"] == 0.5
     assert math.isnan(validated.values["accuracy"])
-
-
-def test_a_worker_that_does_not_see_the_run_says_so(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.write_text("other.json", "Ray itself makes the folder")
-    monkeypatch.setattr("mnist_ray.storage._RETRIED_FOR_S", 0)
-    said = r"^\S+ does not see \S+/run/config\.json, which the job has written; use a storage that all nodes share$"
-    with pytest.raises(FileNotFoundError, match=said):
-        train_on_a_worker(monkeypatch, Mock(), job=Mock(run=run, code_folders=[]))
 
 
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
@@ -712,12 +607,8 @@ OF_RAY = (
     "killer (verifiable by checking for OOM in dmesg of the OOMing node), consider enabling resource isolation via "
     "--enable-resource-isolation to prevent node deaths by resource contention"
 )
-DIED = "worker 1 died: it hung, was killed (perhaps for lack of memory), crashed, or called os._exit"
+DIED = "worker 1 died: it hung, was killed (perhaps for lack of memory), lost its node, or called os._exit"
 LOST_CONNECTION = "worker 0 has lost its connection to another worker, which has died or hangs"
-
-
-def of_nccl(last: str) -> torch.distributed.DistBackendError:
-    return torch.distributed.DistBackendError(f"NCCL error in: x.cpp:3, unhandled error\nLast error:\n{last}")
 
 
 @pytest.mark.parametrize(
@@ -725,9 +616,6 @@ def of_nccl(last: str) -> torch.distributed.DistBackendError:
     [
         ({1: RayActorError(error_msg="The actor died unexpectedly")}, DIED),
         ({0: GLOO, 1: WorkerHealthCheckFailedError("failed", RayActorError(error_msg=OF_RAY))}, DIED),
-        ({1: of_nccl("Cuda failure 'out of memory'")}, "worker 1 failed: NCCL: Cuda failure 'out of memory'"),
-        ({0: of_nccl("remote process exited or there was a network error")}, LOST_CONNECTION),
-        ({0: of_nccl("socketProgress: Connection closed by remote peer node-2")}, LOST_CONNECTION),
         ({0: ValueError("bad value\nand more")}, "worker 0 failed: ValueError: bad value"),
         ({0: GLOO, 1: RayActorError()}, DIED),
         ({0: GLOO}, LOST_CONNECTION),
@@ -737,26 +625,19 @@ def test_each_failure_of_workers_is_one_line(failures: dict[int, Exception], lin
     assert describe(failures) == line
 
 
-def test_a_worker_that_dies_while_a_node_goes_was_lost_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    queue = queue_of([], threading.Event())
-    nodes = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}]
-    monkeypatch.setattr("ray.nodes", lambda: nodes)
-    monkeypatch.setattr("ray.get_runtime_context", Mock())
+def test_the_controllers_process_shows_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, context = Mock(), Mock(current_actor="its actor")
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
     make, arguments = failures.FailureCallback(queue).__reduce__()  # as Ray sends it to the controller's process
     callback = make(*arguments)
-    for is_alive in (True, False, False):
-        nodes[1]["Alive"] = is_alive
-        callback.after_exception(None, {1: RayActorError()})
-    told = [sent.args[0].reason for sent in queue.put.remote.mock_calls if isinstance(sent.args[0], WorkersLost)]
-    assert told == [DIED, "worker 1 was lost with its node", DIED]
+    wait_for(lambda: call(ControllerAlive("its actor")) in queue.put.remote.mock_calls)
     assert type(pickle.loads(pickle.dumps(callback))) is UserCallback  # as the controller sends it to workers
 
 
 def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback() -> None:
     failed = RayTaskError("run", "Traceback (most recent call last):\n …", OSError(28, "No space left on device"))
-    assert failures.reason_of(failed.as_instanceof_cause()) == (
-        "Ray Train failed: OSError: [Errno 28] No space left on device"
-    )
+    said = "Ray Train failed: OSError: [Errno 28] No space left on device"
+    assert str(failures.error_of(failed.as_instanceof_cause())) == said
 
 
 def test_a_diverged_or_stopped_training_returns_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -849,39 +730,6 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     )
     assert str(raised.value).startswith(advice) == is_codes
     assert not torch.backends.cudnn.allow_tf32, "fp32 means fp32"
-
-
-class Lengths(Dataset):
-    """Of each length, one example."""
-
-    def __len__(self) -> int:
-        return 20
-
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, float]:
-        return torch.ones(place + 1), 1.0
-
-
-class Summing(nn.Linear):
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return super().forward(inputs.sum(1, keepdim=True)) + 0
-
-
-class OfLengths(Regression):
-    def create_model(self) -> nn.Module:
-        return Summing(1, 1)
-
-
-def test_too_many_shapes_to_compile_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, config = locate(str(tmp_path), "run"), TrainConfig(precision="fp32", batch_size=1, compile=True)
-    compile_model = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_model(self, backend="eager", **options))
-    monkeypatch.setattr(Worker, "start", Mock())
-    job = Mock(run=run, train=config, workload=OfLengths(), callbacks=(), code_folders=[], initial=None)
-    job.workers = Mock(hang_timeout_s=600.0, loader_workers=0, read_ahead_mib=1)
-    spec = LoopSpec(job=job, train=Split(Lengths()))
-    said = "^--compile: the inputs have too many shapes; pad them to a few in collate$"
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False), pytest.raises(TrainingStoppedError, match=said):
-        worker.train_worker(spec, Group(), Mock(), 1)
 
 
 @pytest.mark.parametrize("method", ["create_model", "measure"])

@@ -97,8 +97,8 @@ def test_a_resumed_run_keeps_the_choice_of_one_thread(
     (tmp_path / "halts.py.go").touch()
     monkeypatch.setattr("mnist_ray.run.worker.is_one_thread_faster", Mock(side_effect=AssertionError))
     train(None, **settings, resume=True)
-    notes = capsys.readouterr().out.count("note       steps are so small that one thread is as fast as several")
-    assert notes == 2
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^started .*\b1 thread\b", said, re.MULTILINE)) == 2
 
 
 def test_a_resumed_run_keeps_the_choice_of_fp32_over_a_slow_bf16(
@@ -114,7 +114,6 @@ def test_a_resumed_run_keeps_the_choice_of_fp32_over_a_slow_bf16(
     monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", Mock(side_effect=AssertionError))
     run = train(None, **settings, resume=True)
     said = capsys.readouterr().out
-    assert said.count("note       this processor computes the model faster in fp32 than in bf16") == 2
     assert [*re.findall(r"^started .+, (fp32|bf16)\b", said, re.MULTILINE)] == ["fp32"] * 2
     assert run.folder.read_json("origin.json")["precision"] == "fp32"  # type: ignore[index]
 
@@ -181,7 +180,8 @@ def test_an_evaluation_says_that_the_run_used_only_a_part_of_the_data(
 
 def test_all_checkpoints_are_kept_if_asked(here: dict[str, Any], tmp_path: Path) -> None:
     train(None, **here, num_epochs=4, keep_checkpoints=None)
-    assert len(folder_at(tmp_path / "run").checkpoint_names()) == 4
+    kept = {position_of(name) for name in folder_at(tmp_path / "run").checkpoint_names()}
+    assert kept >= {(epoch, 0) for epoch in (1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("checkpoint_every", [20, 30, 1000])  # twice or once within the epoch, or only at its end

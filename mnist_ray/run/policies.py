@@ -1,0 +1,138 @@
+"""What a worker does beside training: it validates, saves while training continues, and exits if it hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any
+
+import torch.distributed
+
+from mnist_ray.checkpoints.checkpoint import snapshot
+from mnist_ray.checkpoints.find import drop_worse
+from mnist_ray.checkpoints.state_file import CheckpointMetrics
+from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.data.data import Split
+from mnist_ray.job.job import Job
+from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.sharding import is_wanted
+from mnist_ray.process import end_if_hung, in_thread
+from mnist_ray.provenance import arithmetic, versions
+from mnist_ray.storage import checkpoint_name, in_one_line
+from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import batch_size_of, evaluate_together
+from mnist_ray.training.metrics import score
+from mnist_ray.training.state import TrainingState
+from mnist_ray.training.stopwatch import STORAGE, VALIDATION
+
+SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread with a timer that ends this process when it expires
+STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to hang_timeout_s
+
+
+class HangLimit:
+    """Ends this process, with all stacks in its log, if no sign of life comes for ``hang_timeout_s``.
+
+    With ``--num-workers 0``, there is no limit: a debugger may pause the training.
+    """
+
+    def __init__(self, workers: WorkerConfig) -> None:
+        self._workers, self._shown_at, self._longer_s = workers, -math.inf, 0.0
+
+    def __enter__(self) -> HangLimit:
+        self.show()
+        return self
+
+    def show(self, longer_s: float = 0.0) -> None:
+        """Give the next part of the start, step or batch of a validation its full time limit plus ``longer_s``."""
+        now = time.monotonic()
+        if now - self._shown_at > SHOWN_EVERY_S or longer_s != self._longer_s:
+            self._shown_at, self._longer_s = now, longer_s
+            if self._workers.num_workers != 0:
+                end_if_hung(self._workers.hang_timeout_s + longer_s)
+
+    def __exit__(self, *raised: object) -> None:
+        """Set no further limit."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+class Validator:
+    """Evaluates the model on the validation split; each rank computes its part of it."""
+
+    def __init__(self, job: Job, split: Split, config: TrainConfig, group: Group, limit: HangLimit) -> None:
+        self._job, self._split, self._config, self._group, self._limit = job, split, config, group, limit
+        self._batch_size: int | None = None  # the first validation finds it
+        self.not_finite = 0, 0  # in the last validation: how many examples, and the first one's position
+
+    def validate(self, state: TrainingState) -> dict[str, Any]:
+        """Return the values of a validation for a checkpoint's metrics. All ranks must call this."""
+        workload, start = self._job.workload, time.perf_counter()
+        loader_workers = self._job.workers.loader_workers
+        with state.watch.on(VALIDATION):
+            if self._batch_size is None:
+                self._batch_size = batch_size_of(workload, state.result, self._split, self._config, loader_workers)
+            evaluation = evaluate_together(
+                workload,
+                state.result,
+                self._split,
+                self._config,
+                self._group,
+                num_loader_processes=loader_workers,
+                on_batch=lambda num_done: self._limit.show(),
+                batch_size=self._batch_size,
+            )
+        self.not_finite = evaluation.not_finite
+        values = evaluation.values(workload)
+        of_metrics = {f"val_{name}": value for name, value in values.items()}
+        seconds = time.perf_counter() - start
+        rate = len(self._split) / seconds / self._group.world_size  # of one worker
+        return {**of_metrics, "val_score": [*score(workload, values)], "val_s": seconds, "val_examples_per_s": rate}
+
+
+class Checkpointer:
+    """Copies the state; a thread writes the copy into the run's folder, and then deletes checkpoints.
+
+    The last one and the best ``--keep-checkpoints`` by validation are kept; for None, all.
+    """
+
+    def __init__(self, job: Job, config: TrainConfig, group: Group, callbacks: Sequence[Callback]) -> None:
+        self._job, self._config, self._group, self._callbacks = job, config, group, callbacks
+        self._writing: Future[None] | None = None  # of the last checkpoint
+        # The threads that write a sharded checkpoint need their own group: training continues on the other one.
+        self._writers = torch.distributed.new_group(backend="gloo") if is_wanted(config, group.world_size) else None
+
+    def save(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
+        """Wait for the previous checkpoint; save another: rank 0 or, if the state is sharded, each rank its part.
+
+        All ranks must call this. Raises JobError if the previous one could not be written.
+        """
+        if self._group.rank > 0 and not state.is_sharded:
+            for callback in self._callbacks:  # on every rank alike: it may communicate
+                callback.state_dict()
+            return
+        self.wait(state)
+        with state.watch.on(STORAGE):
+            state.pace.wait()
+        about = {"config": asdict(self._job.train), "workload": self._job.workload.identity}
+        about |= {"metrics": metrics.to_dict(), "versions": versions()}
+        if self._config.reproducible:
+            about["arithmetic"] = arithmetic()
+        copied = snapshot(state, about, self._callbacks, self._group)
+        folder = self._job.run.inside(checkpoint_name(state.epoch, state.step))
+
+        def write() -> None:
+            with in_one_line("the storage has failed"), state.pace.writing():
+                copied.write(folder, self._writers)
+                if self._group.rank == 0 and self._config.keep_checkpoints is not None:
+                    drop_worse(self._job.run, self._config.keep_checkpoints)
+
+        self._writing = in_thread(write)
+
+    def wait(self, state: TrainingState) -> None:
+        """Wait until the last checkpoint is written. Raises JobError if it could not be."""
+        if self._writing is not None:
+            with state.watch.on(STORAGE):
+                self._writing.result()
