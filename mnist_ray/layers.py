@@ -105,11 +105,11 @@ def in_order(
     A resumed run has its ``saved`` settings instead of the recipes', unless a flag or a file names a recipe again.
     Raises UsageError if there is no such recipe.
     """
-    name = "default"
-    for place in [*([] if saved else defaults), *after]:
-        name = place.values.get("recipe", name)
+    naming = [place for place in [*([] if saved else defaults), *after] if "recipe" in place.values]
+    name = naming[-1].values["recipe"] if naming else "default"
     if name not in (*recipes, "default"):
-        raise UsageError(f"there is no recipe {name}; known: {', '.join(recipes) or 'none'}")
+        where = "" if naming[-1].name == FLAGS else f"{naming[-1].name}: "
+        raise UsageError(f"{where}there is no recipe {name}; known: {', '.join(recipes) or 'none'}")
     always = [] if saved else [Place("the default recipe", recipes.get("default", {}))]
     chosen = [] if name == "default" else [Place(f"the recipe {name}", recipes[name])]
     return [*defaults, *saved, *chosen, *after] if saved else [*always, *chosen, *defaults, *after]

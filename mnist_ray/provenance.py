@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ _ENVIRONMENT = {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true"
 
 def versions() -> dict[str, str]:
     """Return the versions of mnist_ray, Python, torch, Ray and NumPy."""
+    from importlib.metadata import version  # whose import would delay the first line of output
+
     own = {"mnist_ray": VERSION, "python": platform.python_version()}
     return {**own, **{name: version(name) for name in ("torch", "ray", "numpy")}}
 
@@ -53,6 +54,8 @@ def arithmetic() -> dict[str, list[str]]:
 
     Libraries choose kernels depending on the vector instructions, and block sizes depending on the caches.
     """
+    from importlib.metadata import version
+
     features = sorted(name for name in {*cpuinfo().split()} if re.match("amx|asimd|avx|f16c|fma|sse|ssse|sve", name))
     caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index[0-2]/size"))
     return {

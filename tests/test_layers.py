@@ -51,6 +51,16 @@ def test_later_places_win_and_each_setting_has_its_place(project: Path, monkeypa
     assert layers.storage_path("given") == "given"
 
 
+def test_of_several_settings_files_the_last_one_wins(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = written(project / "base.toml", 'seed = 1\noptimizer = "sgd"\nrecipe = "notebook"\n')
+    experiment = written(project / "experiment.yaml", "seed: 2\n")
+    asked = job("--config", base, "--config", experiment, monkeypatch=monkeypatch)
+    assert {name: asked.placed[name][:2] for name in ("seed", "optimizer")} == {
+        "seed": (2, experiment),
+        "optimizer": ("sgd", base),
+    }
+
+
 def test_the_nearest_project_with_a_table_counts(project: Path) -> None:
     written(project.parent / "pyproject.toml", "[tool.mnist_ray]\nseed = 1\n")
     written(project / "pyproject.toml", "[tool.other]\nseed = 2\n")
@@ -138,7 +148,7 @@ def test_a_file_that_names_another_storage_does_not_make_the_code_in_the_real_on
         ("a.yaml", "seed: 1\ncallback: &a [*a]\n", "a.yaml: --callback must be FILE.py:NAME, a list of these, or"),
         ("a.yaml", 'workload: "a\\0b.py"\n', "a\x00b.py: embedded null byte"),
         ("a.yaml", "compile: yes\n", "--compile must be of type bool, not 'yes'"),
-        ("a.yaml", "recipe: cake\n", "there is no recipe cake; known: default, notebook"),
+        ("a.yaml", "recipe: cake\n", "a.yaml: there is no recipe cake; known: default, notebook"),
         ("a.yaml", "config: b.yaml\n", "has unknown settings: config"),
         ("a.json", "[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
         ("a.json", f'{{"workload": {"[" * 900}{"]" * 900}}}', "a.json: --workload must be of type str, not [[[["),
@@ -157,7 +167,7 @@ def test_a_wrong_file_is_one_line(
     with pytest.raises(UsageError) as raised:
         job("--config", str(file), monkeypatch=monkeypatch)
     assert message in str(raised.value)
-    assert name in str(raised.value) or "recipe" in message
+    assert name in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import psutil
 from pyarrow.fs import LocalFileSystem
 
 from mnist_ray.cluster.environment import remove_sessions_of
@@ -38,6 +37,7 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
     if not isinstance(run.filesystem, LocalFileSystem):
         yield
         return
+    import psutil
     from filelock import Timeout
 
     lease = _lease_of(run)
