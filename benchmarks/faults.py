@@ -129,7 +129,7 @@ FAULTS = {
         Fault(
             "the last part is skipped after a kill",
             "mnist_ray/predictions/at_scale.py",
-            'parts=known["parts"])',
+            'parts=dict(known["parts"]))',
             'parts=dict([*known["parts"].items()][:-1]))',
         ),
     ],

@@ -116,23 +116,13 @@ def predict(
 ) -> list[Prediction]:
     """Return a ``Prediction`` for each input; its ``top`` has pairs (prediction, probability), best first.
 
-    ``inputs``: the path of an image or folder, or a Pillow image, if the workload takes images; else a text; or several
-    of these. Or inputs in the format of the workload's data: an array, (N, ...), or a list of arrays, tensors or dicts.
-    ``run``: as for ``evaluate``. Raises UsageError, and JobError for the first image that cannot be used, with the
-    line that ``mnist-ray predict`` prints.
+    ``inputs``: an image, as a path or a Pillow image, if the workload takes images; else a text; or several of these.
+    Or inputs in the format of the workload's data: an array, (N, ...), or a list of arrays, tensors or dicts.
+    ``run``: as for ``evaluate``. Raises UsageError, and JobError for the first image that cannot be used.
     """
     predictor = load_predictor(run, workload=workload, storage_path=storage_path, device="cpu")
-
-    from mnist_ray.tools import predict as tool  # imports torch
-
-    several = [inputs] if tool.is_image(inputs) or isinstance(inputs, dict) else inputs
-    if predictor.takes != "pictures" or not all(map(tool.is_image, several)):
-        return predictor.predict(several)
-    predictions = list(tool.predict_files(predictor, tool.find_files(several)))
-    for index, prediction in enumerate(predictions):
-        if prediction.error is not None:
-            raise JobError(f"{prediction.file or f'inputs[{index}]'}: {prediction.error}")
-    return predictions
+    is_one = isinstance(inputs, (str, Path, dict)) or hasattr(inputs, "convert")  # of Pillow
+    return predictor.predict(map(predictor.opened, [inputs] if is_one else inputs))
 
 
 def load_predictor(

@@ -155,8 +155,7 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
     pictures = [Image.fromarray(image) for image in images[:2]]
     for number, picture in enumerate(pictures):
         picture.save(tmp_path / f"{number}.png")
-    as_files = mnist_ray.predict(tmp_path, run)
-    assert [Path(prediction.file).name for prediction in as_files] == ["0.png", "1.png"]
+    as_files = [*mnist_ray.predict(str(tmp_path / "0.png"), run), *mnist_ray.predict([tmp_path / "1.png"], run)]
     as_pictures = mnist_ray.predict(pictures, run)
     assert [prediction.top for prediction in as_files] == [prediction.top for prediction in as_pictures]
 
@@ -188,7 +187,7 @@ def test_a_metric_without_a_value_is_nan(run: Run) -> None:
 def test_what_has_no_prediction_raises_the_line_that_the_command_prints(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     for pictures, error, message in (
-        (tmp_path, JobError, f"{tmp_path}/empty.png: not an image in a known format"),
+        ([tmp_path / "empty.png"], JobError, f"{tmp_path}/empty.png: not an image in a known format"),
         (str(tmp_path / "no.png"), JobError, f"{tmp_path}/no.png: cannot be read: No such file or directory"),
         ([5], UsageError, "MNIST, a prediction: "),
         (

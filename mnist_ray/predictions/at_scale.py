@@ -43,7 +43,6 @@ from ray_fork.starting import Forking
 
 _JOB_FILE = "_job.json"  # names that begin with _ are passed over by readers of the folder
 _DONE, _UNREADABLE, _TEMPORARY = "_done", "_unreadable", "_temporary"
-_NUMBERS = ("rows", "unreadable", "bytes")
 _NUM_THREADS = 16  # that read small files
 _MAX_RETRIES = 3  # of a part whose actor dies
 _RESUME = "; rerun the same command to resume"
@@ -65,7 +64,7 @@ def predict_at_scale(found: Found, config: ScaleConfig, forking: Forking) -> dic
         for note in found.notes:
             console.say("note", note)
         console.say("checkpoint", found.checkpoint.path)
-        inputs = _begun(folder, asked, inputs, console)
+        inputs = _begun(folder, asked, inputs)
         done = _done_parts(folder, inputs.parts)
         already = f", {len(done):,} already predicted" if done else ""
         columns = f"; columns: {', '.join(inputs.columns)}" if inputs.columns else ""
@@ -90,42 +89,29 @@ def predict_at_scale(found: Found, config: ScaleConfig, forking: Forking) -> dic
         return {"rows": rows, "unreadable": unreadable}
 
 
-def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs, console: RunConsole) -> Inputs:
-    """Write down the parts of a new folder; of a begun one, return them. Raises UsageError if it is of another job."""
-    known = _known_job(folder)
+def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs) -> Inputs:
+    """Write down the parts of a new folder; of a begun one, return them.
+
+    Raises UsageError if the folder is of another job or another user, and JobError if somebody has changed it.
+    """
+    known = folder.read_json(_JOB_FILE)
     if known is None:
         with in_one_line(f"cannot read {folder.uri}"):
             there = folder.filesystem.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
         if others := [info.base_name for info in there if not info.base_name.startswith(_JOB_FILE)]:
             raise UsageError(f"--output {folder.uri} holds other files ({others[0]}); choose an empty folder")
-        known = {"asked": asked, "kind": inputs.kind, "columns": inputs.columns, "parts": inputs.parts}
+        known = {"asked": asked, "columns": inputs.columns, "parts": inputs.parts}
         folder.write_text(_JOB_FILE, json.dumps(known))
         return inputs
-    if different := [name for name, value in asked.items() if known["asked"].get(name) != value]:
-        raise UsageError(f"--output {folder.uri} holds predictions with another {different[0]}; choose another folder")
-    begun = {file for files in known["parts"].values() for file in files}
-    if new := {file for files in inputs.parts.values() for file in files} - begun:
-        console.say("note", f"{count(len(new), 'file')} came after the first start, and will not be predicted")
-    return dataclasses.replace(inputs, columns=tuple(known["columns"]), parts=known["parts"])
-
-
-def _known_job(folder: RunFolder) -> dict[str, Any] | None:
-    """Return what a begun folder has written down; None for a new one.
-
-    Raises UsageError if another user has begun it, and JobError if somebody has changed it.
-    """
-    known = folder.read_json(_JOB_FILE)
-    if known is None:
-        return None
     if isinstance(folder.filesystem, fs.LocalFileSystem) and is_foreign(posixpath.join(folder.path, _JOB_FILE)):
         raise UsageError(f"--output {folder.uri} was begun by another user; choose another folder")
     try:
-        steps = {step for part, files in known["parts"].items() for path in (part, *files) for step in path.split("/")}
-        if not isinstance(known["asked"], dict) or steps & {"", ".."}:
-            raise ValueError("its parts lead out of the folders")
+        if different := [name for name, value in asked.items() if known["asked"].get(name) != value]:
+            what = f"predictions with another {different[0]}"
+            raise UsageError(f"--output {folder.uri} holds {what}; choose another folder")
+        return dataclasses.replace(inputs, columns=tuple(known["columns"]), parts=dict(known["parts"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise folder.damaged(_JOB_FILE, error) from error
-    return known
 
 
 def _done_parts(folder: RunFolder, parts: Mapping[str, Any]) -> Done:
@@ -135,11 +121,9 @@ def _done_parts(folder: RunFolder, parts: Mapping[str, Any]) -> Done:
     sizes = {posixpath.relpath(info.path, folder.path): info.size for info in infos}
     done = [part for part in parts if f"{_DONE}/{part}.json" in sizes]
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        known = [*threads.map(folder.inside(_DONE).require_json, (f"{part}.json" for part in done))]
-    for part, about in zip(done, known, strict=True):
-        if not {*_NUMBERS} <= about.keys():
-            raise folder.inside(_DONE).damaged(f"{part}.json", "numbers are missing")
-    return {part: about for part, about in zip(done, known, strict=True) if sizes.get(part, 0) == about["bytes"]}
+        known = threads.map(folder.inside(_DONE).require_json, (f"{part}.json" for part in done))
+        by_part = dict(zip(done, known, strict=True))
+    return {part: about for part, about in by_part.items() if about.get("bytes") == sizes.get(part, 0)}
 
 
 def _predicted(

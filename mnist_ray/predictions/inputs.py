@@ -15,7 +15,7 @@ from pyarrow import parquet as pq
 from mnist_ray.data.columns import REMEDY, arrays_of, check_kinds
 from mnist_ray.data.files import files_at, folder_of
 from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.predictions.predictor import PICTURES, Kind, Predictor, kind_of
+from mnist_ray.predictions.predictor import PICTURES, Predictor, kind_of
 from mnist_ray.workload.base import Workload
 
 TABLES = "Parquet"
@@ -25,11 +25,6 @@ _ADDED = ("prediction", "probability", "probabilities")  # the columns of predic
 _GROUP = 1000  # pictures or texts whose predictions one file has
 _AT_ONCE = 256  # rows
 _DAMAGE = (pa.ArrowException, EOFError, FileNotFoundError, UsageError, ValueError)
-_FITS: dict[Kind, tuple[str, ...]] = {  # what the input's column may hold; the first of these that is found is taken
-    "pictures": ("pictures", "arrays"),
-    "texts": ("texts",),
-    "arrays": ("arrays", "numbers"),
-}
 
 
 class DamagedTableError(Exception):
@@ -110,8 +105,8 @@ class Inputs:
         """Return the input of each row; a JobError for a row that has none."""
         if len(rows) == 0:
             return []
-        if _held_by(rows.schema.field(self.columns[0]).type) in ("pictures", "texts"):
-            return [_decoded(row, predictor) for row in rows.select(self.columns).to_pylist()]
+        if _is_encoded(rows.schema.field(self.columns[0]).type):
+            return [_decoded(row[self.columns[0]], predictor) for row in rows.select(self.columns).to_pylist()]
         try:
             return [*arrays_of(rows, [*self.columns, self.columns[-1]]).inputs]
         except UsageError as error:
@@ -120,10 +115,9 @@ class Inputs:
             return [each for row in range(len(rows)) for each in self._inputs_of(rows.slice(row, 1), predictor)]
 
 
-def _decoded(row: dict[str, Any], predictor: Predictor) -> Any:
-    values = [*row.values()]
+def _decoded(value: Any, predictor: Predictor) -> Any:
     try:
-        return predictor.decode(values if len(values) > 1 else values[0])
+        return predictor.decode(value)
     except JobError as error:
         return error
 
@@ -132,7 +126,7 @@ def find_inputs(place: str, workload: Workload, columns: Sequence[str]) -> Input
     """Find what a workload can take in a file, a folder or a pattern. Raises UsageError and JobError.
 
     ``columns``: those of a table that hold the input; if there are none, the workload's ``column_names`` or, without
-    them, the only one that fits.
+    them, the table's only one.
     """
     filesystem, paths = files_at(place, sum(_ENDINGS.values(), ()), "picture, text or Parquet")
     by_kind = {kind: [path for path in paths if path.lower().endswith(endings)] for kind, endings in _ENDINGS.items()}
@@ -163,35 +157,22 @@ def _kind_in(by_kind: dict[str, list[str]], place: str, workload: Workload) -> s
 
 def _columns_in(schema: pa.Schema, place: str, workload: Workload, given: Sequence[str]) -> tuple[str, ...]:
     """Return the columns of a table that hold the input, in the model's order. Raises UsageError."""
-    takes, name = kind_of(workload), type(workload).__name__
     known = tuple(workload.metadata.get("column_names", ()))
     if taken := [each for each in _ADDED if each in schema.names]:
         raise UsageError(f"{place} already has a column {taken[0]}: rename it")
     if known and given and sorted(given) != sorted(known):
-        raise UsageError(f"--column: {name} takes the columns {', '.join(known)}; name all of them, or none")
+        names = ", ".join(known)
+        raise UsageError(f"--column: {type(workload).__name__} takes the columns {names}; name all of them, or none")
     columns = known or tuple(given)
     if unknown := [column for column in columns if column not in schema.names]:
         raise UsageError(f"{place} has no column {unknown[0]}, only {', '.join(schema.names)}")
-    if columns:
-        return columns
-    for held in _FITS[takes]:
-        found = [field.name for field in schema if _held_by(field.type) == held]
-        if len(found) == 1:
-            return (found[0],)
-        if found:
-            several = f"several columns fit ({', '.join(found)}): choose with --column"
-            raise UsageError(f"{place}: {name} takes {takes}, and {several}")
-    there = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise UsageError(f"{place}: {name} takes {takes}, and no column fits: {there}")
+    if not columns and len(schema) != 1:
+        raise UsageError(f"{place} has several columns: choose with --column among {', '.join(schema.names)}")
+    return columns or tuple(schema.names)
 
 
-def _held_by(kind: pa.DataType) -> str:
-    """Return what a column of this type holds."""
+def _is_encoded(kind: pa.DataType) -> bool:
+    """Return whether a column holds pictures or texts, one by one, not numbers or arrays of them."""
     types = pa.types
-    if types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind):
-        return "pictures"
-    if types.is_string(kind) or types.is_large_string(kind):
-        return "texts"
-    if isinstance(kind, pa.BaseExtensionType) or types.is_nested(kind):
-        return "arrays"
-    return "numbers" if types.is_integer(kind) or types.is_floating(kind) else "others"
+    is_picture = types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+    return bool(is_picture or types.is_string(kind) or types.is_large_string(kind))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ class Prediction:
     def to_line(self, threshold: float) -> str:
         """Return the line that is printed without ``--json``."""
         if self.error is not None:
-            return f"{self.file}: {self.error}"
+            return self.error
         (_, probability), *others = self.top
         if math.isnan(probability):
             return f"{self.file}: {self.best}"
@@ -141,7 +142,13 @@ class Predictor:
             with placed(self.workload, "read_picture"):
                 return self.workload.read_picture(picture)
         except UsageError as error:
-            raise JobError(str(error)) from error
+            raise JobError(f"{content}: {error}" if isinstance(content, Path) else str(error)) from error
+
+    def opened(self, item: Any) -> Any:
+        """Decode the path of an image, or a Pillow image; return any other input as it is. Raises JobError."""
+        if isinstance(item, str) and self.takes == "pictures":
+            item = Path(os.path.expanduser(item))
+        return self.decode(item) if isinstance(item, (Path, Image.Image)) else item
 
     def predict(self, inputs: Iterable[Any]) -> list[Prediction]:
         """Return the predictions for N inputs as ``decode`` returns them: arrays, dicts of these, or texts.
@@ -174,13 +181,12 @@ class Predictor:
             columns["probabilities"] = np.concatenate(probabilities)
         return columns
 
-    def read(self, file: Path | Image.Image) -> Prediction:
-        """Return a file or an image as an input without a prediction yet, or with the reason why there is none."""
-        name = str(file) if isinstance(file, Path) else ""
+    def read(self, file: Path) -> Prediction:
+        """Return a file as an input without a prediction yet, or with the reason why there is none."""
         try:
-            return Prediction(name, self.decode(file))
+            return Prediction(str(file), self.decode(file))
         except JobError as error:
-            return Prediction(name, error=str(error))
+            return Prediction(str(file), error=str(error))
 
     def _computed(self, inputs: Iterable[Any]) -> Iterator[tuple[list[Any], list[Any], Any]]:
         """Yield batches of inputs with the top predictions for each input, and the model's outputs in fp32."""

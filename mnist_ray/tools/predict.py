@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mnist_ray.checkpoints.find import Found
 from mnist_ray.config import PredictionConfig
@@ -44,25 +43,16 @@ def predict(found: Found, config: PredictionConfig) -> dict[str, Any]:
     return {"predictions": listed, **error}
 
 
-def is_image(item: Any) -> bool:
-    """Return whether this may be an image, or the path of a file or a folder."""
-    return isinstance(item, (str, Path, Image.Image))
+def find_files(places: Iterable[str]) -> Iterator[Path]:
+    """Yield the files in ``places``, and the images in its folders, sorted."""
+    for path in map(Path, map(os.path.expanduser, places)):
+        # A folder without images is reported as a file that cannot be read.
+        found = sorted(file for file in path.rglob("*") if os.path.isfile(file)) if os.path.isdir(path) else []
+        yield from [file for file in found if file.suffix.lower() in PICTURES] or [path]
 
 
-def find_files(places: Iterable[str | Path | Image.Image]) -> Iterator[Path | Image.Image]:
-    """Yield the files and Pillow images in ``places``, and the images in its folders, sorted."""
-    for place in places:
-        path = place if isinstance(place, Image.Image) else Path(os.path.expanduser(place))
-        if isinstance(path, Path) and os.path.isdir(path):  # is_dir() raises if the name is too long or unreadable
-            found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
-            # A folder without images is reported as a file that cannot be read.
-            yield from [file for file in found if file.suffix.lower() in PICTURES] or [path]
-        else:
-            yield path
-
-
-def predict_files(predictor: Predictor, files: Iterable[Path | Image.Image]) -> Iterator[Prediction]:
-    """Yield a prediction for each file or image, in their order. Raises UsageError."""
+def predict_files(predictor: Predictor, files: Iterable[Path]) -> Iterator[Prediction]:
+    """Yield a prediction for each file, in their order. Raises UsageError."""
     if predictor.takes != "pictures":
         raise UsageError(
             f"{predictor.name} does not take images: it has no read_picture; choose another run with --run"

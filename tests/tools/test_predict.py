@@ -142,7 +142,7 @@ def answers_to(*given: Path | str) -> list[str]:
     """Return an untrained model's best prediction for each file, or the reason why there is none."""
     files = list(predict.find_files(map(str, given)))
     answers = predict.predict_files(Predictor(mnist(), mnist().create_model().eval()), files)
-    return [answer.error or str(answer.top[0][0]) for answer in answers]
+    return [(answer.error or "").rpartition(".png: ")[2] or str(answer.top[0][0]) for answer in answers]
 
 
 def test_only_known_formats_are_read(few_images: Arrays, tmp_path: Path) -> None:
@@ -208,15 +208,19 @@ def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(
     np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
 
 
-def test_a_read_picture_that_fails_is_the_reason_for_its_file_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_picture_that_fails_is_the_reason_for_its_file_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def read(workload: Any, picture: Image.Image) -> np.ndarray:
         return np.zeros((28, 28), np.uint8) if picture.width == 1 else 1 / 0  # type: ignore[return-value]
 
     monkeypatch.setattr(type(mnist()), "read_picture", read)
-    pictures = [Image.new("L", (width, 1)) for width in (1, 2, 1)]
-    found = list(predict.predict_files(Predictor(mnist(), mnist().create_model()), pictures))
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for file, width in zip(files, (1, 2, 1), strict=True):
+        Image.new("L", (width, 1)).save(file)
+    found = list(predict.predict_files(Predictor(mnist(), mnist().create_model()), files))
     assert [prediction.error is None for prediction in found] == [True, False, True]
-    assert (found[1].error or "").startswith("MNIST, read_picture: ZeroDivisionError: division by zero")
+    assert (found[1].error or "").startswith(f"{files[1]}: MNIST, read_picture: ZeroDivisionError: division by zero")
 
 
 def test_inputs_of_different_lengths_are_predicted_with_the_workloads_collate() -> None:
