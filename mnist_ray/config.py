@@ -14,7 +14,6 @@ _PLAIN = "use only Ray's public API; starts more slowly; try it if Ray misbehave
 _JSON = "print the result as one JSON object on stdout, and all else on stderr"
 _RUN = "a run's name, or the folder or URI of a run or a checkpoint; default: the newest run"
 READ_AHEAD_MIB = 512  # of each worker
-_LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _RARE: Any = {"has_flag": False}  # a settings file, a keyword or --set NAME=VALUE sets it
 _SHARED: Any = {"is_searchable": False}  # by all trials of a sweep
@@ -190,15 +189,6 @@ class WorkerConfig:
     )
     min_workers: int | None = setting(
         None, "minimum number of workers to continue with if there is no room for all", **_RARE, **at_least(1)
-    )
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
-        "PACK", "few nodes (PACK), many (SPREAD), exactly one (STRICT_PACK) or one per worker (STRICT_SPREAD)", **_RARE
-    )
-    label_selector: tuple[str, ...] | None = setting(
-        None,
-        "labels that a worker's node must have; default: any node",
-        **_RARE,
-        **rule(lambda labels: all(map(_LABEL.fullmatch, labels)), "must be KEY=VALUE, KEY=!VALUE or KEY=in(A,B)"),
     )
     autoscaling: bool = setting(False, "wait for nodes that the cluster starts on demand")
     max_failures: int = setting(3, "how many times to replace lost workers before the run fails", **at_least(0))

@@ -57,8 +57,6 @@ class TrainKeywords(TypedDict, total=False):
     loader_workers: int
     read_ahead_mib: int
     min_workers: int | None
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
-    label_selector: Sequence[str] | None
     autoscaling: bool
     max_failures: int
     fork_workers: Literal["auto", "no"]

@@ -41,7 +41,6 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, splits_for
 from mnist_ray.workload.classification import Classification
 from ray_fork.ray_internals import shim_in_local_ray
-from ray_fork.starting import prepared_forking
 from tests.ranks import WORLD_SIZES
 
 ROOT = Path(__file__).parent.parent
@@ -325,8 +324,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The address of a Ray of two CPUs that all tests share."""
-    environment.prepare(verbose=False)
-    with prepared_forking("mnist_ray.run.fit") as forking:
+    with environment.prepared(WorkerConfig(), "mnist_ray.run.fit") as forking:
         with pytest.MonkeyPatch.context() as patch, shim_in_local_ray(forking), contextlib.ExitStack() as during_start:
             if small := extras.load("small", plain=False):
                 during_start.enter_context(small.for_one_job(log_to_driver=False))

@@ -31,7 +31,6 @@ CLASSES = {
 TYPES = {
     "init_from": "Run | str | Path | None",
     "sweep": "Sequence[str] | Mapping[str, Any] | None",
-    "label_selector": "Sequence[str] | None",
     "storage_path": "str | Path",
 }
 

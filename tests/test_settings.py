@@ -250,8 +250,6 @@ def test_a_misspelled_property_of_a_setting_is_an_error_where_it_is_declared() -
         ("fold=none", "fold", None),
         ("compile=true", "compile", True),
         ("fork_workers=no", "fork_workers", "no"),
-        ("label_selector=market=spot", "label_selector", ("market=spot",)),
-        ('label_selector=["market=spot", "zone=!b"]', "label_selector", ("market=spot", "zone=!b")),
         ("weight_decay=0.5", "weight_decay", 0.5),
     ],
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
+import shutil
 import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,15 +20,16 @@ from ray.job_config import JobConfig
 
 from mnist_ray import extras
 from mnist_ray.cluster import nodes
-from mnist_ray.cluster.environment import prepare_local, remove_sessions_of, sessions_folder, sessions_of
+from mnist_ray.cluster.environment import prepare_local
 from mnist_ray.cluster.plan import Cluster, local_cpus
 from mnist_ray.cluster.watch import RaySilentError, Watch, as_raised
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, about_ray, first_line
 from mnist_ray.process import in_thread
-from mnist_ray.signals import end_with, take_signals
+from mnist_ray.signals import take_signals
 from mnist_ray.storage import in_one_line, others_can_write
 from ray_fork.ray_internals import shim_in_local_ray
+from ray_fork.shim import own_folder
 from ray_fork.starting import Forking, runtime_env_to_fork
 
 _LISTENS_TIMEOUT_S = 4.0
@@ -52,41 +54,36 @@ class Connection:
         self._options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
         self._watch = Watch(plain=config.plain_ray)
         self._is_own = False  # whether this object disconnects at the end
+        self._sessions: Path | None = None  # the folder of a local Ray's files
         self._leaving: threading.Thread | None = None
 
     @contextlib.contextmanager
     def opened(self, note: Callable[[str], object], meanwhile: Callable[[], None] = _nothing) -> Iterator[Cluster]:
         """Connect, and watch over Ray; at the end, disconnect. ``note`` prints a line for the user.
 
-        ``meanwhile`` runs in a thread while Ray and a first worker start. Its exception ends the start, and is raised
-        here.
+        ``meanwhile`` runs in a thread while Ray and a first worker start.
 
-        Raises JobError if the cluster does not answer, a local Ray does not start, or Ray fails; and UsageError if the
-        settings or ``RAY_ADDRESS`` are impossible.
+        Raises what ``meanwhile`` raises; JobError if the cluster does not answer, a local Ray does not start, or Ray
+        fails; and UsageError if the settings or ``RAY_ADDRESS`` are impossible.
         """
         if self._config.num_workers == 0:
             meanwhile()
             yield Cluster(is_local=True, nodes=(), log_folder="")
             return
+        done = in_thread(meanwhile)
         with contextlib.ExitStack() as at_the_end:
-            if ray.is_initialized():
-                self._check_callers()
-                meanwhile()
-                cluster = nodes.current_cluster(is_local=False)
-            else:
+            if not ray.is_initialized():
                 self._is_own = True
-                address, found = self._find_cluster()
-                if address is None:
-                    at_the_end.enter_context(_files_removed_unless_failed())
-                at_the_end.push(self._disconnect)
-                with _in_parallel(meanwhile):
-                    self._connect(address)
-                    cluster = nodes.current_cluster(is_local=address is None)
-                    _start_worker(cluster.log_folder)
-                for text in filter(None, (found, "" if self._config.plain_ray else extras.note())):
-                    note(text)
+                at_the_end.push(self._close)
+                self._connect(note)
+            elif ray.util.client.ray.is_connected():
+                raise UsageError("this job cannot use a connection of Ray Client; run it with ray job submit")
             at_the_end.enter_context(self._watch)
+            cluster = nodes.current_cluster(is_local=self._sessions is not None)
             at_the_end.enter_context(_errors_in_one_line(cluster.log_folder))
+            done.result()
+            if missing := "" if self._config.plain_ray else extras.note():
+                note(missing)
             if self._config.use_gpu == "auto":
                 from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch, by now in parallel
 
@@ -100,52 +97,68 @@ class Connection:
             self._leaving = threading.Thread(target=ray.shutdown)
             self._leaving.start()
 
-    def _disconnect(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._leaving is not None:
-            self._leaving.join()
-        elif isinstance(error, RaySilentError):
-            # A part that hangs never answers. If a part has died, Ray ends this process a few seconds later unless it
-            # disconnects, even if the caller from Python has caught the error.
-            wait([in_thread(ray.shutdown)], _DISCONNECT_TIMEOUT_S)
-        else:
-            ray.shutdown()
+    def _close(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Disconnect. Remove the files of a local Ray, unless something failed: then its logs are needed."""
+        try:
+            if self._leaving is not None:
+                self._leaving.join()
+            elif isinstance(error, RaySilentError):
+                # A part that hangs never answers. If a part has died, Ray ends this process a few seconds later unless
+                # it disconnects, even if the caller from Python has caught the error.
+                wait([in_thread(ray.shutdown)], _DISCONNECT_TIMEOUT_S)
+            else:
+                ray.shutdown()
+        finally:
+            if not isinstance(error, Exception) or isinstance(error, UsageError):
+                for session in self._own_sessions():
+                    shutil.rmtree(session, ignore_errors=True)
 
-    def _check_callers(self) -> None:
-        """Raise UsageError or JobError if the Ray that the caller has opened is of no use."""
-        if ray.util.client.ray.is_connected():
-            raise UsageError("this job cannot use a Ray Client connection; run it on the cluster with ray job submit")
-        processes = extras.load("processes", plain=self._config.plain_ray)
-        if processes and processes.dead_processes():
-            raise JobError("the Ray that this process started has died; use a new process")
+    def _own_sessions(self) -> list[Path]:
+        """Return the folders of the local Rays of this process."""
+        return [] if self._sessions is None else [*self._sessions.glob(f"session_*_{os.getpid()}")]
 
-    def _find_cluster(self) -> tuple[str | None, str]:
-        """Return the address of the cluster to join, or None to start a local Ray, and a note for the user."""
-        named = os.environ.get("RAY_ADDRESS") or "auto"
-        if "://" in named or "@" in named:
-            shown = re.sub(r"[^/]*@", "***@", named)
-            raise UsageError(f"RAY_ADDRESS={shown} is not HOST:PORT; for a dashboard's address, use ray job submit")
-        if named == "local":
-            return None, ""
-        extra = extras.load("address", plain=self._config.plain_ray)
-        if named == "auto":
-            return extra.find_ray_start() if extra else (None, "")
-        if not _listens(named) or (extra and not extra.answers(named)):
-            raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
-        return named, ""
-
-    def _connect(self, address: str | None) -> None:
+    def _connect(self, note: Callable[[str], object]) -> None:
+        """Join a cluster or start a local Ray, and start a first worker."""
         if not self._options["log_to_driver"]:  # Ray still writes its log files, and failures are still raised
             logging.getLogger("ray").setLevel(logging.CRITICAL)
             warnings.filterwarnings("ignore", module=r"ray\.")
+        address = self._find_cluster(note)
         if address is None:
             self._start_local()
         else:
             self._join(address)
+        # The first actor takes this worker over. If none starts, Ray itself would try five times, for a minute each.
+        started = ray.remote(num_cpus=0, scheduling_strategy=nodes.this_node())(_nothing).remote()
+        try:
+            ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
+        except RayError as error:
+            logs = nodes.session_folder() / "logs"
+            raise JobError(f"Ray's worker processes do not start: {first_line(error)} (logs: {logs})") from error
+
+    def _find_cluster(self, note: Callable[[str], object]) -> str | None:
+        """Return the address of the cluster to join, or None to start a local Ray."""
+        named = os.environ.get("RAY_ADDRESS") or "auto"
+        if "/" in named or "@" in named:
+            raise UsageError("RAY_ADDRESS is not HOST:PORT; for a dashboard's address, use ray job submit")
+        if named == "local":
+            return None
+        extra = extras.load("address", plain=self._config.plain_ray)
+        if named == "auto":
+            return extra.find_ray_start(note) if extra else None
+        if not _listens(named) or (extra and not extra.answers(named)):
+            raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
+        return named
 
     def _start_local(self) -> None:
-        """Start a Ray on this machine. It has at least the CPUs that are asked for: more workers than cores can run."""
+        """Start a Ray on this machine, with at least the CPUs that are asked for: more workers than cores can run."""
         prepare_local()
-        plain, num_cpus, environment = self._config.plain_ray, local_cpus(self._config), dict[str, Any]()
+        with in_one_line("a local Ray cannot start"):
+            # Only this user can enter the default folder: Ray lets everybody write to its sessions.
+            folder = os.environ.get("RAY_TMPDIR") or own_folder("mnist_ray")
+        os.environ["RAY_TMPDIR"] = folder
+        self._sessions = Path(folder).absolute() / "ray"
+        plain, options = self._config.plain_ray, dict[str, Any](self._options)
+        options["num_cpus"] = local_cpus(self._config)
         try:
             with contextlib.ExitStack() as during_start:
                 if small := extras.load("small", plain=plain):
@@ -155,22 +168,21 @@ class Connection:
                     # Ray Train passes these to its controller and workers, and Ray reuses a process only for workers
                     # with the same variables. Without forking, they only slow the start.
                     of_train = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-                    environment = {"runtime_env": {"env_vars": of_train}}
-                options = {**self._options, **environment}
-                _init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+                    options["runtime_env"] = {"env_vars": of_train}
+                _init(address="local", include_dashboard=False, **options)
         except Exception as error:
             reason = about_ray(error) or first_line(error)
-            logs = "".join(f" (logs: {session / 'logs'})" for session in sessions_of(os.getpid()))
+            logs = "".join(f" (logs: {session / 'logs'})" for session in self._own_sessions())
             raise JobError(f"a local Ray cannot start: {reason}{logs}") from error
 
     def _join(self, address: str) -> None:
-        environment: dict[str, Any] = {}
+        options = dict[str, Any](self._options)
         if extras.is_on("workers", plain=self._config.plain_ray):
-            environment = {"runtime_env": runtime_env_to_fork(self._forking)}
+            options["runtime_env"] = runtime_env_to_fork(self._forking)
         if self._forking.server is not None:  # for a local Ray; on a cluster, each node's first worker starts one
             self._forking.server.kill()
         try:
-            _init(address=address, **self._options, **environment)
+            _init(address=address, **options)
         except (ConnectionError, RuntimeError, RayError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             advice = "; install the cluster's versions, or use ray job submit" if type(error) is RuntimeError else ""
@@ -180,11 +192,10 @@ class Connection:
 def _listens(address: str) -> bool:
     """Return whether any process, of Ray or not, listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
-    try:
+    with contextlib.suppress(OSError, ValueError, OverflowError):
         socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENS_TIMEOUT_S).close()
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
+        return True
+    return False
 
 
 class _SafeFolders(list[str]):
@@ -209,43 +220,6 @@ def _init(**options: Any) -> None:
         take_signals()
 
 
-def _start_worker(log_folder: str) -> None:
-    """Start a worker on this node, for the first actor to take over.
-
-    Raises JobError if no worker starts. Ray itself would try five times, for a minute each.
-    """
-    started = ray.remote(num_cpus=0, scheduling_strategy=nodes.this_node())(_nothing).remote()
-    try:
-        ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
-    except RayError as error:
-        raise JobError(f"Ray's worker processes do not start: {first_line(error)} (logs: {log_folder})") from error
-
-
-@contextlib.contextmanager
-def _in_parallel(meanwhile: Callable[[], None]) -> Iterator[None]:
-    """Call a function in a thread during the block. If it fails, end the block, and raise its exception instead."""
-    is_main, failure = threading.current_thread() is threading.main_thread(), None
-
-    def call() -> None:
-        nonlocal failure
-        try:
-            meanwhile()
-        except Exception as error:
-            failure = error
-            if is_main:
-                end_with(error)
-            raise
-
-    done = in_thread(call)
-    try:
-        yield
-    except BaseException:  # perhaps the failure, perhaps in other words
-        if failure is not None:
-            raise failure  # noqa: B904, as its own cause is to stay
-        raise
-    done.result()
-
-
 @contextlib.contextmanager
 def _errors_in_one_line(log_folder: str) -> Iterator[None]:
     """Raise Ray's own errors as one-line JobErrors, and errors in a task's code unchanged."""
@@ -256,19 +230,3 @@ def _errors_in_one_line(log_folder: str) -> Iterator[None]:
         raise
     except RayError as error:
         raise JobError(f"Ray failed: {type(error).__name__}: {first_line(error)} (logs: {log_folder})") from error
-
-
-@contextlib.contextmanager
-def _files_removed_unless_failed() -> Iterator[None]:
-    """Remove the files of the local Ray that the block starts, unless something failed: then its logs are needed."""
-    with in_one_line("a local Ray cannot start"):
-        sessions_folder()
-    has_failed = False
-    try:
-        yield
-    except Exception as error:
-        has_failed = not isinstance(error, UsageError)
-        raise
-    finally:
-        if not has_failed:
-            remove_sessions_of(os.getpid())

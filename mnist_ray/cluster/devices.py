@@ -13,7 +13,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnist_ray.cluster.plan import Cluster, WorkerPlan, node_of, suitable
+from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
 from mnist_ray.provenance import cpuinfo, versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
@@ -65,25 +65,24 @@ def without_unusable_gpus(cluster: Cluster, warn: Callable[[str], object]) -> Cl
     """Return ``cluster``; if it is local and PyTorch finds none of its GPUs, ``warn``, and return it without them."""
     if not cluster.is_local or not any(node.num_gpus for node in cluster.nodes) or torch.cuda.is_available():
         return cluster
-    warn("using CPUs, since PyTorch finds no GPU: it was built without CUDA, or the GPU's driver is too old")
+    warn("using CPUs, since PyTorch finds no CUDA GPU: it was built without CUDA, or the GPU's driver is too old")
     return dataclasses.replace(cluster, nodes=tuple(dataclasses.replace(node, num_gpus=0) for node in cluster.nodes))
 
 
-def check_nodes(run: RunFolder, plan: WorkerPlan, own_versions: dict[str, str] | None = None) -> list[str]:
+def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None) -> list[str]:
     """Let every node for workers read a file that the driver writes next to the run; return the nodes' hosts.
 
-    If the driver's ``own_versions`` are given, each node also compares its versions and, if the workers use GPUs, tries
-    one. Raises JobError if a node's versions differ, it cannot read the file, or PyTorch cannot use its GPU.
+    If the driver's ``own_versions`` are given, each node also compares its versions. Raises JobError if they differ, or
+    if a node cannot read the file.
     """
     probe = f".probe-{uuid.uuid4().hex}"
     run.storage.write_text(probe, probe)  # the content is the name
     answers, checked = [], list[tuple[str, str]]()
     for node in ray.nodes():
-        if not node["Alive"] or not suitable([node_of(node["Resources"], node["Labels"])], plan.labels):
+        if not node["Alive"]:
             continue
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        num_gpus = int(own_versions is not None and plan.use_gpu and "GPU" in node["Resources"])
-        task = ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place)(check_here)
+        task = ray.remote(num_cpus=0, scheduling_strategy=place)(check_here)
         answers.append(task.remote(run, probe, own_versions or {}))
     timeout_s = _INSTALLING_TIMEOUT_S if has_own_python() else _TIMEOUT_S
     try:
@@ -114,8 +113,4 @@ def check_here(run: RunFolder, probe: str, drivers: dict[str, str]) -> tuple[str
         own, drivers_own = (text.partition("+")[0] for text in (version, drivers.get(name, version)))
         if not problem and own != drivers_own:  # a local part, such as +cu128, only names torch's GPUs
             problem = f"has {name} {version}, the driver has {drivers[name]}"
-    try:
-        device_here()
-    except UnusableGPUError as error:
-        problem = problem or f"has a GPU, but {error}"
     return socket.gethostname(), problem

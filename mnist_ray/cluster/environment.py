@@ -1,4 +1,4 @@
-"""What a job prepares before it connects to Ray: variables, the fork server, the folder for files of a local Ray."""
+"""What a job prepares before it connects to Ray: environment variables, and the fork server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import sys
 import time
 import warnings
@@ -19,7 +18,6 @@ from mnist_ray.extras import EXTRAS
 from mnist_ray.process import usable_cores
 from mnist_ray.ray_versions import is_at_least, must_ask_for_tokens
 from mnist_ray.storage import others_can_write
-from ray_fork.shim import own_folder
 from ray_fork.starting import Forking, prepared_forking
 
 _SETTINGS = {
@@ -51,30 +49,22 @@ _LOAD = Path("/proc/loadavg")
 def prepared(config: WorkerConfig, *modules: str, verbose: bool = False, batch_size: int = 1) -> Iterator[Forking]:
     """Prepare this process for a job's ``Connection``. During the block, a fork server may run for a local Ray.
 
-    ``modules``: what workers need; they are imported before the fork. ``batch_size``: of a training, if there is one.
-    """
-    cores = usable_cores()
-    num_threads = threads_per_worker(cores, cores, 1, batch_size)
-    prepare(verbose=verbose, plain=config.plain_ray, num_threads=num_threads)
-    is_wanted = config.num_workers != 0 and config.fork_workers == "auto" and not config.plain_ray
-    with prepared_forking(*modules, is_wanted=is_wanted) as forking:
-        yield forking
-
-
-def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None:
-    """Set defaults for variables that Ray and OpenMP read; variables that the user has set win.
-
-    ``plain``: use only Ray's public API. ``num_threads``: the maximum that will train on this machine.
+    Sets defaults for variables that Ray and OpenMP read; those that the user has set win. ``modules``: what workers
+    need; they are imported before the fork. ``batch_size``: of a training, if there is one.
     """
     if not verbose:  # in a notebook, Ray's import warns about missing widgets that nothing here needs
         logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message="IProgress not found")
     _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
     if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local"):
-        _protect_local(plain=plain)
+        _protect_local(plain=config.plain_ray)
     if others_can_write(Path.cwd()):  # for programs that Python starts here, as `multiprocessing` does
         os.environ.setdefault("PYTHONSAFEPATH", "1")
-    spin_briefly_if_busy(num_threads)
+    cores = usable_cores()
+    spin_briefly_if_busy(threads_per_worker(cores, cores, 1, batch_size))
+    is_wanted = config.num_workers != 0 and config.fork_workers == "auto" and not config.plain_ray
+    with prepared_forking(*modules, is_wanted=is_wanted) as forking:
+        yield forking
 
 
 def _protect_local(*, plain: bool) -> None:
@@ -101,42 +91,18 @@ def _set_defaults(settings: dict[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def sessions_folder() -> Path:
-    """Return the folder for the files of this user's local Rays; RAY_TMPDIR is its parent, and is set by default.
-
-    By default, only this user can enter the parent: Ray lets everybody write to its sessions. Raises PermissionError.
-    """
-    if "RAY_TMPDIR" not in os.environ:
-        os.environ["RAY_TMPDIR"] = own_folder("mnist_ray")
-    return Path(os.environ["RAY_TMPDIR"]).absolute() / "ray"
-
-
-def sessions_of(pid: int) -> list[Path]:
-    """Return the folders with the files of the local Rays that a process has started."""
-    return [*sessions_folder().glob(f"session_*_{pid}")]
-
-
-def remove_sessions_of(pid: int) -> None:
-    """Remove the files of the local Rays that a process has started."""
-    with contextlib.suppress(OSError):
-        for session in sessions_of(pid):
-            shutil.rmtree(session, ignore_errors=True)
-
-
 def spin_briefly_if_busy(num_threads: int) -> None:
-    """Shorten how long waiting threads spin if cores are scarce. OpenMP reads this when torch is imported."""
-    if num_threads > 1 and "OMP_WAIT_POLICY" not in os.environ and _free_cores() < num_threads:
-        # A worker's threads wait for each other in every operator. Spinning is faster on a quiet machine, but a thread
-        # that spins may block the thread it waits for.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    """Shorten how long waiting threads spin if other programs leave fewer cores than threads that are to train here.
 
-
-def _free_cores() -> int:
-    """Return how many of the machine's cores other programs leave free; programs that sleep use none."""
+    A worker's threads wait for each other in every operator. Spinning is faster on a quiet machine, but a thread that
+    spins may block the thread that it waits for. OpenMP reads this when torch is imported.
+    """
+    if num_threads == 1 or "OMP_WAIT_POLICY" in os.environ or not _LOAD.exists():  # only Linux uses GNU's OpenMP
+        return
     num_running = []
-    with contextlib.suppress(OSError):  # only Linux has this file and uses GNU's OpenMP
-        for _ in range(3):
-            time.sleep(0.004)
-            num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))
-    others = min(num_running, default=1) - 1  # this process runs, too
-    return (os.cpu_count() or 1) - others
+    for _ in range(3):
+        time.sleep(0.004)
+        num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))
+    others = min(num_running) - 1  # this process runs, too
+    if (os.cpu_count() or 1) - others < num_threads:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

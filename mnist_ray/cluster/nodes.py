@@ -17,7 +17,7 @@ from mnist_ray.cluster.plan import Cluster, node_of
 
 def current_cluster(*, is_local: bool) -> Cluster:
     """Return the Ray that this process is connected to, with the nodes that are alive now."""
-    alive = tuple(node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])
+    alive = tuple(node_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
     return Cluster(is_local, alive, str(session_folder() / "logs"))
 
 

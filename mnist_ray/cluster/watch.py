@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import wait
 
 import ray
@@ -74,21 +74,27 @@ def as_raised() -> Iterator[None]:
 
 
 def look(*, plain: bool) -> None:
-    """Ask each part of Ray for a sign of life: an answer or an error. Raises RaySilentError if a part gives neither."""
+    """Ask Ray's GCS and this node's raylet for a sign of life: an answer or an error.
+
+    Raises RaySilentError if there is neither, or a process of a local Ray has died.
+    """
     processes = extras.load("processes", plain=plain)
-    asked: dict[str, Callable[[], object]] = {
-        "Ray's GCS": processes.remove_orphans if processes else ray.nodes,
-        "this node's raylet": lambda: ray.put(bytes(_STORED_BYTES)),
-    }
-    for name, ask in asked.items():
-        answer = in_thread(ask)
-        end = time.monotonic() + MAX_SILENCE_S
-        has_answered = False
-        while not has_answered:
-            if processes and (dead := processes.dead_processes()):
-                raise RaySilentError(f"Ray has failed: its {dead[0]} has died")
-            has_answered = bool(wait([answer], _LOOK_INTERVAL_S).done)
-            if not has_answered and time.monotonic() > end:
-                raise RaySilentError.of(name)
-        if (error := answer.exception()) is not None and about_ray(error):
-            raise error
+
+    def ask() -> None:
+        if processes:
+            processes.remove_orphans()  # asks the GCS
+        else:
+            ray.nodes()
+        ray.put(bytes(_STORED_BYTES))
+
+    answer = in_thread(ask)
+    end = time.monotonic() + MAX_SILENCE_S
+    has_answered = False
+    while not has_answered:
+        if processes and (dead := processes.dead_processes()):
+            raise RaySilentError(f"Ray has failed: its {dead[0]} has died")
+        has_answered = bool(wait([answer], _LOOK_INTERVAL_S).done)
+        if not has_answered and time.monotonic() > end:
+            raise RaySilentError.of("its GCS, or this node's raylet,")
+    if (error := answer.exception()) is not None and about_ray(error):
+        raise error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -29,20 +30,21 @@ _ANSWER_TIMEOUT_S = 4.0
 _MAX_ADDRESS = 300  # bytes
 
 
-def find_ray_start() -> tuple[str | None, str]:
-    """Return the address of this user's ``ray start`` on this machine, None if there is none to join, and a note.
+def find_ray_start(note: Callable[[str], object]) -> str | None:
+    """Return the address of this user's ``ray start`` on this machine; None if there is none to join.
 
     ``ray.init(address="auto")`` would even join the local Ray of another job on this machine, and wait for minutes for
-    a cluster that is gone. Raises JobError if the cluster rejects the token.
+    a cluster that is gone. Prints a note if the cluster has other versions. Raises JobError if it rejects the token.
     """
     address = address_of_ray_start()
     if address is None or not answers(address):
-        return None, ""
+        return None
     try:
         check_version_info(get_cluster_metadata(GcsClient(address=address)), "this machine")
     except RuntimeError as error:
-        return None, f"not joining the cluster at {address}: {' '.join(str(error).split())}"
-    return address, ""
+        note(f"not joining the cluster at {address}: {' '.join(str(error).split())}")
+        return None
+    return address
 
 
 def answers(address: str) -> bool:

@@ -143,12 +143,6 @@ RULES: tuple[Rule, ...] = (
         "leave one of them out",
     ),
     Rule(
-        ("label_selector",),
-        lambda job, _: job.workers.label_selector is not None and not is_at_least("2.53"),
-        "--set label_selector needs Ray 2.53 or later, not {ray}",
-        "leave it out, or upgrade Ray",
-    ),
-    Rule(
         ("min_workers",),
         lambda job, _: job.workers.min_workers is not None and not is_at_least("2.55"),
         "--set min_workers needs Ray 2.55 or later, not {ray}",
@@ -162,7 +156,7 @@ RULES: tuple[Rule, ...] = (
     ),
     _no_effect(
         (
-            *("min_workers", "placement_strategy", "label_selector", "autoscaling", "max_failures", "fork_workers"),
+            *("min_workers", "autoscaling", "max_failures", "fork_workers"),
             *("plain_ray", "hang_timeout_s", "max_concurrent_trials"),
         ),
         lambda job, _: job.workers.num_workers != 0,

@@ -129,8 +129,7 @@ def _reserved(plan: WorkerPlan) -> tune.PlacementGroupFactory:
     if plan.num_workers > 1:  # its process only waits for its workers, but Tune has to reserve something
         return tune.PlacementGroupFactory([{"memory": 2**20}])
     resources = {"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}
-    labels = {"bundle_label_selector": [dict(plan.labels)]} if plan.labels else {}
-    return tune.PlacementGroupFactory([resources], **labels)
+    return tune.PlacementGroupFactory([resources])
 
 
 class _SegmentSearcher(Searcher):

@@ -80,7 +80,7 @@ def write_settings(session: Session, plan: WorkerPlan, settings: Mapping[str, An
     """
     job, run, workload = session.job, session.job.run, session.job.workload
     if len(session.cluster.nodes) > 1:  # with one node, only this machine writes
-        check_nodes(run, plan)
+        check_nodes(run)
     weights = b""
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         weights, fits = read_initial(job.workload, job.asked["init_from"], job.run.storage_path)

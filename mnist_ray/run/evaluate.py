@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -90,7 +90,7 @@ def evaluate_fitted(
         tested = evaluate_here(fitted.checkpoint, job.workload, test, loader_workers, device, show)
     else:
         number = num_paying(fitted.metrics, len(test), plan.num_workers)
-        tasks = Tasks(number, plan.cpus_per_worker, plan.use_gpu, plan.labels)
+        tasks = Tasks(number, plan.cpus_per_worker, plan.use_gpu)
         tested = evaluate_in_tasks(job.workload, fitted.checkpoint, test, tasks, loader_workers, session.console)
     if is_last:
         session.leave()
@@ -106,7 +106,6 @@ class Tasks:
     number: int
     cpus: int = 1
     use_gpu: bool = False
-    labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes that the tasks require
 
     def __str__(self) -> str:
         return count(self.cpus, "CPU") + (" and 1 GPU" if self.use_gpu else "")
@@ -133,8 +132,7 @@ def evaluate_in_tasks(
     """
     shared, show = share(workload, test), console.testing(len(test))
     # Ray ends the process after such a GPU task; with options(num_gpus=1), the process would keep the GPU's memory.
-    selector = {"label_selector": dict(tasks.labels)} if tasks.labels else {}
-    resources = {"num_cpus": tasks.cpus, "num_gpus": int(tasks.use_gpu), **selector}
+    resources = {"num_cpus": tasks.cpus, "num_gpus": int(tasks.use_gpu)}
     # DEFAULT: not among the resources that Tune has reserved for the process of a trial.
     task = ray.remote(scheduling_strategy="DEFAULT", **resources)(_evaluate_split)
     bounds = split_bounds(len(test), tasks.number, workload.evaluation_batch_size(on_gpu=tasks.use_gpu))

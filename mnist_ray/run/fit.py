@@ -248,10 +248,9 @@ def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
     own_versions, batch_size = versions(), job.train.batch_size
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         console.say("init from", read_initial(job.workload, job.asked["init_from"], job.run.storage_path)[1])
-    hosts = ["this process"] if session.is_here else check_nodes(job.run, plan, own_versions)
+    hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions)
     slices = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
-    where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])
-    console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {slices}")
+    console.say("plan", f"{count(plan.num_workers, 'worker')}; {slices}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts) or 'no node yet'}")
     console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
     if not session.is_here:

@@ -42,15 +42,12 @@ def create_trainer(spec: LoopSpec, plan: WorkerPlan, folder: str) -> TorchTraine
     since_later: dict[str, Any] = {}  # what only newer versions of Ray take
     if plan.min_workers is not None:
         since_later["elastic_resize_monitor_interval_s"] = _RESIZE_INTERVAL_S
-    if plan.labels:
-        since_later["label_selector"] = dict(plan.labels)
     return trainer_class(
         train_loop_per_worker,
         train_loop_config={"spec": spec},
         torch_config=WorkerGroupConfig(folder=folder if plan.is_local else None),
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers if plan.min_workers is None else (plan.min_workers, plan.num_workers),
-            placement_strategy=plan.placement,
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker, "GPU": int(plan.use_gpu)},
             **since_later,

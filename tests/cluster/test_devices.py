@@ -70,9 +70,7 @@ def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(run: R
         assert found[: len("has torch")] == problem
 
 
-def test_the_test_asks_for_a_gpu_and_the_nodes_labels_for_each_task(
-    ray_address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_test_asks_for_a_gpu_for_each_task(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = Mock()
     remote.return_value.return_value.remote.side_effect = lambda *args: iter(
         [ray.put(0), ray.put(Evaluation((), args[3] - args[2], {"bounds": np.array([args[2:4]])}))]
@@ -80,9 +78,9 @@ def test_the_test_asks_for_a_gpu_and_the_nodes_labels_for_each_task(
     monkeypatch.setattr("ray.wait", lambda streams, timeout: (streams, []))
     monkeypatch.setattr("ray.remote", remote)
     monkeypatch.setattr(evaluate, "share", lambda workload, split: split)
-    tasks = evaluate.Tasks(2, cpus=3, use_gpu=True, labels={"market": "spot"})
+    tasks = evaluate.Tasks(2, cpus=3, use_gpu=True)
     tested = evaluate.evaluate_in_tasks(mnist(), Mock(), range(1000), tasks, 0, Mock())  # type: ignore[arg-type]
-    asked = {"num_cpus": 3, "num_gpus": 1, "label_selector": {"market": "spot"}, "scheduling_strategy": "DEFAULT"}
+    asked = {"num_cpus": 3, "num_gpus": 1, "scheduling_strategy": "DEFAULT"}
     assert remote.call_args.kwargs == asked
     assert tested.columns["bounds"].tolist() == [[0, 512], [512, 1000]]
 
@@ -110,7 +108,7 @@ def test_a_local_ray_takes_cpus_with_a_note_if_pytorch_cannot_use_its_gpus(quick
     (tmp_path / "on_two_gpus.py").write_text(ON_TWO_GPUS)
     done = run_job(str(tmp_path / "on_two_gpus.py"), "train", *quick())
     assert done.returncode == 0, done.stderr
-    assert "note       using CPUs, since PyTorch finds no GPU" in done.stdout
+    assert "note       using CPUs, since PyTorch finds no CUDA GPU" in done.stdout
     assert "started    1 × cpu" in done.stdout
 
 
@@ -125,7 +123,7 @@ def with_gpus() -> Iterator[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [["--num-workers", "1"], ["--num-workers", "2"], ["--dry-run"]])
+@pytest.mark.parametrize("more", [["--num-workers", "1"], ["--num-workers", "2"]])
 def test_on_a_cluster_a_worker_that_cannot_use_its_gpu_ends_the_run_in_one_line(
     more: list[str], with_gpus: str, quick: Flags
 ) -> None:

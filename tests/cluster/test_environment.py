@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import pytest
 
 from mnist_ray import cli, process, ray_versions
 from mnist_ray.cluster import environment
+from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.run.trainer import use_nodes_interface
+
+NOT_FORKED = WorkerConfig(fork_workers="no")
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +29,8 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_users_variables_win() -> None:
     given = {"RAY_ADDRESS": "local", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "7"}
     os.environ |= given
-    environment.prepare(verbose=False)
-    environment.prepare_local()
+    with environment.prepared(NOT_FORKED):
+        environment.prepare_local()
     assert given.items() <= os.environ.items()
 
 
@@ -112,7 +116,7 @@ def test_threads_spin_briefly_if_other_programs_leave_too_few_cores(
     monkeypatch.setattr(environment, "_LOAD", tmp_path / "loadavg")
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     os.environ |= set_by_user
-    environment.prepare(verbose=False, num_threads=num_threads)
+    environment.spin_briefly_if_busy(num_threads)
     assert {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))} == expected
 
 
@@ -176,6 +180,7 @@ def test_a_local_ray_is_protected_by_variables_that_ray_reads_when_it_is_importe
     monkeypatch.setitem(sys.modules, "ray", Mock())
     if not is_imported:
         monkeypatch.delitem(sys.modules, "ray")
-    environment.prepare(verbose=False, plain=plain)
+    with environment.prepared(dataclasses.replace(NOT_FORKED, plain_ray=plain)):
+        pass
     names = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE")
     assert {name: variables[name] for name in names if name in variables} == expected

@@ -6,8 +6,6 @@ from mnist_ray.cluster.plan import (
     Cluster,
     Node,
     WorkerPlan,
-    cpus_for_each,
-    node_of,
     plan_workers,
     threads_per_worker,
 )
@@ -21,13 +19,7 @@ def cluster_of(*nodes: Node) -> Cluster:
 
 
 HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
-SPOT, A100 = Node(2, labels={"market": "spot"}), Node(4, 2, labels={"ray.io/accelerator-type": "A100"})
-MAC = node_of({"CPU": 8.0, "GPU": 1.0, "accelerator_type:M2-Max": 1.0})
 AUTOSCALED = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
-
-
-def on_spot(num_workers: int, label: str) -> WorkerPlan:
-    return WorkerPlan(num_workers, 2, False, False, labels=dict([label.split("=", 1)]))
 
 
 ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
@@ -64,12 +56,6 @@ ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
         (WorkerConfig(use_gpu="yes", autoscaling=True), [HEAD], None, WorkerPlan(1, 1, True, True)),
         # an elastic run starts on the current nodes
         (WorkerConfig(num_workers=4, min_workers=2, cpus_per_worker=1), [SMALL], None, ELASTIC),
-        # only nodes with the labels count
-        (WorkerConfig(label_selector=("market=spot",)), [SPOT, SPOT, LARGE], None, on_spot(2, "market=spot")),
-        (WorkerConfig(label_selector=("market=in(spot,any)",)), [SPOT, LARGE], None, on_spot(1, "market=in(spot,any)")),
-        (WorkerConfig(label_selector=("market=!spot",)), [SPOT, SMALL, SMALL], None, on_spot(2, "market=!spot")),
-        # a Mac's GPU does not count
-        (WorkerConfig(), [MAC, Node(16, 4)], None, WorkerPlan(4, 4, True, False)),
     ],
 )
 def test_workers_are_planned_on_the_nodes(
@@ -79,29 +65,13 @@ def test_workers_are_planned_on_the_nodes(
 
 
 @pytest.mark.parametrize(
-    ("placement", "nodes", "cpus"),
-    [
-        ("STRICT_SPREAD", [SMALL, LARGE], 2),
-        ("STRICT_SPREAD", [LARGE], None),
-        ("STRICT_PACK", [SMALL, LARGE], 4),
-        ("STRICT_PACK", [Node(1), Node(1)], None),
-        ("PACK", [Node(1), Node(1)], 1),
-    ],
-)
-def test_a_strict_placement_is_planned_only_if_the_nodes_allow_it(
-    placement: str, nodes: list[Node], cpus: int | None
-) -> None:
-    assert cpus_for_each(nodes, 2, None, False, placement) == cpus
-
-
-@pytest.mark.parametrize(
     ("config", "nodes", "message"),
     [
         (
             WorkerConfig(num_workers=5),
             [SMALL, SMALL],
             "the cluster cannot hold 5 workers of 1 CPU: it has 4 CPUs on 2 nodes; "
-            "lower --num-workers, or add --autoscaling",
+            "lower --num-workers or --cpus-per-worker, or add --autoscaling",
         ),
         (
             WorkerConfig(num_workers=2, cpus_per_worker=3),
@@ -112,16 +82,10 @@ def test_a_strict_placement_is_planned_only_if_the_nodes_allow_it(
         (WorkerConfig(num_workers=4, min_workers=2), [Node(1)], "cannot hold 2 workers of 1 CPU"),
         (WorkerConfig(num_workers=4, min_workers=5), [LARGE], "min_workers 5 is more than the 4 workers"),
         (
-            WorkerConfig(num_workers=2, min_workers=1, placement_strategy="STRICT_SPREAD"),
-            [SMALL, SMALL],
-            "placement_strategy STRICT_SPREAD needs a fixed --num-workers",
+            WorkerConfig(use_gpu="yes"),
+            [LARGE],
+            "1 worker of 1 CPU and 1 GPU: it has 8 CPUs and 0 GPUs on 1 node; lower",
         ),
-        (
-            WorkerConfig(label_selector=("market=spot", "ray.io/accelerator-type=A100")),
-            [SPOT, A100],
-            "0 nodes with market=spot, ray.io/accelerator-type=A100; lower --num-workers, or leave label_selector",
-        ),
-        (WorkerConfig(use_gpu="yes"), [LARGE], "--use-gpu yes, but the cluster has no GPU; use --use-gpu no"),
     ],
 )
 def test_an_impossible_plan_is_refused(config: WorkerConfig, nodes: list[Node], message: str) -> None:
@@ -139,13 +103,6 @@ def test_threads_follow_a_workers_real_cores_and_its_batch(
     assigned: float, cores: int, workers: int, batch_size: int, threads: int
 ) -> None:
     assert threads_per_worker(assigned, cores, workers, batch_size) == threads
-
-
-def test_all_gpus_count_except_those_of_apples_chips() -> None:
-    for kind, num_gpus in (("A100", 2), ("MXC500", 2), ("M1", 0), ("M3-Max", 0)):
-        assert node_of({"CPU": 8.0, "GPU": 2.0, f"accelerator_type:{kind}": 1.0}) == Node(8, num_gpus), kind
-    assert node_of({"CPU": 8, "GPU": 1}) == Node(8, 1)
-    assert node_of({"memory": 1e9}) == Node(0, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,27 +6,23 @@ import ray
 from mnist_ray import provenance
 from mnist_ray.cluster import devices
 from mnist_ray.cluster.devices import check_nodes
-from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder, locate
 from tests.conftest import as_flags, run_main
 
-PLAN = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False)
 
-
-def test_nodes_that_have_just_left_the_cluster_or_lack_the_labels_are_not_checked(
+def test_nodes_that_have_just_left_the_cluster_are_not_checked(
     ray_address: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = {"Alive": True, "NodeID": "1" * 56, "Resources": {}, "Labels": {}}
     nodes = [*ray.nodes(), gone]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert len(check_nodes(run, PLAN)) == 1
-    assert check_nodes(run, dataclasses.replace(PLAN, labels={"market": "spot"})) == []
+    assert len(check_nodes(run)) == 1
 
 
 def test_another_version_on_a_node_is_named(ray_address: str, run: RunFolder) -> None:
     with pytest.raises(JobError, match=r"^node \S+ has torch \S+, the driver has 0\.1$"):
-        check_nodes(run, PLAN, {**provenance.versions(), "torch": "0.1"})
+        check_nodes(run, {**provenance.versions(), "torch": "0.1"})
 
 
 def test_storage_that_a_node_does_not_see_is_named(
@@ -37,7 +32,7 @@ def test_storage_that_a_node_does_not_see_is_named(
     check_here = devices.check_here
     monkeypatch.setattr(devices, "check_here", lambda run, *rest: check_here(elsewhere, *rest))
     with pytest.raises(JobError, match=r"^node \S+ does not see --storage-path \S+elsewhere: .+; use a path that all"):
-        check_nodes(run, PLAN)
+        check_nodes(run)
 
 
 def test_check_says_whether_the_job_would_run_and_trains_nothing(
@@ -46,7 +41,7 @@ def test_check_says_whether_the_job_would_run_and_trains_nothing(
     flags = as_flags({"data_dir": small_data, "validation_size": 600, "storage_path": tmp_path})
     run_main("train", *flags, "--dry-run", "--batch-size", "50", "--num-workers", "2")
     printed = capsys.readouterr().out
-    assert "plan       2 workers (PACK); 25 of a step's 50 images each\n" in printed
+    assert "plan       2 workers; 25 of a step's 50 images each\n" in printed
     assert printed.endswith("check      this job would run\n")
     with pytest.raises(UsageError, match="cannot hold 3 workers of 1 CPU: it has 2 CPUs on 1 node; lower --num"):
         run_main("train", *flags, "--dry-run", "--num-workers", "3")

@@ -70,16 +70,18 @@ def test_an_address_that_is_in_no_file_is_not_read(make: Callable[[Path], None],
 def test_a_cluster_of_another_ray_version_is_not_joined_with_a_note(
     address_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    notes: list[str] = []
     versions = {"ray_version": "2.51.2", "python_version": "3.11.9"}
     monkeypatch.setattr(address, "_ask", lambda here: None)
     monkeypatch.setattr(address, "GcsClient", lambda address: None)
     monkeypatch.setattr(address, "get_cluster_metadata", lambda client: versions)
     with head(tmp_path) as here:
         address_file.write_text(here)
-        found, note = address.find_ray_start()
-        assert found is None
+        assert address.find_ray_start(notes.append) is None
+        (note,) = notes
         assert note.startswith(f"not joining the cluster at {here}: Version mismatch: ")
         assert " Ray: 2.51.2 " in note
         assert "\n" not in note
         versions |= {"ray_version": ray.__version__, "python_version": platform.python_version()}
-        assert address.find_ray_start() == (here, "")
+        assert address.find_ray_start(notes.append) == here
+        assert notes == [note]
