@@ -58,9 +58,7 @@ class TrainConfig:
         1e-3, "peak of the schedule; not scaled by the worker count", search=Range(1e-4, 1e-2, log=True), **positive()
     )
     lr_schedule: Literal["constant", "one-cycle", "cosine", "linear"] = setting("constant", "learning-rate schedule")
-    warmup_steps: int = setting(
-        0, "steps over which the learning rate rises; not for one-cycle", **_RARE, **at_least(0)
-    )
+    warmup_steps: int = setting(0, "steps in which the learning rate rises; not for one-cycle", **_RARE, **at_least(0))
     optimizer: Literal["adam", "adamw", "sgd"] = setting(
         "adam", "optimizer from torch.optim; adamw differs from adam only with --weight-decay (PyTorch's default: 0.01)"
     )
@@ -74,21 +72,15 @@ class TrainConfig:
     ema_decay: float | None = setting(
         None, "decay of an average of the weights (EMA) to keep and evaluate, e.g. 0.99", **fraction(with_one=False)
     )
-    early_stopping_patience: int | None = setting(
-        None, "stop after this many validations without improvement", **at_least(1)
-    )
+    early_stopping_patience: int | None = setting(None, "validations without improvement before a stop", **at_least(1))
     precision: Precision = setting(
         "auto", "number format of both passes; auto: bf16 if supported and fast, else fp32; fp16 scales losses"
     )
     validation_size: int | None = setting(
         None, "examples to hold out; 0: none; default: the data's own, or a tenth up to 5,000", **_SHARED, **at_least(0)
     )
-    init_from: str | None = setting(
-        None, "weights to start from: a run, a checkpoint, or a .safetensors or .pt file", **_SHARED
-    )
-    seed: int = setting(
-        0, "determines the initial weights and the order of the examples", **_SHARED, **within(0, 2**31 - 1)
-    )
+    init_from: str | None = setting(None, "a run, checkpoint, .safetensors or .pt file to start from", **_SHARED)
+    seed: int = setting(0, "determines initial weights and order of the examples", **_SHARED, **within(0, 2**31 - 1))
     num_seeds: int = setting(
         1, "runs with seeds from --seed on; reports their mean and its 95 % interval", **_SHARED, **within(1, 10_000)
     )
@@ -98,9 +90,7 @@ class TrainConfig:
     fold: int | None = setting(
         None, "with --folds: only the run that is tested on this part, from 1 on", **_SHARED, **_RARE, **at_least(1)
     )
-    clip_grad_norm: float | None = setting(
-        None, "maximum norm of the gradients; larger gradients are scaled down", **positive()
-    )
+    clip_grad_norm: float | None = setting(None, "maximum norm of gradients; larger ones are scaled down", **positive())
     micro_batch_size: int | None = setting(
         None, "examples per forward pass; each worker accumulates the gradients of its slice of a batch", **at_least(1)
     )

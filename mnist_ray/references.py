@@ -37,5 +37,6 @@ def split_call(reference: str | Path) -> tuple[str, dict[str, Any]]:
         if call.args or None in (words := {word.arg: ast.literal_eval(word.value) for word in call.keywords}):
             raise ValueError
     except (SyntaxError, ValueError, AttributeError) as error:
-        raise UsageError("arguments must be NAME=VALUE, and values numbers, strings, lists or dicts") from error
+        reason = "arguments must be NAME=VALUE, and values numbers, strings, lists or dicts"
+        raise UsageError(f"{os.fspath(reference):.60}: {reason}") from error
     return found[1], words

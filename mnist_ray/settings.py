@@ -89,8 +89,7 @@ class Setting:
 
     def checked(self, value: Any) -> Any:
         """Return a value in the setting's type. Raises UsageError for a wrong value."""
-        is_word_for_none = value == self.unset if self.plain in (int, float) and isinstance(value, str) else False
-        if self.may_be_none and (value is None or is_word_for_none):
+        if self.may_be_none and (value is None or self._is_word_for_none(value)):
             return None
         if isinstance(value, bool) and {"yes", "no"} <= {*self.arguments}:
             value = "yes" if value else "no"
@@ -100,6 +99,9 @@ class Setting:
         if self.check and not self.check(value):
             raise UsageError(f"{self.shown} {self.must}, not {value!r}")
         return value
+
+    def _is_word_for_none(self, value: Any) -> bool:
+        return isinstance(value, str) and value == self.unset and self.plain in (int, float)  # of a text, it is a value
 
     def _converted(self, value: Any) -> Any:
         try:
@@ -112,7 +114,7 @@ class Setting:
                 raise TypeError
             return tuple(_of_type(self.item, item, self.shown) for item in items)
         except UsageError as error:
-            raise UsageError(f"{self.shown} {value!r:.60}: {error}" if self.code else str(error)) from None
+            raise UsageError(f"{self.shown} {error}" if self.code else str(error)) from None
         except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError):
             kind = f"a list of {self.item.__name__}" if self.plain is tuple else f"of type {self.plain.__name__}"
             kind = "FILE.py:NAME, a list of these, or a mapping from these to keyword arguments" if self.code else kind
