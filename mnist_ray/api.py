@@ -7,9 +7,8 @@ are raised as UsageError or JobError, with the message that a command would prin
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mnist_ray import layers, process
 from mnist_ray.cluster import environment
@@ -21,9 +20,8 @@ from mnist_ray.many.jobs import run as run_job
 from mnist_ray.many.points import options_text
 from mnist_ray.report.run_files import Run, folder_of_result, settings_of, workload_of
 from mnist_ray.runs import find_run
-from mnist_ray.settings import build, declared, values_of
+from mnist_ray.settings import build, values_of
 from mnist_ray.storage import BEST_FILE
-from mnist_ray.text import did_you_mean
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import reference_of
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from mnist_ray.predictions.predictor import Prediction, Predictor
     from mnist_ray.tools.compare import Comparison
 
-R = TypeVar("R", bound=Run)
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
 
 
@@ -52,7 +49,8 @@ def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unp
     instance of its ``Settings``; they may also be keywords, but type checkers do not know these. Raises UsageError,
     JobError, and, after Ctrl-C, KeyboardInterrupt.
     """
-    return _run(run_job(read_train(_given(workload, settings, keywords))).job, Run)
+    job = run_job(read_train(_given(workload, settings, keywords))).job
+    return Run(job.run, _workload_of(job))
 
 
 @process.left_as_found()
@@ -64,8 +62,8 @@ def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpa
     if isinstance(searched := keywords.get("sweep"), Mapping):
         keywords["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
     many = run_job(read_sweep(_given(workload, settings, keywords)))
-    run = _run(many.job, SweptRun)
-    best = many.job.run.require_json(BEST_FILE)
+    run = SweptRun(many.job.run, _workload_of(many.job))
+    best = run.folder.require_json(BEST_FILE)
     run.best, run.trials = {name: best[name] for name in many.space.spaces}, many.table().rows
     return run
 
@@ -154,20 +152,17 @@ def load_run(
     return found
 
 
-def _run(job: Job, run_class: type[R]) -> R:
+def _workload_of(job: Job) -> Workload:
+    """Return the workload with which a job's run was tested. Raises JobError after a dry run."""
     if job.output.dry_run:
-        raise JobError(
-            f"the dry run of {job.run.name} is done; dry_run=True trains nothing, so there is no run to return"
-        )
+        raise JobError("the dry run is done; dry_run=True trains nothing, so there is no run to return")
     workload_class = type(job.workload)
     settings: Any = build(workload_class.Settings, settings_of(folder_of_result(job.run)))  # of a sweep, the best ones
-    return run_class(job.run, workload_class(settings, job.workload.metadata))
+    return workload_class(settings, job.workload.metadata)
 
 
 def _given(workload: AnyWorkload, settings: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return all settings, with the checkpoint for a Run, and a reference to the workload. Raises UsageError."""
-    if settings is not None and not (is_dataclass(settings) and not isinstance(settings, type)):
-        raise UsageError(f"settings must be an instance of the workload's Settings, not {settings!r:.40}")
     own = {} if settings is None else values_of(settings)
     if twice := sorted(own.keys() & keywords.keys()):
         raise UsageError(f"{twice[0]} is in settings and a keyword; leave one of them out")
@@ -191,13 +186,4 @@ def find(
     if not isinstance(run, str | Path | None):
         raise UsageError(f"a run must be given by its name, its path or a Run, not as {run!r}")
     reference, place = None if workload is None else reference_of(workload), None if run is None else str(run)
-    found = find_checkpoint(place, layers.storage_path(storage_path), reference, changes)
-    check_settings(type(found.workload), changes or ())
-    return found
-
-
-def check_settings(workload_class: type[Workload], names: Iterable[str]) -> None:
-    """Raise UsageError if a workload lacks one of the settings."""
-    known = declared(workload_class.Settings)
-    if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"{workload_class.__name__} has no setting {unknown[0]}{did_you_mean(unknown[0], known)}")
+    return find_checkpoint(place, layers.storage_path(storage_path), reference, changes)

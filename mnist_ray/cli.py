@@ -83,12 +83,11 @@ def predict(model: ModelConfig, output: config.PredictionConfig, scale: config.S
 def view(choice: config.ViewConfig, changes: ChangesConfig) -> None:
     """Show examples of a workload's data."""
     files = layers.read_files(choice.config)
-    places = [*layers.defaults()[0], *files]
+    places = [*layers.defaults()[0], *files, layers.Place("--set", dict(map(setting_in, changes.set)))]
     flags = {} if choice.workload is None else {"workload": choice.workload}
     workload_class = load_trusted(locate(layers.storage_path(), ""), flags, places, files)
     layers.check_names(places, workload_class.Settings)
-    own = layers.values_in(layers.merged(places, workload_class.Settings)) | _changed(changes)
-    api.check_settings(workload_class, own)
+    own = layers.values_in(layers.merged(places, workload_class.Settings))
     from mnist_ray.tools.view import view as show
 
     show(workload_class(build(workload_class.Settings, own)), choice)
@@ -181,30 +180,19 @@ def run(command: Command) -> NoReturn:
     os._exit(status)  # all files are closed; unloading torch and Ray would take most of a second
 
 
-def _check_current_folder() -> None:
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise UsageError("the current folder has been deleted; change to another one") from error
-
-
 def status_of(main: Callable[[], int | None]) -> int:
     """Run a command; print its error, if any, and return the exit status. Only a bug prints a traceback."""
     try:
-        _check_current_folder()
         status = main() or 0
         with writing():
             sys.stdout.flush()
     except (UsageError, JobError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, bdb.BdbQuit) as interrupt:  # the latter if the user has left a debugger
         first = interrupt.__context__  # holds the message if a second Ctrl-C came before the exit
         said = first if isinstance(first, KeyboardInterrupt) and not str(interrupt) else interrupt
         say(str(said) or "interrupted", file=sys.stderr)
-        return 130
-    except bdb.BdbQuit:  # the user has left a debugger
-        say("quit", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output is gone, as in `… | head`
         return 1

@@ -292,7 +292,7 @@ class ScaleConfig:
         None, "folder or URI for the predictions; the same command goes on with a begun one", metavar="PLACE"
     )
     column: tuple[str, ...] = setting(
-        (), "columns of a table that hold the input; default: the workload's, or the only one that fits", metavar="NAME"
+        (), "columns of a table that hold the input; default: the workload's, or the only one", metavar="NAME"
     )
     num_actors: int | None = setting(
         None, "processes that share the input; default: one for each GPU or, without GPUs, for each CPU", **at_least(1)

@@ -267,7 +267,6 @@ NO_PART = "must be in [0, 1), not"
     [
         (mnist_ray.train, [5], {}, f"{NO_WORKLOAD} 5"),
         (mnist_ray.train, [MNIST()], {}, f"{NO_WORKLOAD} <mnist_ray.mnist.problem.MNIST object at …"),
-        (mnist_ray.train, [], {"settings": MNIST.Settings}, "settings must be an instance of the workload's Settings…"),
         (mnist_ray.train, [], {"settings": MNIST.Settings(), "data_dir": "a"}, "data_dir is in settings and a …"),
         (mnist_ray.train, [], {"json": True}, "the call has unknown settings: json"),
         (mnist_ray.train, [], {"run_name": "a", "resume": 1}, "--resume must be of type str, not 1"),

@@ -66,6 +66,7 @@ def find(
     if saved["reference"] == now and saved["sha256"] not in ("", workload_class.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {now}")
     check_known(saved["settings"], declared(workload_class.Settings), source)
+    check_known(changes or (), declared(workload_class.Settings), "--set")
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
     workload = workload_class(settings, saved["metadata"])
     metrics = CheckpointMetrics.of(document.get("metrics", {}))

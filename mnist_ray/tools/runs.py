@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -23,42 +22,29 @@ from mnist_ray.storage import CONFIG_FILE, RunFolder, in_one_line, locate
 from mnist_ray.text import clock_time, count, redact
 from mnist_ray.workload.figures import formatted
 
-
-@dataclass(frozen=True)
-class ListedRun:
-    """A run, as its files describe it."""
-
-    name: str
-    kind: str  # train or tune
-    age_s: float  # since the start
-    state: str = "damaged"  # or finished, running on a host, or unfinished (interrupted, killed or failed)
-    progress: str = ""
-    metrics: dict[str, float] | None = None  # on the test set; of an unfinished run, on the validation set
-    about: str = ""  # the metrics as text; of a damaged run, the reason
-    resume_with: str = ""  # empty unless unfinished
+_COLUMNS = ("name", "kind", "state", "progress", "about", "age")
 
 
 def runs(storage_path: str, number: int) -> dict[str, Any]:
-    """Print the newest runs as a table; return what it shows. Raises UsageError and JobError."""
+    """Print the newest runs as a table; return what their files say. Raises UsageError and JobError."""
     storage = locate(storage_path, "")
     with in_one_line(f"cannot read {storage_path}"):
         if not storage.exists():
             raise UsageError(f"{storage_path} does not exist; name the folder or URI of your runs with --storage-path")
         started = {name: _started(storage.inside(name)) for name in storage.subfolders()}
     newest = sorted(filter(started.get, started), key=lambda name: -started[name])
-    listed = [_listed(locate(storage_path, name), time.time() - started[name]) for name in newest[:number]]
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("run", "kind", "state", "progress", "metrics", "age"):
-        table.add_column(column, no_wrap=column != "metrics")
+    listed = [{**_described(locate(storage_path, name)), "started": started[name]} for name in newest[:number]]
+    table = Table(*_COLUMNS, box=None, padding=(0, 2, 0, 0))
     for run in listed:
-        table.add_row(*map(redact, (run.name, run.kind, run.state, run.progress, run.about, clock_time(run.age_s))))
+        age = clock_time(time.time() - run["started"])
+        table.add_row(*(redact({**run, "age": age}[column]) for column in _COLUMNS))
     width = None if sys.stdout.isatty() else LOG_WIDTH
     Console(width=width, soft_wrap=True, highlight=False, markup=False, emoji=False).print(table)
     for run in listed:
-        if run.resume_with:
-            say(f"to resume {run.name}: {run.resume_with}")
+        if run["resume_with"]:
+            say(f"to resume {run['name']}: {run['resume_with']}")
     say(f"{count(len(listed), 'run')} of {len(newest)} in {storage_path}")
-    return {"runs": list(map(asdict, listed))}
+    return {"runs": listed}
 
 
 def _started(folder: RunFolder) -> float:
@@ -70,23 +56,25 @@ def _started(folder: RunFolder) -> float:
     return info.mtime_ns / 1e9 if info.is_file and info.mtime_ns else 0.0
 
 
-def _listed(folder: RunFolder, age_s: float) -> ListedRun:
-    kind, run = "train", Run(folder)
+def _described(folder: RunFolder) -> dict[str, Any]:
+    """Return a run's state (finished, running on a host, unfinished or damaged), progress, metrics and so on."""
+    run = Run(folder)
+    described = {"name": folder.name, "kind": "train", "state": "damaged", "progress": "", "metrics": {}}
     try:
         with in_one_line(f"cannot read {folder.uri}"):
-            kind = "tune" if is_sweep(run.config) else kind
+            kind = "tune" if is_sweep(run.config) else "train"
             owner = None if run.result else owner_of(folder)
-            metrics = _metrics(run)
-            progress = count(len(run.table), "run") if run.table else ""
-            progress = progress or f"epoch {len(run.history)}/{run.config.get('num_epochs', '?')}"
+            metrics, forms = _metrics(run), run.result.get("formats", {})
+            progress = f"epoch {len(run.history)}/{run.config.get('num_epochs', '?')}"
+            progress = count(len(run.table), "run") if run.table else progress
     except (JobError, ValueError) as error:
-        return ListedRun(folder.name, kind, age_s, about=str(error))
-    forms = run.result.get("formats", {})
+        return {**described, "about": str(error), "resume_with": ""}
     about = ", ".join(f"{name} {formatted(value, forms.get(name, 'number'))}" for name, value in metrics.items())
     state = "finished" if run.result else f"running on {owner}" if owner else "unfinished"
     output = OutputConfig(run_name=folder.name, storage_path=folder.storage_path)
     resume_with = resume_command(kind, output) if state == "unfinished" else ""
-    return ListedRun(folder.name, kind, age_s, state, progress, metrics, about, resume_with)
+    found = {"kind": kind, "state": state, "progress": progress, "metrics": metrics}
+    return {**described, **found, "about": about, "resume_with": resume_with}
 
 
 def _metrics(run: Run) -> dict[str, float]:

@@ -32,7 +32,7 @@ def test_runs_are_listed_with_state_metrics_and_how_to_resume(
 ) -> None:
     run_main("runs", "--storage-path", str(storage))
     head, *rows, resume_sweep, resume, last = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "kind", "state", "progress", "metrics", "age"]
+    assert head.split() == ["name", "kind", "state", "progress", "about", "age"]
     assert [row.split()[:3] for row in rows[:3:2]] == [
         ["sweep", "tune", "unfinished"],
         ["interrupted", "train", "unfinished"],
