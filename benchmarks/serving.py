@@ -57,7 +57,7 @@ def bare() -> FastAPI:
     @api.post("/predict")
     def predict(file: UploadFile) -> dict[str, Any]:
         (prediction,) = predictor.predict([predictor.decode(file.file.read())])
-        return prediction.to_dict("prediction", 0.8)
+        return prediction.to_dict(0.8)
 
     return api
 

@@ -117,7 +117,7 @@ class Server:
                 (prediction,) = await asyncio.to_thread(self.predictor.predict, [decoded])
         except (UsageError, JobError, RecursionError) as error:
             raise HTTPException(422, f"{place}: {first_line(error)}") from None
-        return {**prediction.to_dict("prediction", PredictionConfig().threshold), "file": place}
+        return {**prediction.to_dict(PredictionConfig().threshold), "file": place}
 
     @serve.batch(batch_wait_timeout_s=0)
     async def predict_batch(self, inputs: list[Any]) -> list[Any]:

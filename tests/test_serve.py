@@ -66,8 +66,7 @@ def test_files_and_json_get_the_predictions_of_predict(deployed: str, finished_r
     for answer, places in zip(answers, ("{}.png", "inputs[{}]"), strict=True):
         assert answer["run"].startswith("two/checkpoint_")
         assert answer["predictions"] == [
-            {**prediction.to_dict("prediction", 0.8), "file": places.format(index)}
-            for index, prediction in enumerate(expected)
+            {**prediction.to_dict(0.8), "file": places.format(index)} for index, prediction in enumerate(expected)
         ]
 
 

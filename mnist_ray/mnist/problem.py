@@ -31,7 +31,7 @@ class MNIST(Classification):
     """28×28 grey images of ten digits."""
 
     Settings = Settings
-    noun, prediction_noun = "image", "digit"
+    noun = "image"
     recipes = {
         "default": {
             "num_epochs": 2,

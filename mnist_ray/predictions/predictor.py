@@ -59,12 +59,13 @@ class Prediction:
         """Whether the best prediction has at least this probability, or none, as in a regression."""
         return bool(self.top) and not self.top[0][1] < threshold
 
-    def to_dict(self, noun: str, threshold: float) -> dict[str, Any]:
-        """Return the object that ``--json`` prints; ``noun`` is the workload's ``prediction_noun``."""
+    def to_dict(self, threshold: float) -> dict[str, Any]:
+        """Return the object that ``--json`` prints."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
         best, *others = (
-            {noun: prediction} | ({} if math.isnan(p) else {"probability": round(p, 6)}) for prediction, p in self.top
+            {"prediction": prediction} | ({} if math.isnan(p) else {"probability": round(p, 6)})
+            for prediction, p in self.top
         )
         return {"file": self.file, **best, "unsure": not self.is_sure(threshold), "next": others}
 

@@ -18,6 +18,7 @@ from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.workload.figures import RATE, formatted
 
 _MAX_P = 0.05
+_SAME = "the same"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Comparison:
             table.append([letter, run.name, number, *cells])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-        about = {**self.differences, "verdict": self.verdict.sentence, "method": self.verdict.method}
+        same = ", ".join(subject for subject, text in self.differences.items() if text == _SAME)
+        about = {subject: text for subject, text in self.differences.items() if text != _SAME}
+        about |= {_SAME: same, "verdict": self.verdict.sentence, "method": self.verdict.method}
         lines += [f"{label:<10} {text}" for label, text in about.items() if text]
         return "\n".join(map(redact, lines))  # a name in a run's files may hold a line that looks real
 
@@ -140,7 +143,7 @@ def _differences(first: Sequence[Member], second: Sequence[Member]) -> dict[str,
             differing = [f"{name} {one.get(name)} in A, {other.get(name)} in B" for name in differing]
         else:  # digests, which tell a person nothing; one that only one run knows is no difference
             differing = [name for name in differing if one.get(name) and other.get(name)]
-        found[subject] = ", ".join(differing) or "the same"
+        found[subject] = ", ".join(differing) or _SAME
         if not any(one.values()) or not any(other.values()):
             found[subject] = "unknown: A or B has no record of it"
     return found
@@ -224,8 +227,6 @@ def _why_not(first: Sequence[Member], second: Sequence[Member]) -> str:
         return "their seeds or folds differ"
     if has_folds and len(np.unique(_indices(first))) * len(first) == len(_indices(first)):
         return "all of their folds test the same examples"
-    if other := sorted({*first[0].figures} ^ {*second[0].figures}):
-        return f"only one of them has {', '.join(other)}"
     if first[0].has_classes != second[0].has_classes:
         return "only one of them predicts classes"
     pairs = zip(first, second, strict=True) if has_folds else ((first[0], member) for member in (*first, *second))

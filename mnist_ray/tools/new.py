@@ -21,17 +21,7 @@ from mnist_ray.text import VERSION
 from mnist_ray.tools.samples import WRITERS
 
 _PACKAGE = Path(__file__).parent.parent
-_FILES = {
-    "settings.toml": "settings.toml",
-    "pyproject.toml": "pyproject.toml",
-    "Makefile": "Makefile",
-    "README.md": "README.md",
-    ".gitignore": "gitignore",
-    "tests/test_workload.py": "test_workload.py",
-    "deploy/Dockerfile": "Dockerfile",
-    "deploy/rayjob.yaml": "rayjob.yaml",
-    ".github/workflows/test.yml": "test.yml",
-}  # a project's files, and their templates
+_TEMPLATES = _PACKAGE / "templates"  # a workload of each kind; project/ has the files that every project has
 _SETTINGS = {
     "images": {"num_epochs": 15, "batch_size": 16, "learning_rate": 3e-3},
     "table": {"num_epochs": 20, "batch_size": 32, "learning_rate": 1e-2},
@@ -64,16 +54,15 @@ def new(config: ProjectConfig) -> None:
 
 def _contents(name: str, kind: str) -> dict[str, str]:
     """Return the texts of a project's files, except for its data, by their paths."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_PACKAGE / "templates"),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    class_name = _class_name(name, (_PACKAGE / "templates" / f"{kind}.py.jinja").read_text(encoding="utf-8"))
+    files = {"workload.py": _TEMPLATES / f"{kind}.py.jinja"}
+    for template in (_TEMPLATES / "project").rglob("*.jinja"):
+        files[str(template.relative_to(_TEMPLATES / "project")).removesuffix(".jinja")] = template
+    texts = {file: template.read_text(encoding="utf-8") for file, template in files.items()}
+    class_name = _class_name(name, texts["workload.py"])
     requirement = json.dumps(f"mnist_ray[cluster]{requirement_here()}", ensure_ascii=False)
     content = {"name": name, "class_name": class_name, "kind": kind, "requirement": requirement, **_SETTINGS[kind]}
-    files = {**_FILES, "workload.py": f"{kind}.py"}
-    return {file: templates.get_template(f"{template}.jinja").render(**content) for file, template in files.items()}
+    jinja = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return {file: jinja.from_string(text).render(**content) for file, text in texts.items()}
 
 
 def _class_name(name: str, workload: str) -> str:

@@ -37,7 +37,7 @@ def predict(found: Found, config: PredictionConfig) -> dict[str, Any]:
     listed = []
     for prediction in predict_files(predictor, find_files(config.files)):
         say(prediction.to_line(config.threshold))
-        listed.append(prediction.to_dict(found.workload.prediction_noun, config.threshold))
+        listed.append(prediction.to_dict(config.threshold))
     failed = sum("error" in each for each in listed)
     error = {"error": f"no prediction for {failed:,} of {len(listed):,} files"} if failed else {}
     return {"predictions": listed, **error}

@@ -10,11 +10,9 @@ from PIL import Image, ImageDraw
 _NUM_IMAGES, _SIZE = 30, 64  # of each class; pixels
 _NUM_ROWS, _NUM_SENTENCES = 400, 800
 _WORDS = {
-    "adjective": ["old", "young", "quiet", "clever", "hungry", "friendly", "tired", "brave"],
     "animal": ["cat", "dog", "goat", "horse", "owl", "fox", "duck", "hen"],
     "verb": ["watches", "follows", "meets", "greets", "hears", "finds"],
     "place": ["in the garden", "by the river", "behind the barn", "on the hill", "at the market", "near the wood"],
-    "time": ["in the morning", "at noon", "in the evening", "after the rain", "every day"],
 }
 
 
@@ -48,9 +46,8 @@ def write_text(folder: Path) -> None:
     rng = np.random.default_rng(0)
 
     def sentence() -> str:
-        word = {kind: rng.choice(words, 2) for kind, words in _WORDS.items()}
-        first, second = (f"the {word['adjective'][place]} {word['animal'][place]}" for place in (0, 1))
-        return f"{first} {word['verb'][0]} {second} {word['place'][0]} {word['time'][0]}.".capitalize()
+        (who, whom), (verb, _), (place, _) = (rng.choice(words, 2) for words in _WORDS.values())
+        return f"The {who} {verb} the {whom} {place}."
 
     (folder / "text.txt").write_text("\n".join(sentence() for _ in range(_NUM_SENTENCES)) + "\n", encoding="utf-8")
 

@@ -79,7 +79,6 @@ class Workload(UserClass):
     callbacks: Sequence[UserClass] = ()
     """Its own ``Callback``s, called before those of ``--callback``. Each worker copies them."""
     noun: ClassVar[str] = "example"  # the word for an example in all output, such as ``image``
-    prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
 
     def __init__(self, settings: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings

@@ -34,7 +34,6 @@ class Classification(Workload):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY,)
-    prediction_noun = "class"
 
     @property
     def class_names(self) -> list[Any]:

@@ -83,9 +83,8 @@ def test_one_run_a_side_is_decided_by_mcnemars_exact_test(tmp_path: Path) -> Non
 A  first   1 seed   0.2472     92.25%         100
 B  second  1 seed   0.1475     97.50%         100
 settings   learning_rate None in A, 0.1 in B
-data       the same
 code       unknown: A or B has no record of it
-versions   the same
+the same   data, versions
 verdict    B is better than A by 5.25 points (95 %: 2.56 to 7.94); 31 examples changed: 26 won, 5 lost
 method     McNemar's exact test, p = 0.00019; the spread between seeds of A and B is unknown: """
     assert str(comparison) == f"{table}train with --num-seeds 6"
@@ -187,7 +186,7 @@ def test_losses_with_weights_are_compared_by_their_weighted_mean(tmp_path: Path)
         (classes([]), {"data": "other"}, "their test sets differ"),
         ({**classes([]), "index": np.arange(NUM_TEST) + 1}, {}, "their test sets differ"),
         ({**classes([]), "label": LABELS[::-1]}, {}, "their test sets differ"),
-        ({"loss": np.zeros(NUM_TEST)}, {}, "only one of them has test_accuracy"),
+        ({"loss": np.zeros(NUM_TEST)}, {}, "only one of them predicts classes"),
         ({**classes([]), "weight": np.ones(NUM_TEST)}, {}, "only one of them predicts classes"),
         ({**classes([]), "loss": [[1.0]] * NUM_TEST}, {}, "B has no predictions.parquet with the loss of each example"),
     ],

@@ -72,12 +72,12 @@ def test_json_prints_all_predictions(finished_run: Path, pictures: Path, mnist_t
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)["predictions"]
     assert len(answers) == 8
-    right = sum(answer["digit"] == mnist_test.targets[int(Path(answer["file"]).stem)] for answer in answers)
+    right = sum(answer["prediction"] == mnist_test.targets[int(Path(answer["file"]).stem)] for answer in answers)
     assert right >= 5
     for answer in answers:
         probabilities = [answer["probability"], *(other["probability"] for other in answer["next"])]
         assert probabilities == sorted(probabilities, reverse=True)
-        assert len({answer["digit"], *(other["digit"] for other in answer["next"])}) == 3
+        assert len({answer["prediction"], *(other["prediction"] for other in answer["next"])}) == 3
         assert answer["unsure"]
 
 
@@ -168,7 +168,7 @@ def test_a_regression_predicts_values_without_probabilities() -> None:
     assert (first.top[0][0], second.top[0][0]) == (3.0, 7.0)
     assert first.is_sure(0.8)
     assert replace(first, file="a.png").to_line(0.8) == "a.png: 3"
-    assert first.to_dict("price", 0.8) == {"file": "", "price": 3.0, "unsure": False, "next": []}
+    assert first.to_dict(0.8) == {"file": "", "prediction": 3.0, "unsure": False, "next": []}
 
 
 def test_harmless_damage_is_no_warning(few_images: Arrays, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
