@@ -153,6 +153,7 @@ def program() -> None:
     lines = [f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items()]
     about = "Train, tune and evaluate PyTorch models on Ray. Each command has --help."
     parser = Parser("\n".join([about, "", "commands:", *lines]))
+    parser.usage = "%(prog)s COMMAND [FLAGS]"
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     name = parser.parse_args(sys.argv[1:2] or ["--help"]).command

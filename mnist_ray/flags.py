@@ -36,6 +36,8 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, add_help=add_help)
         self._settings = declared(*classes)
+        words = [f"[{one.word}]" if _form_of(one)["nargs"] else one.word for one in self._settings.values() if one.word]
+        self.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
         groups: dict[str, Any] = {"Options": self}  # beside --help
         title_by_name = {name: title_of(one) for one in classes for name in declared(one)}
         others = sorted(self._settings, key=lambda name: not self._settings[name].word)
@@ -57,16 +59,7 @@ class Parser(argparse.ArgumentParser):
         """Return the given flags, after checking them. Raises UsageError."""
         values, unknown = self.read_known(arguments)
         if unknown:
-            wrong = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
-            for name, about in self._settings.items():
-                if not about.has_flag and wrong in (flag(name), flag(f"no_{name}")):
-                    self.error(f"{wrong} is no flag; use --set {name}=VALUE, or a settings file")
-            known = [text for action in self._actions for text in action.option_strings]
-            known += [f"--set {name}" for name in self._settings]
-            meant = did_you_mean(wrong, known) if wrong else ""
-            if wrong and not meant and "set" in self._settings:
-                meant = "; change a workload's setting by --set NAME=VALUE"
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+            self.error(self._explained(unknown))
         return {
             name: self._settings[name].checked(value) if name in self._settings else value
             for name, value in values.items()
@@ -89,15 +82,18 @@ class Parser(argparse.ArgumentParser):
             return [self._parsed(name, text) for text in value]
         return self._settings[name].parsed(value) if name in self._settings and isinstance(value, str) else value
 
-    def format_help(self) -> str:
-        """Return the help; its usage names only what is no flag."""
-        words = []
-        for action in self._actions:
-            if not action.option_strings:
-                may_lack = getattr(action, "save_nargs", action.nargs)  # argparse parses in two steps
-                words.append(f"[{action.metavar}]" if may_lack else str(action.metavar))
-        self.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
-        return super().format_help()
+    def _explained(self, unknown: Sequence[str]) -> str:
+        """Return why words are not known, and what may be meant."""
+        found = f"unrecognized arguments: {' '.join(unknown)}"
+        wrong = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+        if not wrong:
+            return found
+        for name, about in self._settings.items():
+            if not about.has_flag and wrong in (flag(name), flag(f"no_{name}")):
+                return f"{wrong} is no flag; use --set {name}=VALUE, or a settings file"
+        known = [text for action in self._actions for text in action.option_strings]
+        advice = "; change a workload's setting by --set NAME=VALUE" if "set" in self._settings else ""
+        return found + (did_you_mean(wrong, [*known, *(f"--set {name}" for name in self._settings)]) or advice)
 
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
