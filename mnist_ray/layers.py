@@ -47,12 +47,12 @@ def merged(places: Sequence[Place], *classes: type) -> dict[str, Placed]:
     """
     found, known = dict[str, Placed](), declared(*classes)
     for rank, place in enumerate(places):
-        for name in place.values.keys() & known.keys():
+        for name in (name for name in known if name in place.values):
             try:
                 found[name] = Placed(_value_in(place, known[name]), place.name, rank)
             except UsageError as error:
                 raise UsageError(str(error) if place.name == FLAGS else f"{place.name}: {error}") from error
-    return {name: found[name] for name in known if name in found}
+    return found
 
 
 def check_names(places: Iterable[Place], of_workload: type) -> None:
