@@ -42,11 +42,9 @@ def _no_effect(settings: Sequence[str], unless: Callable[[Job, Splits], bool], r
 
 
 def _optimizes(name: str) -> Callable[[Job, Splits], bool]:
-    return lambda job, _: _has_own_optimizer(job) or name not in job.train.unused
-
-
-def _has_own_optimizer(job: Job) -> bool:
-    return type(job.workload).create_optimizer is not Workload.create_optimizer
+    """Return whether the job's optimizer uses a setting; one of the workload's own may use any."""
+    own = Workload.create_optimizer
+    return lambda job, _: type(job.workload).create_optimizer is not own or name not in job.train.unused
 
 
 def _epochs_come_last(job: Job) -> bool:
@@ -71,22 +69,10 @@ RULES: tuple[Rule, ...] = (
         "leave it out, or set --num-steps",
     ),
     Rule(
-        ("seed", "num_seeds"),
-        lambda job, _: job.train.seed + job.train.num_seeds > 2**31,
-        "--num-seeds {num_seeds}: the last seed would be above 2,147,483,647",
-        "lower --seed",
-    ),
-    Rule(
         ("fold", "folds"),
         lambda job, _: job.train.fold is not None and job.train.fold > (job.train.folds or 0),
         "--set fold={fold} needs at least as many folds",
         "set --folds",
-    ),
-    Rule(
-        ("fold", "num_seeds"),
-        lambda job, _: job.train.fold is not None and job.train.num_seeds > 1,
-        "--set fold: each seed of --num-seeds divides the folds anew",
-        "leave one of the two out",
     ),
     Rule(
         ("folds", "overfit_batches"),
@@ -147,12 +133,6 @@ RULES: tuple[Rule, ...] = (
         lambda job, _: job.workers.min_workers is not None and not is_at_least("2.55"),
         "--set min_workers needs Ray 2.55 or later, not {ray}",
         "leave it out, or upgrade Ray",
-    ),
-    Rule(
-        ("json", "dry_run"),
-        lambda job, _: job.output.json and job.output.dry_run,
-        "--json prints a result, but --dry-run has none",
-        "leave it out",
     ),
     _no_effect(
         (
