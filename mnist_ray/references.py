@@ -1,7 +1,4 @@
-"""References to callbacks and trackers: ``freeze.py:Freeze(num_epochs=2)`` on the command line and in a run's files.
-
-In Python and in a settings file, that is ``{"freeze.py:Freeze": {"num_epochs": 2}}``.
-"""
+"""References to code with arguments: ``a.py:Freeze(epochs=2)``, or ``{"a.py:Freeze": {"epochs": 2}}`` in Python."""
 
 from __future__ import annotations
 

@@ -184,17 +184,6 @@ def test_a_wrong_project_file_is_one_line(project: Path, monkeypatch: pytest.Mon
         assert file in str(raised.value)
 
 
-def test_a_runs_config_is_accepted_back(tmp_path: Path, small_data: Path) -> None:
-    file = tmp_path / "own.toml"
-    file.write_text("# why one epoch\nnum_epochs = 1\nnum_workers = 0\n")
-    where = ["--storage-path", str(tmp_path), "--data-dir", str(small_data)]
-    run_main("train", *where, "--config", str(file), "--run-name", "run")
-    run_main("train", *where, "--config", str(tmp_path / "run" / "config.json"), "--run-name", "again")
-    first, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("run", "again"))
-    assert again == first
-    assert (first["num_epochs"], first["num_workers"]) == (1, 0)
-
-
 def test_a_command_on_a_run_takes_the_storage_from_the_project_but_not_the_workloads_settings(
     finished_run: Path, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
