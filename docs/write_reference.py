@@ -15,7 +15,7 @@ import mnist_ray
 from mnist_ray import cli, config, errors, settings
 from mnist_ray.api import SweptRun
 from mnist_ray.flags import Parser, title_of
-from mnist_ray.job.rules import RULES
+from mnist_ray.job.rules import OF_DATA, OF_SETTINGS
 from mnist_ray.predictions.predictor import Prediction, Predictor
 from mnist_ray.report.run_files import Run
 from mnist_ray.settings import Choice, Range, Setting, declared, flag
@@ -253,13 +253,13 @@ def rules() -> str:
     """Return the page of the rules between settings."""
     lines = ["# Rules between settings", "", NOTE, "", *textwrap.wrap(ABOUT_RULES, 120)]
     titles = {
-        "What cannot be combined": lambda rule: rule.when == "settings" and not rule.is_about_effect,
-        "What does not fit the data": lambda rule: rule.when == "data" and not rule.is_about_effect,
-        "What has no effect": lambda rule: rule.is_about_effect,
+        "What cannot be combined": [rule for rule in OF_SETTINGS if not rule.is_about_effect],
+        "What does not fit the data": [rule for rule in OF_DATA if not rule.is_about_effect],
+        "What has no effect": [rule for rule in (*OF_SETTINGS, *OF_DATA) if rule.is_about_effect],
     }
-    for title, belongs in titles.items():
+    for title, of_title in titles.items():
         lines += ["", f"## {title}", "", "| settings | error | what to do |", "|---|---|---|"]
-        for rule in filter(belongs, RULES):
+        for rule in of_title:
             names = ", ".join(f"`{name}`" for name in rule.settings)
             problem = re.sub(r"{[^}]*}", "…", rule.problem)
             lines.append(f"| {names} | {problem} | {rule.fix} |")

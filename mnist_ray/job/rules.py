@@ -1,4 +1,4 @@
-"""The rules between settings, and between settings and a workload or its data, as one table.
+"""The rules between settings, a workload and its data, as one table: of settings first, then of data.
 
 Errors come from it, and a page of the reference. A setting that has no effect is a mistake, too.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mnist_ray.config import shown
 from mnist_ray.data.data import Splits
@@ -27,22 +27,21 @@ _NO_DATA: Any = None
 class Rule:
     """A mistake: what is wrong, and what to do."""
 
-    settings: tuple[str, ...]  # that it reads or, of those without an effect, that it is about
+    settings: tuple[str, ...]  # that it reads or, if they have no effect, that it is about
     is_broken: Callable[[Job, Splits], bool]
     problem: str  # with {…} for settings and for what ``_facts`` has
     fix: str
-    when: Literal["settings", "data"] = "settings"  # what must be known: the settings, or the data, too
     is_about_effect: bool = False  # it only counts for settings that are given with this command or call
 
 
-def _no_effect(settings: Sequence[str], unless: Callable[[Job, Splits], bool], reason: str, **more: Any) -> Rule:
+def _no_effect(settings: tuple[str, ...], unless: Callable[[Job, Splits], bool], reason: str) -> Rule:
     """Return the rule that settings have no effect ``unless`` a condition holds."""
     problem, fix = f"has no effect{reason}", "leave it out"
-    return Rule((*settings,), lambda job, data: not unless(job, data), problem, fix, is_about_effect=True, **more)
+    return Rule(settings, lambda job, data: not unless(job, data), problem, fix, is_about_effect=True)
 
 
 def _optimizes(name: str) -> Callable[[Job, Splits], bool]:
-    """Return whether the job's optimizer uses a setting; one of the workload's own may use any."""
+    """Return the condition that the job's optimizer uses a setting; one of the workload's own may use any."""
     own = Workload.create_optimizer
     return lambda job, _: type(job.workload).create_optimizer is not own or name not in job.train.unused
 
@@ -55,7 +54,7 @@ def _epochs_come_last(job: Job) -> bool:
     return epochs.rank > steps.rank or epochs.place == steps.place == FLAGS
 
 
-RULES: tuple[Rule, ...] = (
+OF_SETTINGS = (
     Rule(
         ("num_steps", "num_epochs"),
         lambda job, _: _epochs_come_last(job),
@@ -152,33 +151,31 @@ RULES: tuple[Rule, ...] = (
         lambda job, _: not job.train.is_several or job.asked.get("num_confirmed") == 0,
         ": each configuration already has several runs, of --num-seeds or --folds",
     ),
+)
+OF_DATA = (
     Rule(
         ("num_steps",),
         lambda job, data: data.train.is_stream and job.train.num_steps is None,
         "{workload} trains on a stream without a length",
         "set --num-steps",
-        when="data",
     ),
     Rule(
         ("limit", "validation_size", "folds", "overfit_batches"),
         lambda _, data: data.train.weights is not None and not data.train.weights.any(),
         "Data(weights=…): the examples to train on all have weight 0",
         "use more of the data, or other weights",
-        when="data",
     ),
     Rule(
         ("warmup_steps", "num_epochs", "num_steps", "batch_size"),
         lambda job, data: job.train.warmup_steps >= job.train.total_steps(len(data.train)),
         "--set warmup_steps={warmup_steps} must be below the {steps:,} steps of the run",
         "lower it",
-        when="data",
     ),
     Rule(
         ("early_stopping_patience", "validation_size", "overfit_batches"),
         lambda job, data: job.train.early_stopping_patience is not None and len(data.validation) == 0,
         "--early-stopping-patience needs validation",
         "leave --validation-size 0 and --overfit-batches out",
-        when="data",
     ),
     Rule(
         ("reproducible", "num_streams", "num_chunks"),
@@ -187,41 +184,34 @@ RULES: tuple[Rule, ...] = (
         ),
         "--reproducible: data in blocks need num_streams ({num_streams}) and num_chunks ({num_chunks}) to be equal",
         "set both",
-        when="data",
     ),
     Rule(
         ("num_workers", "num_streams"),
         lambda job, data: data.train.is_in_blocks and (job.workers.num_workers or 1) > job.train.num_streams,
         "--num-workers {num_workers} is more than the {num_streams} streams of blocks (num_streams)",
         "lower it, or start a run with more num_streams",
-        when="data",
     ),
     _no_effect(
         ("num_streams", "read_ahead_mib"),
         lambda _, data: data.train.is_in_blocks,
         ": the data are not in blocks",
-        when="data",
     ),
 )
 
 
 def check(job: Job, data: Splits | None = None) -> None:
     """Raise UsageError if settings cannot be combined or, with ``data``, do not fit them."""
-    for rule in _rules(data):
+    for rule in OF_SETTINGS if data is None else OF_DATA:
         if not rule.is_about_effect and rule.is_broken(job, data or _NO_DATA):
             raise UsageError(_text(rule, job, data))
 
 
 def check_used(jobs: Sequence[Job], names: Collection[str], data: Splits | None = None) -> None:
     """Raise UsageError if one of the named settings has no effect in any of the jobs, such as a sweep's trials."""
-    for rule in _rules(data):
+    for rule in OF_SETTINGS if data is None else OF_DATA:
         if rule.is_about_effect and all(rule.is_broken(job, data or _NO_DATA) for job in jobs):
             for name in sorted({*rule.settings} & {*names}):
                 raise UsageError(f"{shown(name)} {_text(rule, jobs[0], data)}")
-
-
-def _rules(data: Splits | None) -> list[Rule]:
-    return [rule for rule in RULES if rule.when == ("settings" if data is None else "data")]
 
 
 def _text(rule: Rule, job: Job, data: Splits | None) -> str:
