@@ -32,7 +32,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.data.data import Arrays, Blocks, Splits
 from mnist_ray.job.job import Job
-from mnist_ray.job.job_data import check_against_data
+from mnist_ray.job.rules import check_against_data
 from mnist_ray.mnist import MNIST, idx
 from mnist_ray.settings import declared
 from mnist_ray.storage import RunFolder, locate

@@ -11,7 +11,6 @@ from mnist_ray.data.data import Data, Splits
 from mnist_ray.errors import UsageError
 from mnist_ray.job import rules
 from mnist_ray.job.job import Job, read_job
-from mnist_ray.job.job_data import check_against_data
 from mnist_ray.job.session import Clock, Session, console_of, ending_explained, opened
 from mnist_ray.many.console import ManyConsole
 from mnist_ray.many.points import space_of
@@ -50,7 +49,7 @@ def _with_workers_of_many(job: Job) -> Job:
 
 def check_data(many: Many, data: Splits) -> Many:
     """Return the job with notes about its data, and with a search space that fits them. Raises UsageError."""
-    job = check_against_data(many.job, data, many.batch_sizes)
+    job = rules.check_against_data(many.job, data, many.batch_sizes)
     if not many.is_sweep:
         return dataclasses.replace(many, job=job)
     for name, about in settings.declared(type(job.workload.settings)).items():
