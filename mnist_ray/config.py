@@ -87,9 +87,7 @@ class TrainConfig:
     folds: int | None = setting(
         None, "cross-validation: a run per part of the training set, tested on it", **_SHARED, **within(2, 10_000)
     )
-    fold: int | None = setting(
-        None, "with --folds: only the run that is tested on this part, from 1 on", **_SHARED, **_RARE, **at_least(1)
-    )
+    fold: int | None = setting(None, "only the run of this fold, from 1 on", **_SHARED, **_RARE, **at_least(1))
     clip_grad_norm: float | None = setting(None, "maximum norm of gradients; larger ones are scaled down", **positive())
     micro_batch_size: int | None = setting(
         None, "examples per forward pass; each worker accumulates the gradients of its slice of a batch", **at_least(1)
@@ -171,15 +169,9 @@ class WorkerConfig:
         None, "CPUs per worker, with a thread for each if steps are large; default: all, shared evenly", **at_least(1)
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch finds any")
-    loader_workers: int = setting(
-        0, "processes per worker to read a Dataset; 0: the worker reads it; not used for arrays", **at_least(0)
-    )
-    read_ahead_mib: int = setting(
-        READ_AHEAD_MIB, "with data in blocks: MiB per worker for reading ahead", **_RARE, **at_least(1)
-    )
-    min_workers: int | None = setting(
-        None, "minimum number of workers to continue with if there is no room for all", **_RARE, **at_least(1)
-    )
+    loader_workers: int = setting(0, "processes per worker to read a Dataset; 0: none; not for arrays", **at_least(0))
+    read_ahead_mib: int = setting(READ_AHEAD_MIB, "MiB per worker for reading ahead in blocks", **_RARE, **at_least(1))
+    min_workers: int | None = setting(None, "fewest workers to go on with if not all have room", **_RARE, **at_least(1))
     autoscaling: bool = setting(False, "wait for nodes that the cluster starts on demand")
     max_failures: int = setting(3, "how many times to replace lost workers before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork workers to start faster; auto: if it is safe", **_RARE)
@@ -245,9 +237,7 @@ class RunConfig(ModelConfig):
 class ChangesConfig:
     """Settings of the workload."""
 
-    set: tuple[str, ...] = setting(
-        (), "another value for a setting of the workload", metavar="NAME=VALUE", is_repeated=True
-    )
+    set: tuple[str, ...] = setting((), "another value for a workload's setting", metavar="NAME=VALUE", is_repeated=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,9 +251,7 @@ class JsonConfig:
 class ViewConfig:
     """Choice of examples."""
 
-    workload: str | None = setting(
-        None, "FILE.py or package.module; default: the project's or MNIST", metavar="FILE.py"
-    )
+    workload: str | None = setting(None, "FILE.py or package.module; default: project's or MNIST", metavar="FILE.py")
     config: tuple[str, ...] = setting((), "settings in TOML, YAML or JSON", metavar="FILE", is_repeated=True)
     split: Literal["train", "test"] = setting("train", "part of the data")
     index: int = setting(0, "first example, from 0", **at_least(0))
@@ -285,12 +273,8 @@ class PredictionConfig:
 class ScaleConfig:
     """Data at scale, on Ray."""
 
-    input: str | None = setting(
-        None, "instead of files: a folder, URI or pattern of pictures, texts or Parquet files", metavar="PLACE"
-    )
-    output: str | None = setting(
-        None, "folder or URI for the predictions; the same command goes on with a begun one", metavar="PLACE"
-    )
+    input: str | None = setting(None, "folder, URI or pattern of pictures, texts or Parquet files", metavar="PLACE")
+    output: str | None = setting(None, "folder or URI of predictions; the same command continues them", metavar="PLACE")
     column: tuple[str, ...] = setting(
         (), "columns of a table that hold the input; default: the workload's, or the only one", metavar="NAME"
     )
@@ -328,18 +312,14 @@ class ProjectConfig:
     """New project."""
 
     name: str = setting("", "the folder to make; the workload has its name in CamelCase", word="NAME")
-    kind: Literal["images", "table", "text", "blank"] = setting(
-        "blank", "kind of the sample data; blank: arrays made in the code"
-    )
+    kind: Literal["images", "table", "text", "blank"] = setting("blank", "sample data; blank: arrays made in the code")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """Evaluation on Ray."""
 
-    num_tasks: int | None = setting(
-        None, "Ray tasks that share the examples; default: one, or more for a long test", **at_least(1)
-    )
+    num_tasks: int | None = setting(None, "Ray tasks for the test; default: one, or more if it is long", **at_least(1))
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
     plain_ray: bool = setting(False, _PLAIN)
 
