@@ -50,7 +50,8 @@ def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
 def test_an_evaluation_on_a_gpu_that_is_missing_is_refused(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(is_local=True, nodes=(Node(2),), log_folder="")
     monkeypatch.setattr(Connection, "opened", lambda *given: contextlib.nullcontext(cluster))
-    with pytest.raises(UsageError, match=r"^--use-gpu yes, but this machine has no GPU; use --use-gpu no$"):
+    said = "^the cluster cannot hold 1 worker of 1 CPU and 1 GPU: it has 2 CPUs and 0 GPUs on 1 node; .*--use-gpu no$"
+    with pytest.raises(UsageError, match=said):
         run_main("evaluate", str(finished_run), "--use-gpu", "yes")
 
 
@@ -283,10 +284,9 @@ def test_a_wrong_argument_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("flags", "address", "status", "message"),
     [
-        (["--num-workers", "4000"], None, 2, "4,000 workers of 1 CPU are too many for this machine's"),
+        (["--num-workers", "4000"], None, 2, "4,000 CPUs for the workers are too many for this machine's"),
         ([], "127.0.0.1:1", 1, "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1; unset it to start a local Ray"),
-        ([], "http://127.0.0.1:8265", 2, "RAY_ADDRESS=http://127.0.0.1:8265 is not HOST:PORT"),
-        ([], "me:secret@127.0.0.1:6379", 2, "RAY_ADDRESS=***@127.0.0.1:6379 is not HOST:PORT"),
+        ([], "http://me:secret@127.0.0.1:8265", 2, "RAY_ADDRESS is not HOST:PORT; for a dashboard's address, use ray"),
     ],
 )
 def test_a_mistake_ends_a_process_with_one_line(

@@ -72,15 +72,18 @@ class Connection:
             return
         done = in_thread(meanwhile)
         with contextlib.ExitStack() as at_the_end:
+            at_the_end.push(self._close)
             if not ray.is_initialized():
                 self._is_own = True
-                at_the_end.push(self._close)
                 self._connect(note)
             elif ray.util.client.ray.is_connected():
                 raise UsageError("this job cannot use a connection of Ray Client; run it with ray job submit")
-            at_the_end.enter_context(self._watch)
+            self._watch.start()
             cluster = nodes.current_cluster(is_local=self._sessions is not None)
             at_the_end.enter_context(_errors_in_one_line(cluster.log_folder))
+            if self._is_own:  # for the first actor. If none starts, Ray itself would try five times, for a minute each
+                start_worker = ray.remote(num_cpus=0, scheduling_strategy=nodes.this_node())(_nothing)
+                ray.get(start_worker.remote(), timeout=_WORKER_START_TIMEOUT_S)
             done.result()
             if missing := "" if self._config.plain_ray else extras.note():
                 note(missing)
@@ -99,10 +102,14 @@ class Connection:
 
     def _close(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Disconnect. Remove the files of a local Ray, unless something failed: then its logs are needed."""
+        is_silent = isinstance(error, RaySilentError)
+        self._watch.stop(is_silent=is_silent)
+        if not self._is_own:
+            return
         try:
             if self._leaving is not None:
                 self._leaving.join()
-            elif isinstance(error, RaySilentError):
+            elif is_silent:
                 # A part that hangs never answers. If a part has died, Ray ends this process a few seconds later unless
                 # it disconnects, even if the caller from Python has caught the error.
                 wait([in_thread(ray.shutdown)], _DISCONNECT_TIMEOUT_S)
@@ -118,7 +125,6 @@ class Connection:
         return [] if self._sessions is None else [*self._sessions.glob(f"session_*_{os.getpid()}")]
 
     def _connect(self, note: Callable[[str], object]) -> None:
-        """Join a cluster or start a local Ray, and start a first worker."""
         if not self._options["log_to_driver"]:  # Ray still writes its log files, and failures are still raised
             logging.getLogger("ray").setLevel(logging.CRITICAL)
             warnings.filterwarnings("ignore", module=r"ray\.")
@@ -127,13 +133,6 @@ class Connection:
             self._start_local()
         else:
             self._join(address)
-        # The first actor takes this worker over. If none starts, Ray itself would try five times, for a minute each.
-        started = ray.remote(num_cpus=0, scheduling_strategy=nodes.this_node())(_nothing).remote()
-        try:
-            ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
-        except RayError as error:
-            logs = nodes.session_folder() / "logs"
-            raise JobError(f"Ray's worker processes do not start: {first_line(error)} (logs: {logs})") from error
 
     def _find_cluster(self, note: Callable[[str], object]) -> str | None:
         """Return the address of the cluster to join, or None to start a local Ray."""

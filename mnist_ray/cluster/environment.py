@@ -38,10 +38,6 @@ _LOCAL_SETTINGS = {
     # The dashboard's process, which --plain-ray leaves on, would report to Ray's authors.
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-_QUIET_SETTINGS = {
-    # Skip all lines: raylets' errors would appear on the driver's console even without logs. Log files keep them.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-}
 _LOAD = Path("/proc/loadavg")
 
 
@@ -55,7 +51,9 @@ def prepared(config: WorkerConfig, *modules: str, verbose: bool = False, batch_s
     if not verbose:  # in a notebook, Ray's import warns about missing widgets that nothing here needs
         logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message="IProgress not found")
-    _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
+        # Skip all lines: raylets' errors would appear on the driver's console even without logs. Log files keep them.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    _set_defaults(_SETTINGS)
     if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local"):
         _protect_local(plain=config.plain_ray)
     if others_can_write(Path.cwd()):  # for programs that Python starts here, as `multiprocessing` does

@@ -39,20 +39,15 @@ class Watch:
         self._plain, self._is_over = plain, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def start(self) -> None:
+        """Begin to watch. The thread is a daemon: it may wait forever for a Ray that hangs."""
         self._thread.start()
-        return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RaySilentError):
-            self._is_over.set()  # the thread may wait forever
-        else:
-            self.stop()
-
-    def stop(self) -> None:
-        """Stop, once Ray has answered: it must not be shut down while a thread waits for its answer."""
+    def stop(self, *, is_silent: bool = False) -> None:
+        """Stop, once Ray has answered: it must not be shut down while a thread waits. A silent Ray never answers."""
         self._is_over.set()
-        self._thread.join()
+        if self._thread.is_alive() and not is_silent:
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._is_over.wait(_LOOK_INTERVAL_S):

@@ -28,8 +28,8 @@ from mnist_ray.checkpoints.find import Found
 from mnist_ray.checkpoints.saved_model import weights_digest
 from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.connection import Connection
-from mnist_ray.cluster.devices import device_here, is_gpu_wanted
-from mnist_ray.cluster.plan import Cluster, cpus_for_each
+from mnist_ray.cluster.devices import device_here
+from mnist_ray.cluster.plan import Cluster, cpus_for_each, plan_workers
 from mnist_ray.config import ScaleConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.predictions.inputs import Chunk, DamagedTableError, Inputs, find_inputs
@@ -135,9 +135,9 @@ def _predicted(
     console: RunConsole,
 ) -> Done:
     """Predict parts in actors, and show the progress."""
-    connection = Connection(WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu), forking)
-    with connection.opened(functools.partial(console.say, "note")) as cluster:
-        use_gpu = is_gpu_wanted(config.use_gpu, cluster)
+    workers = WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu)
+    with Connection(workers, forking).opened(functools.partial(console.say, "note")) as cluster:
+        use_gpu = plan_workers(workers, cluster).use_gpu
         number, cpus, gpus = _resources(cluster, config, len(inputs.parts), use_gpu)
         console.say("actors", f"{number} × {count(cpus, 'CPU')}" + (f" and {gpus:.3g} GPU" if gpus else ""))
         actor = ray.remote(PartPredictor).options(

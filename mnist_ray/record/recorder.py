@@ -14,7 +14,7 @@ from typing import Any
 from mnist_ray.checkpoints.find import Fitted, read_initial
 from mnist_ray.checkpoints.saved_model import weights_digest
 from mnist_ray.checkpoints.state_file import read_state
-from mnist_ray.cluster.devices import check_nodes
+from mnist_ray.cluster.nodes import check_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import JobError, with_place

@@ -17,9 +17,9 @@ from mnist_ray.checkpoints.find import Found
 from mnist_ray.checkpoints.saved_model import load_model
 from mnist_ray.checkpoints.state_file import CheckpointMetrics, read_state
 from mnist_ray.cluster.connection import Connection
-from mnist_ray.cluster.devices import device_here, is_gpu_wanted
+from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.nodes import Waiting
-from mnist_ray.cluster.plan import cpus_for_each
+from mnist_ray.cluster.plan import cpus_for_each, plan_workers
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
@@ -52,11 +52,11 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
     """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, data_of(found.workload)
     test = Split(data.test, origin="test")
-    connection = Connection(WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu), forking)
+    workers = WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu)
     console = RunConsole(workload, 0, quiet=False)
     note = functools.partial(console.say, "note")
-    with console, connection.opened(note) as cluster:
-        use_gpu = is_gpu_wanted(config.use_gpu, cluster)
+    with console, Connection(workers, forking).opened(note) as cluster:
+        plan = plan_workers(workers, cluster)
         for text in found.notes:
             note(text)
         for name, whole in (("limit", 1.0), ("overfit_batches", None), ("fold", None)):
@@ -64,10 +64,10 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
                 note(f"the run was tested with {flag(name)} {part}; this is the whole test set")
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
-        places = sum(node.num_gpus if use_gpu else node.num_cpus > 0 for node in cluster.nodes)
-        number = config.num_tasks or num_paying(found.metrics, len(test), places)
+        number = config.num_tasks or num_paying(found.metrics, len(test), plan.num_workers)
         free = int(ray.available_resources().get("CPU", 0)) // number  # another job may have the others
-        tasks = Tasks(number, max(1, min(cpus_for_each(cluster.nodes, number, None, use_gpu) or 1, free)), use_gpu)
+        cpus = cpus_for_each(cluster.nodes, number, None, plan.use_gpu) or 1
+        tasks = Tasks(number, max(1, min(cpus, free)), plan.use_gpu)
         tested = evaluate_in_tasks(workload, found.checkpoint, test, tasks, 0, console)
         console.show_evaluation(tested)
         for text in not_finite_notes(tested.not_finite, test, workload.nouns):

@@ -18,8 +18,8 @@ from ray.train.torch import TorchTrainer
 
 from mnist_ray import extras
 from mnist_ray.checkpoints.find import Fitted, best_of, read_initial
-from mnist_ray.cluster.devices import check_nodes, usable
-from mnist_ray.cluster.nodes import Waiting, temporary_folder
+from mnist_ray.cluster.devices import usable
+from mnist_ray.cluster.nodes import Waiting, check_nodes, temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
@@ -46,7 +46,7 @@ _END_TIMEOUT_S = 5.0  # for Ray Train's controller to end, if the run ends first
 
 
 def plan(session: Session) -> WorkerPlan:
-    """Return how many workers train, and on what. Raises UsageError; UnusableGPUError without Ray."""
+    """Return how many workers train, and on what. Raises UsageError; TrainingStoppedError if a GPU is of no use."""
     use_gpu, chunks = session.workers.use_gpu, session.job.train.reproducible_chunks
     if not session.is_here:
         return plan_workers(session.workers, session.cluster, chunks)

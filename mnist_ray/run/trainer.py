@@ -89,7 +89,7 @@ _RaysBackend: Any = TorchConfig().backend_cls
 class _Backend(_RaysBackend):
     def on_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
         worker_group.execute(use_nodes_interface)
-        worker_group.execute(device_here)  # an UnusableGPUError ends the run
+        worker_group.execute(device_here)  # an unusable GPU ends the run
         if not backend_config.is_local:
             super().on_start(worker_group, backend_config)
         elif (world_size := len(worker_group)) > 1:

@@ -12,10 +12,11 @@ import torch
 from ray.cluster_utils import Cluster as Nodes
 
 from mnist_ray import provenance
-from mnist_ray.cluster import devices
-from mnist_ray.cluster.devices import UnusableGPUError, device_here
+from mnist_ray.cluster import devices, nodes
+from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import TrainConfig
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.record.header import say_plan
 from mnist_ray.run import evaluate
 from mnist_ray.storage import RunFolder
@@ -48,16 +49,16 @@ def test_a_gpu_is_named_with_its_libraries(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_gpu_that_pytorch_cannot_use_is_one_line_with_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get_gpu_ids", lambda: [0])
-    with pytest.raises(UnusableGPUError, match=f"^{UNUSABLE}$"):
+    with pytest.raises(TrainingStoppedError, match=f"^{UNUSABLE}$"):
         device_here()
     no_kernels = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nMore")
     monkeypatch.setattr("torch.ones", Mock(side_effect=no_kernels))
-    with pytest.raises(UnusableGPUError, match=r"the GPU: CUDA error: no kernel image .* on the device; install"):
+    with pytest.raises(TrainingStoppedError, match=r"the GPU: CUDA error: no kernel image .* on the device; install"):
         device_here()
 
 
 def test_without_ray_a_gpu_that_is_asked_for_must_be_usable(quick: Flags) -> None:
-    with pytest.raises(UnusableGPUError, match=UNUSABLE):
+    with pytest.raises(TrainingStoppedError, match=UNUSABLE):
         run_main("train", *quick(num_workers=0, use_gpu="yes"))
 
 
@@ -66,7 +67,7 @@ def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(run: R
     run.storage.write_text("probe", "probe")
     for local, problem in (("+cu128", ""), (".1+cpu", "has torch")):
         drivers = {**provenance.versions(), "torch": torch_version + local}
-        found = devices.check_here(run, "probe", drivers)[1]
+        found = nodes.check_here(run, "probe", drivers)[1]
         assert found[: len("has torch")] == problem
 
 

@@ -1,23 +1,13 @@
 from pathlib import Path
 
 import pytest
-import ray
 
 from mnist_ray import provenance
-from mnist_ray.cluster import devices
-from mnist_ray.cluster.devices import check_nodes
+from mnist_ray.cluster import nodes
+from mnist_ray.cluster.nodes import check_nodes
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder, locate
 from tests.conftest import as_flags, run_main
-
-
-def test_nodes_that_have_just_left_the_cluster_are_not_checked(
-    ray_address: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gone = {"Alive": True, "NodeID": "1" * 56, "Resources": {}, "Labels": {}}
-    nodes = [*ray.nodes(), gone]
-    monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert len(check_nodes(run)) == 1
 
 
 def test_another_version_on_a_node_is_named(ray_address: str, run: RunFolder) -> None:
@@ -29,8 +19,8 @@ def test_storage_that_a_node_does_not_see_is_named(
     ray_address: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     elsewhere = locate(str(tmp_path / "elsewhere"), "run")
-    check_here = devices.check_here
-    monkeypatch.setattr(devices, "check_here", lambda run, *rest: check_here(elsewhere, *rest))
+    check_here = nodes.check_here
+    monkeypatch.setattr(nodes, "check_here", lambda run, *rest: check_here(elsewhere, *rest))
     with pytest.raises(JobError, match=r"^node \S+ does not see --storage-path \S+elsewhere: .+; use a path that all"):
         check_nodes(run)
 
