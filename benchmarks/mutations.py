@@ -129,9 +129,9 @@ MUTATIONS = [
         "training/test_step",
         Fault(
             "ranks take the losses of the first rank's rows",
-            "mnist_ray/parallel/whole_batch.py",
-            "slice(start, start + sizes[group.rank])",
-            "slice(0, sizes[group.rank])",
+            "mnist_ray/parallel/group.py",
+            "slice(start, start + num_own)",
+            "slice(0, num_own)",
         ),
     ),
     (

@@ -129,6 +129,11 @@ class Sharded(GradientSync):
         """Give all ranks the buffers of rank 0."""
         self._share_buffers()
 
+    def close(self) -> None:
+        """Raise TrainingStoppedError: FSDP notes at the start which gradients it adds up."""
+        found = "--strategy fsdp: a callback has changed requires_grad during training"
+        raise TrainingStoppedError(f"{found}; change it in on_start")
+
 
 def add_over_ranks(model: nn.Module) -> None:
     """Add up the gradients over all ranks; a parameter without a gradient on all ranks keeps none."""

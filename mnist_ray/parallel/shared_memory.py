@@ -14,7 +14,6 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +35,15 @@ def use_if_possible(model: DistributedDataParallel) -> bool:
     """
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         return False
-    size, num_rows = sum(parameter.numel() for parameter in model.parameters()), [1] * dist.get_world_size()
-    memory = open_together(num_rows, size)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    memory = open_together(size)
     if memory is None:
         return False
-    exchanged = Exchange(memory, dist.get_rank(), num_rows, size)
+    exchanged = Exchange(memory, dist.get_rank(), dist.get_world_size(), size)
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP cannot read postponed annotations
         gradients = bucket.buffer()
-        torch.sum(exchanged(gradients.div_(dist.get_world_size())[None]), 0, out=gradients)
+        torch.sum(exchanged(gradients.div_(dist.get_world_size())), 0, out=gradients)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(gradients)
         return done
@@ -59,26 +58,22 @@ def is_supported() -> bool:
 
 
 class Exchange:
-    """Exchanges rows of float32 between ranks. All ranks make the same calls, with rows of the same length.
+    """Exchanges vectors of float32 between ranks, of at most ``size`` numbers. All ranks make the same calls."""
 
-    ``num_rows`` has the number of rows of each rank; ``size`` is the upper limit of a row's length.
-    """
-
-    def __init__(self, memory: mmap.mmap, rank: int, num_rows: Sequence[int], size: int) -> None:
-        counters = np.frombuffer(memory, np.int64, len(num_rows) * _CACHE_LINE // 8)
-        self._counters = counters.reshape(len(num_rows), -1)[:, 0]
-        rows = np.frombuffer(memory, np.float32, 2 * sum(num_rows) * size, offset=counters.nbytes)
-        self._rows = torch.from_numpy(rows).view(2, sum(num_rows), size)
-        self._own = slice(sum(num_rows[:rank]), sum(num_rows[: rank + 1]))
+    def __init__(self, memory: mmap.mmap, rank: int, world_size: int, size: int) -> None:
+        counters = np.frombuffer(memory, np.int64, world_size * _CACHE_LINE // 8)
+        self._counters = counters.reshape(world_size, -1)[:, 0]
+        rows = np.frombuffer(memory, np.float32, 2 * world_size * size, offset=counters.nbytes)
+        self._rows = torch.from_numpy(rows).view(2, world_size, size)
         self._rank = rank
         self._calls = 0
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return the rows of all ranks, in the ranks' order; valid until the next call."""
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Return the vectors of all ranks, (ranks, numbers); valid until the next call."""
         self._calls += 1
         # Two buffers alternate. A rank can be one call ahead, never two, so nobody reads the buffer that it writes.
-        buffer = self._rows[self._calls % 2, :, : rows.shape[1]]
-        buffer[self._own].copy_(rows)
+        buffer = self._rows[self._calls % 2, :, : len(vector)]
+        buffer[self._rank].copy_(vector)
         self._counters[self._rank] = self._calls
         start = time.perf_counter()
         while (self._counters < self._calls).any():
@@ -86,9 +81,9 @@ class Exchange:
         return buffer
 
 
-def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
+def open_together(size: int) -> mmap.mmap | None:
     """Return zeroed memory that all ranks share; None on all ranks if any cannot map it. All ranks must call it."""
-    num_bytes = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4
+    num_bytes = dist.get_world_size() * (_CACHE_LINE + 2 * size * 4)
     with contextlib.ExitStack() as removed:  # the file; the memory stays until the last rank has closed it
         names = [_create_file(num_bytes, removed) if dist.get_rank() == 0 and is_supported() else ""]
         dist.broadcast_object_list(names, src=0)

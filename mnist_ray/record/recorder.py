@@ -31,7 +31,7 @@ from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FIL
 from mnist_ray.text import count
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, Validated
-from mnist_ray.training.metrics import Evaluation, not_finite_notes
+from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.figures import RATE, formatted
 
 _GROWN = 10.0  # times the first step's loss: a training that diverges without numbers that are not finite
@@ -150,9 +150,6 @@ class Recorder:
         if isinstance(event, Progress) and (event.saves or event.step == event.epoch_steps):
             self._history.write_steps()  # a checkpoint follows, from which a killed run continues
         self._console.show(event)
-        if isinstance(event, Validated):
-            for note in not_finite_notes(event.not_finite, self._session.data.validation, self._job.workload.nouns):
-                self._warn(note)
         self._trackers.log(event)
 
     def _note_growth(self, loss: float) -> None:
@@ -193,8 +190,6 @@ class Recorder:
                 self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
         self._console.show_evaluation(tested)
-        for note in self._result["notes"]:
-            self._warn(note)
         if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
             verdict = overfit_verdict(self._first_loss, tested.values(workload)["loss"])
             self._console.result("overfit", verdict)
@@ -205,7 +200,6 @@ class Recorder:
         rate = self._history.mean_rate() or fitted.metrics.values.get(RATE, math.nan)
         values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload)} | {
             "formats": {figure.name: figure.form for figure in self._history.figures},
-            "notes": not_finite_notes(tested.not_finite, self._session.data.test, workload.nouns),
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": weights_digest(read_state(fitted.checkpoint)),
             "checkpoint_metrics": fitted.metrics.to_dict(),

@@ -33,7 +33,7 @@ from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder
 from mnist_ray.text import count
 from mnist_ray.training.evaluation import evaluate
-from mnist_ray.training.metrics import Evaluation, not_finite_notes
+from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
 from ray_fork.starting import Forking
@@ -70,8 +70,6 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         tasks = Tasks(number, max(1, min(cpus, free)), plan.use_gpu)
         tested = evaluate_in_tasks(workload, found.checkpoint, test, tasks, 0, console)
         console.show_evaluation(tested)
-        for text in not_finite_notes(tested.not_finite, test, workload.nouns):
-            note(text)
         return tested
 
 

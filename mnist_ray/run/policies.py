@@ -24,7 +24,7 @@ from mnist_ray.process import end_if_hung, in_thread
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.storage import checkpoint_name, in_one_line
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.evaluation import batch_size_of, evaluate_together
+from mnist_ray.training.evaluation import evaluate_together
 from mnist_ray.training.metrics import score
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import STORAGE, VALIDATION
@@ -64,16 +64,12 @@ class Validator:
 
     def __init__(self, job: Job, split: Split, config: TrainConfig, group: Group, limit: HangLimit) -> None:
         self._job, self._split, self._config, self._group, self._limit = job, split, config, group, limit
-        self._batch_size: int | None = None  # the first validation finds it
-        self.not_finite = 0, 0  # in the last validation: how many examples, and the first one's position
 
     def validate(self, state: TrainingState) -> dict[str, Any]:
         """Return the values of a validation for a checkpoint's metrics. All ranks must call this."""
         workload, start = self._job.workload, time.perf_counter()
         loader_workers = self._job.workers.loader_workers
         with state.watch.on(VALIDATION):
-            if self._batch_size is None:
-                self._batch_size = batch_size_of(workload, state.result, self._split, self._config, loader_workers)
             evaluation = evaluate_together(
                 workload,
                 state.result,
@@ -82,9 +78,7 @@ class Validator:
                 self._group,
                 num_loader_processes=loader_workers,
                 on_batch=lambda num_done: self._limit.show(),
-                batch_size=self._batch_size,
             )
-        self.not_finite = evaluation.not_finite
         values = evaluation.values(workload)
         of_metrics = {f"val_{name}": value for name, value in values.items()}
         seconds = time.perf_counter() - start

@@ -267,17 +267,14 @@ class Worker(Callback):
                 scheduler.step(values[self._workload.monitor.name])
         for callback in self._callbacks:
             callback.on_validation(state, values)
-        assert self._validator is not None
-        self._send_validation(state, metrics, self._validator.not_finite)
+        self._send_validation(state, metrics)
 
-    def _send_validation(
-        self, state: TrainingState, metrics: CheckpointMetrics, not_finite: tuple[int, int] = (0, 0)
-    ) -> None:
+    def _send_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Report the validation of an epoch."""
         names = [metric.name for metric in self._workload.all_metrics]
         values = {name: metrics.values.get(f"val_{name}", math.nan) for name in names}  # the workload may have new ones
         seconds = metrics.values.get("val_s", math.nan)
-        self._sink.send(Validated(metrics.epoch, values, seconds, state.total_step, not_finite))
+        self._sink.send(Validated(metrics.epoch, values, seconds, state.total_step))
 
     def _seconds_of_all(self, state: TrainingState) -> list[list[float]]:
         """Return the seconds of each rank since the last progress, by part; all ranks must call this."""

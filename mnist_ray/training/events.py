@@ -133,7 +133,6 @@ class Validated(Event):
     values: Mapping[str, float]  # loss and metrics
     seconds: float
     total_step: int  # finished steps over all epochs
-    not_finite: tuple[int, int] = (0, 0)  # how many examples have a loss or measure that is not; the first's position
 
 
 @dataclass(frozen=True)

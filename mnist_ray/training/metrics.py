@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from mnist_ray.data.data import Split
 from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.training.events import TIMES
 from mnist_ray.workload.base import Workload
@@ -83,7 +82,6 @@ class Evaluation:
     num_examples: int
     columns: dict[str, np.ndarray]  # the workload's predictions, (N, ...) each, in the examples' order
     losses: dict[str, np.ndarray] = field(default_factory=dict)  # each example's loss and, if it has one, weight, (N,)
-    is_finite: np.ndarray = field(default_factory=lambda: np.ones(0, bool))  # each example's loss and measures, (N,)
 
     @classmethod
     def merge(cls, parts: Iterable[Evaluation]) -> Evaluation:
@@ -95,14 +93,7 @@ class Evaluation:
             sum(part.num_examples for part in parts),
             {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
             {name: np.concatenate([part.losses[name] for part in parts]) for name in parts[0].losses},
-            np.concatenate([part.is_finite for part in parts]),
         )
-
-    @property
-    def not_finite(self) -> tuple[int, int]:
-        """The number of examples whose loss or a measure is NaN or infinite, and the first one's position or 0."""
-        positions = np.flatnonzero(~self.is_finite)
-        return len(positions), int(positions[0]) if len(positions) else 0
 
     def values(self, workload: Workload) -> dict[str, float]:
         """Return loss and metrics. Thanks to ``fsum``, they do not depend on how ranks or tasks share the batches."""
@@ -112,7 +103,7 @@ class Evaluation:
         try:
             of_all = workload.summarize_predictions(self.columns) if self.num_examples else {}
         except ValueError:  # scikit-learn's metrics reject NaN
-            if self.is_finite.all():
+            if all(np.isfinite(losses).all() for losses in self.losses.values()):
                 raise
             of_all = {metric.name: math.nan for metric in workload.metrics if metric.name not in values}
         return values | {name: float(value) for name, value in of_all.items()}  # they may be NumPy's
@@ -121,15 +112,6 @@ class Evaluation:
         """Return the test results for result.json."""
         tested = {f"test_{name}": value for name, value in self.values(workload).items()}
         return {**tested, "num_test_examples": self.num_examples, **workload.details(self.columns)}
-
-
-def not_finite_notes(not_finite: tuple[int, int], split: Split, nouns: str) -> list[str]:
-    """Return a line about the ``not_finite`` examples in an evaluation of a split, if there are any."""
-    number, first = not_finite
-    if number == 0:
-        return []
-    which = f"the first has index {split.all_places[first]} in {split.origin}"
-    return [f"the loss or a metric is NaN or infinite for {number:,} of {len(split):,} {nouns}; {which}"]
 
 
 def check_logged(workload: Workload, names: Iterable[str]) -> None:

@@ -22,11 +22,10 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.readers import seed_generators
 from mnist_ray.data.tensors import as_fp32, autocast, buffers_kept, detached, is_sharded, rows_here
-from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.errors import UsageError
 from mnist_ray.parallel.gradients import Bucketed, GradientSync, Sharded
-from mnist_ray.parallel.group import Group
+from mnist_ray.parallel.group import Group, of_all_ranks
 from mnist_ray.parallel.reproducible import Chunks
-from mnist_ray.parallel.whole_batch import of_all_ranks
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import COUNT, LOGGED, MINIMIZED, WEIGHT
 from mnist_ray.training.optimizers import parameters_of
@@ -97,8 +96,7 @@ class Step:
         self._workload, self._state, self._group, self._callbacks = workload, state, group, callbacks
         self._name = type(workload).__name__
         in_optimizers = itertools.chain(*map(parameters_of, state.optimizers.values()))
-        self._of_model = [*state.model.parameters()]
-        self._parameters = [*{*self._of_model, *in_optimizers}]
+        self._parameters = [*{*state.model.parameters(), *in_optimizers}]
         self._syncs: dict[str | None, tuple[list[bool], GradientSync]] = {}  # by optimizer, with what is trained
         self._micro_batches: Sequence[MicroBatch] = ()
         self._micro_batch: MicroBatch | None = None  # whose losses are computed now
@@ -106,7 +104,6 @@ class Step:
         self._on_ready = functools.partial(state.watch.turn, WORKERS)
         self._sync = GradientSync(state.model, group, self._on_ready)  # of the last ``backward``
         self._reported: Tensor | None = None  # the micro-batch's losses that ``measure`` has reported, (N,)
-        self._first: Tensor | None = None  # sum of the losses of the step's first ``backward``
         self._minimized = torch.zeros(())  # sum of the losses of the last ``backward``
         self._weight: Tensor | None = None  # the global batch's sum of example weights, if there are any
         if len(self.optimizers) > 1:
@@ -117,16 +114,15 @@ class Step:
         """Take a step on this rank's slice of a batch inside the block. Raises UsageError if it has no gradient."""
         self.begin(micro_batches)
         yield
-        if self._first is None:
+        if not self.sums:
             raise UsageError(f"{self._name}.training_step must call step.backward")
-        self.sums.setdefault("loss", self._first)
-        self.sums.pop(_MINIMIZED)
+        self.sums.setdefault("loss", self.sums.pop(_MINIMIZED))  # of the first ``backward``
         _clear(self._parameters)
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Prepare for the calls of a step with these micro-batches of this rank's slice."""
         self._micro_batches = micro_batches
-        self.sums, self.gradient_norm, self._first = {}, None, None
+        self.sums, self.gradient_norm = {}, None
 
     def take_logged(self) -> None:
         """Add to the step's sums what was logged outside of losses."""
@@ -143,7 +139,7 @@ class Step:
         same name in a step, the first counts.
         """
         own = self._parameters if optimizer is None else parameters_of(self._optimizer(optimizer))
-        if self._first is not None:  # before a step's first gradient, there is none
+        if self.sums:  # before a step's first gradient, there is none
             _clear(own)
         total: Mapping[str, Tensor] = {}
         with _NOTHING if optimizer is None else self._alone(optimizer):
@@ -161,7 +157,6 @@ class Step:
             sync.finish()
         self._state.watch.turn(COMPUTE)
         self._minimized, self._weight = total[_MINIMIZED], None
-        self._first = self._minimized if self._first is None else self._first
         self.sums = {**total, **self.sums}
         if WEIGHT in total:
             self._divide_by_weights(own, total[WEIGHT])
@@ -290,9 +285,7 @@ class Step:
     def _sum_of(self, values: Tensor, place: str) -> Tensor:
         batch = self._micro_batch
         assert batch is not None
-        # What ``measure`` has returned is checked; a filler has no losses among those of all ranks.
-        if values is not self._reported and not (self._workload.compares_examples and batch.is_filler):
-            check_per_example(f"{self._name}.{place}", values, batch.num_examples)
+        check_per_example(f"{self._name}.{place}", values, batch.num_examples)
         return values.sum() if values.dtype == torch.float64 else values.float().sum()
 
     def _closed(self, closure: Callable[[], object], stepping: Optimizer) -> Tensor:
@@ -331,19 +324,16 @@ class Step:
 
     def _sync_for(self, optimizer: str | None) -> GradientSync:
         """Return the form that adds up the gradients of the parameters that are trained now."""
-        trained = [parameter.requires_grad for parameter in self._of_model]
+        trained = [parameter.requires_grad for parameter in self._parameters]
         known, sync = self._syncs.get(optimizer, ([], None))
         if sync is not None and known == trained:
             return sync
-        if isinstance(sync, Sharded):
-            found = "--strategy fsdp: a callback has changed requires_grad during training"
-            raise TrainingStoppedError(f"{found}; change it in on_start")
         if sync is not None:
             sync.close()
         model, config, group, on_ready = self.model, self.config, self._group, self._on_ready
         has_unused = self._workload.has_unused_parameters
         if config.reproducible:
-            sync = Chunks(model, group, config.num_chunks, on_ready, has_unused_parameters=has_unused)
+            sync = Chunks(model, group, config.num_chunks, on_ready)
         elif self._state.is_sharded:
             sync = Sharded(model, group, on_ready)
         elif group.world_size > 1 and optimizer is None:

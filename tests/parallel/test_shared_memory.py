@@ -15,28 +15,27 @@ from mnist_ray.parallel import shared_memory
 from tests.ranks import call_on_ranks
 
 WORLD_SIZE, SIZE, NUM_CALLS = 3, 1000, 60
-NUM_ROWS = [1, 3, 2]
 
 
-def rows_of(rank: int, call: int) -> torch.Tensor:
-    """Return a rank's rows for a call. Their length differs between calls, like that of DDP's buckets."""
+def vector_of(rank: int, call: int) -> torch.Tensor:
+    """Return a rank's vector for a call. Its length differs between calls, like that of DDP's buckets."""
     rng = np.random.default_rng((rank, call))
-    return torch.from_numpy(rng.standard_normal((NUM_ROWS[rank], 1 + 17 * call % SIZE)).astype(np.float32))
+    return torch.from_numpy(rng.standard_normal(1 + 17 * call % SIZE).astype(np.float32))
 
 
 def exchange_on_each_rank(rank: int, folder: Path) -> None:
-    """Exchange rows, with each rank late at other calls; then let DDP use memory that exists or does not."""
+    """Exchange vectors, with each rank late at other calls; then let DDP use memory that exists or does not."""
     if rank >= WORLD_SIZE:
         return
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-    memory = shared_memory.open_together(NUM_ROWS, SIZE)
+    memory = shared_memory.open_together(SIZE)
     assert memory is not None
-    exchanged = shared_memory.Exchange(memory, rank, NUM_ROWS, SIZE)
+    exchanged = shared_memory.Exchange(memory, rank, WORLD_SIZE, SIZE)
     results = []
     for call in range(NUM_CALLS):
         if call % WORLD_SIZE == rank:
             time.sleep(0.003)
-        results.append(exchanged(rows_of(rank, call)).numpy().copy())
+        results.append(exchanged(vector_of(rank, call)).numpy().copy())
     np.savez(folder / f"rank-{rank}", *results)
 
     models = [nn.Linear(3, 2), nn.Linear(3, 2).double()]
@@ -58,10 +57,10 @@ def exchanged(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def test_every_rank_sees_the_rows_of_all_at_each_call(exchanged: Path) -> None:
+def test_every_rank_sees_the_vectors_of_all_at_each_call(exchanged: Path) -> None:
     of_ranks = [np.load(exchanged / f"rank-{rank}.npz") for rank in range(WORLD_SIZE)]
     for call in range(NUM_CALLS):
-        expected = torch.cat([rows_of(rank, call) for rank in range(WORLD_SIZE)])
+        expected = torch.stack([vector_of(rank, call) for rank in range(WORLD_SIZE)])
         for of_rank in of_ranks:
             np.testing.assert_array_equal(of_rank[f"arr_{call}"], expected)
 

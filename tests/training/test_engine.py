@@ -127,9 +127,9 @@ def check_buffers(group: Group, split: Split) -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(784)
     model = nn.Sequential(nn.Flatten(), norm, nn.Linear(784, 10))
-    expected = evaluate(mnist(), model, split, CONFIG, batch_size=100)
+    expected = evaluate(mnist(), model, split, CONFIG)
     norm.get_buffer("running_mean").add_(group.rank)
-    assert evaluate_together(mnist(), model, split, CONFIG, group, batch_size=100).batch_sums == expected.batch_sums
+    assert evaluate_together(mnist(), model, split, CONFIG, group).batch_sums == expected.batch_sums
 
 
 def check_clocks(group: Group) -> None:

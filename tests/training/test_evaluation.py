@@ -1,5 +1,4 @@
 import contextlib
-from collections.abc import Mapping
 from unittest.mock import Mock
 
 import numpy as np
@@ -7,18 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.tensors import buffers_kept
-from mnist_ray.mnist import MNIST
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
-from mnist_ray.training import evaluation
-from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
-from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload import Regression
+from mnist_ray.training.evaluation import evaluate, evaluate_together
 from tests.conftest import mnist
 
 
@@ -33,22 +27,6 @@ def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     assert mnist().details(evaluation.columns)["confusion_matrix"] == expected.tolist()
 
 
-def test_an_evaluation_finds_examples_whose_loss_or_measures_are_not_finite() -> None:
-    class Measured(Regression):
-        def measure(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"inverse": 1 / targets}
-
-        def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
-            return dict(means)
-
-    targets = np.ones(7)
-    targets[[4, 6]] = np.nan, 0
-    split = Split(Arrays(np.ones((7, 1), np.float32), targets))
-    parts = [evaluate(Measured(), nn.Linear(1, 1), split.between(*ends), TrainConfig()) for ends in ((0, 3), (3, 7))]
-    assert parts[0].not_finite == (0, 0)
-    assert Evaluation.merge(parts).not_finite == (2, 4)
-
-
 def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     workload, measure = mnist(), Mock(return_value={})
     monkeypatch.setattr(workload, "evaluation_batch_size", lambda on_gpu: 250)
@@ -57,40 +35,15 @@ def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, m
     assert [len(call.args[1]) for call in measure.call_args_list] == [250, 250, 100]
 
 
-@pytest.mark.parametrize(
-    ("max_bytes", "micro_batch_size", "size"),
-    [(2**26, None, 100), (2**26, 128, 100), (2**26, 60, 50), (60 * 40, None, 50), (60 * 40, 13, 10), (1, None, 1)],
-)
-def test_an_evaluation_computes_no_more_at_a_time_than_a_micro_batch_or_outputs_of_some_size(
-    max_bytes: int, micro_batch_size: int | None, size: int, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("micro_batch_size", "size"), [(None, 100), (128, 100), (60, 50), (13, 10)])
+def test_an_evaluation_computes_no_more_at_a_time_than_a_micro_batch(
+    micro_batch_size: int | None, size: int, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An image has 10 logits, of 40 bytes in all.
-    monkeypatch.setattr("mnist_ray.training.evaluation.MAX_OUTPUT_BYTES", max_bytes)
     workload, measure = mnist(), Mock(return_value={})
     monkeypatch.setattr(workload, "measure", measure)
     images, model = Split(few_images).between(0, 120), workload.create_model()
     evaluate_together(workload, model, images, TrainConfig(micro_batch_size=micro_batch_size), Group())
     assert [len(call.args[1]) for call in measure.call_args_list] == [size] * (120 // size) + [20] * (size > 20)
-
-
-class Rows(Dataset):
-    """The first of its examples is the largest."""
-
-    def __len__(self) -> int:
-        return 300
-
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
-        return torch.zeros(4 if place == 0 else 1, 10), 0
-
-
-def test_all_parts_of_the_examples_are_evaluated_as_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_ray.training.evaluation.MAX_OUTPUT_BYTES", 20 * 160)
-    monkeypatch.setattr(MNIST, "prepare", lambda self, inputs, generator: inputs)
-    split, model = Split(Rows()), nn.Identity()
-    parts = [split, split.between(0, 100), split.between(100, 300)]
-    assert [batch_size_of(mnist(), model, part, TrainConfig()) for part in parts] == [20] * 3
-    monkeypatch.setattr(MNIST, "evaluation_batch_size", lambda self, on_gpu: 77)
-    assert batch_size_of(mnist(), model, split, TrainConfig()) == 77, "the workload's own number holds"
 
 
 def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be_trained_with(
@@ -109,22 +62,19 @@ def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be
     vars(model)["train"] = train
     evaluate(mnist(), model, Split(few_images), TrainConfig())
     assert [name for name, module in model.named_modules() if not module.training] == ["conv1"]
-    assert switched == [False, True] * 2  # first, to see how large the outputs are
+    assert switched == [False, True]
     assert not kept[0].is_inference()
 
 
-@pytest.mark.parametrize("call", ["evaluate", "batch_size_of"])
-def test_a_model_that_fails_in_an_evaluation_is_left_as_it_was(call: str, few_images: Arrays) -> None:
+def test_a_model_that_fails_in_an_evaluation_is_left_as_it_was(few_images: Arrays) -> None:
     class Failing(nn.Linear):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             raise ValueError
 
     model = Failing(784, 10)
-    model._compiled_call_impl = compiled = Failing.forward.__get__(model)
     with pytest.raises(ValueError, match=r"^$"):
-        getattr(evaluation, call)(mnist(), model, Split(few_images), TrainConfig())
+        evaluate(mnist(), model, Split(few_images), TrainConfig())
     assert model.training
-    assert model._compiled_call_impl == compiled
 
 
 def test_a_block_that_fails_leaves_buffers_and_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,9 @@ def test_metrics_of_all_predictions_that_reject_nan_are_nan_if_there_is_one_and_
             raise ValueError("Input contains NaN")
 
     with pytest.raises(ValueError, match="NaN"):
-        Evaluation(({"loss": 1.0},), 2, {}, {}, np.array([True, True])).values(Strict())
-    assert str(Evaluation(({"loss": 1.0},), 2, {}, {}, np.array([True, False])).values(Strict())) == (
-        "{'loss': 0.5, 'auc': nan}"
-    )
+        Evaluation(({"loss": 1.0},), 2, {}, {"loss": np.ones(2)}).values(Strict())
+    spoiled = Evaluation(({"loss": 1.0},), 2, {}, {"loss": np.array([1, math.nan])})
+    assert str(spoiled.values(Strict())) == "{'loss': 0.5, 'auc': nan}"
 
 
 def test_metrics_of_all_predictions_are_computed_for_evaluations_only() -> None:

@@ -22,8 +22,7 @@ from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError, UsageError
-from mnist_ray.parallel.group import Group
-from mnist_ray.parallel.whole_batch import of_all_ranks
+from mnist_ray.parallel.group import Group, of_all_ranks
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import figures_of

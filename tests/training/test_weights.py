@@ -23,7 +23,7 @@ from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.job.dry_run import check_batch
 from mnist_ray.parallel.group import Group
-from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
+from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.trainer import Trainer, create_state
@@ -109,9 +109,8 @@ def train_cases(rank: int, folder: Path) -> None:
                 state, gradients, losses = trained(case, group)
                 split = Split(few_words(251))
                 config = replace(CONFIG, micro_batch_size=30)
-                size = batch_size_of(Words(), state.model, split, config)
-                evaluation = evaluate_together(Words(), state.model, split, config, group, batch_size=size)
-                alone = evaluate(Words(), state.model, split, config, batch_size=25)
+                evaluation = evaluate_together(Words(), state.model, split, config, group)
+                alone = evaluate(Words(), state.model, split, config)
                 assert evaluation.values(Words()) == alone.values(Words())
                 if rank == 0:
                     name = f"{case}-{world_size}"
