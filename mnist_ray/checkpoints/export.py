@@ -71,7 +71,9 @@ def export(found: Found, config: ExportConfig) -> Path:
 
 def test_batches(workload: Workload) -> Batches:
     """Return the data set of batches of the workload's test set. Raises UsageError and JobError."""
-    return Batches(Split(data_of(workload).test, origin="test"), torch.device("cpu"), workload.collate)
+    data = data_of(workload)
+    test = Split(data.test, origin="test").transformed(data.transform)
+    return Batches(test, torch.device("cpu"), workload.collate)
 
 
 def inputs_of(workload: Workload, batches: Batches, start: int, number: int) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import ray
 
-from mnist_ray.data.data import Origin, Split, as_streamed
+from mnist_ray.data.data import Origin, Split, Transform, as_streamed
 from mnist_ray.data.order import AllBut
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.workload.base import Workload
@@ -25,6 +26,7 @@ class RemoteSplit:
     indices: np.ndarray | AllBut | None  # its examples in the stored or loaded data; None: all
     draws: np.ndarray | None = None  # like those of a Split
     places: np.ndarray | AllBut | None = None
+    transforms: Sequence[Transform] = ()  # may be functions of the workload's file, so they are unpickled after it
 
     def __len__(self) -> int:
         return self.size
@@ -39,7 +41,7 @@ class RemoteSplit:
         if len(examples) != self.whole_size:
             differ = f"load_data has {len(examples):,} {self.origin} examples here, {self.whole_size:,} in the job"
             raise TrainingStoppedError(f"{differ}; it must return the same in every process")
-        return Split(examples, self.indices, self.origin, self.draws, self.places)
+        return Split(examples, self.indices, self.origin, self.draws, self.places, self.transforms)
 
 
 def may_be_stored(split: Split) -> bool:
@@ -52,4 +54,4 @@ def share(workload: Workload, split: Split) -> RemoteSplit:
     stored = ray.put(split.examples) if may_be_stored(split) else None
     places = None if split.draws is None else split.places
     of_field = workload, split.origin, len(split), len(split.examples)
-    return RemoteSplit(*of_field, stored, split.indices, split.draws, places)
+    return RemoteSplit(*of_field, stored, split.indices, split.draws, places, split.transforms)

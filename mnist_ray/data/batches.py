@@ -123,7 +123,9 @@ def _reader_of(split: Split, device: torch.device, find_fault: FindFault, read_a
         return StreamReader(split)
     if split.is_in_blocks:
         return BlockReader(split, read_ahead_mib, find_fault)
-    return ArrayReader(split, device) if isinstance(split.examples, Arrays) else ItemReader(split)
+    if isinstance(split.examples, Arrays) and not split.transforms:
+        return ArrayReader(split, device)
+    return ItemReader(split)
 
 
 def _misfit(indices: np.ndarray, examples: list[Pair]) -> str:
@@ -157,7 +159,7 @@ def batch_loader(
     by default, it would read the examples one by one and stack them.
     """
     reader = batches.reader
-    if batches.split.whole_arrays is not None and reader.device.type == device.type:
+    if isinstance(reader, ArrayReader) and reader.is_whole and reader.device.type == device.type:
         return map(batches.__getitem__, requests)
     if batches.loader is not None:
         return batches.loader

@@ -165,6 +165,10 @@ def is_stream(examples: Any) -> bool:
     return not is_sized and (hasattr(examples, "__iter__") or callable(examples))
 
 
+Transform = Callable[[Any], Any]
+"""Takes and returns an example's input. Its random numbers follow from the run's seed, the pass and the example."""
+
+
 @dataclass(frozen=True)
 class Data:
     """The result of a workload's ``load_data``.
@@ -183,9 +187,11 @@ class Data:
     files: Sequence[str | Path] = ()
     """The files of a ``Dataset`` or of ``Blocks``: a run is not resumed if they have changed."""
     weights: np.ndarray | None = None  # (N,): examples of ``train`` are drawn with replacement, in these proportions
-    groups: np.ndarray | None = (
-        None  # (N,): examples of ``train`` with one value, e.g. a patient, are held out together
-    )
+    groups: np.ndarray | None = None
+    """(N,): examples of ``train`` with one value, e.g. a patient, are held out together."""
+    train_transform: Transform | None = None
+    """Called on the input of each example that is trained on, not of those that are held out from ``train``."""
+    transform: Transform | None = None  # called on the input of every example, after ``train_transform``
 
 
 Origin = Literal["train", "validation", "test"]
@@ -201,12 +207,14 @@ class Split:
         origin: Origin = "train",
         draws: np.ndarray | None = None,
         places: np.ndarray | AllBut | None = None,
+        transforms: Sequence[Transform] = (),
     ) -> None:
         self.examples = examples
         self.indices = indices  # of the chosen ``examples``; None: all of them
         self.origin = origin  # the field of ``Data`` that has these examples
         self.draws = draws  # weights of the field's examples, if training draws from them
         self.places = indices if places is None else places  # of these examples in the field; None: all of them
+        self.transforms = transforms  # of the examples' inputs, one after another
 
     def __len__(self) -> int:
         return len(self.examples) if self.indices is None else len(self.indices)
@@ -215,10 +223,22 @@ class Split:
         """Return one example's (input, target). Raises UsageError if a ``Dataset`` does not return pairs."""
         example = self.examples[index if self.indices is None else int(self.indices[index])]
         if isinstance(example, (tuple, list)) and len(example) == 2:
-            return example[0], example[1]
+            return self.transform(example[0]), example[1]
         got = count(len(example), "value") if isinstance(example, (tuple, list)) else type(example).__name__
         remedy = "either may be a tuple or a dict; if there are no targets, repeat the input"
         raise UsageError(f"{self.origin}: a Dataset's items must be pairs (input, target), not {got}; {remedy}")
+
+    def transform(self, inputs: Any) -> Any:
+        """Return an example's input after the transforms."""
+        for transform in self.transforms:
+            inputs = transform(inputs)
+        return inputs
+
+    def transformed(self, *transforms: Transform | None) -> Split:
+        """Return the same examples with these transforms instead."""
+        split = copy.copy(self)
+        split.transforms = [transform for transform in transforms if transform is not None]
+        return split
 
     def indices_of(self, positions: Any) -> Any:
         """Turn positions in this split into indices in ``examples``."""
@@ -256,8 +276,9 @@ class Split:
             positions = np.arange(*positions.indices(len(self)))
         places = positions if self.places is None else self.places[positions]
         if self.is_in_memory:
-            return Split(Arrays(*self.examples[indices]), None, self.origin, self.draws, places)
-        return Split(self.examples, indices, self.origin, self.draws)
+            arrays = Arrays(*self.examples[indices])
+            return Split(arrays, None, self.origin, self.draws, places, self.transforms)
+        return Split(self.examples, indices, self.origin, self.draws, transforms=self.transforms)
 
     @property
     def weights(self) -> np.ndarray | None:

@@ -38,9 +38,12 @@ _END = object()
 class Reader:
     """Reads the examples that a request is for."""
 
-    device = torch.device("cpu")  # where the examples are
+    device = torch.device("cpu")  # where arrays are
     max_processes: int | None = 0  # that may read ahead; None: as many as there are
     read_to: dict[str, Any] | None = None  # of a stream: where a run that resumes after this step may go on reading
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
 
     def read(self, indices: np.ndarray, request: Request, seed: int) -> Pair | list[Pair]:
         """Return the examples at some indices of the source: joined (inputs, targets), or a list of examples.
@@ -48,6 +51,17 @@ class Reader:
         An example's random numbers follow from ``seed`` and its index. Raises ExampleError and JobError.
         """
         raise NotImplementedError
+
+    def _transformed(self, examples: list[Pair], indices: np.ndarray, seed: int) -> list[Pair]:
+        """Return examples, whose reading draws no random numbers of theirs, after the split's transforms."""
+        if not self._split.transforms:
+            return examples
+        found = []
+        for (inputs, targets), index in zip(examples, indices.tolist(), strict=True):
+            _seed_example(seed, index)
+            with _naming(self._split.origin, index):
+                found.append((self._split.transform(inputs), targets))
+        return found
 
 
 def seed_generators(seed: int) -> None:
@@ -74,12 +88,13 @@ def _naming(origin: str, index: int) -> Iterator[None]:
 
 
 class ArrayReader(Reader):
-    """Arrays. If they are in memory and the split has all of them, they are copied once to a GPU with enough memory."""
+    """Arrays without transforms. A whole split in memory is copied once to a GPU with enough memory."""
 
     def __init__(self, split: Split, device: torch.device) -> None:
+        super().__init__(split)
         self._parts = (split.examples.inputs, split.examples.targets)
-        self._is_whole = split.whole_arrays is not None
-        if not self._is_whole:
+        self.is_whole = split.whole_arrays is not None
+        if not self.is_whole:
             self.max_processes = None
             return
         if device.type != "cuda" or split.examples.nbytes <= _MAX_PART_OF_GPU * _free_bytes(device):
@@ -91,7 +106,7 @@ class ArrayReader(Reader):
 
     def read(self, indices: np.ndarray, request: Request, seed: int) -> Pair:
         """Return the rows as tensors."""
-        if not self._is_whole:
+        if not self.is_whole:
             # Into torch's memory, which always has the same alignment: the bits of a sum may depend on it. (np.take
             # would first copy an array whose rows overlap, or are not contiguous.)
             inputs, targets = (map_arrays(lambda array: torch.tensor(array[indices]), part) for part in self._parts)
@@ -109,18 +124,15 @@ def _free_bytes(device: torch.device) -> int:
 
 
 class ItemReader(Reader):
-    """A ``Dataset``, read item by item.
+    """A ``Dataset``, or arrays with transforms, read item by item.
 
-    Before each item is read, the generators of Python, NumPy and torch are seeded. So an example's random numbers
-    depend only on the seed and its index in the user's ``Dataset``, not on interruptions, splits, or the number of
-    ranks, tasks and loader processes. Of examples that are drawn by weight, the number of the draw counts instead of
-    the index: one that is drawn again gets other random numbers.
+    Before each item is read and transformed, the generators of Python, NumPy and torch are seeded. So an example's
+    random numbers depend only on the seed and its index in the user's ``Dataset``, not on interruptions, splits, or the
+    number of ranks, tasks and loader processes. Of examples that are drawn by weight, the number of the draw counts
+    instead of the index: one that is drawn again gets other random numbers.
     """
 
     max_processes = None
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
 
     def read(self, indices: np.ndarray, request: Request, seed: int) -> list[Pair]:
         """Return the items."""
@@ -129,7 +141,8 @@ class ItemReader(Reader):
         for index, number in zip(indices.tolist(), numbers.tolist(), strict=True):
             _seed_example(seed, number)
             with _naming(self._split.origin, index):
-                items.append(self._split.examples[index])
+                item = self._split.examples[index]
+                items.append((self._split.transform(item[0]), item[1]) if self._split.transforms else item)
         return items
 
 
@@ -139,7 +152,8 @@ class StreamReader(Reader):
     max_processes = 1  # the others would read the same
 
     def __init__(self, split: Split) -> None:
-        self._split, self._stream = split, split.examples
+        super().__init__(split)
+        self._stream = split.examples
         self._items: Iterator[Any] | None = None
         self._batch: list[Any] = []  # the last one
         self._next = self._rounds = 0  # the index of the next example; how often the stream has begun again
@@ -155,7 +169,7 @@ class StreamReader(Reader):
             self._read_batch(size, seed)
         if request.ends_step:
             self._note_place()
-        return [self._batch[index - first] for index in indices.tolist()]
+        return self._transformed([self._batch[index - first] for index in indices.tolist()], indices, seed)
 
     def _read_batch(self, size: int, seed: int) -> None:
         """Read the next batch, also what other ranks compute of it: a stream may draw random numbers on its way."""
@@ -200,7 +214,8 @@ class BlockReader(Reader):
     """
 
     def __init__(self, split: Split, max_mib: int, find_fault: FindFault) -> None:
-        self._split, self._max_mib, self._find_fault = split, max_mib, find_fault
+        super().__init__(split)
+        self._max_mib, self._find_fault = max_mib, find_fault
         self._sizes = sizes_in(split)  # None if the indices are not sorted, with --overfit-batches
         self._edges = np.append(0, np.cumsum(split.examples.sizes))
         self._threads = ThreadPoolExecutor(_NUM_THREADS)
@@ -217,7 +232,7 @@ class BlockReader(Reader):
         self._reads, self._next, self._step = reads, next(reads, None), first_step
 
     def read(self, indices: np.ndarray, request: Request, seed: int) -> Pair | list[Pair]:
-        """Return the examples: joined, if the blocks have arrays."""
+        """Return the examples: joined, if the blocks have arrays and there are no transforms."""
         blocks = np.searchsorted(self._edges, indices, side="right") - 1
         rows = indices - self._edges[blocks]
         wanted = np.unique(blocks).tolist()
@@ -227,9 +242,12 @@ class BlockReader(Reader):
             self._hold_ahead(wanted, self._step)
             self._step += request.ends_step
         examples_of = {block: self._examples(block) for block in wanted}
-        if all(isinstance(examples, Arrays) for examples in examples_of.values()):
+        # Rows of several arrays are joined at once, unless a transform needs them one by one.
+        are_arrays = all(isinstance(examples, Arrays) for examples in examples_of.values())
+        if are_arrays and not self._split.transforms:
             return _rows_of_blocks(examples_of, blocks, rows)
-        return [examples_of[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
+        examples = [examples_of[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
+        return self._transformed(examples, indices, seed)
 
     def _hold_with_next(self, wanted: list[int]) -> None:
         following = wanted[-1] + 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,11 @@ from pyarrow import fs
 from pyarrow import parquet as pq
 
 from mnist_ray.data.columns import arrays_of, check_kinds, of_rows
-from mnist_ray.data.data import Arrays, Blocks, Data
+from mnist_ray.data.data import Arrays, Blocks, Data, Transform
 from mnist_ray.data.files import files_at, identity_of, opened, version_of
 from mnist_ray.data.images import open_picture
 from mnist_ray.data.order import Shuffled
-from mnist_ray.errors import UsageError, first_line
+from mnist_ray.errors import UsageError
 from mnist_ray.settings import path_of
 from mnist_ray.storage import STORAGE_ERRORS, in_one_line
 
@@ -28,49 +29,96 @@ __all__ = ["Parquet", "open_picture", "pictures"]
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 _MAX_NAMED = 5  # classes
 _NUM_THREADS = 16  # that read footers
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Data:
-    """Return the images in ``place``, a folder per class; torchvision's ``ImageFolder`` reads each one when needed.
+def pictures(
+    place: str | Path,
+    *,
+    size: int = 64,
+    is_grey: bool = False,
+    train_transform: Transform | None = None,
+    transform: Transform | None = None,
+) -> Data:
+    """Return the images in ``place``, a folder per class; each one is read when it is needed.
 
-    Each image is scaled and cropped to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may have
-    train/ and test/ (or val/) with these folders; with all three, val/ is for validation. Without them, a random fifth
-    is the test set. Hidden files and folders are ignored. Raises UsageError.
+    ``train_transform`` is called on each image to train on, and ``transform`` then on every image: Pillow's, in RGB. By
+    default, ``transform`` scales and crops to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may
+    have train/ and test/ (or val/) with these folders; with all three, val/ is for validation. Without them, a random
+    fifth is the test set. Hidden files and folders are ignored. Raises UsageError.
     """
-    from torchvision import transforms
-
-    from mnist_ray.data.image_folder import ImageFolder
-
     place = path_of(place, "the data's path")
-    to_square = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
-    transform = transforms.Compose([transforms.Grayscale(), *to_square] if is_grey else to_square)
     roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()]
-    try:
-        folders: list[Any] = [
-            ImageFolder(root, transform, loader=_opened_in_colour) for root in roots or [place, place]
-        ]
-    except OSError as error:
-        raise UsageError(f"{place}: {first_line(error)}") from error
     if roots and (roots[0].name != "train" or len(roots) < 2):
         raise UsageError(f"{place} has {' and '.join(f'{root.name}/' for root in roots)}; it needs train/ and test/")
+    folders: list[Any] = [_ImageFolder.at(root) for root in roots or [place]]
     classes = folders[0].classes
-    for root, folder in zip(roots, folders, strict=False):
-        if folder.classes != classes:
+    for root, other in zip(roots, folders, strict=False):
+        if other.classes != classes:
             raise UsageError(f"{place}: train/ and {root.name}/ differ in classes")
     if not roots:
-        order, num_test = Shuffled(len(folders[0]), [_TEST_SEED])[:], max(1, len(folders[0]) // _TEST_PART)
-        for folder, part in zip(folders, (order[num_test:], order[:num_test]), strict=True):
-            folder.samples = [folder.samples[index] for index in np.sort(part)]
-            folder.targets = [target for _, target in folder.samples]
-    files = [file for folder in folders for file, _ in folder.samples]
-    named = f" ({', '.join(classes)})" if len(classes) <= _MAX_NAMED else ""
-    name = f"{place.name}, pictures of {len(classes)} classes{named}"
-    train, test, validation = folders if len(folders) == 3 else (*folders, None)
-    return Data(train, test, validation, name=name, metadata={"class_names": classes}, files=files)
+        samples = folders[0].samples
+        order, num_test = Shuffled(len(samples), [_TEST_SEED])[:], max(1, len(samples) // _TEST_PART)
+        parts = (np.sort(order[num_test:]), np.sort(order[:num_test]))
+        folders = [_ImageFolder(classes, [samples[index] for index in part]) for part in parts]
+    return Data(
+        train=folders[0],
+        test=folders[1],
+        validation=folders[2] if len(folders) == 3 else None,
+        name=f"{place.name}, pictures of {len(classes)} classes"
+        + (f" ({', '.join(classes)})" if len(classes) <= _MAX_NAMED else ""),
+        metadata={"class_names": classes},
+        files=[file for folder in folders for file, _ in folder.samples],
+        train_transform=train_transform,
+        transform=transform or _to_square(size, is_grey=is_grey),
+    )
 
 
-def _opened_in_colour(file: str) -> Image.Image:
-    return open_picture(file).convert("RGB")
+def _to_square(size: int, *, is_grey: bool) -> Transform:
+    from torchvision import transforms
+
+    to_grey = [transforms.Grayscale()] if is_grey else []
+    return transforms.Compose(  # type: ignore[no-any-return]
+        [*to_grey, transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
+
+
+class _ImageFolder:
+    """Images in RGB, each with the number of its class; ``samples`` are pairs (file, class), as in torchvision."""
+
+    def __init__(self, classes: list[str], samples: list[tuple[str, int]]) -> None:
+        self.classes, self.samples = classes, samples
+        self.targets = [target for _, target in samples]
+
+    @classmethod
+    def at(cls, root: Path) -> _ImageFolder:
+        """Return the images in a folder per class, sorted. Raises UsageError if a class has none."""
+        with in_one_line(f"{root} cannot be read"):
+            classes = sorted(found.name for found in root.iterdir() if found.is_dir() and found.name[0] != ".")
+        samples = []
+        for number, name in enumerate(classes):
+            files = [(file, number) for file in _images_in(root / name)]
+            if not files:
+                raise UsageError(f"{root / name} has no images")
+            samples += files
+        if not classes:
+            raise UsageError(f"{root} has no folder with images, one for each class")
+        return cls(classes, samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self.samples[index]
+        return open_picture(file).convert("RGB"), target
+
+
+def _images_in(folder: Path) -> Iterator[str]:
+    """Yield the images in a folder and below, except what is hidden, such as Jupyter's ``.ipynb_checkpoints``."""
+    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+        if f"{os.sep}." not in place[len(str(folder)) :]:
+            images = [name for name in sorted(names) if name.lower().endswith(_SUFFIXES) and name[0] != "."]
+            yield from (os.path.join(place, name) for name in images)
 
 
 class Parquet(Blocks):

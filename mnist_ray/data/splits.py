@@ -32,6 +32,13 @@ def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None)
 
     Raises UsageError if ``validation_size`` or the fold does not fit.
     """
+    splits = _divided(data, validation_size, fold)
+    train = splits.train.transformed(data.train_transform, data.transform)
+    validation, test = (split.transformed(data.transform) for split in (splits.validation, splits.test))
+    return dataclasses.replace(splits, train=train, validation=validation, test=test)
+
+
+def _divided(data: Data, validation_size: int | None, fold: Fold | None) -> Splits:
     name = data.name if data.weights is None else f"{data.name} (drawn by weight)"
     train = Split(data.train, draws=data.weights)
     test = Split(data.test, origin="test")
@@ -97,7 +104,7 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
         name=f"{count(config.overfit_batches, 'batch', 'batches')} of {splits.name}, {count(times, 'time')}",
         train=few.take(np.tile(np.arange(len(few)), times)),
         validation=few.between(0, 0),
-        test=few,
+        test=few.transformed(*splits.test.transforms),
     )
 
 

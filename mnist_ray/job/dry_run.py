@@ -117,7 +117,7 @@ def note_of_transforms(workload: Workload, validation: Split) -> str:
     if len(read[0]) == len(read[1]) and all(map(torch.equal, *read)):
         return ""
     found = "the validation set is held out from a Dataset whose examples change from read to read"
-    return f"{found}: validation gets them, too; give Data.validation without random transforms"
+    return f"{found}: validation gets them, too; pass random transforms as Data(train_transform=…)"
 
 
 def new_model(workload: Workload, config: TrainConfig) -> nn.Module:

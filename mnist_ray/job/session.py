@@ -181,7 +181,7 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
         smallest = Fraction(num_streams // num_workers, num_streams)
     sizes = batch_sizes or [job.train.batch_size]
     if train.is_stream:
-        train, sizes = Split(train.examples.first(2 * NUM_EXAMPLES)), ()
+        train, sizes = Split(train.examples.first(2 * NUM_EXAMPLES), transforms=train.transforms), ()
         if len(train) == 0:
             raise UsageError(f"{type(job.workload).__name__}: the stream of training examples is empty")
     unused = try_batch(job.workload, train, job.train, sizes, smallest, num_workers)

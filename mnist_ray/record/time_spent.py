@@ -83,12 +83,12 @@ def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, trai
 
 def _data_remedy(data_s: float, total: float, job: Job, train: Split) -> str:
     if train.is_in_blocks:
-        return "its storage, or Blocks.read, is slower than the training"
+        return "its storage, Blocks.read or a transform is slower than the training"
     if train.is_stream:
         ahead = "" if job.workers.loader_workers else "--loader-workers 1 reads ahead, and "
         return f"every worker reads the whole stream; {ahead}Blocks are read in parts"
     if job.workers.loader_workers:
-        return "use more --loader-workers, or make the Dataset faster"
+        return "use more --loader-workers, or make the Dataset and its transforms faster"
     needed = math.ceil(data_s / max(total - data_s, data_s / 16))  # this many read as fast as the training computes
     return f"with --loader-workers {needed}, other processes would read meanwhile, and save up to {data_s:.0f} s"
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # the process of an evaluation does not need these
 def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
     """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, data_of(found.workload)
-    test = Split(data.test, origin="test")
+    test = Split(data.test, origin="test").transformed(data.transform)
     workers = WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu)
     console = RunConsole(workload, 0, quiet=False)
     note = functools.partial(console.say, "note")

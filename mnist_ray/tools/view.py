@@ -26,7 +26,11 @@ _FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}
 def view(workload: Workload, config: ViewConfig) -> None:
     """Print the size of the data, and draw the chosen examples. Raises UsageError and JobError."""
     data = data_of(workload)
-    splits = {"train": Split(data.train), "test": Split(data.test)}
+    train, test = Split(data.train), Split(data.test)
+    splits = {
+        "train": train.transformed(data.train_transform, data.transform),
+        "test": test.transformed(data.transform),
+    }
     for name, split in splits.items():
         say(f"{name:<7} {count(len(split), workload.noun)}")
     chosen = splits[config.split]

@@ -43,7 +43,7 @@ def is_one_thread_faster(
     Several threads wait for each other longer than they compute if steps are small. Only for arrays in memory, because
     reading a ``Dataset`` takes longer than such a pass.
     """
-    is_small = _num_bytes(state) <= _MAX_SMALL_BYTES and split.whole_arrays is not None
+    is_small = _num_bytes(state) <= _MAX_SMALL_BYTES and split.whole_arrays is not None and not split.transforms
     if group.device.type != "cpu" or config.compile or not is_small:
         return False
     return all(group.gathered(_is_one_faster_here(workload, split, config, group)))

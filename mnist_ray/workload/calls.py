@@ -67,7 +67,7 @@ def splits_for(workload: Workload, data: Data, config: TrainConfig) -> Splits:
 
     if config.fold is not None:
         return of_fold(config.fold)
-    tested = Split(data.train)
+    tested = Split(data.train).transformed(data.transform)
     if config.limit < 1:
         places = [of_fold(number).test.all_places for number in range(1, num_folds + 1)]
         tested = tested.take(np.sort(np.concatenate(places)))

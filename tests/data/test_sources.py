@@ -347,7 +347,7 @@ def test_pictures_are_read_by_class_from_two_folders(tmp_path: Path, other: str)
     assert data.metadata == {"class_names": ["blue", "red"]}
     assert (len(data.train), len(data.test), len(data.files)) == (6, 2, 8)  # type: ignore[arg-type]
     for number, colour in enumerate(COLOURS.values()):
-        pixels, target = data.test[number]  # type: ignore[index]
+        pixels, target = splits_of(data, 0).test[number]
         assert target == number
         np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(colour)[:, None, None], (3, 8, 8)))
 
@@ -366,7 +366,7 @@ def test_of_pictures_in_one_folder_a_fifth_is_the_test_and_grey_has_one_channel(
     write_pictures(tmp_path / "all", 10)
     data = sources.pictures(tmp_path / "all", size=16, is_grey=True)
     assert (len(data.train), len(data.test)) == (16, 4)  # type: ignore[arg-type]
-    assert data.train[0][0].shape == (1, 16, 16)  # type: ignore[index]
+    assert splits_of(data, 0).train[0][0].shape == (1, 16, 16)
     assert data.train.targets == [data.train[index][1] for index in range(16)]  # type: ignore[union-attr, index]
 
 
@@ -378,7 +378,7 @@ def test_hidden_files_and_folders_are_neither_classes_nor_pictures(tmp_path: Pat
     assert len(data.files) == 2 * 3
     shutil.rmtree(tmp_path / ".data" / "blue")
     shutil.rmtree(tmp_path / ".data" / "red")
-    with pytest.raises(UsageError, match="there are only hidden folders in "):
+    with pytest.raises(UsageError, match=r"has no folder with images, one for each class$"):
         sources.pictures(tmp_path / ".data")
 
 
@@ -387,7 +387,7 @@ def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for number in range(3):
             Image.fromarray(np.full((8, 8), 100 << 8, np.uint16)).save(tmp_path / name / f"{number}.png")
-    assert sources.pictures(tmp_path, size=8).train[0][0].unique().tolist() == [100]  # type: ignore[index]
+    assert splits_of(sources.pictures(tmp_path, size=8), 0).train[0][0].unique().tolist() == [100]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -398,7 +398,7 @@ def test_transparent_pixels_are_white(mode: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         picture.save(tmp_path / name / "0.png")
-    pixels, _ = sources.pictures(tmp_path, size=4).train[0]  # type: ignore[index]
+    pixels, _ = splits_of(sources.pictures(tmp_path, size=4), 0).train[0]
     assert pixels.tolist() == [[[0, 0, 255, 255]] * 4] * 3
     content = (tmp_path / "a" / "0.png").read_bytes()
     (kept,) = arrays_of(written(tmp_path / "some.parquet", image=[content], label=[0])).inputs
@@ -431,22 +431,25 @@ def test_photos_are_upright(tmp_path: Path) -> None:
     content = (tmp_path / "a" / "0.jpg").read_bytes()
     (upright,) = arrays_of(written(tmp_path / "some.parquet", image=[content], label=[0])).inputs
     assert (upright[4, 4], upright[12, 4]) == (0, 255)
-    np.testing.assert_array_equal(sources.pictures(tmp_path, size=16, is_grey=True).train[0][0][0], upright)  # type: ignore[index]
+    pixels, _ = splits_of(sources.pictures(tmp_path, size=16, is_grey=True), 0).train[0]
+    np.testing.assert_array_equal(pixels[0], upright)
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({}, "Couldn't find any class folder"),
+        ({}, "has no folder with images, one for each class$"),
         ({"train": ("red",)}, "has train/; it needs train/ and test/"),
         ({"test": ("red",), "val": ("red",), "training": ("red",)}, "has test/ and val/; it needs train/ and test/"),
         ({"train": ("red",), "test": ("green",)}, "train/ and test/ differ in classes"),
+        ({"train": ("red",), "test/red": ()}, "test/red has no images$"),
     ],
 )
 def test_folders_that_hold_no_pictures_by_class_are_refused(
     parts: dict[str, tuple[str, ...]], message: str, tmp_path: Path
 ) -> None:
     for part, names in parts.items():
+        (tmp_path / part).mkdir(parents=True)
         write_pictures(tmp_path / part, 1, names)
     with pytest.raises(UsageError, match=message):
         sources.pictures(tmp_path)

@@ -91,7 +91,7 @@ def test_a_healthy_training_has_no_note() -> None:
     [
         ([{"data": 150.0}], {}, "waiting for data took 61% of the time (150.0 s)", "--loader-workers 2"),
         ([{"data": 50.0}], {"loader_workers": 2}, "waiting for data took 34%", "more --loader-workers"),
-        ([{"data": 50.0}], {"split": Split(Stored())}, "waiting for data took 34%", "its storage, or Blocks.read"),
+        ([{"data": 50.0}], {"split": Split(Stored())}, "waiting for data took 34%", "Blocks.read or a transform"),
         ([{"storage": 50.0}], {}, "checkpoints took 34% of the time (50.0 s)", "the storage is slow"),
         ([{"checkpoints": 50.0}], {}, "checkpoints took 34% of the time (50.0 s)", "the state is large"),
         ([{"workers": 99.0}] * 4, {}, "all workers wait for gradients 52% of the time", "a larger --batch-size"),
