@@ -119,9 +119,6 @@ CAUSES = {
     "a callback takes 5 ms after each step": Cause(
         CALLBACKS, "callbacks took", ("--callback", f"{SLOWED}:SlowCallback", "--num-epochs", 4)
     ),
-    "a tracker takes half a second for each event": Cause(
-        "", "the tracker finished", ("--tracker", f"{SLOWED}:SlowTracker", "--num-epochs", 4)
-    ),
     "four workers have batches of 8": Cause(
         "", "all workers wait", ("--batch-size", 8, "--num-workers", 4, "--limit", 0.3)
     ),

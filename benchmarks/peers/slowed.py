@@ -15,9 +15,7 @@ from torch.utils.data import Dataset
 from mnist_ray.mnist import problem
 from mnist_ray.parallel.group import Group
 from mnist_ray.storage import RunFolder
-from mnist_ray.trackers import Tracker
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.events import Event
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Arrays, Data, setting
 
@@ -116,11 +114,3 @@ class Storage20(SlowStorage):
     """20 MB/s."""
 
     bytes_per_s = 2e7
-
-
-class SlowTracker(Tracker):
-    """Takes a moment for each event."""
-
-    def log(self, event: Event) -> None:
-        """Pause."""
-        time.sleep(0.5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.data import Splits
 from mnist_ray.job.job import Job, report_command
@@ -15,41 +13,26 @@ from mnist_ray.storage import RESULT_FILE
 from mnist_ray.text import count, format_settings, size_of
 from mnist_ray.workload.base import Workload
 
-if TYPE_CHECKING:
-    from torch import nn
-
-_SMALL_ON_GPU = 64  # examples per step; fewer leave most of a GPU idle
+_PRINTED = {"num_epochs", "num_steps", "validate_every", "batch_size", "lr_schedule", "learning_rate", "precision"}
 
 
 def say_run(console: RunConsole, job: Job, data: Splits) -> None:
     """Print the header of a run: data, training, settings."""
-    config = job.train
+    config, workload = job.train, job.workload
     console.say("run", job.run.name)
     say_data(console, job, data)
     steps = f"{count(config.num_epochs, 'epoch')} of {count(config.steps_per_epoch(len(data.train)), 'step')}"
     if config.num_steps is not None:
         steps += f", {count(config.num_steps, 'step')} in all"
-    has_own = type(job.workload).create_scheduler is not Workload.create_scheduler
+    has_own = type(workload).create_scheduler is not Workload.create_scheduler
     rate = f"{'own schedule,' if has_own else config.lr_schedule} learning rate {config.learning_rate:g}"
-    best = f", best by {job.workload.monitor.name}" if len(data.validation) else ""
+    best = f", best by {workload.monitor.name}" if len(data.validation) else ""
     console.say("training", f"{steps}, batch size {config.batch_size}, {rate}, precision {config.precision}{best}")
-    printed = {"num_epochs", "num_steps", "validate_every", "batch_size", "lr_schedule", "learning_rate", "precision"}
-    defaults = {name: value for name, value in job.workload.defaults.items() if name not in printed}
-    changed = {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}
-    if changed:
+    defaults = {name: value for name, value in workload.defaults.items() if name not in _PRINTED}
+    if changed := {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}:
         console.say("settings", format_settings(changed))
     console.say("results", job.run.uri)
     console.waiting("starting Ray …")
-
-
-def say_result(console: RunConsole, job: Job) -> None:
-    """Print the result of a run that is finished."""
-    result, metrics = job.run.require_json(RESULT_FILE), job.workload.all_metrics
-    console.say("run", f"{job.run.name} is finished")
-    console.result("test", job.workload.format({m.name: number_of(result.get(f"test_{m.name}")) for m in metrics}))
-    console.result("result", job.run.inside(RESULT_FILE).uri)
-    if missing := report_command(job.run):
-        console.say("report", f"to write it: {missing}")
 
 
 def say_data(console: RunConsole, job: Job, data: Splits) -> None:
@@ -62,71 +45,47 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
     console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
 
 
+def say_result(console: RunConsole, job: Job) -> None:
+    """Print the result of a run that is finished."""
+    result, metrics = job.run.require_json(RESULT_FILE), job.workload.all_metrics
+    console.say("run", f"{job.run.name} is finished")
+    console.result("test", job.workload.format({m.name: number_of(result.get(f"test_{m.name}")) for m in metrics}))
+    console.result("result", job.run.inside(RESULT_FILE).uri)
+    if missing := report_command(job.run):
+        console.say("report", f"to write it: {missing}")
+
+
 def say_plan(session: Session, plan: WorkerPlan) -> int:
     """Print the model and the workers that train it; return the number of parameters."""
+    from mnist_ray.parallel import sharding  # imports torch
+
     job, console, cluster = session.job, session.console, session.cluster
-    model, why_whole = _created(job)
+    # A model to be sharded has no memory for its tensors here, if that is possible.
+    without_memory, why_whole = sharding.on_meta(job.workload) if job.train.strategy == "fsdp" else (None, "")
+    model = without_memory or job.workload.create_model()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
     console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters{trained}")
-    _note_batch_normalization(session, plan, model)
     if session.is_here:
         console.say("workers", "none: this process trains, without Ray")
         return num_parameters
     resources = count(plan.cpus_per_worker, "CPU") + (" and 1 GPU" if plan.use_gpu else "")
     place = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
     console.say("workers", f"{plan.num_workers}, each with {resources}, on {place}")
-    _say_memory(session, plan, model, why_whole)
+    if sharding.is_wanted(job.train, plan.num_workers):
+        units, ends = sharding.units_of(job.workload, model), (plan.num_workers, 1)
+        largest = size_of(max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units))
+        held, whole = (sharding.held_bytes(model, job.workload, job.train, number) for number in ends)
+        state = f"{size_of(held)} of weights, gradients and optimizer state, not {size_of(whole)}"
+        console.say("sharding", f"{count(len(units), 'unit')} of up to {largest}; each worker holds {state}")
+        if why_whole:
+            console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")
     cores = usable_cores()
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
         shared = f"{plan.num_workers} workers share {cores} cores"
         console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
-    slice_size = job.train.batch_size // plan.num_workers
-    if plan.use_gpu and slice_size < _SMALL_ON_GPU:
-        examples = f"{slice_size} {job.workload.nouns} a step"
-        console.say("note", f"{examples} leave a GPU idle: a larger --batch-size is faster")
     if plan.must_scale_up:
         console.say("note", "the cluster is too small now; waiting for it to start nodes")
     console.waiting("starting workers …")
     return num_parameters
-
-
-def _created(job: Job) -> tuple[nn.Module, str]:
-    """Return a new model. One to be sharded has no memory for its tensors; if that is impossible, also return why."""
-    from mnist_ray.parallel.sharding import on_meta
-
-    without_memory, why_whole = on_meta(job.workload) if job.train.strategy == "fsdp" else (None, "")
-    return without_memory or job.workload.create_model(), why_whole
-
-
-def _note_batch_normalization(session: Session, plan: WorkerPlan, model: nn.Module) -> None:
-    """Print a note if batch normalization sees fewer examples than a worker's slice of a batch."""
-    from torch import nn
-
-    config = session.job.train
-    size, kinds = config.micro_batch_size, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    if size is None or size >= config.batch_size / max(1, plan.num_workers):
-        return
-    if any(isinstance(module, kinds) for module in model.modules()):
-        said = f"--micro-batch-size {size}: batch normalization normalizes each {size} examples separately"
-        session.console.say("note", f"{said}, so results differ from those without it")
-
-
-def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module, why_whole: str) -> None:
-    """Print what each worker holds of a sharded model."""
-    from mnist_ray.parallel import sharding
-
-    workload, config = session.job.workload, session.job.train
-    if not sharding.is_wanted(config, plan.num_workers):
-        return
-    units = sharding.units_of(workload, model)
-    largest = max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units)
-    held, whole = (sharding.held_bytes(model, workload, config, number) for number in (plan.num_workers, 1))
-    session.console.say(
-        "sharding",
-        f"{count(len(units), 'unit')} of up to {size_of(largest)}; each worker holds {size_of(held)} of weights, "
-        f"gradients and optimizer state, not {size_of(whole)}",
-    )
-    if why_whole:
-        session.console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")

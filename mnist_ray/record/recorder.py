@@ -23,20 +23,18 @@ from mnist_ray.output import finite
 from mnist_ray.provenance import origin
 from mnist_ray.record.header import say_plan
 from mnist_ray.record.history import History
-from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
+from mnist_ray.record.time_spent import TimeSpent
 from mnist_ray.report.run_files import FORMAT_VERSION
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.text import count
 from mnist_ray.trackers import Ending, start
-from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, Validated
+from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.figures import RATE, formatted
+from mnist_ray.workload.figures import RATE
 
-_GROWN = 10.0  # times the first step's loss: a training that diverges without numbers that are not finite
 _LEARNED = 0.1  # examples count as learned if the loss falls to this fraction of the first loss
-_MAX_TRACKING = 0.05  # of the run's time, spent waiting for trackers; more is noted
 
 
 @contextlib.contextmanager
@@ -104,69 +102,58 @@ def write_settings(session: Session, plan: WorkerPlan, settings: Mapping[str, An
 
 
 class Recorder:
-    """The record of one run; ``fit`` calls ``on_event``."""
+    """Keeps a run's files, and passes each of the run's events on to all that show it."""
 
     def __init__(self, session: Session, plan: WorkerPlan, num_parameters: int) -> None:
         self._session, self._plan = session, plan
         self._job, self._clock, self._console = session.job, session.clock, session.console
-        self._origin = {**self._job.run.require_json(ORIGIN_FILE), "parameters": f"{num_parameters:,}"}
-        self._result: dict[str, Any] | None = None
+        job, run, workload = session.job, session.job.run, session.job.workload
+        self._origin = {**run.require_json(ORIGIN_FILE), "parameters": f"{num_parameters:,}"}
+        self._result: dict[str, Any] = {}
         self._has_report = False
-        self._first_loss, self._has_grown = math.nan, False
+        self._first_loss = math.nan
         self._validated = set[int]()  # epochs whose validation is recorded; restarted workers report the last one again
-        self._is_slow = False  # and lines have said so
-        run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
-        self._history, self._times = History(run, workload, self._job.train), TimeSpent()
-        self._trackers = start(run, workload, self._job.values, self._job.output.tracker, self._warn)
+        self._history, self._times = History(run, workload, job.train), TimeSpent()
+        self._trackers = start(run, workload, job.values, job.output.tracker, self._warn)
+        self._views = (self._clock.note, self._history.add, self._times.add, self._console.show, self._trackers.log)
 
     def on_event(self, event: Event) -> None:
-        """Record an event from a worker or a task."""
-        if isinstance(event, Validated) and event.epoch in self._validated:
-            return
-        if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
-            # Imports matplotlib while the last validation and the workers finish.
-            threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
-        if isinstance(event, Progress) and event.total_step == len(event.losses):
-            self._first_loss = event.losses[0]
-        if isinstance(event, Validated):
-            self._validated.add(event.epoch)
-        if isinstance(event, Started):
-            self._validated = {epoch for epoch in self._validated if epoch <= event.epoch}
-            worker = f"{event.device} with {count(event.threads, 'thread')}, {event.precision}"
-            place = f"{event.processor} on {', '.join(dict.fromkeys(event.hosts))}"
-            before = self._origin.get("precision", event.precision)
-            if event.total_step and before != event.precision:
-                self._warn(f"the run has trained in {before}, and continues in {event.precision} (--precision auto)")
-            self._origin |= {"workers": f"{event.num_workers} × {worker} ({place})", "precision": event.precision}
-            self._job.run.write_text(ORIGIN_FILE, json_lines(self._origin))
-        self._clock.note(event)
-        self._history.add(event)
-        self._times.add(event)
-        if isinstance(event, Saved) and event.epoch == 1 < self._job.train.num_epochs:
-            self._note_slowness()
-        if isinstance(event, EpochFinished) and not self._has_grown:
-            self._note_growth(event.last.so_far["loss"])
+        """Record an event from a worker or a task, and show it."""
+        notes = list[str]()
+        match event:
+            case Started():
+                self._validated = {epoch for epoch in self._validated if epoch <= event.epoch}
+                notes = self._describe_workers(event)
+            case Progress():
+                if event.total_step == len(event.losses):
+                    self._first_loss = event.losses[0]
+            case EpochFinished(last) if last.epoch == self._job.train.num_epochs:
+                # Imports matplotlib while the last validation and the workers finish.
+                threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
+            case Validated():
+                if event.epoch in self._validated:
+                    return
+                self._validated.add(event.epoch)
+            case Saved(epoch) if epoch == 1 < self._job.train.num_epochs:
+                notes = self._times.new_notes()
+        for view in self._views:
+            view(event)
         if isinstance(event, Progress) and (event.saves or event.step == event.epoch_steps):
             self._history.write_steps()  # a checkpoint follows, from which a killed run continues
-        self._console.show(event)
-        self._trackers.log(event)
-
-    def _note_growth(self, loss: float) -> None:
-        """Print a note, once, if the loss has grown far above the first step's: it may stay finite for long."""
-        self._has_grown = loss > _GROWN * abs(self._first_loss)
-        if self._has_grown:
-            first, now = (formatted(value, "number") for value in (self._first_loss, loss))
-            self._warn(f"the training loss has grown from {first} to {now}; lower --learning-rate, or fix the data")
-
-    def _note_slowness(self) -> None:
-        """Print a line for each cause of slow training, unless lines were printed before."""
-        if self._is_slow or not self._times.of_workers:
-            return
-        notes = notes_on(self._times.of_workers, self._times.hosts, self._job, self._session.data.train)
-        self._is_slow = len(notes) > 0
         for note in notes:
-            self._warn(note)
+            self.on_event(Note(note))
+
+    def _describe_workers(self, event: Started) -> list[str]:
+        """Write which workers train to origin.json; return a note if their precision has changed."""
+        worker = f"{event.device} with {count(event.threads, 'thread')}, {event.precision}"
+        place = f"{event.processor} on {', '.join(dict.fromkeys(event.hosts))}"
+        before = self._origin.get("precision", event.precision)
+        self._origin |= {"workers": f"{event.num_workers} × {worker} ({place})", "precision": event.precision}
+        self._job.run.write_text(ORIGIN_FILE, json_lines(self._origin))
+        if not event.total_step or before == event.precision:
+            return []
+        return [f"the run has trained in {before}, and continues in {event.precision} (--precision auto)"]
 
     def begin_test(self, fitted: Fitted) -> None:
         """Print which checkpoint is tested, unless it is that of the last epoch."""
@@ -180,18 +167,17 @@ class Recorder:
     def add_test(self, fitted: Fitted, tested: Evaluation) -> None:
         """Write and show the result on the test set."""
         self._clock.mark("evaluation")
-        job, workload = self._job, self._job.workload
+        job, test = self._job, self._session.data.test
         self._result = self._result_of(fitted, tested)
         if tested.columns:
             from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
 
-            columns = {"index": self._session.data.test.all_places, **tested.losses, **tested.columns}
-            if note := write_columns(job.run, columns):
+            if note := write_columns(job.run, {"index": test.all_places, **tested.losses, **tested.columns}):
                 self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
         self._console.show_evaluation(tested)
         if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
-            verdict = overfit_verdict(self._first_loss, tested.values(workload)["loss"])
+            verdict = overfit_verdict(self._first_loss, tested.values(job.workload)["loss"])
             self._console.result("overfit", verdict)
 
     def _result_of(self, fitted: Fitted, tested: Evaluation) -> dict[str, Any]:
@@ -214,39 +200,31 @@ class Recorder:
 
     def close(self, *, has_report: bool, has_failed: bool) -> None:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""
-        pictures: Mapping[str, bytes] = {}
+        job, pictures = self._job, dict[str, bytes]()
         try:
             self._history.write_steps()
             if has_report:
-                pictures = self._draw_report()
+                from mnist_ray.report import page  # imports matplotlib
+
+                pictures = page.write(job.run, job.workload, job.resume_with, self._session.data.test, self._warn)
                 self._has_report = True
         except (Exception, SystemExit) as error:  # must not hide the exception that has ended the run
-            reason = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
+            reason = str(error) if isinstance(error, JobError) else with_place(error, job.workload.source.folder)
             self._warn(f"no report: {reason}")
         self._clock.mark("report")
-        self._trackers.close(Ending(self._result, pictures, has_failed))
+        self._trackers.close(Ending(self._result or None, pictures, has_failed))
         self._clock.mark("trackers")
-        seconds = self._clock.seconds()
-        if seconds["trackers"] > max(_MAX_TRACKING * seconds["total"], 1.0):
-            self._warn(
-                f"the tracker finished {seconds['trackers']:.1f} s after the training; it takes too long per event"
-            )
-
-    def _draw_report(self) -> dict[str, bytes]:
-        from mnist_ray.report import page  # imports matplotlib
-
-        job, test = self._job, self._session.data.test
-        return page.write(job.run, job.workload, job.resume_with, test, self._warn)
 
     def print_files(self) -> None:
         """Print where the time went, and the paths of the run's files, if it is tested."""
-        if self._result is None:
+        if not self._result:
             return
         console, run, parts = self._console, self._job.run, self._clock.seconds()
         total, tested = parts.pop("total"), self._result["seconds"]["total"]
-        if of_workers := self._times.of_workers:
-            console.say("time", shares_of(of_workers))
-            self._note_slowness()
+        if self._times.of_workers:
+            console.say("time", self._times.shares)
+        for note in self._times.new_notes():
+            self._warn(note)
         of_parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
         console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {of_parts}")
         if self._job.train.reproducible:
@@ -262,7 +240,5 @@ def overfit_verdict(loss_before: float, loss_after: float) -> str:
     losses = f"the loss went from {loss_before:.4g} to {loss_after:.4g}"
     if loss_after <= _LEARNED * loss_before:
         return f"{losses}: the model can learn these examples"
-    return (
-        f"{losses}: the model has not learned even these examples; either something is broken (the targets, prepare, "
-        "the loss, a layer), or training needs more --num-epochs or a different --learning-rate"
-    )
+    remedy = "either something is broken (the targets, prepare, the loss, a layer), or training needs more --num-epochs"
+    return f"{losses}: the model has not learned even these examples; {remedy} or a different --learning-rate"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import Mock, call
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,10 +14,7 @@ from ray.cluster_utils import Cluster as Nodes
 from mnist_ray import provenance
 from mnist_ray.cluster import devices, nodes
 from mnist_ray.cluster.devices import device_here
-from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
-from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
-from mnist_ray.record.header import say_plan
 from mnist_ray.run import evaluate
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.metrics import Evaluation
@@ -84,14 +81,6 @@ def test_the_test_asks_for_a_gpu_for_each_task(ray_address: str, monkeypatch: py
     asked = {"num_cpus": 3, "num_gpus": 1, "scheduling_strategy": "DEFAULT"}
     assert remote.call_args.kwargs == asked
     assert tested.columns["bounds"].tolist() == [[0, 512], [512, 1000]]
-
-
-def test_a_small_share_of_a_batch_for_each_gpu_is_noted() -> None:
-    session = Mock(is_here=False, cluster=Cluster(True, (Node(4, 4),), ""))
-    session.job = Mock(train=TrainConfig(batch_size=128), workload=mnist())
-    say_plan(session, WorkerPlan(4, 1, True, False))
-    note = "32 images a step leave a GPU idle: a larger --batch-size is faster"
-    assert call.say("note", note) in session.console.mock_calls
 
 
 ON_TWO_GPUS = """

@@ -117,18 +117,3 @@ def test_batches_to_overfit_end_with_a_verdict(
     verdict = "the loss went from 2.3 to 2.2: the model has not learned even these examples"
     assert overfit_verdict(2.3, 2.2).startswith(verdict)
     assert "has not learned" in overfit_verdict(2.3, math.nan)
-
-
-def test_a_loss_that_grows_but_stays_finite_is_noted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class Numbers(Regression):
-        def load_data(self) -> Data:
-            inputs = np.random.default_rng(0).random((50, 2), np.float32)
-            return Data(Arrays(inputs, inputs.sum(1)), Arrays(inputs, inputs.sum(1)))
-
-        def create_model(self) -> nn.Module:
-            return nn.Linear(2, 1)
-
-    train(Numbers, num_workers=0, num_epochs=3, batch_size=5, learning_rate=100.0, storage_path=tmp_path)
-    said = capsys.readouterr().out
-    assert said.count("the training loss has grown from ") == 1
-    assert "; lower --learning-rate, or fix the data" in said

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import pytest
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.data import Blocks, Split
-from mnist_ray.job.job import Job, read_job
 from mnist_ray.record.history import History, merged
-from mnist_ray.record.time_spent import TimeSpent, notes_on, shares_of
+from mnist_ray.record.time_spent import TimeSpent
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import TIMES, Progress, Saved, Started
 from mnist_ray.training.stopwatch import PARTS
-from mnist_ray.workload.user_code import SourceCode
 from tests.conftest import mnist
 
 HEALTHY = dict.fromkeys(PARTS, 0.0) | {"compute": 80.0, "workers": 8.0, "validation": 6.0, "data": 3.0, "start": 1.0}
-
-
-def job(**settings: Any) -> Job:
-    return read_job({"run_name": "none", "storage_path": "/nowhere", **settings})
 
 
 def in_parts(*seconds: float) -> list[float]:
@@ -62,64 +52,52 @@ def test_the_seconds_of_each_worker_are_added() -> None:
     assert [(seconds["data"], seconds["copies"]) for seconds in times.of_workers] == [(5.0, 1.5), (2.0, 1.0)]
 
 
+def spent(*workers: dict[str, float]) -> TimeSpent:
+    times = TimeSpent()
+    times.add(
+        Started(len(workers), tuple(f"host{number}" for number in range(len(workers))), 1, "cpu", "fp32", 0, 0, 0)
+    )
+    times.add(progress(1, *([(HEALTHY | seconds)[part] for part in PARTS] for seconds in workers)))
+    return times
+
+
 def test_the_largest_shares_come_first_and_small_ones_are_left_out() -> None:
-    other = HEALTHY | {"workers": 28.0, "compute": 60.0, "optimizer": 0.1}
-    assert shares_of([HEALTHY, other]) == "compute 71%, other workers 18%, validation 6%, data 3%, first step 1%"
-
-
-EXAMPLES = Split([(0, 0)])
-
-
-class Stored(Blocks):
-    sizes = (1,)
-
-
-def notes(*workers: dict[str, float], split: Split = EXAMPLES, **settings: Any) -> list[str]:
-    of_workers = [HEALTHY | seconds for seconds in workers]
-    return notes_on(of_workers, [f"host{number}" for number in range(len(workers))], job(**settings), split)
-
-
-def test_a_healthy_training_has_no_note() -> None:
-    uneven = HEALTHY | {"compute": 86.0, "workers": 2.0}
-    assert notes({}) == notes({}, uneven) == notes({"callbacks": 3.0, "checkpoints": 2.0}) == []
-    tiny = {part: seconds / 200 for part, seconds in HEALTHY.items()} | {"data": 0.5}
-    assert notes(tiny) == []
+    times = spent({}, {"workers": 28.0, "compute": 60.0, "optimizer": 0.1})
+    assert times.shares == "compute 71%, other workers 18%, validation 6%, data 3%, first step 1%"
 
 
 @pytest.mark.parametrize(
-    ("workers", "more", "cause", "remedy"),
+    "workers",
+    [[{}], [{}, {"compute": 86.0, "workers": 2.0}], [{"callbacks": 3.0, "checkpoints": 2.0}]],
+)
+def test_a_healthy_training_has_no_note(workers: list[dict[str, float]]) -> None:
+    assert spent(*workers).new_notes() == []
+
+
+def test_a_short_training_has_no_note() -> None:
+    times = TimeSpent()
+    times.add(progress(1, in_parts(0.5, 0.1)))
+    assert times.new_notes() == []
+
+
+@pytest.mark.parametrize(
+    ("workers", "cause", "remedy"),
     [
-        ([{"data": 150.0}], {}, "waiting for data took 61% of the time (150.0 s)", "--loader-workers 2"),
-        ([{"data": 50.0}], {"loader_workers": 2}, "waiting for data took 34%", "more --loader-workers"),
-        ([{"data": 50.0}], {"split": Split(Stored())}, "waiting for data took 34%", "Blocks.read or a transform"),
-        ([{"storage": 50.0}], {}, "checkpoints took 34% of the time (50.0 s)", "the storage is slow"),
-        ([{"checkpoints": 50.0}], {}, "checkpoints took 34% of the time (50.0 s)", "the state is large"),
-        ([{"workers": 99.0}] * 4, {}, "all workers wait for gradients 52% of the time", "a larger --batch-size"),
+        ([{"data": 150.0}], "waiting for data took 61% of the time (150.0 s)", "--loader-workers"),
+        ([{"storage": 50.0}], "checkpoints took 34% of the time (50.0 s)", "the storage is slow"),
+        ([{"checkpoints": 50.0}], "checkpoints took 34% of the time (50.0 s)", "the state is large"),
+        ([{"workers": 99.0}] * 4, "all workers wait for gradients 52% of the time", "a larger --batch-size"),
+        ([{"callbacks": 40.0}], "callbacks took 29% of the time (40.0 s)", "less often"),
         (
             [{"workers": 90.0}, {"compute": 170.0, "workers": 1.0}, {"workers": 92.0}],
-            {},
             "the other workers wait 50% of the time for worker 1 on host1",
             "2.1 times as slow",
         ),
     ],
 )
-def test_what_has_slowed_a_training_is_one_note(
-    workers: list[dict[str, float]], more: dict[str, Any], cause: str, remedy: str
-) -> None:
-    (note,) = notes(*workers, **more)
+def test_what_has_slowed_a_training_is_noted_once(workers: list[dict[str, float]], cause: str, remedy: str) -> None:
+    times = spent(*workers)
+    (note,) = times.new_notes()
     assert note.startswith(cause)
     assert remedy in note
-
-
-def test_a_slow_callback_is_named_only_if_there_is_one() -> None:
-    slow = [HEALTHY | {"callbacks": 40.0}]
-    with_callback = dataclasses.replace(job(), callbacks=(SourceCode("slow.py", "", ""),))
-    (note,) = notes_on(slow, ["host"], with_callback, EXAMPLES)
-    assert note.startswith("callbacks took 29% of the time (40.0 s)")
-    assert notes_on(slow, ["host"], job(), EXAMPLES) == []
-
-
-def test_workers_are_named_by_the_hosts_of_the_last_attempt() -> None:
-    times = TimeSpent()
-    times.add(Started(2, ("a", "b"), 1, "cpu", "fp32", epoch=0, step=0, total_step=0))
-    assert times.hosts == ("a", "b")
+    assert times.new_notes() == []
