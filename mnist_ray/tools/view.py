@@ -48,8 +48,8 @@ def view(workload: Workload, config: ViewConfig) -> None:
     else:
         for index, (inputs, _), target in zip(indices, examples, targets, strict=True):
             say(f"{workload.noun:<7} {config.split} {index:,}")
-            for name, value in (_parts("inputs", inputs) | _parts("label" if names else "target", target)).items():
-                say(f"{name:<7} {_short(value)}")
+            say(f"inputs  {_short(inputs)}")
+            say(f"{'label' if names else 'target':<7} {_short(target)}")
     if len(images) < len(examples):
         say(f"picture none: {type(workload).__name__} has no as_picture")
         return
@@ -59,17 +59,12 @@ def view(workload: Workload, config: ViewConfig) -> None:
     say(f"picture {config.output}")
 
 
-def _parts(name: str, value: Any) -> dict[str, Any]:
-    """Return the values in a dict or a tuple by their names; of anything else, only the value itself."""
-    if isinstance(value, (list, tuple)) and not all(isinstance(item, (int, float, np.generic)) for item in value):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping):
-        return {name: value}
-    return {part: inner for own, item in value.items() for part, inner in _parts(f"{name} {own}", item).items()}
-
-
 def _short(value: Any) -> str:
     """Return a value as one line; for a long array, shape, dtype, and the range, some values or the share of True."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_short(part)}" for name, part in value.items())
+    if isinstance(value, (list, tuple)) and not all(isinstance(item, (int, float, np.generic)) for item in value):
+        return "; ".join(map(_short, value))
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         return f"{value}" if len(str(value)) <= _MAX_TEXT else f"{str(value)[:_MAX_TEXT]}…"

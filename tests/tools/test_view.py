@@ -60,18 +60,15 @@ class Sequences(Workload):
         return Data(examples[:number], examples[:number])
 
 
-def test_each_part_of_an_example_without_a_picture_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_without_a_picture_has_a_line_for_its_inputs_and_one_for_its_target(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     view.view(Sequences(None, {"number": 2}), ViewConfig(count=9))
+    boxes = "boxes: (1, 4) float64, 0.5 to 0.5, none: [], tags: [True, False]"
     assert capsys.readouterr().out.splitlines()[2:] == [
         "example train 0",
-        "inputs 0 tokens (128,) int64, [3, 4, 5, ..., 128, 129, 130]",
-        "inputs 0 scale 0.25",
-        "inputs 1 (8, 8) bool, 12% true",
-        "target boxes (1, 4) float64, 0.5 to 0.5",
-        "target none []",
-        "target tags [True, False]",
-        f"target text {'a b ' * 20}…",
-        "target no None",
+        "inputs  tokens: (128,) int64, [3, 4, 5, ..., 128, 129, 130], scale: 0.25; (8, 8) bool, 12% true",
+        f"target  {boxes}, text: {'a b ' * 20}…, no: None",
         "example train 1",
         "inputs  (128,) int64, [3, 4, 5, ..., 128, 129, 130]",
         "target  [3, 4]",
