@@ -70,23 +70,29 @@ def predict_at_scale(found: Found, config: ScaleConfig, forking: Forking) -> dic
         columns = f"; columns: {', '.join(inputs.columns)}" if inputs.columns else ""
         in_parts = f"{inputs.kind} in {count(len(inputs.parts), 'part')}"
         console.say("input", f"{config.input}: {in_parts}{already}{columns}")
-        left = {part: files for part, files in inputs.parts.items() if part not in done}
-        if left:
-            if_ended(_RESUME)
-            try:
+        if left := {part: files for part, files in inputs.parts.items() if part not in done}:
+            with _resumable():
                 inputs = dataclasses.replace(inputs, parts=left)
                 done |= _predicted(found, inputs, folder, config, forking, console)
-            except KeyboardInterrupt as interrupt:
-                raise KeyboardInterrupt(f"interrupted{_RESUME}") from interrupt
-            except JobError as error:
-                raise JobError(f"{error}{_RESUME}") from error
         with in_one_line(f"cannot write {folder.uri}"):
             folder.inside(_TEMPORARY).delete()
         rows, unreadable = (sum(about[name] for about in done.values()) for name in ("rows", "unreadable"))
         reasons = f" (reasons: {folder.inside(_UNREADABLE).uri})" if unreadable else ""
         console.result("predicted", f"{rows:,} {found.workload.nouns}, {unreadable:,} unreadable{reasons}")
-        console.say("output", folder.uri)
+        console.say("output", config.output)
         return {"rows": rows, "unreadable": unreadable}
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Let what ends the block say how to resume."""
+    if_ended(_RESUME)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"interrupted{_RESUME}") from interrupt
+    except JobError as error:
+        raise JobError(f"{error}{_RESUME}") from error
 
 
 def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs) -> Inputs:
@@ -146,11 +152,15 @@ def _predicted(
         without_parts = dataclasses.replace(inputs, parts={})
         actors = [actor.remote(found, without_parts, folder, cpus) for _ in range(number)]
         done, begun, nouns = Done(), time.monotonic(), found.workload.nouns
-        for part, known in _results(actors, inputs.parts):
-            done[part] = known
-            num_rows, seconds = sum(known["rows"] for known in done.values()), time.monotonic() - begun
-            left = clock_time(seconds * (len(inputs.parts) / len(done) - 1))
-            console.show_now("predicting", f"{num_rows:,} {nouns}  {num_rows / seconds:,.0f} {nouns}/s  {left} left")
+        try:
+            for part, known in _results(actors, inputs.parts):
+                done[part] = known
+                num_rows, seconds = sum(known["rows"] for known in done.values()), time.monotonic() - begun
+                rate, left = num_rows / seconds, clock_time(seconds * (len(inputs.parts) / len(done) - 1))
+                console.show_now("predicting", f"{num_rows:,} {nouns}  {rate:,.0f} {nouns}/s  {left} left")
+        finally:
+            for actor in actors:  # Ray would restart them as long as an error's traceback refers to them
+                ray.kill(actor)
         return done
 
 

@@ -147,8 +147,8 @@ def _kind_in(by_kind: dict[str, list[str]], place: str, workload: Workload) -> s
     """Return the only kind of files that a workload can take. Raises UsageError if there is none, or several."""
     usable = [kind for kind, found in by_kind.items() if found and kind in (kind_of(workload), TABLES)]
     if not usable:
-        takes = "" if kind_of(workload) == "arrays" else f"{kind_of(workload)} or "
-        raise UsageError(f"{place} has only files that {type(workload).__name__} cannot take: give {takes}Parquet")
+        takes = "Parquet" if kind_of(workload) == "arrays" else f"{kind_of(workload)} or Parquet"
+        raise UsageError(f"{place} has no files that {type(workload).__name__} can take: {takes}")
     if len(usable) > 1:
         pattern = f"{place.rstrip('/')}/*{_ENDINGS[usable[0]][0]}"
         raise UsageError(f"{place} has {' and '.join(usable)}: choose by a pattern, such as '{pattern}'")

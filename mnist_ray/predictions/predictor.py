@@ -109,11 +109,6 @@ class Predictor:
         return cls(found.workload, model, found.checkpoint.uri, device)
 
     @property
-    def name(self) -> str:
-        """The name of the workload's class."""
-        return type(self.workload).__name__
-
-    @property
     def takes(self) -> Kind:
         """The kind of inputs beside arrays: pictures, texts to continue, or none."""
         return kind_of(self.workload)
@@ -131,10 +126,13 @@ class Predictor:
         if isinstance(content, np.ndarray) or (isinstance(content, str) and self.takes == "texts"):
             return content
         if isinstance(content, (list, tuple, int, float)):
-            return _numbers(content)
+            try:
+                return np.asarray(content, np.float32)
+            except (TypeError, ValueError) as error:
+                raise JobError(f"{content!r:.40} is no number, and no list of numbers") from error
         if self.takes != "pictures" or not isinstance(content, (bytes, Path, Image.Image)):
             kind = "a null" if content is None else f"a {type(content).__name__}"
-            raise JobError(f"{kind} is no input of {self.name}, which takes {self.takes}")
+            raise JobError(f"{kind} is no input of {type(self.workload).__name__}, which takes {self.takes}")
         try:
             if isinstance(content, Image.Image):
                 picture = as_displayed(content)
@@ -235,17 +233,6 @@ def kind_of(workload: Workload) -> Kind:
     if type(workload).complete is not Workload.complete:
         return "texts"
     return "arrays" if type(workload).read_picture is Workload.read_picture else "pictures"
-
-
-def _numbers(values: Any) -> np.ndarray:
-    """Return numbers, in lists or not, as an array. Raises JobError."""
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise JobError("lists of different lengths are no input") from error
-    if array.dtype.kind not in "biuf":
-        raise JobError(f"{values!r:.40} is no number, and no list of numbers")
-    return array.astype(np.float32)
 
 
 def _column(values: list[Any], alike: list[Any]) -> np.ndarray:

@@ -43,12 +43,6 @@ class Member:
         return bool(self.run.row.get("fold"))
 
     @property
-    def figures(self) -> list[str]:
-        """The names of the test's figures in result.json."""
-        result = self.run.result
-        return [name for name in result if name.startswith("test_") and not isinstance(result[name], (list, dict))]
-
-    @property
     def has_classes(self) -> bool:
         """Whether each answer is right or wrong, and all examples count alike."""
         kinds = [self.columns[name].dtype.kind for name in ("label", "prediction") if name in self.columns]
@@ -94,9 +88,11 @@ class Comparison:
     @property
     def forms(self) -> dict[str, str]:
         """How to show each figure in result.json that is compared: those of the test, and the speed."""
-        first = self.members[0][0]
-        known = first.run.result.get("formats", {})
-        return {**{name: known.get(name, "number") for name in first.figures}, RATE: ",.0f"}
+        result = self.members[0][0].run.result
+        figures = [
+            name for name, value in result.items() if name[:5] == "test_" and not isinstance(value, (list, dict))
+        ]
+        return {**{name: result.get("formats", {}).get(name, "number") for name in figures}, RATE: ",.0f"}
 
     def __str__(self) -> str:
         table = [["", "run", "members", *map(in_words, self.forms)]]

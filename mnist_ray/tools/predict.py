@@ -27,7 +27,7 @@ def predict(found: Found, config: PredictionConfig) -> dict[str, Any]:
     predictor = Predictor.of(found, "cpu")
     for note in found.notes:
         say(f"note {note}")
-    say(f"checkpoint {found.checkpoint.path} ({predictor.name})")
+    say(f"checkpoint {found.checkpoint.path} ({type(found.workload).__name__})")
     if predictor.takes == "texts":
         continued = predictor.predict(config.files)
         for prediction in continued:
@@ -54,9 +54,8 @@ def find_files(places: Iterable[str]) -> Iterator[Path]:
 def predict_files(predictor: Predictor, files: Iterable[Path]) -> Iterator[Prediction]:
     """Yield a prediction for each file, in their order. Raises UsageError."""
     if predictor.takes != "pictures":
-        raise UsageError(
-            f"{predictor.name} does not take images: it has no read_picture; choose another run with --run"
-        )
+        name = type(predictor.workload).__name__
+        raise UsageError(f"{name} does not take images: it has no read_picture; choose another run with --run")
     files = iter(files)
     while batch := [predictor.read(file) for file in itertools.islice(files, BATCH_SIZE)]:
         predicted = iter(predictor.predict(read.inputs for read in batch if read.error is None))

@@ -274,7 +274,7 @@ TABLE = {"id": [1], "image": [b""], "other": [b""], "numbers": [[1.0, 2.0]]}
         (mnist(), {"a.parquet": TABLE, "a.png": {}}, (), "has pictures and Parquet: choose by a pattern, such as"),
         (mnist(), {"a.png": {}}, ("image",), "--column is for tables, but"),
         (mnist(), {"a.parquet": {"image": [b""], "prediction": [1]}}, (), "already has a column prediction: rename it"),
-        (Sums(), {"a.png": {}}, (), "has only files that Sums cannot take: give Parquet"),
+        (Sums(), {"a.png": {}}, (), "has no files that Sums can take: Parquet"),
         (NAMED, {"a.parquet": {"x": [1], "z": [1]}}, (), "has no column y, only x, z"),
         (NAMED, {"a.parquet": {"x": [1], "y": [1]}}, ("x",), "Weighted takes the columns x, y; name all of them, or"),
         (Sums(), {}, (), "has no picture, text or Parquet files"),
