@@ -1,8 +1,11 @@
-"""Sends one batch through a workload while Ray starts, and reports an error in one line."""
+"""Tries a workload while Ray starts: two real steps, evaluations and a checkpoint, with 16 examples.
+
+The trainer and the evaluation themselves call the workload, so what fails here would fail in a worker. An error in the
+user's code becomes one line. The checks find what a single process cannot show, or would show too late.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -12,8 +15,7 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -27,38 +29,39 @@ from mnist_ray.checkpoints.checkpoint import check_kept, snapshot
 from mnist_ray.checkpoints.tensor_files import check_held
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.batches import Batches, MicroBatch
-from mnist_ray.data.data import Split
-from mnist_ray.data.readers import ItemReader
+from mnist_ray.data.data import Arrays, Blocks, Split
+from mnist_ray.data.readers import seed_generators
 from mnist_ray.data.sampler import Request
-from mnist_ray.data.tensors import detached, map_tensors
+from mnist_ray.data.tensors import detached
 from mnist_ray.errors import UsageError, with_place
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.metrics import LOGGED, WEIGHT, check_columns, check_logged
+from mnist_ray.training.evaluation import evaluate, evaluating
+from mnist_ray.training.metrics import WEIGHT, Evaluation, TrainingDivergedError
 from mnist_ray.training.optimizers import create_optimizers
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.step import Loss, Step, forward
+from mnist_ray.training.step import Step, check_per_example, forward
+from mnist_ray.training.trainer import Trainer
 from mnist_ray.workload import Classification, Regression, Workload
-from mnist_ray.workload.calls import check_numbers, picture_of, placed, seeded_model
+from mnist_ray.workload.calls import picture_of, placed, seeded_model
 from mnist_ray.workload.figures import NOT_PREDICTED
 from mnist_ray.workload.user_code import check_members
 
-NUM_EXAMPLES = 16  # in that batch, or fewer if they are slow
+NUM_EXAMPLES = 16  # in a batch of the trial, or fewer if they are slow
 _NUM_REREAD = 8  # examples of the validation set; a transform may leave half of them as they are
 _MAX_S = 1.0  # for all passes together
-_NUM_PASSES = 6  # of that batch, if a backward pass counts as two
+_NUM_PASSES = 11  # of that batch, if a backward pass counts as two
 _OF_OPTIMIZER = {
-    "optimizer",
-    "learning_rate",
-    "beta1",
-    "beta2",
-    "momentum",
-    "weight_decay",
-    "lr_schedule",
-    "warmup_steps",
+    *("optimizer", "learning_rate", "beta1", "beta2", "momentum", "weight_decay"),
+    *("lr_schedule", "warmup_steps"),
+}
+_REMEDIES = {  # by the text of errors that PyTorch raises
+    "Error: .*'closure'": "override training_step: step.update(closure=lambda: step.backward(self.batch_loss))",
+    "Error: .*(BFloat16|Half)": "create one of the tensors with the other's new_zeros(…), or use --precision fp32",
+    "Error: .*(dtype|scalar type|bias type|not implemented for)": "return inputs.float() from prepare",
 }
 
 
@@ -70,445 +73,314 @@ def try_batch(
     part: Fraction,
     num_workers: int = 1,
 ) -> set[str] | None:
-    """Send a batch through a workload, and the smallest micro-batch of each batch size. Raises UsageError.
+    """Train a workload's new model on its first examples, and evaluate it. Raises UsageError with an error's place.
 
     ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time. Returns the
     settings that the workload's own loss, optimizer and schedule do not use; None if all are the usual ones.
     """
-
-    def first(number: int) -> MicroBatch:
-        with placed(workload, "an example"):
-            return batches[Request(np.arange(number), number)]
-
-    _check_callbacks(workload)
-    with placed(workload, "an example"):
-        batches = Batches(train, torch.device("cpu"), workload.collate)
-        inputs, _ = train[0]
-    picture_of(workload, inputs)
-    model = new_model(workload, config)
-    one = first(1)
-    max_number = int(_MAX_S / _NUM_PASSES / _seconds_of(workload, model, one))
-    number, is_slow = min(max(2, max_number), NUM_EXAMPLES, len(train)), max_number < 2
-    with placed(workload, "an example"):
-        last = batches[Request(np.arange(len(train) - number, len(train)), number)]
-    others = [] if is_slow else [first((number + 1) // 2), one, last]
-    unused = check_batch(workload, model, first(number), others, config, len(train), num_workers)
-    for size in () if is_slow else batch_sizes:
-        shares = [batch * part for batch in (size, len(train) % size or size)]
-        numbers = [math.ceil(math.ceil(share) / (config.micro_batch_size or size)) for share in shares]
-        smallest = max(1, min(int(share) // number for share, number in zip(shares, numbers, strict=True)))
-        if smallest < NUM_EXAMPLES:
-            check_smallest(workload, model, first(smallest), size, config)
-    return unused
-
-
-def note_of_transforms(workload: Workload, validation: Split) -> str:
-    """Return a note if the validation set is held out from a ``Dataset`` whose examples change from read to read."""
-    batches = Batches(validation, torch.device("cpu"), workload.collate)
-    if validation.origin != "train" or not len(validation) or not isinstance(batches.reader, ItemReader):
-        return ""
-    few = Request(np.arange(min(_NUM_REREAD, len(validation))))
-    read = list[list[Tensor]]()
-    for seed in (0, 1):  # of the random numbers that examples draw
-        batches.seed = seed
-        with placed(workload, "an example for validation"):
-            leaves = pytree.tree_leaves(batches[few])
-        read.append([leaf.nan_to_num() for leaf in leaves if isinstance(leaf, Tensor)])
-    if len(read[0]) == len(read[1]) and all(map(torch.equal, *read)):
-        return ""
-    found = "the validation set is held out from a Dataset whose examples change from read to read"
-    return f"{found}: validation gets them, too; pass random transforms as Data(train_transform=…)"
-
-
-def new_model(workload: Workload, config: TrainConfig) -> nn.Module:
-    """Return a new model. Raises UsageError if it cannot be trained or saved."""
-    with placed(workload, "create_model"):
-        model = seeded_model(workload, config.seed)
-    _check_model(type(workload).__name__, model)
-    return model
-
-
-def _seconds_of(workload: Workload, model: nn.Module, one: MicroBatch) -> float:
-    """Return the seconds of an example's forward pass. If it fails, the checks report why."""
-    times = []
-    for _ in range(2):  # the first pass also warms up
-        start = time.perf_counter()
-        with contextlib.suppress(Exception, SystemExit), torch.no_grad():
-            forward(workload, model.eval(), one)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def check_batch(
-    workload: Workload,
-    model: nn.Module,
-    batch: MicroBatch,
-    others: Sequence[MicroBatch],
-    config: TrainConfig,
-    num_examples: int,
-    num_workers: int = 1,
-) -> set[str] | None:
-    """Call each method that training and evaluation will call, on a new ``model``.
-
-    ``others``: two batches with the first examples of ``batch``, and one with other examples; none if that takes long.
-    The run has ``num_examples`` to train on. Returns like ``try_batch``. Raises UsageError with the file name and line
-    number of the user's code.
-    """
-    name, number, precision = type(workload).__name__, batch.global_size, resolve_precision(config.precision, Group())
-    if workload.compares_examples and (config.reproducible or config.micro_batch_size):
-        flag = "--reproducible" if config.reproducible else "--micro-batch-size"
-        raise UsageError(f"{flag} cuts batches into parts, but {name}'s loss compares the examples of a batch")
-    generator = torch.default_generator.manual_seed(config.seed)
-    before = {key: value.detach().clone() for key, value in model.named_parameters() if config.reproducible}
-    if sharding.is_wanted(config, num_workers):
-        sharding.units_of(workload, model)
-    with _forward_placed(workload, model, batch):
-        outputs = forward(workload, model.train(), batch, precision, generator)
-    targets = batch.targets
-    for key, value in before.items():
-        if not torch.equal(value, model.get_parameter(key)):
-            found = f"{name}: the forward pass changes the parameter {key}, once per chunk with --reproducible"
-            raise UsageError(f"{found}; make it a buffer, or change it in a callback")
-    _check_containers(name, outputs, of_all_ranks=workload.compares_examples)
-    with placed(workload, "check_outputs"):
-        workload.check_outputs(outputs, targets)
-    _check_loss(workload, outputs, targets, number)
-    model.eval()
-    evaluated, columns = _evaluated(workload, model, batch, "predictions")
-    _check_dict(f"{name}.predictions", columns)
-    if taken := {*NOT_PREDICTED} & columns.keys():
-        raise UsageError(f"{name}.predictions: the column {min(taken)} has another meaning; choose another name")
-    for key, values in columns.items():
-        if not isinstance(values, Tensor) or values.shape[:1] != (number,):
-            raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
-    _check_metrics(workload, detached(outputs), targets, columns, number)
-    if others:
-        *fewer, last = others
-        of_last = f"predictions for the last {number} examples"
-        with placed(workload, of_last):
-            check_columns([columns, _evaluated(workload, model, last, of_last)[-1]])
-        for few in () if workload.compares_examples else fewer:
-            _check_independence(workload, model, evaluated, targets, few)
-        if workload.compares_examples:
-            _check_rows(name, evaluated, number, forward(workload, model, fewer[0]), fewer[0].num_examples)
-        _check_reloaded(workload, model, batch, evaluated, config)
-    return _check_step(workload, model, batch, config, config.total_steps(num_examples))
-
-
-@contextlib.contextmanager
-def _forward_placed(workload: Workload, model: nn.Module, batch: MicroBatch) -> Iterator[None]:
-    """Turn an error of a forward pass into one line: its place and, if dtypes do not match, what to do."""
     try:
-        yield
+        return _Trial(workload, train, config, num_workers).run(batch_sizes, part)
     except (Exception, SystemExit) as error:
-        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-        methods = (frame.f_code.co_name for frame in frames if frame.f_locals.get("self") is workload)
-        if method := next(methods, ""):  # such as prepare
-            with placed(workload, method):
-                raise
         try:
-            with placed(workload, "the model" + _layer_in(model, error)):
+            with placed(workload, _place_in(workload, error)):
                 raise
         except UsageError as in_one_line:
-            raise UsageError(f"{in_one_line}{_remedy(workload, batch, str(in_one_line))}") from error
+            for pattern, remedy in _REMEDIES.items():
+                if re.search(pattern, str(in_one_line)):
+                    raise UsageError(f"{in_one_line}; {remedy}") from error
+            raise
 
 
-def _layer_in(model: nn.Module, error: BaseException) -> str:
-    """Return the innermost layer of a model that has raised an error: ``, in layers.3 (Linear)``; empty if unknown."""
-    names = {id(layer): name for name, layer in model.named_modules() if name}
-    seen = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    layers = [layer for layer in seen if id(layer) in names]
-    return f", in {names[id(layers[-1])]} ({type(layers[-1]).__name__})" if layers else ""
+def _place_in(workload: Workload, error: BaseException) -> str:
+    """Return the method of a workload that has raised an error, or the layer: ``the model, in layers.3 (Linear)``."""
+    seen = [(frame.f_code.co_name, frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    methods = [name for name, owner in seen if owner is workload and hasattr(Workload, name)]
+    layers = [owner for _, owner in seen if isinstance(owner, nn.Module)]
+    place = methods[-1] if methods else "the model" if layers else "a trial with a few examples"
+    names = {layer: name for name, layer in layers[0].named_modules()} if layers else {}
+    return f"{place}, in {name} ({type(layers[-1]).__name__})" if layers and (name := names.get(layers[-1])) else place
 
 
-def _remedy(workload: Workload, batch: MicroBatch, message: str) -> str:
-    """Return what to do about an error of the model if it is about dtypes, else nothing."""
-    if not re.search("dtype|scalar type|bias type|not implemented for", message):
-        return ""
-    prepared = workload.prepare(batch.inputs, None)
-    if isinstance(prepared, Tensor) and prepared.dtype != torch.float32:
-        return "; return inputs.float() from prepare"
-    if "Double" in message:
-        return "; make all floats in the inputs float32, for example in prepare"
-    if re.search("BFloat16|Half", message):
-        return "; create one of the tensors with the other's new_zeros(…), or use --precision fp32"
-    return ""
+class _Trial:
+    """A workload, its new model, and its first examples."""
 
+    def __init__(self, workload: Workload, train: Split, config: TrainConfig, num_workers: int) -> None:
+        self.workload, self.name, self.train, self.num_workers = workload, type(workload).__name__, train, num_workers
+        self.config = dataclasses.replace(config, precision=resolve_precision(config.precision, Group()))
+        self.total_steps = config.total_steps(len(train))
+        own = type(workload)
+        usual = Workload.create_optimizer, Workload.create_scheduler
+        self.has_optimizers = (own.create_optimizer, own.create_scheduler) != usual
 
-def _evaluated(workload: Workload, model: nn.Module, batch: MicroBatch, what: str) -> tuple[Any, dict[str, Tensor]]:
-    """Evaluate a batch; return outputs and columns of predictions, which an error calls ``what``."""
-    with torch.no_grad():
-        with _forward_placed(workload, model, batch):
-            outputs = forward(workload, model, batch)
-        with placed(workload, what):
-            return outputs, workload.predictions(outputs, batch.targets)
+    def run(self, batch_sizes: Sequence[int], part: Fraction) -> set[str] | None:
+        """Try everything; return like ``try_batch``."""
+        self.check_settings()
+        one = self.examples(1)
+        picture_of(self.workload, one[0][0])
+        self.model = self.new_model(self.config.seed)
+        if sharding.is_wanted(self.config, self.num_workers):
+            sharding.units_of(self.workload, self.model)
+        number = int(_MAX_S / _NUM_PASSES / self.seconds_of(self.batch(one)))
+        is_slow = number < 2
+        self.few = self.examples(min(max(2, number), NUM_EXAMPLES, len(self.train)))
+        self.check_outputs()
+        evaluation = self.evaluated(self.few)
+        self.check_evaluation(evaluation)
+        if not (is_slow or self.workload.compares_examples):
+            self.check_independence(evaluation)
+        state, used = self.trained(1 if is_slow else min(2, self.total_steps))
+        if not is_slow:
+            self.check_checkpoint(state)
+            for size in batch_sizes:
+                self.try_smallest(state, size, part)
+        unused = {"label_smoothing"} - used
+        if self.has_optimizers:
+            return unused | (_OF_OPTIMIZER - used)
+        return unused | self.config.unused if unused else None
 
+    # --- real steps and evaluations
 
-def check_smallest(workload: Workload, model: nn.Module, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:
-    """Try a model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
-    precision = resolve_precision(config.precision, Group())
-    try:
-        outputs = forward(workload, model.train(), few, precision, torch.default_generator)
-        workload.loss(outputs, few.targets).sum()
-    except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
-        few_left = f"a worker computes only {count(few.global_size, 'example')} of some batches at a time"
-        remedy = f"choose a --batch-size other than {batch_size}"
-        remedy += ", or a larger --micro-batch-size" if config.micro_batch_size else ""
-        reason = f"{few_left}, too few for the model ({with_place(error, workload.source.folder)}); {remedy}"
-        raise UsageError(f"{type(workload).__name__}: {reason}") from error
+    def examples(self, number: int) -> Split:
+        """Return the first and the last examples, each of which is read only once, and as often as the others."""
+        first = np.arange(number - number // 2)
+        few = self.train.take(np.append(first, np.arange(len(self.train) - number // 2, len(self.train))))
+        if isinstance(few.examples, Arrays) and not few.transforms:
+            return Split(few.examples, few.indices, few.origin)
+        seed_generators(self.config.seed)
+        with placed(self.workload, "an example"):
+            if isinstance(few.examples, Blocks) and not few.transforms:
+                blocks = copy.copy(few.examples)
+                vars(blocks)["read"] = functools.cache(blocks.read)
+                return Split(blocks, few.indices, few.origin)
+            indices = np.arange(number) if few.indices is None else np.asarray(few.indices)
+            read = {int(index): few[position] for position, index in enumerate(indices)}
+            return Split(read, indices, few.origin)
 
+    def batch(self, split: Split) -> MicroBatch:
+        """Return all examples of a split as a batch."""
+        with placed(self.workload, "an example"):
+            batches = Batches(split, torch.device("cpu"), self.workload.collate)
+            return batches[Request(np.arange(len(split)), len(split))]
 
-def _check_model(name: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name}.create_model returned {type(model).__name__}, not a torch.nn.Module")
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        raise UsageError(f"{name}.create_model: a lazy layer has no shape yet; first call the model on an example")
-    for key, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            found = f"{name}: the model's state_dict holds {key}, of type {type(value).__name__}"
-            raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
-    check_held(model.state_dict())
-    if odd := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
-        raise UsageError(
-            f"{name}: the parameter {odd[0]} is not finite at the start; if it is a mask, make it a buffer"
-        )
+    def new_model(self, seed: int) -> nn.Module:
+        """Return a new model that can be trained and saved."""
+        model: Any = seeded_model(self.workload, seed)
+        where = f"{self.name}.create_model"
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"{where} returned {type(model).__name__}, not a torch.nn.Module")
+        if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+            raise UsageError(f"{where}: a lazy layer has no shape yet; first call the model on an example")
+        for key, value in model.state_dict().items():
+            if not isinstance(value, Tensor):
+                found = f"{where}: the state_dict holds {key}, of type {type(value).__name__}"
+                raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
+        check_held(model.state_dict())
+        if odd := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
+            raise UsageError(f"{where}: the parameter {odd[0]} is not finite; if it is a mask, make it a buffer")
+        return model
 
+    def seconds_of(self, one: MicroBatch) -> float:
+        """Return the seconds of an example's forward pass."""
+        times = list[float]()
+        for _ in range(2):  # the first pass also warms up
+            start = time.perf_counter()
+            with evaluating(self.model):
+                forward(self.workload, self.model, one)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
-def _check_containers(name: str, outputs: Any, *, of_all_ranks: bool) -> None:
-    """Raise UsageError if a model returns tensors in an object into which neither this package nor PyTorch looks."""
-    for leaf in pytree.tree_leaves(outputs):
-        is_seen = isinstance(leaf, Tensor) or (is_dataclass(leaf) and not of_all_ranks)
-        if not is_seen and any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
-            found = f"{name}: the model returns tensors in a {type(leaf).__name__}, where they are not found"
-            raise UsageError(f"{found}; return tensors, or dicts, lists and tuples of them")
+    def check_outputs(self) -> None:
+        """Compute the few examples as in training; check the outputs, and what the workload computes from them."""
+        workload, batch = self.workload, self.batch(self.few)
+        seed_generators(self.config.seed)
+        outputs = forward(workload, self.model.train(), batch, self.config.precision, torch.default_generator)
+        workload.check_outputs(outputs, batch.targets)
+        self.check_weights(workload.weights(batch.targets))
+        measured = workload.measure(detached(outputs), batch.targets)
+        columns = workload.predictions(detached(outputs), batch.targets)
+        self.check_dict("measure", measured, {"loss", WEIGHT})
+        self.check_dict("predictions", columns, {*NOT_PREDICTED})
+        number = batch.num_examples
+        for key, values in columns.items():
+            if not isinstance(values, Tensor) or values.shape[:1] != (number,):
+                raise UsageError(f"{self.name}.predictions: {key} must be a tensor with {number} examples, (N, ...)")
+        if workload.compares_examples:
+            self.check_rows(outputs)
 
+    def trained(self, num_steps: int) -> tuple[TrainingState, set[str]]:
+        """Return the state after steps on the few examples, and the names of the settings that were read."""
+        still: Any = _Still(self.model)
+        state = TrainingState(self.model, {"": still}, {}, steps_per_epoch=1, total_steps=num_steps)
+        one_batch: Any = {"batch_size": len(self.few), "num_epochs": num_steps, "num_steps": None}
+        plain: Any = {"validate_every": None, "reproducible": False, "compile": False, "ema_decay": None}
+        self.config, used = _recorded(dataclasses.replace(self.config, **one_batch, **plain))
+        if self.has_optimizers:
+            created = create_optimizers(self.workload, self.model, self.config, self.total_steps)
+            state.optimizers, state.schedulers = created
+            self.check_schedules(state)
+        idle = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: idle.pop(name, None))
+            for name, parameter in idle.items()
+        ]
+        try:
+            Trainer(self.workload, state, self.few, self.config, Group()).train()
+        except TrainingDivergedError as error:
+            when = "with the initial weights" if state.epoch == 0 else "after a step; lower --learning-rate"
+            found = f"{self.name}.loss is not finite on {len(self.few)} examples"
+            raise UsageError(f"{found} {when}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if idle and not self.workload.has_unused_parameters:
+            found = f"{count(len(idle), 'parameter')}, such as {next(iter(idle))}, are not part of the loss"
+            remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
+            raise UsageError(f"{self.name}: {found}; {remedy}")
+        return state, used
 
-def _check_loss(workload: Workload, outputs: Any, targets: Any, number: int) -> None:
-    """Raise UsageError unless the loss and the weights of a batch of ``number`` examples fit them."""
-    name = type(workload).__name__
-    with placed(workload, "loss"):
-        losses = workload.loss(outputs, targets)
-    check_numbers(f"{name}.loss", losses, number, '; use reduction="none", average other dimensions')
-    with placed(workload, "weights"):
-        weights = workload.weights(targets)
-    if weights is not None:
-        check_numbers(f"{name}.weights", weights, number)
+    def evaluated(self, split: Split, model: nn.Module | None = None) -> Evaluation:
+        """Evaluate a model: the trial's, unless another one is given."""
+        return evaluate(self.workload, model or self.model, split, self.config)
+
+    def try_smallest(self, state: TrainingState, batch_size: int, part: Fraction) -> None:
+        """Take a step with as few examples as a worker may compute at a time: batch normalization may need more."""
+        micro_batch_size = self.config.micro_batch_size
+        share = int((len(self.train) % batch_size or batch_size) * part)
+        smallest = max(1, share // max(1, math.ceil(share / (micro_batch_size or batch_size))))
+        if smallest >= NUM_EXAMPLES:
+            return
+        few = self.batch(self.examples(smallest))
+        try:
+            if self.workload.compares_examples:  # those of all workers
+                forward(self.workload, self.model.train(), few, self.config.precision)
+                return
+            step = Step(self.workload, state, self.config, Group())
+            with step.on([few]):
+                self.workload.training_step(step)
+        except Exception as error:
+            found = f"{self.name}: a worker computes only {count(smallest, 'example')} of some batches at a time"
+            remedy = f"choose a --batch-size other than {batch_size}"
+            remedy += ", or a larger --micro-batch-size" if micro_batch_size else ""
+            said = with_place(error, self.workload.source.folder)
+            raise UsageError(f"{found}, too few for the model ({said}); {remedy}") from error
+
+    # --- checks
+
+    def check_settings(self) -> None:
+        """Raise UsageError for a loss that compares examples in batches that are cut, and for wrong callbacks."""
+        if self.workload.compares_examples and (self.config.reproducible or self.config.micro_batch_size):
+            flag = "--reproducible" if self.config.reproducible else "--micro-batch-size"
+            raise UsageError(f"{flag} cuts batches into parts, but {self.name}'s loss compares the examples of a batch")
+        with placed(self.workload, "callbacks"):
+            callbacks = copy.deepcopy([*self.workload.callbacks])
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise UsageError(f"{self.name}.callbacks must hold Callback objects, not {callback!r:.40}")
+            check_members(type(callback), Callback)
+
+    def check_dict(self, method: str, values: object, taken: set[str] | None = None) -> None:
+        """Raise UsageError unless a method has returned a dict without the names that are ``taken``."""
+        if not isinstance(values, dict):
+            raise UsageError(f"{self.name}.{method} returned {type(values).__name__}, not a dict")
+        if both := values.keys() & (taken or set()):
+            raise UsageError(f"{self.name}.{method}: {min(both)} has another meaning; choose another name")
+
+    def check_weights(self, weights: Any) -> None:
+        """Raise UsageError if examples' weights are unusable, or the loss does not multiply by them."""
+        if weights is None:
+            return
+        check_per_example(f"{self.name}.weights", weights, len(self.few))
         if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
-            raise UsageError(f"{name}.weights must be finite numbers from 0, not all of them 0")
-        if type(workload).loss in (Classification.loss, Regression.loss):
+            raise UsageError(f"{self.name}.weights must be finite numbers from 0, not all of them 0")
+        if type(self.workload).loss in (Classification.loss, Regression.loss):
             remedy = "return super().loss(outputs, targets) * self.weights(targets)"
-            raise UsageError(f"{name} has weights, so it needs a loss of its own that multiplies by them: {remedy}")
-    if not losses.isfinite().all():
-        raise UsageError(f"{name}.loss is not finite on the first {number} examples with the initial weights")
+            raise UsageError(f"{self.name} has weights, so it needs a loss that multiplies by them: {remedy}")
 
+    def check_schedules(self, state: TrainingState) -> None:
+        """Raise UsageError if a schedule that looks at the monitored metric takes better values for worse."""
+        monitor = self.workload.monitor
+        for schedule in state.schedulers.values():
+            if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != monitor.mode:
+                found = f"{self.name}: ReduceLROnPlateau has mode={schedule.mode!r}"
+                raise UsageError(f"{found}, but looks at {monitor.name}; create it with mode={monitor.mode!r}")
 
-def _check_independence(workload: Workload, model: nn.Module, outputs: Any, targets: Any, fewer: MicroBatch) -> None:
-    """Raise UsageError if an example's loss or measure changes when others leave the batch.
+    def check_evaluation(self, evaluation: Evaluation) -> None:
+        """Raise UsageError unless the workload makes of an evaluation the metrics that it names."""
+        workload, sums = self.workload, _sums_of(evaluation)
+        weight = sums.pop(WEIGHT, evaluation.num_examples)
+        means = {name: value / weight for name, value in sums.items() if name != "loss"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # so few examples may lack some class
+            summary = workload.summarize(means)
+            of_all = workload.summarize_predictions(evaluation.columns)
+            workload.lines(evaluation.columns)
+            with placed(workload, "details"):
+                json.dumps(workload.details(evaluation.columns))
+        self.check_dict("summarize", summary)
+        self.check_dict("summarize_predictions", of_all)
+        for key, value in {**summary, **of_all}.items():
+            if not isinstance(value, (int, float, np.number, Tensor)):
+                raise UsageError(f"{self.name}: metric {key} is {value!r:.40}, not a number")
+        found, named = [*summary, *of_all], [metric.name for metric in workload.all_metrics[1:]]  # without the loss
+        if sorted(found) != sorted(named):
+            returned = f"{self.name}.summarize and summarize_predictions return {', '.join(found) or 'nothing'}"
+            raise UsageError(f"{returned}, but {self.name}.metrics names {', '.join(named) or 'none'}")
 
-    What changes on every call passes. ``outputs`` and ``targets`` are those of the whole batch. The model must be in
-    evaluation mode.
-    """
-    are_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-5, equal_nan=True)
-    name = type(workload).__name__
+    def check_independence(self, evaluation: Evaluation) -> None:
+        """Raise UsageError if an example's loss, or the mean of a measure, changes if the batch has other examples."""
+        number, half = len(self.few), len(self.few) // 2 + 1
+        parts = [self.few.between(0, half), self.few.between(half, number)]
+        in_parts = Evaluation.merge([self.evaluated(part) for part in parts if len(part)])
+        try:
+            alone = self.evaluated(self.few.between(0, 1))
+        except Exception as error:
+            with placed(self.workload, f"an evaluation of 1 example, {_place_in(self.workload, error)}"):
+                raise
+        if changed := _differing(evaluation, in_parts) | _differing(evaluation, alone):
+            changed -= _differing(evaluation, self.evaluated(self.few))  # it changes anyway
+        if "loss" in changed:
+            found = f"{self.name}: an example's loss changes if other examples leave the batch"
+            remedy = "mask the padding, or set compares_examples = True if intended"
+            raise UsageError(f"{found}, so it depends on the number of workers; {remedy}")
+        if changed:
+            found = f"{self.name}.measure: the mean of {min(changed)} over batches is not that over all examples"
+            raise UsageError(f"{found}; compute it in summarize_predictions")
 
-    def values(outputs: Any, targets: Any) -> dict[str, Tensor]:
-        measured = workload.measure(detached(outputs), targets)
-        return {"loss": workload.loss(outputs, targets), **{key: each.double() for key, each in measured.items()}}
+    def check_rows(self, outputs: Any) -> None:
+        """Raise UsageError unless each output has a row per example, or is one for any batch, like a temperature."""
+        number, fewer = len(self.few), len(self.few) // 2
+        few = forward(self.workload, self.model, self.batch(self.few.between(0, fewer)), self.config.precision)
+        for leaf, of_few in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(few), strict=False):
+            if not isinstance(leaf, Tensor) or (leaf.shape[:1], of_few.shape) == ((number,), (fewer, *leaf.shape[1:])):
+                continue
+            if leaf.numel() > 1 or not torch.equal(leaf, of_few):
+                shapes = f"{tuple(leaf.shape)} for {number} examples and {tuple(of_few.shape)} for {fewer}"
+                remedy = "with compares_examples, return a row per example, such as its views (N, 2, …), or one number"
+                raise UsageError(f"{self.name}: an output is {shapes}; {remedy}")
 
-    def alone() -> dict[str, Tensor]:
-        return values(forward(workload, model, fewer), fewer.targets)
-
-    with placed(workload, f"an evaluation of {count(fewer.global_size, 'example')}"), torch.no_grad():
-        first, among = alone(), values(outputs, targets)
-        changed = [key for key, own in first.items() if not are_close(own, among[key][: fewer.global_size])]
-        again = alone() if changed else first
-        changed = [key for key in changed if are_close(first[key], again[key])]
-    if "loss" in changed:
-        raise UsageError(
-            f"{name}: an example's loss changes if other examples leave the batch, so it depends on the number of "
-            "workers; mask the padding, or set compares_examples = True if intended"
-        )
-    if changed:
-        raise UsageError(
-            f"{name}.measure: {changed[0]} of an example changes if other examples leave the batch, so its mean over "
-            "batches is not that over all examples; compute it in summarize_predictions"
-        )
-
-
-def _check_rows(name: str, outputs: Any, number: int, of_fewer: Any, fewer: int) -> None:
-    """Raise UsageError unless each output has a row per example, or is the same for any batch, like a temperature.
-
-    One that always has as many rows is no temperature: a slice could have that number of examples, too.
-    """
-    for leaf, few in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(of_fewer), strict=False):
-        if not isinstance(leaf, Tensor):
-            continue
-        is_same = leaf.shape == few.shape and torch.equal(leaf, few)
-        if is_same and leaf.dim() and len(leaf) > 1:
-            found = f"{name}: the model returns a tensor of {len(leaf)} rows for each batch, as if they were examples"
-            raise UsageError(f"{found}; with compares_examples, return it as (1, …)")
-        if not is_same and (leaf.shape[:1], few.shape) != ((number,), (fewer, *leaf.shape[1:])):
-            found = f"{name}: an output is {tuple(leaf.shape)} for {number} examples and {tuple(few.shape)} for {fewer}"
-            raise UsageError(f"{found}; with compares_examples, return a row per example, such as its views (N, 2, …)")
-
-
-def _check_reloaded(workload: Workload, model: nn.Module, batch: MicroBatch, outputs: Any, config: TrainConfig) -> None:
-    """Raise UsageError if another new model with the same weights computes something else than ``outputs``.
-
-    Models whose outputs change on every call pass. The model must be in evaluation mode.
-    """
-    with placed(workload, "create_model"):
-        again = seeded_model(workload, config.seed + 1).eval()  # an evaluation has another seed, too
-    with placed(workload, "a checkpoint's weights in another new model"), torch.no_grad():
-        again.load_state_dict(model.state_dict())
-        first = workload.loss(outputs, batch.targets)
-        reloaded = workload.loss(forward(workload, again, batch), batch.targets)
-        is_same = torch.allclose(first, reloaded, rtol=1e-3, atol=1e-5)
-        if not is_same and torch.equal(first, workload.loss(forward(workload, model, batch), batch.targets)):
-            found = f"{type(workload).__name__}: another new model computes something else with the same state_dict"
+    def check_checkpoint(self, state: TrainingState) -> None:
+        """Raise UsageError if a checkpoint cannot hold the state, or another model computes something else with it."""
+        if self.has_optimizers:
+            what = "a checkpoint of the state_dict of optimizer and schedule"
+            with placed(self.workload, f"{what} (tensors, numbers and strings, as torch.optim returns them)"):
+                check_kept(snapshot(state, {}).training)
+        again = self.new_model(self.config.seed + 1)  # an evaluation has another seed, too
+        again.load_state_dict(self.model.state_dict())
+        one, other = (self.evaluated(self.few, model=model) for model in (self.model, again))
+        if _differing(one, other) and not _differing(one, self.evaluated(self.few)):
+            found = f"{self.name}: another new model computes something else with the same state_dict"
             raise UsageError(f"{found}; make random tensors buffers, and keep layers in an nn.ModuleList")
 
 
-def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict[str, Tensor], number: int) -> None:
-    name = type(workload).__name__
-    with placed(workload, "measure"):
-        measured = workload.measure(outputs, targets)
-    _check_dict(f"{name}.measure", measured)
-    if taken := {"loss", WEIGHT} & measured.keys():
-        raise UsageError(f"{name}.measure: the {min(taken)} is already measured; choose another name")
-    for key, values in measured.items():
-        check_numbers(f"{name}.measure: {key}", values, number)
-    with placed(workload, "summarize"):
-        summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
-    _check_dict(f"{name}.summarize", summary)
-    with placed(workload, "summarize_predictions"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # so few examples may lack some class
-        arrays = {key: values.numpy() for key, values in columns.items()}
-        of_all = workload.summarize_predictions(arrays)
-    with placed(workload, "details or lines"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        json.dumps(workload.details(arrays))
-        workload.lines(arrays)
-    _check_dict(f"{name}.summarize_predictions", of_all)
-    for key, value in {**summary, **of_all}.items():
-        try:
-            float(value)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"{name}: metric {key} is {value!r:.40}, not a number") from error
-    names = [metric.name for metric in workload.all_metrics[1:]]  # without the loss
-    if sorted([*summary, *of_all]) != sorted(names):
-        methods = f"{name}.summarize" + (f" and {name}.summarize_predictions return" if of_all else " returns")
-        named = f"{name}.metrics names {', '.join(names) or 'none'}"
-        raise UsageError(f"{methods} {', '.join([*summary, *of_all]) or 'nothing'}, but {named}")
+class _Still:
+    """Stands in for a default optimizer, whose import takes most of a second. It moves nothing."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.param_groups = [{"params": [*model.parameters()], "lr": 0.0}]
 
-def _check_callbacks(workload: Workload) -> None:
-    """Raise UsageError unless the workload's own callbacks are objects whose methods can be called."""
-    with placed(workload, "callbacks"):
-        found = copy.deepcopy([*workload.callbacks])
-    for callback in found:
-        if not isinstance(callback, Callback):
-            raise UsageError(f"{type(workload).__name__}.callbacks must hold Callback objects, not {callback!r:.40}")
-        check_members(type(callback), Callback)
-
-
-class _TrialStep(Step):
-    """A step that counts the gradients; the default optimizers do not step, since they import for most of a second."""
-
-    num_gradients = 0
-    has_optimizers = False
-
-    def backward(self, loss: Loss, name: str = "loss", *, optimizer: str | None = None) -> None:
-        self.num_gradients += 1
-        super().backward(loss, name, optimizer=optimizer)
-
-    def update(self, optimizer: str | None = None, closure: Any = None) -> None:
-        if self.has_optimizers:
-            super().update(optimizer, closure)
-
-
-def _check_step(
-    workload: Workload, model: nn.Module, batch: MicroBatch, config: TrainConfig, total_steps: int
-) -> set[str] | None:
-    """Take a step; return the settings that the workload's step, optimizers and schedules do not use.
-
-    Returns None if they use all.
-    """
-    own, name = type(workload), type(workload).__name__
-    precision = resolve_precision(config.precision, Group())
-    for_step, used_by_step = _recorded(dataclasses.replace(config, precision=precision, reproducible=False))
-    for_optimizers, used = _recorded(config)
-    state, has_optimizers = TrainingState(model, {}, {}), False
-    if (own.create_optimizer, own.create_scheduler) != (Workload.create_optimizer, Workload.create_scheduler):
-        has_optimizers = True
-        state.optimizers, state.schedulers = create_optimizers(workload, model, for_optimizers, total_steps)
-    step = _TrialStep(workload, state, for_step, Group())
-    step.has_optimizers = has_optimizers
-    trained, before = dict[str, bool](), map_tensors(torch.clone, batch)  # whether a gradient is sparse
-
-    def note(key: str, parameter: Tensor) -> None:
-        trained[key] = parameter.grad is not None and parameter.grad.is_sparse
-
-    noting = [
-        parameter.register_post_accumulate_grad_hook(functools.partial(note, key))
-        for key, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
-    model.train()
-    try:
-        with placed(workload, "training_step"):
-            with step.on([batch]):
-                workload.training_step(step)
-            step.take_logged()
-            check_logged(workload, [key.removeprefix(LOGGED) for key in step.sums if key.startswith(LOGGED)])
-    except UsageError as error:
-        if "'closure'" not in str(error):
-            raise
-        remedy = "override training_step: step.update(closure=lambda: step.backward(self.batch_loss))"
-        raise UsageError(f"{error}; {remedy}") from error
-    finally:
-        for hook in noting:
-            hook.remove()
-    changed = [not torch.equal(*pair) for pair in zip(*map(_tensors_in, (before, batch)), strict=True)]
-    if any(changed) and step.num_gradients > 1:
-        found = f"{name}: a batch is changed in place, but training_step computes several gradients from it"
-        raise UsageError(f"{found}; make new tensors, also in prepare")
-    _check_trained(workload, model, trained)
-    for scheduler in state.schedulers.values():
-        _check_schedule(workload, scheduler)
-    if has_optimizers:
-        content = "tensors, numbers and strings, as torch.optim returns them"
-        with placed(workload, f"a checkpoint of the state_dict of optimizer and schedule ({content})"):
-            check_kept(snapshot(state, {}).training)
-    unused = _OF_OPTIMIZER - used if has_optimizers else config.unused
-    unused = unused | ({"label_smoothing"} - used_by_step)
-    return None if not has_optimizers and unused == config.unused else unused
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _check_trained(workload: Workload, model: nn.Module, trained: Mapping[str, bool]) -> None:
-    """Raise UsageError if the gradient of a parameter is sparse or, unexpectedly, missing."""
-    name = type(workload).__name__
-    if sparse := [key for key, is_sparse in trained.items() if is_sparse]:
-        raise UsageError(f"{name}: the gradient of {sparse[0]} is sparse; create its layer without sparse=True")
-    idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and key not in trained]
-    if idle and not workload.has_unused_parameters:
-        found = f"parameters {idle[0]} and {len(idle) - 1} more are" if len(idle) > 1 else f"parameter {idle[0]} is"
-        remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
-        raise UsageError(f"{name}: {found} not part of the loss; {remedy}")
-
-
-def _check_schedule(workload: Workload, scheduler: Any) -> None:
-    """Step a schedule. Raises UsageError."""
-    monitor = workload.monitor
-    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != monitor.mode:
-        found = f"{type(workload).__name__}: ReduceLROnPlateau has mode={scheduler.mode!r}"
-        raise UsageError(f"{found}, but looks at {monitor.name}; create it with mode={monitor.mode!r}")
-    with placed(workload, "scheduler.step()"):
-        scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+    def step(self, closure: Callable[[], object] = lambda: None) -> None:
+        """Only compute the gradients that a closure computes."""
+        closure()
 
 
 def _recorded(config: TrainConfig) -> tuple[TrainConfig, set[str]]:
@@ -523,6 +395,36 @@ def _recorded(config: TrainConfig) -> tuple[TrainConfig, set[str]]:
     return Recording(**values_of(config)), used
 
 
-def _check_dict(place: str, value: object) -> None:
-    if not isinstance(value, dict):
-        raise UsageError(f"{place} returned {type(value).__name__}, not a dict")
+def _differing(one: Evaluation, other: Evaluation) -> set[str]:
+    """Return what differs between evaluations of the same examples, of which the ``other`` may have only the first."""
+    are_close = functools.partial(np.allclose, rtol=1e-3, atol=1e-5, equal_nan=True)
+    found, number = set[str](), other.num_examples
+    if not are_close(one.losses["loss"][:number], other.losses["loss"]):
+        found.add("loss")
+    if number == one.num_examples:
+        of_other = _sums_of(other)
+        found |= {name for name, value in _sums_of(one).items() if not are_close(value, of_other[name])}
+    return found
+
+
+def _sums_of(evaluation: Evaluation) -> dict[str, float]:
+    """Return the sums of loss, measures and weights over all examples."""
+    return {name: sum(batch[name] for batch in evaluation.batch_sums) for name in evaluation.batch_sums[0]}
+
+
+def note_of_transforms(workload: Workload, validation: Split) -> str:
+    """Return a note if the validation set is held out from a ``Dataset`` whose examples change from read to read."""
+    is_plain = isinstance(validation.examples, Arrays) and not validation.transforms
+    if validation.origin != "train" or validation.is_in_blocks or is_plain:
+        return ""
+    read = list[list[Any]]()
+    for seed in (0, 1):  # of the random numbers that examples draw
+        seed_generators(seed)
+        with placed(workload, "an example for validation"):
+            examples = [validation[position] for position in range(min(_NUM_REREAD, len(validation)))]
+        arrays = map(np.asarray, pytree.tree_leaves(examples))
+        read.append([np.nan_to_num(array) for array in arrays if array.dtype.kind in "biuf"])
+    if len(read[0]) == len(read[1]) and all(map(np.array_equal, *read)):
+        return ""
+    found = "the validation set is held out from a Dataset whose examples change from read to read"
+    return f"{found}: validation gets them, too; pass random transforms as Data(train_transform=…)"

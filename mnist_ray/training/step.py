@@ -32,7 +32,6 @@ from mnist_ray.training.optimizers import parameters_of
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, OPTIMIZER, WORKERS
 from mnist_ray.workload import Classification, Regression, Workload
-from mnist_ray.workload.calls import check_numbers
 
 _NOTHING = contextlib.nullcontext()
 _MINIMIZED = "minimized"  # the sum of a call's losses
@@ -56,9 +55,12 @@ def forward(
         return as_fp32(model(inputs))
 
 
-def check_per_example(place: str, values: Tensor, number: int) -> None:
+def check_per_example(place: str, values: Any, number: int) -> None:
     """Raise UsageError unless what ``place`` has returned is a number for each example, (number,)."""
-    check_numbers(place, values, number, "; for examples that do not count, return 0, also from weights()")
+    if not isinstance(values, Tensor) or values.shape != (number,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        remedy = 'use reduction="none", and 0 for examples that do not count, also in weights()'
+        raise UsageError(f"{place} must be one number per example, ({number},) here, not {got}; {remedy}")
 
 
 def measured_of(workload: Workload, outputs: Any, targets: Any, number: int) -> dict[str, Tensor]:

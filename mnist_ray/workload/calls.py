@@ -97,75 +97,50 @@ def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
     raise UsageError(f"{type(workload).__name__}.as_picture must return uint8 (H, W) or (H, W, 3), not {got}")
 
 
-def check_numbers(place: str, values: object, number: int, remedy: str = "") -> None:
-    """Raise UsageError unless ``values`` are a tensor with a number for each of ``number`` examples."""
-    if getattr(values, "shape", None) == (number,) and hasattr(values, "requires_grad"):  # quick: called at each step
-        return
-    from torch import Tensor
-
-    if not isinstance(values, Tensor) or tuple(values.shape) != (number,):
-        got = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise UsageError(f"{place} must be one number per example, ({number},) here, not {got}{remedy}")
+def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
+    """Return whether a workload inherits ``loss``, ``measure`` or ``predictions`` unchanged from ``base``."""
+    methods = ("loss", "measure", "predictions")
+    return any(getattr(type(workload), method) is getattr(base, method) for method in methods)
 
 
 def _checked_data(workload: Workload, data: object) -> Data:
     name = type(workload).__name__
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
-    for split in ("train", "validation", "test"):
-        examples, where = as_streamed(getattr(data, split)), f"{name}.load_data: {split}"
-        if examples is None and split == "validation":
-            continue
-        if isinstance(examples, Arrays):
-            _check_arrays(where, examples)
-        elif isinstance(examples, Streamed):
-            if split != "train":
-                raise UsageError(f"{where} is a stream without a length; only the training data may be one")
-            if isinstance(examples.source, Iterator):
-                raise UsageError(f"{where} is an iterator, which can be read once; give the function that makes it")
-            continue
-        elif isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
-            kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
-            raise UsageError(f"{where} is of type {type(examples).__name__}, {kinds}")
-        if hasattr(examples, "collate_fn"):
-            raise UsageError(f"{where} has a collate_fn, but nothing calls it: make it {name}.collate(examples)")
-        if len(examples) == 0:
-            raise UsageError(f"{where} holds no examples")
-    files = tuple(data.files)
+    train, files = as_streamed(data.train), tuple(data.files)
+    for part, examples in {"train": train, "validation": data.validation, "test": data.test}.items():
+        if examples is not None or part != "validation":
+            _check_examples(f"{name}.load_data: {part}", as_streamed(examples), may_stream=part == "train")
     digest_of_files(files)  # raises OSError if one is missing
-    data = dataclasses.replace(data, train=as_streamed(data.train), name=data.name or name, files=files)
     if data.weights is not None:
-        _check_weights(f"{name}.load_data: weights", data)
+        _check_values(f"{name}.load_data: weights", data.weights, train, "biuf", "numbers")
+        if not (np.isfinite(data.weights) & (data.weights >= 0)).all() or not data.weights.any():
+            raise UsageError(f"{name}.load_data: weights must be finite numbers from 0, not all of them 0")
     if data.groups is not None:
-        _check_groups(f"{name}.load_data: groups", data)
-    return data
+        _check_values(f"{name}.load_data: groups", data.groups, train, "biuUS", "integers or texts")
+    return dataclasses.replace(data, train=train, name=data.name or name, files=files)
 
 
-def _check_weights(where: str, data: Data) -> None:
-    weights, number = data.weights, len(data.train)  # type: ignore[arg-type]
-    if isinstance(data.train, (Blocks, Streamed)):
-        raise UsageError(f"{where} are not for {'Blocks' if isinstance(data.train, Blocks) else 'a stream'}")
-    if not isinstance(weights, np.ndarray) or weights.shape != (number,) or weights.dtype.kind not in "biuf":
-        found = f"{weights.dtype} {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__
-        raise UsageError(f"{where} must be a NumPy array with a number per example, ({number},), not {found}")
-    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-        raise UsageError(f"{where} must be finite numbers from 0, not all of them 0")
-
-
-def _check_groups(where: str, data: Data) -> None:
-    groups = data.groups
-    if isinstance(data.train, (Blocks, Streamed)):
-        kind = "a stream" if isinstance(data.train, Streamed) else "Blocks, which are held out whole"
-        raise UsageError(f"{where} are not for {kind}")
-    if not isinstance(groups, np.ndarray) or groups.shape != (len(data.train),) or groups.dtype.kind not in "biuUS":  # type: ignore[arg-type]
-        found = f"{groups.dtype} {groups.shape}" if isinstance(groups, np.ndarray) else type(groups).__name__
-        raise UsageError(f"{where} must be a NumPy array of integers or texts, one per example, not {found}")
+def _check_examples(where: str, examples: Any, *, may_stream: bool) -> None:
+    if isinstance(examples, Streamed):
+        if not may_stream:
+            raise UsageError(f"{where} is a stream without a length; only the training data may be one")
+        if isinstance(examples.source, Iterator):
+            raise UsageError(f"{where} is an iterator, which can be read once; give the function that makes it")
+        return
+    if isinstance(examples, Arrays):
+        _check_arrays(where, examples)
+    elif isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
+        kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
+        raise UsageError(f"{where} is of type {type(examples).__name__}, {kinds}")
+    if len(examples) == 0:
+        raise UsageError(f"{where} holds no examples")
 
 
 def _check_arrays(where: str, arrays: Arrays) -> None:
     for what, array in arrays.named.items():
         if not isinstance(array, np.ndarray) or array.ndim == 0:
-            kind = "a single number" if isinstance(array, np.ndarray) else type(array).__name__
+            kind = type(array).__name__
             raise UsageError(f"{where}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
         if isinstance(array, np.ma.MaskedArray):
             raise UsageError(f"{where}: {what} are a masked array, whose mask would be ignored; call .filled(VALUE)")
@@ -177,7 +152,10 @@ def _check_arrays(where: str, arrays: Arrays) -> None:
             raise UsageError(f"{where} has {len(array):,} {first} but {len(other):,} {what}")
 
 
-def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
-    """Return whether a workload inherits ``loss``, ``measure`` or ``predictions`` unchanged from ``base``."""
-    methods = ("loss", "measure", "predictions")
-    return any(getattr(type(workload), method) is getattr(base, method) for method in methods)
+def _check_values(where: str, values: Any, train: Any, kinds: str, named: str) -> None:
+    """Raise UsageError unless ``values`` are an array with one of these kinds of values for each training example."""
+    if isinstance(train, (Blocks, Streamed)):
+        raise UsageError(f"{where} are not for {'a stream' if isinstance(train, Streamed) else 'Blocks'}")
+    if not isinstance(values, np.ndarray) or values.shape != (len(train),) or values.dtype.kind not in kinds:
+        found = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise UsageError(f"{where} must be a NumPy array of {named}, one per example, ({len(train)},), not {found}")

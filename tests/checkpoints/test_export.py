@@ -99,7 +99,7 @@ class Many(Classification):
 class ManyNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding, self.some, self.all = nn.Embedding(2, 2), nn.Linear(3, 2), nn.Linear(9, 2)
+        self.embedding, self.some, self.all = nn.Embedding(2, 2, padding_idx=0), nn.Linear(3, 2), nn.Linear(9, 2)
     def forward(self, inputs):
         some, (all,) = inputs["parts"]
         embedded = self.embedding(inputs["words"])

@@ -137,7 +137,7 @@ def test_other_weights_are_other_data() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (np.ones(99), r"weights must be a NumPy array with a number per example, \(100,\), not float64 \(99,\)"),
+        (np.ones(99), r"weights must be a NumPy array of numbers, one per example, \(100,\), not float64 \(99,\)"),
         ([1.0] * 100, r"weights must be a NumPy array .* not list"),
         (np.full(100, "x"), r"not <U1 \(100,\)"),
         (np.full(100, -1.0), "weights must be finite numbers from 0, not all of them 0"),

@@ -6,6 +6,7 @@ import json
 import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError, UsageError
-from mnist_ray.job.dry_run import check_batch
+from mnist_ray.job.dry_run import try_batch
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.metrics import Evaluation
@@ -248,10 +248,10 @@ def test_inherited_metrics_are_means_by_weight() -> None:
 
 
 def test_weights_without_a_loss_that_multiplies_by_them_are_refused_before_the_start() -> None:
-    batch = MicroBatch(torch.ones(16, 4), torch.arange(16) % 3, 16, 16)
+    split = Split(Arrays(np.ones((16, 4), np.float32), np.arange(16) % 3))
     workload = Classes(metadata={"class_names": [0, 1, 2]})
-    with pytest.raises(UsageError, match=r"^Classes has weights, so it needs a loss of its own .*: return super\(\)"):
-        check_batch(workload, workload.create_model(), batch, [batch, batch, batch], CONFIG, 16)
+    with pytest.raises(UsageError, match=r"^Classes has weights, so it needs a loss that .*: return super\(\)"):
+        try_batch(workload, split, CONFIG, [16], Fraction(1))
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan])
@@ -283,7 +283,5 @@ def test_wrong_weights_are_refused_before_the_start(weights: Any, message: str) 
             result: Tensor = weights(targets)
             return result
 
-    words = few_words(16)
-    batch = MicroBatch(torch.tensor(words.inputs), torch.tensor(words.targets), 16, 16)
     with pytest.raises(UsageError, match=message):
-        check_batch(Spoiled(), Spoiled().create_model(), batch, [batch, batch, batch], CONFIG, 16)
+        try_batch(Spoiled(), Split(few_words(16)), CONFIG, [16], Fraction(1))
