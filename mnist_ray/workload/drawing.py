@@ -68,10 +68,10 @@ def of_classification(
     columns: Mapping[str, np.ndarray],
 ) -> list[Picture]:
     """Return the confusion matrix, if there is one, and some examples, if they are images."""
-    are_known = test is not None and {"label", "prediction", "probability"} <= columns.keys()
-    examples = _examples(workload, classes, test, columns) if are_known and test is not None else []
-    plots = [_confusion(classes, result)] if "confusion_matrix" in result else []
-    return [*plots, *examples]
+    pictures = [_confusion(classes, result)] if "confusion_matrix" in result else []
+    if test is not None and {"label", "prediction", "probability"} <= columns.keys():
+        pictures += _examples(workload, classes, test, columns)
+    return pictures
 
 
 def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
@@ -82,8 +82,6 @@ def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
     alt = f"Confusion matrix: {mistakes.sum()} mistakes among {counts.sum():,}"
     alt += f"; {worst}" if mistakes.any() else ""
     caption = "Shade: the fraction of the label's examples with this prediction. Right predictions are not shaded."
-    if names != [*map(str, classes)]:
-        caption += " Names are escaped where the font lacks a character."
     return Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
 
 
