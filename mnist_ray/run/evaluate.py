@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,14 +18,14 @@ from mnist_ray.checkpoints.state_file import CheckpointMetrics, read_state
 from mnist_ray.cluster.connection import Connection
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.nodes import Waiting
-from mnist_ray.cluster.plan import cpus_for_each, plan_workers
+from mnist_ray.cluster.plan import WorkerPlan, cpus_for_each, plan_workers
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, TrainConfig, WorkerConfig
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import split_bounds
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
-from mnist_ray.process import in_thread, usable_cores
+from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.settings import build, flag
 from mnist_ray.signals import if_ended
@@ -39,11 +38,9 @@ from mnist_ray.workload.calls import data_of, placed
 from ray_fork.starting import Forking
 
 _TASK_PAYS_S = 2.0  # of work: a process of its own takes about as long to start
-_TOLD_EVERY_S = 1.0
 
 if TYPE_CHECKING:  # the process of an evaluation does not need these
     from mnist_ray.checkpoints.find import Fitted
-    from mnist_ray.cluster.plan import WorkerPlan
     from mnist_ray.job.session import Session
     from mnist_ray.record.recorder import Recorder
 
@@ -66,9 +63,9 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
         number = config.num_tasks or num_paying(found.metrics, len(test), plan.num_workers)
         free = int(ray.available_resources().get("CPU", 0)) // number  # another job may have the others
-        cpus = cpus_for_each(cluster.nodes, number, None, plan.use_gpu) or 1
-        tasks = Tasks(number, max(1, min(cpus, free)), plan.use_gpu)
-        tested = evaluate_in_tasks(workload, found.checkpoint, test, tasks, 0, console)
+        cpus = max(1, min(cpus_for_each(cluster.nodes, number, None, plan.use_gpu) or 1, free))
+        of_tasks = replace(plan, num_workers=number, cpus_per_worker=cpus)
+        tested = evaluate_in_tasks(workload, found.checkpoint, test, of_tasks, 0, console)
         console.show_evaluation(tested)
         return tested
 
@@ -87,26 +84,13 @@ def evaluate_fitted(
         device, show = "cuda" if plan.use_gpu else "cpu", session.console.testing(len(test))
         tested = evaluate_here(fitted.checkpoint, job.workload, test, loader_workers, device, show)
     else:
-        number = num_paying(fitted.metrics, len(test), plan.num_workers)
-        tasks = Tasks(number, plan.cpus_per_worker, plan.use_gpu)
-        tested = evaluate_in_tasks(job.workload, fitted.checkpoint, test, tasks, loader_workers, session.console)
+        of_tasks = replace(plan, num_workers=num_paying(fitted.metrics, len(test), plan.num_workers))
+        tested = evaluate_in_tasks(job.workload, fitted.checkpoint, test, of_tasks, loader_workers, session.console)
     if is_last:
         session.leave()
     record.add_test(fitted, tested)
     if is_last:
         if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """How many Ray tasks share a test set, and the resources of each."""
-
-    number: int
-    cpus: int = 1
-    use_gpu: bool = False
-
-    def __str__(self) -> str:
-        return count(self.cpus, "CPU") + (" and 1 GPU" if self.use_gpu else "")
 
 
 def num_paying(metrics: CheckpointMetrics, num_examples: int, most: int) -> int:
@@ -116,37 +100,33 @@ def num_paying(metrics: CheckpointMetrics, num_examples: int, most: int) -> int:
 
 
 def evaluate_in_tasks(
-    workload: Workload,
-    checkpoint: RunFolder,
-    test: Split,
-    tasks: Tasks,
-    loader_workers: int,
-    console: RunConsole,
+    workload: Workload, checkpoint: RunFolder, test: Split, plan: WorkerPlan, loader_workers: int, console: RunConsole
 ) -> Evaluation:
-    """Evaluate a checkpoint on the test set in tasks, and show the progress.
+    """Evaluate a checkpoint on the test set in a task for each worker of ``plan``, with a worker's CPUs and GPU.
 
     The result does not depend on the number of tasks, because each evaluates whole batches. Raises a task's exception,
     or JobError if a task's node or the storage is lost.
     """
     shared, show = share(workload, test), console.testing(len(test))
     # Ray ends the process after such a GPU task; with options(num_gpus=1), the process would keep the GPU's memory.
-    resources = {"num_cpus": tasks.cpus, "num_gpus": int(tasks.use_gpu)}
+    options = {"num_cpus": plan.cpus_per_worker, "num_gpus": int(plan.use_gpu)}
     # DEFAULT: not among the resources that Tune has reserved for the process of a trial.
-    task = ray.remote(scheduling_strategy="DEFAULT", **resources)(_evaluate_split)
-    bounds = split_bounds(len(test), tasks.number, workload.evaluation_batch_size(on_gpu=tasks.use_gpu))
-    streams = [task.remote(checkpoint, shared, start, stop, loader_workers, tasks.cpus) for start, stop in bounds]
-    waiting = Waiting(str(tasks), functools.partial(console.say, "note"))
-    done, parts = dict.fromkeys(streams, 0), dict[Any, Evaluation]()
+    task = ray.remote(scheduling_strategy="DEFAULT", **options)(_evaluate_split)
+    bounds = split_bounds(len(test), plan.num_workers, workload.evaluation_batch_size(on_gpu=plan.use_gpu))
+    streams = [task.remote(checkpoint, shared, *own, loader_workers, plan.cpus_per_worker) for own in bounds]
+    needed = count(plan.cpus_per_worker, "CPU") + " and 1 GPU" * plan.use_gpu
+    waiting, has_begun = Waiting(needed, functools.partial(console.say, "note")), False
+    parts: dict[Any, Evaluation] = {}
     try:
         while len(parts) < len(streams):
             ready, _ = ray.wait([stream for stream in streams if stream not in parts], timeout=1)
-            waiting.look(is_waiting=not ready and not any(done.values()))
+            has_begun = has_begun or bool(ready)
+            waiting.look(is_waiting=not has_begun)
             for stream in ready:
-                news = ray.get(next(stream))
-                if isinstance(news, Evaluation):
-                    parts[stream], news = news, news.num_examples
-                done[stream] = news
-            show(sum(done.values()))
+                evaluation = ray.get(next(stream))
+                if evaluation is not None:
+                    parts[stream] = evaluation
+            show(sum(part.num_examples for part in parts.values()))
         return Evaluation.merge([parts[stream] for stream in streams])
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
@@ -157,24 +137,12 @@ def evaluate_in_tasks(
 
 def _evaluate_split(
     checkpoint: RunFolder, shared: RemoteSplit, start: int, stop: int, loader_workers: int, cpus: int
-) -> Iterator[Evaluation | int]:
-    """Yield the number of examples that are done, at the start and then every second; last, the evaluation."""
-    done = 0
-
-    def note(number: int) -> None:
-        nonlocal done
-        done = number
-
-    def evaluate_split() -> Evaluation:
-        torch.set_num_threads(min(cpus, usable_cores()))
-        split = shared.open().between(start, stop)
-        return evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here(), note)
-
-    yield done
-    result = in_thread(evaluate_split)
-    while not wait([result], _TOLD_EVERY_S).done:
-        yield done
-    yield result.result()
+) -> Iterator[Evaluation | None]:
+    """Yield None when the task begins; then the evaluation."""
+    yield None
+    torch.set_num_threads(min(cpus, usable_cores()))
+    split = shared.open().between(start, stop)
+    yield evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here())
 
 
 def evaluate_here(

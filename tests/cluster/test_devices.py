@@ -71,12 +71,12 @@ def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(run: R
 def test_the_test_asks_for_a_gpu_for_each_task(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = Mock()
     remote.return_value.return_value.remote.side_effect = lambda *args: iter(
-        [ray.put(0), ray.put(Evaluation((), args[3] - args[2], {"bounds": np.array([args[2:4]])}))]
+        [ray.put(None), ray.put(Evaluation((), args[3] - args[2], {"bounds": np.array([args[2:4]])}))]
     )
     monkeypatch.setattr("ray.wait", lambda streams, timeout: (streams, []))
     monkeypatch.setattr("ray.remote", remote)
     monkeypatch.setattr(evaluate, "share", lambda workload, split: split)
-    tasks = evaluate.Tasks(2, cpus=3, use_gpu=True)
+    tasks = WorkerPlan(2, 3, use_gpu=True, must_scale_up=False)
     tested = evaluate.evaluate_in_tasks(mnist(), Mock(), range(1000), tasks, 0, Mock())  # type: ignore[arg-type]
     asked = {"num_cpus": 3, "num_gpus": 1, "scheduling_strategy": "DEFAULT"}
     assert remote.call_args.kwargs == asked
