@@ -150,6 +150,10 @@ def snapshot(
     return Snapshot(own, map_tensors(_copied, training) if rank == 0 else None, document)
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
 def check_kept(values: object) -> None:
     """Raise torch's error if a checkpoint cannot hold these values, since it is read with ``weights_only``."""
     saved = io.BytesIO()
@@ -183,10 +187,12 @@ def _apart(name: str, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
         tensors |= {f"{_parameter_key(name, number)}.{key}": value for key, value in large.items()}
         others[number] = {key: value for key, value in values.items() if key not in large}
     for parameter, values in optimizer.state.items():
-        plain = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor) and not is_sharded(value)]
-        if is_sharded(parameter) and any(tensor.dim() for tensor in plain):
-            found = f"{type(optimizer).__name__} keeps a worker's rows in a plain tensor, which cannot be saved"
-            raise TrainingStoppedError(f"--strategy fsdp: {found}; create it with torch.zeros_like(parameter)")
+        kept = [value for value in values.values() if isinstance(value, Tensor) and is_sharded(value)]
+        others_in = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.dim()]
+        if is_sharded(parameter) and len(kept) < len(others_in):
+            found = f"{type(optimizer).__name__} keeps a worker's rows in a plain or nested tensor"
+            remedy = "create them with torch.zeros_like(parameter), and keep them by parameter and name"
+            raise TrainingStoppedError(f"--strategy fsdp: {found}; {remedy}")
     return tensors, {**saved, "state": others}
 
 
@@ -200,13 +206,6 @@ def _own_rows(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Rows]:
     check_held(tensors)
     rows = {name: Rows.of(tensor) for name, tensor in tensors.items()}
     return {name: own.copied() for name, own in rows.items() if rank == 0 or 0 < own.start < own.stop}
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    if is_sharded(tensor):
-        remedy = "keep them in the optimizer's state by parameter and name, as torch.optim does"
-        raise TrainingStoppedError(f"--strategy fsdp: a checkpoint cannot hold nested parts of tensors; {remedy}")
-    return tensor.detach().cpu().clone()
 
 
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:

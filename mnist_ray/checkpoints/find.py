@@ -130,14 +130,9 @@ def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
     return sorted(validated, key=lambda pair: pair[1].score, reverse=True) + others
 
 
-def drop_worse(run: RunFolder, num_best: int) -> None:
-    """Delete whole checkpoints except the last and the ``num_best`` by validation. Raises JobError, STORAGE_ERRORS."""
+def drop_worse(run: RunFolder, num_best: int, *, keeps_last: bool = True) -> None:
+    """Delete whole checkpoints except the ``num_best`` by validation and the last. Raises JobError, STORAGE_ERRORS."""
     whole = [name for name, _ in checkpoints_of(run)]
-    for name in set(whole).difference(whole[:num_best], sorted(whole, key=position_of)[-1:]):
-        run.inside(name).delete()
-
-
-def drop_all_but_best(run: RunFolder) -> None:
-    """Delete a run's checkpoints except the best one. Raises STORAGE_ERRORS."""
-    for name, _ in checkpoints_of(run)[1:]:
+    last = sorted(whole, key=position_of)[-1:] if keeps_last else []
+    for name in set(whole).difference(whole[:num_best], last):
         run.inside(name).delete()

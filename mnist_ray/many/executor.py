@@ -17,7 +17,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from mnist_ray import extras
-from mnist_ray.checkpoints.find import drop_all_but_best
+from mnist_ray.checkpoints.find import drop_worse
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster.nodes import Waiting, temporary_folder
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
@@ -309,7 +309,8 @@ class Keeper:
             with in_one_line("the storage has failed"):
                 for member in members:
                     if self._many.is_sweep and member.state in ENDED:
-                        drop_all_but_best(self._many.job.run.inside(MEMBERS_FOLDER).inside(member.point.name))
+                        of_member = self._many.job.run.inside(MEMBERS_FOLDER).inside(member.point.name)
+                        drop_worse(of_member, 1, keeps_last=False)
                 self._table.write(self._many.job.run)
         except JobError as error:
             self.failure = self.failure or error

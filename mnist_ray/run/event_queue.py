@@ -7,7 +7,6 @@ from typing import Any
 import ray
 
 from mnist_ray.cluster.nodes import this_node
-from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, as_raised
 from mnist_ray.training.events import Event
 
 
@@ -36,12 +35,3 @@ class EventQueue:
 def open_event_queue() -> Any:
     """Create an event queue on this node, so that it survives the loss of other nodes; return its actor."""
     return ray.remote(num_cpus=0, scheduling_strategy=this_node())(EventQueue).remote()
-
-
-def taken(event_queue: Any) -> list[Event]:
-    """Return the new events. Raises RaySilentError if the event queue does not answer."""
-    answer = event_queue.take.remote()
-    with as_raised():
-        if not ray.wait([answer], timeout=MAX_SILENCE_S)[0]:
-            raise RaySilentError.of("the event queue of its workers")
-        return ray.get(answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import threading
 import time
@@ -73,11 +74,15 @@ class FailureCallback(UserCallback):
     controller itself does not answer while it waits for nodes or workers.
     """
 
-    def __init__(self, event_queue: Any) -> None:
-        self._event_queue = event_queue
+    def __init__(self, event_queue: Any, *, is_with_controller: bool = False) -> None:
+        self._event_queue, self._is_with_controller = event_queue, is_with_controller
+        if is_with_controller:
+            threading.Thread(target=self._show_life, daemon=True).start()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _ControllersCallback, (self._event_queue,)
+        if self._is_with_controller:
+            return UserCallback, ()  # for the workers, which do not call it
+        return functools.partial(FailureCallback, is_with_controller=True), (self._event_queue,)
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Handle the exceptions of the failed ranks."""
@@ -86,17 +91,6 @@ class FailureCallback(UserCallback):
                 raise error  # to Ray, this is an error of its own controller, so it does not retry
         is_failure = not any(getattr(error, "preempted", False) for error in worker_exceptions.values())
         self._event_queue.put.remote(WorkersLost(describe(worker_exceptions), is_failure=is_failure))
-
-
-class _ControllersCallback(FailureCallback):
-    """A ``FailureCallback`` in the controller's process."""
-
-    def __init__(self, event_queue: Any) -> None:
-        super().__init__(event_queue)
-        threading.Thread(target=self._show_life, daemon=True).start()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return UserCallback, ()  # for the workers, which do not call it
 
     def _show_life(self) -> None:
         controller = ray.get_runtime_context().current_actor

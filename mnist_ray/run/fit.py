@@ -16,13 +16,12 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
-from mnist_ray import extras
 from mnist_ray.checkpoints.find import Fitted, best_of, read_initial
 from mnist_ray.cluster.devices import usable
 from mnist_ray.cluster.nodes import Waiting, check_nodes, temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
+from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, as_raised
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
 from mnist_ray.job.session import Session
 from mnist_ray.parallel.group import Group
@@ -30,7 +29,7 @@ from mnist_ray.process import in_thread, usable_cores
 from mnist_ray.provenance import versions
 from mnist_ray.record.recorder import recorded
 from mnist_ray.run import evaluate
-from mnist_ray.run.event_queue import open_event_queue, taken
+from mnist_ray.run.event_queue import open_event_queue
 from mnist_ray.run.failures import error_of
 from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec, Sink, train_worker
@@ -207,8 +206,12 @@ class _Listener:
                 self._on_event(Stopping())
 
     def _taken(self) -> list[Event]:
-        """Return the new events. Raises RaySilentError if the controller does not show life among them."""
-        events = taken(self._event_queue)
+        """Return the new events. Raises RaySilentError if the queue or the controller shows no life for too long."""
+        answer = self._event_queue.take.remote()
+        with as_raised():
+            if not ray.wait([answer], timeout=MAX_SILENCE_S)[0]:
+                raise RaySilentError.of("the event queue of its workers")
+            events: list[Event] = ray.get(answer)
         for event in events:
             if isinstance(event, ControllerAlive):
                 self._controller, self._alive_at = event.controller, time.monotonic()
@@ -245,18 +248,13 @@ class _Listener:
 def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
     """Print where a job would run, and check every node. Raises JobError if a node cannot take part."""
     job, console = session.job, session.console
-    own_versions, batch_size = versions(), job.train.batch_size
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         console.say("init from", read_initial(job.workload, job.asked["init_from"], job.run.storage_path)[1])
-    hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions)
-    slices = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
+    hosts = ["this process"] if session.is_here else check_nodes(job.run, versions())
+    size = job.train.batch_size
+    slices = f"{math.ceil(size / max(1, plan.num_workers))} of a step's {size} {job.workload.nouns} each"
     console.say("plan", f"{count(plan.num_workers, 'worker')}; {slices}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts) or 'no node yet'}")
-    console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
-    if not session.is_here:
-        found = extras.listed(plain=job.workers.plain_ray)
-        groups = [f"{state}: {', '.join(extra.gain for extra in group)}" for state, group in found.items() if group]
-        console.say("extras", "; ".join(groups))
     if plan.must_scale_up:
         console.say("note", "this check cannot tell whether the cluster can start nodes for these workers")
     for place, values in job.by_place.items():

@@ -88,9 +88,8 @@ def train_worker(
         callbacks = _callbacks_of(job)
         restored = checkpoints.restore_newest(job.run, state, callbacks, group)
         config = _settle(job, state, split, config, group, is_new=not restored.name)
-        state.last_step = min(
-            math.ceil(min(spec.until_epoch, config.num_epochs) * state.steps_per_epoch), state.total_steps
-        )
+        last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.steps_per_epoch)
+        state.last_step = min(last_step, state.total_steps)
         worker = Worker(spec, state, config, group, callbacks, sink, limit)
         trainer = Trainer(
             job.workload,
@@ -106,8 +105,9 @@ def train_worker(
             worker.start(restored)
             try:
                 trainer.train()
-            finally:  # also after an error of the code, or a StopWantedError
+            except Exception:  # an error of the code, or a StopWantedError
                 worker.wait()
+                raise
         worker.end()
 
 
@@ -169,84 +169,81 @@ def _opened(split: RemoteSplit | Split) -> Split:
     return split.open() if isinstance(split, RemoteSplit) else split
 
 
+@dataclass(eq=False)
 class Worker(Callback):
     """What a worker does beside training: it reports to a sink and, at each checkpoint, validates and saves."""
 
-    def __init__(
-        self,
-        spec: LoopSpec,
-        state: TrainingState,
-        config: TrainConfig,
-        group: Group,
-        callbacks: Sequence[Callback],
-        sink: Sink,
-        limit: HangLimit,
-    ) -> None:
-        self._spec, self._state, self._config, self._group = spec, state, config, group
-        self._workload, self._callbacks, self._sink, self._limit = spec.job.workload, callbacks, sink, limit
-        self._validator = None
-        if spec.validation is not None:
-            self._validator = Validator(spec.job, _opened(spec.validation), config, group, limit)
-        self._checkpointer = Checkpointer(spec.job, config, group, callbacks)
+    spec: LoopSpec
+    state: TrainingState
+    config: TrainConfig
+    group: Group
+    callbacks: Sequence[Callback]  # the user's
+    sink: Sink
+    limit: HangLimit
+
+    def __post_init__(self) -> None:
+        self._workload, self._validator = self.spec.job.workload, None
+        if self.spec.validation is not None:
+            split = _opened(self.spec.validation)
+            self._validator = Validator(self.spec.job, split, self.config, self.group, self.limit)
+        self._checkpointer = Checkpointer(self.spec.job, self.config, self.group, self.callbacks)
 
     def start(self, restored: checkpoints.Restored) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one, and what a kill has lost.
 
         If a kill came before a sweep has recorded a segment, its end is the checkpoint: raise StopWantedError.
         """
-        self._limit.show()
-        state, metrics = self._state, restored.metrics
-        hosts = [socket.gethostname()] * self._group.world_size
-        if self._group.world_size > 1:
-            torch.distributed.all_gather_object(hosts, hosts[0])
-        self._sink.send(self._started(restored, hosts))
+        self.limit.show()
+        state, metrics = self.state, restored.metrics
+        self.sink.send(self._started(restored))
         if metrics.is_validated and state.step == 0:
             self._send_validation(state, metrics)
         if metrics.is_validated:
-            self._sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict()))
-        if state.total_step >= state.last_step and not is_over(state, self._config):
+            self.sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict()))
+        if state.total_step >= state.last_step and not is_over(state, self.config):
             raise StopWantedError
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises JobError if it could not be."""
-        self._limit.show(STORAGE_LIMIT_S)
-        self._checkpointer.wait(self._state)
+        self.limit.show(STORAGE_LIMIT_S)
+        self._checkpointer.wait(self.state)
 
     def end(self) -> None:
-        """Report if training stopped early."""
-        state = self._state
-        if state.epoch < self._config.num_epochs:
-            self._sink.send(StoppedEarly(state.epoch, best_epoch(state.scores) if state.scores else None))
+        """Wait like ``wait``; report if training stopped early."""
+        self.wait()
+        state = self.state
+        if state.epoch < self.config.num_epochs:
+            self.sink.send(StoppedEarly(state.epoch, best_epoch(state.scores) if state.scores else None))
 
     def on_step(self, state: TrainingState) -> None:
         """Show that this worker does not hang."""
-        self._limit.show()
+        self.limit.show()
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Report the progress."""
-        self._sink.send(progress)
+        self.sink.send(progress)
 
     def wants_stop(self) -> bool:
         """Return whether the user or the driver wants the training to stop."""
-        return self._sink.stop_requested()
+        return self.sink.stop_requested()
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """At an epoch's or a segment's end, validate. Save, and report both."""
         state.watch.turn(CHECKPOINTS)
         if state.step == 0:
-            self._sink.send(EpochFinished(progress))
+            self.sink.send(EpochFinished(progress))
         metrics = self._metrics(state, progress)
         if state.step == 0 and metrics.is_validated:
             self._after_validation(state, metrics)
-        metrics = replace(metrics, is_over=is_over(state, self._config))
-        self._limit.show(STORAGE_LIMIT_S)
+        metrics = replace(metrics, is_over=is_over(state, self.config))
+        self.limit.show(STORAGE_LIMIT_S)
         with state.pace.saving():
             self._checkpointer.save(state, metrics)
-            if metrics.is_validated and math.isfinite(self._spec.until_epoch):  # a sweep does not train it again
+            if metrics.is_validated and math.isfinite(self.spec.until_epoch):  # a sweep does not train it again
                 self._checkpointer.wait(state)
-        self._limit.show()
+        self.limit.show()
         if metrics.is_validated or state.step == 0:
-            self._sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict(), self._seconds_of_all(state)))
+            self.sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict(), self._seconds_of_all(state)))
 
     def _metrics(self, state: TrainingState, progress: Progress) -> CheckpointMetrics:
         """Return a checkpoint's metrics; where an epoch or a sweep's segment ends, all ranks validate."""
@@ -254,7 +251,7 @@ class Worker(Callback):
         values: dict[str, Any] = {f"train_{name}": value for name, value in progress.so_far.items()}
         values |= progress.logged
         values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
-        if self._validator and (state.step == 0 or epochs >= self._spec.until_epoch):
+        if self._validator and (state.step == 0 or epochs >= self.spec.until_epoch):
             values |= self._validator.validate(state)
         return CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
 
@@ -265,7 +262,7 @@ class Worker(Callback):
         for scheduler in state.schedulers.values():
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(values[self._workload.monitor.name])
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_validation(state, values)
         self._send_validation(state, metrics)
 
@@ -274,31 +271,35 @@ class Worker(Callback):
         names = [metric.name for metric in self._workload.all_metrics]
         values = {name: metrics.values.get(f"val_{name}", math.nan) for name in names}  # the workload may have new ones
         seconds = metrics.values.get("val_s", math.nan)
-        self._sink.send(Validated(metrics.epoch, values, seconds, state.total_step))
+        self.sink.send(Validated(metrics.epoch, values, seconds, state.total_step))
 
     def _seconds_of_all(self, state: TrainingState) -> list[list[float]]:
         """Return the seconds of each rank since the last progress, by part; all ranks must call this."""
         state.watch.turn(CHECKPOINTS)
         if state.watch.is_on_gpu:
             torch.cuda.synchronize()
-        seconds = [state.watch.taken()] * self._group.world_size
-        if self._group.world_size > 1:
-            torch.distributed.all_gather_object(seconds, seconds[0])
-        return seconds
+        return self._of_all(state.watch.taken())
 
-    def _started(self, restored: checkpoints.Restored, hosts: Sequence[str]) -> Started:
-        state = self._state
+    def _of_all(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, which must all call this."""
+        values = [value] * self.group.world_size
+        if self.group.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _started(self, restored: checkpoints.Restored) -> Started:
+        state = self.state
         changed = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         return Started(
-            num_workers=self._group.world_size,
-            hosts=tuple(hosts),
+            num_workers=self.group.world_size,
+            hosts=tuple(self._of_all(socket.gethostname())),
             threads=torch.get_num_threads(),
-            device=self._group.device.type,
-            precision=self._config.precision,
+            device=self.group.device.type,
+            precision=self.config.precision,
             epoch=state.epoch,
             step=state.step,
             total_step=state.total_step,
             damaged=restored.damaged,
             notes=() if restored.arithmetic in (None, arithmetic()) else (changed,),
-            processor=name_of(self._group.device),
+            processor=name_of(self.group.device),
         )

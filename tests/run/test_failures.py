@@ -714,7 +714,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     checkpoint.snapshot(create_state(mnist(), config, 600, Group()), {}).write(run.inside(FIRST))
     states = []
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
-    monkeypatch.setattr(Worker, "start", lambda worker, restored: states.append(worker._state))
+    monkeypatch.setattr(Worker, "start", lambda worker, restored: states.append(worker.state))
 
     def fail(*args: Any, **options: Any) -> None:
         states[0].step += steps
