@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster as Nodes
 from mnist_ray import provenance
 from mnist_ray.cluster import devices, nodes
 from mnist_ray.cluster.devices import device_here
+from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.storage import RunFolder
