@@ -114,7 +114,7 @@ class _Trial:
 
     def run(self, batch_sizes: Sequence[int], part: Fraction) -> set[str] | None:
         """Try everything; return like ``try_batch``."""
-        self.check_settings()
+        self.check_callbacks()
         one = self.examples(1)
         picture_of(self.workload, one[0][0])
         self.model = self.new_model(self.config.seed)
@@ -266,11 +266,8 @@ class _Trial:
 
     # --- checks
 
-    def check_settings(self) -> None:
-        """Raise UsageError for a loss that compares examples in batches that are cut, and for wrong callbacks."""
-        if self.workload.compares_examples and (self.config.reproducible or self.config.micro_batch_size):
-            flag = "--reproducible" if self.config.reproducible else "--micro-batch-size"
-            raise UsageError(f"{flag} cuts batches into parts, but {self.name}'s loss compares the examples of a batch")
+    def check_callbacks(self) -> None:
+        """Raise UsageError unless the workload's own callbacks are objects whose methods can be called."""
         with placed(self.workload, "callbacks"):
             callbacks = copy.deepcopy([*self.workload.callbacks])
         for callback in callbacks:

@@ -101,6 +101,14 @@ OF_SETTINGS = (
         "call every expert, also on no rows, and leave has_unused_parameters out",
     ),
     Rule(
+        ("reproducible", "micro_batch_size"),
+        lambda job, _: (
+            job.workload.compares_examples and (job.train.reproducible or job.train.micro_batch_size is not None)
+        ),
+        "--reproducible and --micro-batch-size cut batches into parts, but {workload}'s loss compares their examples",
+        "leave both out",
+    ),
+    Rule(
         ("reproducible", "num_chunks", "num_workers"),
         lambda job, _: job.train.reproducible and (job.workers.num_workers or 1) > job.train.num_chunks,
         "--reproducible: {num_workers} workers cannot share the {num_chunks} chunks of a batch",

@@ -272,17 +272,6 @@ def test_each_example_of_a_dataset_is_read_once() -> None:
 # --- mistakes
 
 
-@pytest.mark.parametrize(
-    ("flag", "config"),
-    [("--reproducible", TrainConfig(reproducible=True)), ("--micro-batch-size", TrainConfig(micro_batch_size=4))],
-)
-def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
-    write: Write, flag: str, config: TrainConfig
-) -> None:
-    message = message_of(write, " compares_examples = True", config=config)
-    assert message == f"{flag} cuts batches into parts, but Wrong's loss compares the examples of a batch"
-
-
 PARTS = """
     def create_optimizer(self, model, config):
         return {"first": torch.optim.SGD(model.parameters(), 0.1)}

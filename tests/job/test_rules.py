@@ -35,6 +35,10 @@ class Experts(Plain):
     has_unused_parameters = True
 
 
+class Compares(Plain):
+    compares_examples = True
+
+
 class Weighted(Plain):
     def load_data(self) -> Data:
         return Data(super().load_data().train, super().load_data().test, weights=np.arange(100) == 99)
@@ -73,6 +77,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "--strategy fsdp does not work with --compile, which cannot trace how units",
     ),
     ({"strategy": "fsdp", "workload": Experts}, "--strategy fsdp needs all parameters in each step; call every expert"),
+    (
+        {"workload": Compares, "reproducible": True},
+        "--reproducible and --micro-batch-size cut batches into parts, but Compa",
+    ),
+    (
+        {"workload": Compares, "micro_batch_size": 4},
+        "--reproducible and --micro-batch-size cut batches into parts, but",
+    ),
     ({"reproducible": True, "num_workers": 9}, "--reproducible: 9 workers cannot share the 8 chunks of a batch; lower"),
     ({"reproducible": True, "use_gpu": True}, "--reproducible computes on CPUs only; leave --use-gpu out"),
     (
