@@ -135,7 +135,7 @@ MUTATIONS = [
         ),
     ),
     (
-        "data/test_draws data/test_sampler",
+        "data/test_batches data/test_sampler",
         Fault("a drawn example's number is that of its slice", SAMPLER, "draw += bounds[0]\n", "draw += 0\n"),
     ),
     (
@@ -166,7 +166,7 @@ MUTATIONS = [
         ),
     ),
     (
-        "data/test_dataset_loading data/test_draws",
+        "data/test_batches",
         Fault("Python's generator is not seeded", READERS, "    random.seed(seed)\n", ""),
     ),
     (

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass
 
-import numpy as np
 import ray
 
-from mnist_ray.data.data import Origin, Split, Transform, as_streamed
-from mnist_ray.data.order import AllBut
+from mnist_ray.data.data import Split, as_streamed
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.workload.base import Workload
 
@@ -19,14 +17,10 @@ class RemoteSplit:
     """A split that any process of the cluster can open."""
 
     workload: Workload
-    origin: Origin  # the field of the workload's ``Data`` with its examples
+    split: Split  # without its examples; it comes after the workload, of whose file transforms may be functions
     size: int
-    whole_size: int  # of the field
+    whole_size: int  # of the field of the workload's ``Data`` with its examples
     stored: ray.ObjectRef | None  # arrays or Blocks in Ray's object store; the processes on a node share one copy
-    indices: np.ndarray | AllBut | None  # its examples in the stored or loaded data; None: all
-    draws: np.ndarray | None = None  # like those of a Split
-    places: np.ndarray | AllBut | None = None
-    transforms: Sequence[Transform] = ()  # may be functions of the workload's file, so they are unpickled after it
 
     def __len__(self) -> int:
         return self.size
@@ -36,12 +30,14 @@ class RemoteSplit:
 
         Raises TrainingStoppedError if the number of loaded examples differs from the job's.
         """
-        is_stored = self.stored is not None
-        examples = ray.get(self.stored) if is_stored else as_streamed(getattr(self.workload.load_data(), self.origin))
+        is_stored, origin = self.stored is not None, self.split.origin
+        examples = ray.get(self.stored) if is_stored else as_streamed(getattr(self.workload.load_data(), origin))
         if len(examples) != self.whole_size:
-            differ = f"load_data has {len(examples):,} {self.origin} examples here, {self.whole_size:,} in the job"
+            differ = f"load_data has {len(examples):,} {origin} examples here, {self.whole_size:,} in the job"
             raise TrainingStoppedError(f"{differ}; it must return the same in every process")
-        return Split(examples, self.indices, self.origin, self.draws, self.places, self.transforms)
+        split = copy.copy(self.split)
+        split.examples = examples
+        return split
 
 
 def may_be_stored(split: Split) -> bool:
@@ -52,6 +48,8 @@ def may_be_stored(split: Split) -> bool:
 def share(workload: Workload, split: Split) -> RemoteSplit:
     """Share a split: put arrays in memory, and Blocks (without their examples), into the object store."""
     stored = ray.put(split.examples) if may_be_stored(split) else None
-    places = None if split.draws is None else split.places
-    of_field = workload, split.origin, len(split), len(split.examples)
-    return RemoteSplit(*of_field, stored, split.indices, split.draws, places, split.transforms)
+    bare = copy.copy(split)
+    bare.examples = None
+    if split.draws is None:
+        bare.places = split.indices  # only weights need the places of copied rows
+    return RemoteSplit(workload, bare, len(split), len(split.examples), stored)

@@ -2,43 +2,24 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import Batches, batch_loader, order_of
-from mnist_ray.data.data import Split, Splits
+from mnist_ray.data.data import Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.data.order import Drawn
-from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.splits import splits_of, subset
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Blocks, Data, Regression
 from mnist_ray.workload.calls import data_of
 
-CONFIG = TrainConfig(batch_size=20, num_epochs=3)
-CPU = torch.device("cpu")
-
 
 def arrays(start: int, number: int) -> Arrays:
     values = np.arange(start, start + number, dtype=np.float32)
     return Arrays(values[:, None], values)
-
-
-class Examples(Dataset):
-    def __init__(self, start: int, number: int) -> None:
-        self.start, self.number = start, number
-
-    def __len__(self) -> int:
-        return self.number
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, float]:
-        return np.full(1, self.start + index, np.float32), float(self.start + index)
 
 
 class OfBlocks(Blocks):
@@ -57,20 +38,6 @@ def loaded(data: Data) -> Splits:
     return splits_of(data_of(Numbers()), None)
 
 
-def seen(split: Split, rank: int = 0, world_size: int = 1, first_step: int = 0) -> Iterator[list[float]]:
-    """Yield the targets of a rank's slices of the steps of all passes, as the engine reads them."""
-    batches = Batches(split, CPU)
-    first_pass, first = divmod(first_step, CONFIG.steps_per_pass(len(split)))
-    for number in range(first_pass, CONFIG.num_epochs):
-        order = order_of(split, CONFIG, number)
-        settings = CONFIG.batch_size, CONFIG.seed, number, rank, world_size, first
-        sampler = ShardedBatchSampler(len(split), *settings, order=order)
-        yield from (
-            batch.targets.tolist() if not batch.is_filler else [] for batch in batch_loader(batches, sampler, CPU)
-        )
-        first = 0
-
-
 def test_draws_have_the_shares_of_the_weights() -> None:
     weights = np.random.default_rng(0).random(50) * (np.arange(50) % 5 > 0)
     counts = Counter(itertools.chain(*(Drawn(np.tile(weights, 20_000), (0, 1))[:] % 50,)))
@@ -87,32 +54,6 @@ def test_any_part_of_the_draws_can_be_computed_alone() -> None:
 
 
 WEIGHTED = Data(arrays(0, 100), arrays(0, 9), weights=np.arange(100.0))
-
-
-@pytest.mark.parametrize("examples", [WEIGHTED.train, Examples(0, 100)], ids=["arrays", "dataset"])
-def test_batches_do_not_depend_on_the_ranks_and_a_resumed_run_has_the_same(examples: Any) -> None:
-    split = loaded(Data(examples, arrays(0, 9), weights=WEIGHTED.weights)).train
-    whole = [*seen(split)]
-    for world_size in (2, 3):
-        ranks = [[*seen(split, rank, world_size)] for rank in range(world_size)]
-        assert [[*itertools.chain(*parts)] for parts in zip(*ranks, strict=True)] == whole
-    for first_step, world_size in zip((1, 5, 13), (3, 1, 2), strict=True):
-        ranks = [[*seen(split, rank, world_size, first_step)] for rank in range(world_size)]
-        assert [[*itertools.chain(*parts)] for parts in zip(*ranks, strict=True)] == whole[first_step:]
-
-
-class Noisy(Examples):
-    def __getitem__(self, index: int) -> tuple[np.ndarray, float]:
-        return super().__getitem__(index)[0], float(torch.rand(()))
-
-
-def test_an_example_that_is_drawn_again_has_other_random_numbers() -> None:
-    rare = np.where(np.arange(100) < 3, 20.0, 1.0)
-    split = loaded(Data(Noisy(0, 100), arrays(0, 9), weights=rare)).train
-    whole = [*itertools.chain(*seen(split))]
-    assert len({*whole[: len(split)]}) == len(split), "in a pass"
-    ranks = [[*seen(split, rank, 3, first_step=2)] for rank in range(3)]
-    assert [*itertools.chain(*(itertools.chain(*parts) for parts in zip(*ranks, strict=True)))] == whole[40:]
 
 
 def test_the_weights_are_those_of_the_examples_that_are_left_to_train_on() -> None:

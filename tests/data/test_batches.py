@@ -1,4 +1,4 @@
-"""Transforms of examples' inputs: which examples get them, and their random numbers."""
+"""Batches and random numbers, which are those of one process; transforms of examples' inputs."""
 
 import itertools
 import random
@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from mnist_ray.cluster.remote_data import share
@@ -72,28 +73,50 @@ def seen(split: Split, rank: int = 0, world_size: int = 1, first_step: int = 0, 
     return found
 
 
+class Drawing(Dataset[Any]):
+    """Draws random numbers itself."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return noisy(index), index
+
+
+WEIGHTS = np.repeat([3.0, 1.0], 20)
+STREAM: Any = Streamed(lambda: iter(pairs()))
+
+
 @pytest.mark.parametrize(
-    "examples",
-    [Arrays(NUMBERS, NUMBERS), pairs(), OfArrays(), OfPairs(), Streamed(lambda: iter(pairs()))],
-    ids=["arrays", "dataset", "blocks of arrays", "blocks of pairs", "stream"],
+    ("examples", "more"),
+    [
+        (Arrays(NUMBERS, NUMBERS), {"train_transform": noisy}),
+        (Arrays(NUMBERS, NUMBERS), {"train_transform": noisy, "weights": WEIGHTS}),
+        (Arrays(NUMBERS[:, None], NUMBERS), {"weights": WEIGHTS}),
+        (Drawing(), {}),
+        (Drawing(), {"weights": WEIGHTS}),
+        (pairs(), {"train_transform": noisy}),
+        (OfArrays(), {"train_transform": noisy}),
+        (OfArrays(), {}),
+        (OfPairs(), {"train_transform": noisy}),
+        (STREAM, {"train_transform": noisy}),
+    ],
+    ids=[
+        *("arrays", "weighted arrays", "arrays as a whole", "drawing", "weighted", "dataset", "blocks of arrays"),
+        *("blocks as a whole", "blocks of pairs", "stream"),
+    ],
 )
-def test_random_numbers_of_transforms_are_the_same_for_any_ranks_loaders_and_first_step(examples: Any) -> None:
-    train = splits_of(Data(examples, pairs(4), pairs(4), train_transform=noisy), None).train
+def test_batches_and_random_numbers_are_those_of_one_process(examples: Any, more: dict[str, Any]) -> None:
+    train = splits_of(Data(examples, pairs(4), pairs(4), **more), None).train
     whole = seen(train)
-    rows = [tuple(row) for step in whole for row in step]
-    assert len({row[1:] for row in rows}) == len(rows), "each example of each pass has its own"
-    assert len({row[0] for row in rows}) == 40
+    rows = [tuple(np.ravel(row)) for step in whole for row in step]
+    assert {row[0] for row in rows} == {*range(40)} or "weights" in more
+    if len(rows[0]) == 4:
+        assert len({row[1:] for row in rows}) == len(rows), "each example has its own in each pass, or each time"
     assert seen(train, num_processes=2) == whole
     for world_size, first_step in ((2, 0), (3, 3)):
         ranks = [seen(train, rank, world_size, first_step) for rank in range(world_size)]
         assert [[*itertools.chain(*parts)] for parts in zip(*ranks, strict=True)] == whole[first_step:]
-
-
-def test_an_example_that_is_drawn_again_is_transformed_otherwise() -> None:
-    data = Data(Arrays(NUMBERS, NUMBERS), pairs(4), weights=(NUMBERS < 3).astype(float), train_transform=noisy)
-    rows = [tuple(row) for step in seen(splits_of(data, 0).train) for row in step]
-    assert len({row[0] for row in rows}) == 3
-    assert len({row[1:] for row in rows}) == len(rows)
 
 
 def signs(splits: Splits) -> list[set[int]]:
