@@ -176,6 +176,8 @@ class Recorder:
                 self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
         self._console.show_evaluation(tested)
+        for note in self._result["notes"]:
+            self._warn(note)
         if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
             verdict = overfit_verdict(self._first_loss, tested.values(job.workload)["loss"])
             self._console.result("overfit", verdict)
@@ -186,6 +188,7 @@ class Recorder:
         rate = self._history.mean_rate() or fitted.metrics.values.get(RATE, math.nan)
         values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload)} | {
             "formats": {figure.name: figure.form for figure in self._history.figures},
+            "notes": tested.notes(self._session.data.test, workload.nouns),
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": weights_digest(read_state(fitted.checkpoint)),
             "checkpoint_metrics": fitted.metrics.to_dict(),

@@ -80,7 +80,7 @@ def write(
         title=run.name,
         status=_status(record, resume_with),
         headlines=_headlines(record),
-        notes=notes,
+        notes=[*result.get("notes", []), *notes],
         pictures=pictures,
         tables=[*_members(record), *_epochs(record), *_settings(record)],
     )

@@ -67,6 +67,8 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         of_tasks = replace(plan, num_workers=number, cpus_per_worker=cpus)
         tested = evaluate_in_tasks(workload, found.checkpoint, test, of_tasks, 0, console)
         console.show_evaluation(tested)
+        for text in tested.notes(test, workload.nouns):
+            note(text)
         return tested
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
@@ -62,8 +62,11 @@ class HangLimit:
 class Validator:
     """Evaluates the model on the validation split; each rank computes its part of it."""
 
-    def __init__(self, job: Job, split: Split, config: TrainConfig, group: Group, limit: HangLimit) -> None:
+    def __init__(
+        self, job: Job, split: Split, config: TrainConfig, group: Group, limit: HangLimit, note: Callable[[str], None]
+    ) -> None:
         self._job, self._split, self._config, self._group, self._limit = job, split, config, group, limit
+        self._note = note
 
     def validate(self, state: TrainingState) -> dict[str, Any]:
         """Return the values of a validation for a checkpoint's metrics. All ranks must call this."""
@@ -79,6 +82,8 @@ class Validator:
                 num_loader_processes=loader_workers,
                 on_batch=lambda num_done: self._limit.show(),
             )
+        for note in evaluation.notes(self._split, workload.nouns):
+            self._note(note)
         values = evaluation.values(workload)
         of_metrics = {f"val_{name}": value for name, value in values.items()}
         seconds = time.perf_counter() - start

@@ -32,7 +32,7 @@ from mnist_ray.provenance import arithmetic
 from mnist_ray.run.policies import STORAGE_LIMIT_S, Checkpointer, HangLimit, Validator
 from mnist_ray.storage import INITIAL_FILE, position_of
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
+from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS
 from mnist_ray.training.timing import is_bf16_slow, is_one_thread_faster
@@ -185,8 +185,11 @@ class Worker(Callback):
         self._workload, self._validator = self.spec.job.workload, None
         if self.spec.validation is not None:
             split = _opened(self.spec.validation)
-            self._validator = Validator(self.spec.job, split, self.config, self.group, self.limit)
+            self._validator = Validator(self.spec.job, split, self.config, self.group, self.limit, self._note)
         self._checkpointer = Checkpointer(self.spec.job, self.config, self.group, self.callbacks)
+
+    def _note(self, text: str) -> None:
+        self.sink.send(Note(text))
 
     def start(self, restored: checkpoints.Restored) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one, and what a kill has lost.

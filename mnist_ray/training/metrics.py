@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mnist_ray.data.data import Split
 from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.training.events import TIMES
 from mnist_ray.workload.base import Workload
@@ -107,6 +108,14 @@ class Evaluation:
                 raise
             of_all = {metric.name: math.nan for metric in workload.metrics if metric.name not in values}
         return values | {name: float(value) for name, value in of_all.items()}  # they may be NumPy's
+
+    def notes(self, split: Split, nouns: str) -> list[str]:
+        """Return a line about the examples of the ``split`` whose loss is not finite, if there are any."""
+        positions = np.flatnonzero(~np.isfinite(self.losses.get("loss", np.zeros(0))))
+        if len(positions) == 0:
+            return []
+        which = f"the first has index {split.all_places[positions[0]]} in {split.origin}"
+        return [f"the loss is NaN or infinite for {len(positions):,} of {len(split):,} {nouns}; {which}"]
 
     def to_dict(self, workload: Workload) -> dict[str, Any]:
         """Return the test results for result.json."""

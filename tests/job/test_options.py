@@ -53,14 +53,19 @@ class Lost(Regression):
         return nn.Linear(1, 1, bias=False)
 
 
-def test_a_run_with_nan_in_validation_and_test_ends_and_says_which_checkpoint_counts(
+def test_a_run_with_nan_in_validation_and_test_ends_with_notes_that_name_the_first_examples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(Lost, num_workers=0, num_epochs=2, storage_path=tmp_path, run_name="run")
     said = capsys.readouterr().out
     assert "note       rmse is NaN, so the checkpoint of epoch 2 counts as the worst" in said
     assert "testing    the checkpoint of epoch 1, the first: rmse is NaN in each validation" in said
-    assert "39 predictions against their targets" in (tmp_path / "run" / "report.html").read_text()
+    note = "the loss is NaN or infinite for"
+    assert said.count(f"note       {note} 40 of 40 examples; the first has index 0 in validation") == 2
+    assert f"note       {note} 1 of 40 examples; the first has index 17 in test" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"{note} 1 of 40" in page
+    assert "39 predictions against their targets" in page
 
 
 COUNTS = """
