@@ -96,9 +96,11 @@ def _place_in(workload: Workload, error: BaseException) -> str:
     seen = [(frame.f_code.co_name, frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     methods = [name for name, owner in seen if owner is workload and hasattr(Workload, name)]
     layers = [owner for _, owner in seen if isinstance(owner, nn.Module)]
-    place = methods[-1] if methods else "the model" if layers else "a trial with a few examples"
+    otherwise = "the model" if layers else "a trial with a few examples"
+    place = methods[-1] if methods else otherwise
     names = {layer: name for name, layer in layers[0].named_modules()} if layers else {}
-    return f"{place}, in {name} ({type(layers[-1]).__name__})" if layers and (name := names.get(layers[-1])) else place
+    name = names.get(layers[-1], "") if layers else ""
+    return f"{place}, in {name} ({type(layers[-1]).__name__})" if name else place
 
 
 class _Trial:

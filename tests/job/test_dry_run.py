@@ -283,7 +283,6 @@ PARTS = """
 """
 
 
-LBFGS = "\n    def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())\n"
 MISTAKES = [  # "[…]" stands for what depends on versions
     ("def create_model(self): ...",
      "Wrong.create_model returned NoneType, not a torch.nn.Module"),
