@@ -54,12 +54,14 @@ def is_same(name: str, before: Seen, now: Seen) -> bool:
 def of_common_figures(facts: Lines, others: Lines) -> Lines:
     """Return facts, results without the figures that the other version does not have; its keys tell of these.
 
-    The score is left out: versions rank checkpoints by the same metric and loss, but write them as other numbers.
+    The score is left out: versions rank checkpoints by the same metric and loss, but write them as other numbers. So is
+    the weights' digest, which depends on how a checkpoint's files are checked; the weights themselves are compared.
     """
     common = dict(facts)
     for name in common.keys() & others.keys():
         if name.endswith("result.json"):
-            known = {line.partition("=")[0] for line in others[name]} - {"checkpoint_metrics.val_score"}
+            left_out = {"checkpoint_metrics.val_score", "weights_sha256"}
+            known = {line.partition("=")[0] for line in others[name]} - left_out
             common[name] = [line for line in facts[name] if line.partition("=")[0] in known]
         if name.endswith("metrics.csv"):
             known = {value.partition("=")[0] for line in others[name] for value in line.split()}
