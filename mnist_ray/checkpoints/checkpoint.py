@@ -52,10 +52,9 @@ from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, in_one_line, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
-from mnist_ray.training.optimizers import parameters_of
-from mnist_ray.training.state import TrainingState
+from mnist_ray.training.state import TrainingState, parameters_of
 
-_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "one_thread", "bf16_is_slow", "ends")
+_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "bf16_is_slow", "ends")
 """Fields of a TrainingState, stored unchanged."""
 
 

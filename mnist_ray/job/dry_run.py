@@ -41,8 +41,7 @@ from mnist_ray.text import count
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate, evaluating
 from mnist_ray.training.metrics import WEIGHT, Evaluation, TrainingDivergedError
-from mnist_ray.training.optimizers import create_optimizers
-from mnist_ray.training.state import TrainingState
+from mnist_ray.training.state import TrainingState, create_optimizers
 from mnist_ray.training.step import Step, check_per_example, forward
 from mnist_ray.training.trainer import Trainer
 from mnist_ray.workload import Classification, Regression, Workload

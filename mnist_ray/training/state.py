@@ -1,8 +1,8 @@
-"""The state that training changes."""
+"""The state that training changes, and its optimizers by name; a single one has the name ""."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.tensors import is_sharded
-from mnist_ray.errors import TrainingStoppedError
+from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.stopwatch import Pace, Stopwatch
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.calls import placed
 
 
 class StopWantedError(Exception):
@@ -41,7 +43,6 @@ class TrainingState:
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # scales the loss; for fp16 only
     average: nn.Module | None = None  # the weights' EMA, with --ema-decay
     scores: list[tuple[float, ...]] = field(default_factory=list)  # of each validated epoch; larger is better
-    one_thread: bool = False  # each worker computes with one thread, because steps are small
     bf16_is_slow: bool = False  # --precision auto is fp32
     ends: bool = False  # set by a callback: no further epoch
     read_to: dict[str, Any] | None = None  # of a stream: where a resumed run may go on reading
@@ -104,3 +105,48 @@ def is_over(state: TrainingState, config: TrainConfig) -> bool:
 def best_epoch(scores: Sequence[tuple[float, ...]]) -> int:
     """Return the epoch with the best score, counted from 1; of equal scores, the first."""
     return scores.index(max(scores)) + 1
+
+
+def create_optimizers(
+    workload: Workload, model: nn.Module, config: TrainConfig, total_steps: int
+) -> tuple[dict[str, Optimizer], dict[str, LRScheduler]]:
+    """Return what ``create_optimizer`` returns, and a schedule for each. Raises UsageError."""
+    name = type(workload).__name__
+    with placed(workload, "create_optimizer"):
+        created = workload.create_optimizer(model, config)
+    optimizers: dict[str, Any] = dict(created) if isinstance(created, Mapping) and created else {"": created}
+    for optimizer in optimizers.values():
+        if not isinstance(optimizer, Optimizer):
+            found = f"{name}.create_optimizer must return a torch.optim.Optimizer, or a dict of them by name"
+            raise UsageError(f"{found}, not {type(optimizer).__name__}")
+    if odd := [key for key in optimizers if key and not str(key).isidentifier()]:
+        raise UsageError(f"{name}.create_optimizer: choose a name like a variable's for the optimizer {odd[0]!r}")
+    parameters = [parameter for optimizer in optimizers.values() for parameter in parameters_of(optimizer)]
+    if len({*parameters}) < len(parameters):
+        raise UsageError(f"{name}.create_optimizer: two optimizers have the same parameter; give each its own")
+    with placed(workload, "create_scheduler"):
+        schedulers = {key: workload.create_scheduler(each, config, total_steps) for key, each in optimizers.items()}
+    return optimizers, schedulers
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of all groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def learning_rates(optimizers: Mapping[str, Optimizer]) -> list[float]:
+    """Return the learning rate of each parameter group."""
+    return [float(group["lr"]) for optimizer in optimizers.values() for group in optimizer.param_groups]
+
+
+def names_of_rates(optimizers: Mapping[str, Optimizer]) -> list[str]:
+    """Return the names of the columns with the learning rates of the parameter groups.
+
+    A group may have an entry ``name`` that no other has; otherwise its number is its name.
+    """
+    names = list[str]()
+    for key, optimizer in optimizers.items():
+        given = [group.get("name") for group in optimizer.param_groups]
+        own = [str(name) if name and given.count(name) == 1 else str(number) for number, name in enumerate(given)]
+        names += [".".join(["learning_rate", *filter(None, [key, name])]) for name in own]
+    return names

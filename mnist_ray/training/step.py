@@ -28,8 +28,7 @@ from mnist_ray.parallel.group import Group, of_all_ranks
 from mnist_ray.parallel.reproducible import Chunks
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import COUNT, LOGGED, MINIMIZED, WEIGHT
-from mnist_ray.training.optimizers import parameters_of
-from mnist_ray.training.state import TrainingState
+from mnist_ray.training.state import TrainingState, parameters_of
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, OPTIMIZER, WORKERS
 from mnist_ray.workload import Classification, Regression, Workload
 

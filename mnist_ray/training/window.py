@@ -19,8 +19,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import COUNT, LOGGED, WEIGHT, MetricSums, TrainingDivergedError, check_logged
-from mnist_ray.training.optimizers import names_of_rates
-from mnist_ray.training.state import TrainingState
+from mnist_ray.training.state import TrainingState, names_of_rates
 from mnist_ray.training.stopwatch import CALLBACKS, WORKERS
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import GRADIENT_NORM

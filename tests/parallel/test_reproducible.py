@@ -23,7 +23,7 @@ from mnist_ray.training.step import Step
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
-from tests.ranks import WAYS, WORLD_SIZES, Hooks, train_both_ways
+from tests.ranks import WORLD_SIZES, Hooks, call_on_ranks, joined
 
 
 class Noisy(MNIST):
@@ -90,22 +90,21 @@ def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor
     return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
 
 
-def train_cases(group: Group, split: Arrays, folder: Path) -> None:
-    for case in CASES:
-        weights, figures = train_here(case, split, group)
-        kept = {**weights, "figures": torch.tensor(figures, dtype=torch.float64)}
-        save_file(kept, folder / f"{case}-{group.world_size}-{group.rank}")
+def train_cases(rank: int, split: Arrays, folder: Path) -> None:
+    for world_size in WORLD_SIZES:
+        if rank < world_size:
+            with joined(rank, world_size, folder / f"store-{world_size}") as group:
+                for case in CASES:
+                    weights, figures = train_here(case, split, group)
+                    kept = {**weights, "figures": torch.tensor(figures, dtype=torch.float64)}
+                    save_file(kept, folder / f"{case}-{world_size}-{rank}")
 
 
 @pytest.fixture(scope="module")
-def trained_both_ways(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
-    split = Arrays(few_images.inputs[:120], few_images.targets[:120])
-    return train_both_ways(ranks, train_cases, split, tmp_path_factory.mktemp("chunks"))
-
-
-@pytest.fixture(scope="module", params=WAYS)
-def trained(request: pytest.FixtureRequest, trained_both_ways: Path) -> Path:
-    return trained_both_ways / request.param
+def trained(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
+    folder = tmp_path_factory.mktemp("chunks")
+    call_on_ranks(ranks, train_cases, Arrays(few_images.inputs[:120], few_images.targets[:120]), folder)
+    return folder
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])

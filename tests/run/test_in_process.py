@@ -86,21 +86,6 @@ def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, here: d
     assert weights(tmp_path / "run") == weights(run)
 
 
-def test_a_resumed_run_keeps_the_choice_of_one_thread(
-    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stops = callback_at(tmp_path / "halts.py", "wants_stop(self)", "return not os.path.exists(__file__ + '.go')")
-    settings = {**here, "callback": stops, "cpus_per_worker": None}
-    monkeypatch.setattr("mnist_ray.run.worker.is_one_thread_faster", lambda *given: True)
-    with pytest.raises(JobError, match="a callback has stopped the training"):
-        train(None, **settings)
-    (tmp_path / "halts.py.go").touch()
-    monkeypatch.setattr("mnist_ray.run.worker.is_one_thread_faster", Mock(side_effect=AssertionError))
-    train(None, **settings, resume=True)
-    said = capsys.readouterr().out
-    assert len(re.findall(r"^started .*\b1 thread\b", said, re.MULTILINE)) == 2
-
-
 def test_a_resumed_run_keeps_the_choice_of_fp32_over_a_slow_bf16(
     here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,8 +27,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import figures_of
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.optimizers import names_of_rates
-from mnist_ray.training.state import TrainingState
+from mnist_ray.training.state import TrainingState, names_of_rates
 from mnist_ray.training.step import Step, seed_of
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Workload
