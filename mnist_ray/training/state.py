@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ class TrainingState:
     steps_per_epoch: int = 0
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step that ends the trial's segment, or the training; the worker sets it
-    learning_rates: list[float] = field(default_factory=list)  # of the last step, of each parameter group
+    learning_rate: float = math.nan  # of the last step, in the first parameter group
     logged: dict[str, list[Tensor]] = field(default_factory=dict)  # outside of losses, since the last report
     watch: Stopwatch = field(default_factory=Stopwatch)
     pace: Pace = field(default_factory=Pace)
@@ -132,21 +133,3 @@ def create_optimizers(
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """Return the parameters of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def learning_rates(optimizers: Mapping[str, Optimizer]) -> list[float]:
-    """Return the learning rate of each parameter group."""
-    return [float(group["lr"]) for optimizer in optimizers.values() for group in optimizer.param_groups]
-
-
-def names_of_rates(optimizers: Mapping[str, Optimizer]) -> list[str]:
-    """Return the names of the columns with the learning rates of the parameter groups.
-
-    A group may have an entry ``name`` that no other has; otherwise its number is its name.
-    """
-    names = list[str]()
-    for key, optimizer in optimizers.items():
-        given = [group.get("name") for group in optimizer.param_groups]
-        own = [str(name) if name and given.count(name) == 1 else str(number) for number, name in enumerate(given)]
-        names += [".".join(["learning_rate", *filter(None, [key, name])]) for name in own]
-    return names

@@ -24,7 +24,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.state import StopWantedError, TrainingState, create_optimizers, is_over, learning_rates
+from mnist_ray.training.state import StopWantedError, TrainingState, create_optimizers, is_over
 from mnist_ray.training.step import Step, seed_of
 from mnist_ray.training.stopwatch import CALLBACKS, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.window import LoggingWindow
@@ -140,7 +140,8 @@ class Trainer:
     def _step(self, micro_batches: list[MicroBatch]) -> None:
         """Let the workload take a step; then move the EMA and the learning rates."""
         state, step = self.state, self.step
-        state.learning_rates = learning_rates(state.optimizers)
+        for optimizer in [*state.optimizers.values()][:1]:  # a trial before the start may have none
+            state.learning_rate = float(optimizer.param_groups[0]["lr"])
         with step.on(micro_batches):
             self.workload.training_step(step)
         state.watch.turn(OPTIMIZER)

@@ -19,7 +19,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import COUNT, LOGGED, WEIGHT, MetricSums, TrainingDivergedError, check_logged
-from mnist_ray.training.state import TrainingState, names_of_rates
+from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, WORKERS
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import GRADIENT_NORM
@@ -137,6 +137,9 @@ class LoggingWindow:
         state.epoch_s += decision.elapsed_s
         state.sums = state.sums.plus(sums, num_examples)
         window = MetricSums().plus(sums, num_examples)
+        others = window.logged
+        if self._norms:
+            others[GRADIENT_NORM.name] = GRADIENT_NORM.join(torch.stack(self._norms).tolist())
         return Progress(
             epoch=state.epoch + 1,
             step=state.step,
@@ -146,12 +149,12 @@ class LoggingWindow:
             so_far=state.sums.values(self._workload),
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,
-            learning_rate=state.learning_rates[0] if state.learning_rates else math.nan,
+            learning_rate=state.learning_rate,
             total_step=state.total_step,
             saves=decision.saves,
             stops=decision.stops,
             parts=seconds,
-            others={**window.logged, **self._figures()},
+            others=others,
             logged=state.sums.logged,
         )
 
@@ -167,16 +170,6 @@ class LoggingWindow:
                 raise TrainingDivergedError(epoch, number)
         losses: list[float] = (sums["loss"] / np.where(weights > 0, weights, math.nan)).tolist()
         return losses
-
-    def _figures(self) -> dict[str, float]:
-        """Return the window's figures that are no means: the gradient norm, and the learning rates if several."""
-        figures = dict[str, float]()
-        if self._norms:
-            figures[GRADIENT_NORM.name] = GRADIENT_NORM.join(torch.stack(self._norms).tolist())
-        rates = self._state.learning_rates
-        if len(rates) > 1:
-            figures |= dict(zip(names_of_rates(self._state.optimizers), rates, strict=False))
-        return figures
 
 
 def _added_up(of_ranks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

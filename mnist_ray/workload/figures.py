@@ -62,7 +62,7 @@ def formatted(value: float, form: str, places: int = 2) -> str:
 def logged_figures(names: Iterable[str], known: Iterable[Figure]) -> list[Figure]:
     """Return the figures of what a run has logged: of the ``names`` of columns that are none of the ``known`` ones."""
     others = {"step", "epoch", *(figure.name for figure in known)}
-    logged = [name for name in dict.fromkeys(names) if name not in others and not name.startswith("learning_rate.")]
+    logged = [name for name in dict.fromkeys(names) if name not in others]
     return [Figure(name, ("step", "epoch"), "mean", label=name.replace("_", " ")) for name in logged]
 
 

@@ -27,7 +27,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import figures_of
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.state import TrainingState, names_of_rates
+from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import Step, seed_of
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Workload
@@ -530,7 +530,7 @@ def test_values_that_some_ranks_log_are_averaged_over_those_who_have_them(
     call_on_ranks(ranks, log_late, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "train_loss", "step", "a, b", "learning_rate.0"])
+@pytest.mark.parametrize("name", ["learning_rate", "train_loss", "step", "a, b"])
 def test_a_value_cannot_be_logged_by_a_name_with_another_meaning(name: str) -> None:
     note = Hooks(on_step=lambda state: state.log(name, 1.0))
     with pytest.raises(UsageError, match=f"^Numbers: '{name}' cannot be logged; choose another name$"):
@@ -560,19 +560,6 @@ def trained(workload: Workload, *callbacks: Callback, config: TrainConfig = CONF
     state = create_state(workload, config, NUM_EXAMPLES, Group())
     Trainer(workload, state, Split(numbers()), config, Group(), callbacks).train()
     return state
-
-
-def test_each_parameter_group_has_a_column_with_its_learning_rate() -> None:
-    reported = list[dict[str, float]]()
-    for kind in (Thawing, GAN, Numbers):
-        trained(kind(), Hooks(on_progress=lambda state, progress: reported.append(figures_of(progress))))
-    rates = [{name: value for name, value in figures.items() if "rate" in name} for figures in reported]
-    assert {"learning_rate": 0.02, "learning_rate.first": 0.02, "learning_rate.1": 0.05} in rates
-    assert {"learning_rate": 0.02, "learning_rate.discriminator.0": 0.02, "learning_rate.generator.0": 0.01} in rates
-    assert {"learning_rate": 0.05} in rates
-    one, other = nn.Linear(1, 1).parameters()
-    of_one_name = torch.optim.SGD([{"params": [each], "name": "same"} for each in (one, other)])
-    assert names_of_rates({"": of_one_name}) == ["learning_rate.0", "learning_rate.1"]
 
 
 def test_the_gradient_norm_is_the_largest_of_all_optimizers_and_rates_are_there_without_weight() -> None:
