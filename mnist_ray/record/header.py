@@ -57,6 +57,8 @@ def say_result(console: RunConsole, job: Job) -> None:
 
 def say_plan(session: Session, plan: WorkerPlan) -> int:
     """Print the model and the workers that train it; return the number of parameters."""
+    from torch import nn
+
     from mnist_ray.parallel import sharding  # imports torch
 
     job, console, cluster = session.job, session.console, session.cluster
@@ -67,6 +69,11 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
     console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters{trained}")
+    size, kinds = job.train.micro_batch_size, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    is_cut = size is not None and size < job.train.batch_size / max(1, plan.num_workers)
+    if is_cut and any(isinstance(module, kinds) for module in model.modules()):
+        said = f"--micro-batch-size {size}: batch normalization normalizes each {size} examples separately"
+        console.say("note", f"{said}, so results differ from those without it")
     if session.is_here:
         console.say("workers", "none: this process trains, without Ray")
         return num_parameters
