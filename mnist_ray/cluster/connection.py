@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import socket
 import threading
 import warnings
@@ -20,11 +19,11 @@ from ray.job_config import JobConfig
 
 from mnist_ray import extras
 from mnist_ray.cluster import nodes
-from mnist_ray.cluster.environment import prepare_local
+from mnist_ray.cluster.environment import prepare_local, remove_sessions, sessions_of
 from mnist_ray.cluster.plan import Cluster, local_cpus
 from mnist_ray.cluster.watch import RaySilentError, Watch, as_raised
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import JobError, UsageError, about_ray, first_line
+from mnist_ray.errors import JobError, UsageError, about_limit, about_ray, first_line
 from mnist_ray.process import in_thread
 from mnist_ray.signals import take_signals
 from mnist_ray.storage import in_one_line, others_can_write
@@ -54,7 +53,7 @@ class Connection:
         self._options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
         self._watch = Watch(plain=config.plain_ray)
         self._is_own = False  # whether this object disconnects at the end
-        self._sessions: Path | None = None  # the folder of a local Ray's files
+        self._is_local = False  # whether it has started a local Ray
         self._leaving: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -79,7 +78,7 @@ class Connection:
             elif ray.util.client.ray.is_connected():
                 raise UsageError("this job cannot use a connection of Ray Client; run it with ray job submit")
             self._watch.start()
-            cluster = nodes.current_cluster(is_local=self._sessions is not None)
+            cluster = nodes.current_cluster(is_local=self._is_local)
             at_the_end.enter_context(_errors_in_one_line(cluster.log_folder))
             if self._is_own:  # for the first actor. If none starts, Ray itself would try five times, for a minute each
                 start_worker = ray.remote(num_cpus=0, scheduling_strategy=nodes.this_node())(_nothing)
@@ -117,12 +116,21 @@ class Connection:
                 ray.shutdown()
         finally:
             if not isinstance(error, Exception) or isinstance(error, UsageError):
-                for session in self._own_sessions():
-                    shutil.rmtree(session, ignore_errors=True)
+                remove_sessions(self._own_sessions())
+            elif isinstance(error, JobError):
+                error.hints += self._limits_reached()
 
     def _own_sessions(self) -> list[Path]:
         """Return the folders of the local Rays of this process."""
-        return [] if self._sessions is None else [*self._sessions.glob(f"session_*_{os.getpid()}")]
+        return sessions_of(os.getpid()) if self._is_local else []
+
+    def _limits_reached(self) -> str:
+        """Return which limits of the system have ended a part of the local Ray, as its log says."""
+        logs = [
+            session / "logs" / f"{part}.err" for session in self._own_sessions() for part in ("gcs_server", "raylet")
+        ]
+        limits = {about_limit(log.read_text(errors="replace")): None for log in logs if log.exists()}
+        return "".join(f"; {limit}" for limit in limits if limit)
 
     def _connect(self, note: Callable[[str], object]) -> None:
         if not self._options["log_to_driver"]:  # Ray still writes its log files, and failures are still raised
@@ -155,7 +163,7 @@ class Connection:
             # Only this user can enter the default folder: Ray lets everybody write to its sessions.
             folder = os.environ.get("RAY_TMPDIR") or own_folder("mnist_ray")
         os.environ["RAY_TMPDIR"] = folder
-        self._sessions = Path(folder).absolute() / "ray"
+        self._is_local = True
         plain, options = self._config.plain_ray, dict[str, Any](self._options)
         options["num_cpus"] = local_cpus(self._config)
         try:

@@ -6,10 +6,11 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mnist_ray.cluster.plan import threads_per_worker
@@ -18,6 +19,7 @@ from mnist_ray.extras import EXTRAS
 from mnist_ray.process import usable_cores
 from mnist_ray.ray_versions import is_at_least, must_ask_for_tokens
 from mnist_ray.storage import others_can_write
+from ray_fork.shim import own_folder
 from ray_fork.starting import Forking, prepared_forking
 
 _SETTINGS = {
@@ -82,6 +84,22 @@ def prepare_local() -> None:
     has_own = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     if not has_own and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one into a file that all can read
+
+
+def sessions_of(process_id: int) -> list[Path]:
+    """Return the folders of the files of the local Rays that a process of this user has started."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or own_folder("mnist_ray")).absolute()
+    return [*folder.glob(f"ray/session_*_{process_id}")]
+
+
+def remove_sessions(sessions: Iterable[Path]) -> None:
+    """Remove the files of local Rays, with the link to the latest: Ray never replaces one that leads nowhere."""
+    for session in sessions:
+        shutil.rmtree(session, ignore_errors=True)
+        latest = session.parent / "session_latest"
+        with contextlib.suppress(OSError):  # the link is missing
+            if os.readlink(latest) == str(session):  # else another Ray has replaced it
+                latest.unlink()
 
 
 def _set_defaults(settings: dict[str, str]) -> None:

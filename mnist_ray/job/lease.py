@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pyarrow.fs import LocalFileSystem
 
+from mnist_ray.cluster.environment import remove_sessions, sessions_of
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.signals import end_with
 from mnist_ray.storage import RunFolder, in_one_line
@@ -30,7 +31,8 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
     """Own a run for the duration of a context. Raises UsageError as soon as another job renews the run's file.
 
     If this process is silent for too long and another job takes the run over, this process exits. ``waiting`` is called
-    with a message while it is unclear whether an owner is alive.
+    with a message while it is unclear whether an owner is alive. At the end, if nothing failed, the files of a killed
+    owner's local Ray are removed.
     """
     if not isinstance(run.filesystem, LocalFileSystem):
         yield
@@ -53,6 +55,11 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
             raise UsageError(f"{found}; if that has exited, delete {lease.lock_file}") from error
     try:
         yield
+        if before and lease.owner and before.hostname == lease.owner.hostname:
+            import psutil  # takes a while
+
+            if not psutil.pid_exists(before.pid):
+                remove_sessions(sessions_of(before.pid))
     finally:
         with contextlib.suppress(OSError):
             lease.release()

@@ -88,6 +88,24 @@ def test_a_run_of_a_killed_process_on_this_machine_is_free_at_once(
         pass
 
 
+def test_the_files_of_a_killed_owners_ray_are_removed_once_its_run_has_ended_well(
+    run: RunFolder, owner: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    session, other = (tmp_path / "ray" / f"session_2026-12-02_{pid}" for pid in (owner.pid, os.getpid()))
+    for folder in (session, other):
+        (folder / "logs").mkdir(parents=True)
+    owner.kill()
+    owner.wait()
+    left = file_of(run).read_text()
+    with pytest.raises(ZeroDivisionError), owned(run):
+        raise ZeroDivisionError
+    assert session.exists()
+    file_of(run).write_text(left)
+    assert_is_free(run)
+    assert (session.exists(), other.exists()) == (False, True)
+
+
 @pytest.mark.usefixtures("ended")
 def test_a_run_is_free_if_the_file_of_its_owner_elsewhere_does_not_change(run: RunFolder) -> None:
     claim_elsewhere(run)
