@@ -110,7 +110,7 @@ FAULTS = {
         Fault(
             "the optimizer is not restored",
             "mnist_ray/checkpoints/checkpoint.py",
-            'optimizer.load_state_dict(training["optimizers"][name])',
+            'optimizer.load_state_dict(saved["optimizers"][name])',
             "optimizer.state_dict()",
         ),
     ],

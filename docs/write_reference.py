@@ -74,7 +74,9 @@ def flags() -> str:
     for name, command in cli.COMMANDS.items():
         purpose = (inspect.getdoc(command) or "").splitlines()[0]
         classes = OF_JOBS.get(name) or cli.classes_of(command)
-        usage = Parser("", *classes).format_help().splitlines()[0].rpartition(".py ")[2]
+        parser = Parser("", *classes)
+        parser.prog = name
+        usage = parser.format_help().splitlines()[0].removeprefix(f"usage: {name} ")
         lines += ["", f"## {name}", "", f"    mnist-ray {name} {usage}", ""]
         lines += textwrap.wrap(f"{purpose} {NOTES.get(name, '')}", 120)
         tables = {title_of(one): declared(one) for one in classes} if name in OF_JOBS else {"": declared(*classes)}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mnist_ray.data.batches import MicroBatch
@@ -110,7 +111,7 @@ class Chunks(GradientSync):
         """Put the global batch's gradients and buffers into the model."""
         if self.group.world_size > 1:
             self._on_ready()
-        nodes = added_up(node for of_rank in self.group.gathered(self._nodes) for node in of_rank)
+        nodes = added_up(self._of_all_ranks())
         self._nodes = []
         total = functools.reduce(operator.add, (node.vector for node in nodes))
         tensors = [*self._parameters, *self._before]
@@ -124,6 +125,17 @@ class Chunks(GradientSync):
             mean = change.double() / self._num_filled
             buffer.copy_(torch.where(mean == 0, before, (before.double() + mean).to(before.dtype)))
 
+    def _of_all_ranks(self) -> Iterator[Subtree]:
+        """Yield the sums over the chunks of all ranks, in the ranks' order; each rank knows which sums others have."""
+        own = {(node.level, node.number): node.vector for node in self._nodes}
+        for rank in range(self.group.world_size):
+            chunks = part_of(self._num_chunks, rank, self.group.world_size)
+            for level, number, _ in added_up(Subtree(0, chunk, torch.empty(0)) for chunk in chunks):
+                vector = own[level, number] if rank == self.group.rank else torch.empty_like(self._nodes[0].vector)
+                if self.group.world_size > 1:
+                    dist.broadcast(vector, rank)
+                yield Subtree(level, number, vector)
+
     def _buffers(self) -> list[Tensor]:
         """Return the buffers: ``forward`` or a callback may have replaced them by others of the same shape."""
         return [buffer for buffer in self.model.buffers() if not buffer.is_complex()]
@@ -133,5 +145,5 @@ class Chunks(GradientSync):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         pairs = zip(self._buffers(), self._before, strict=True)
         changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
-        is_used = torch.tensor([float(p.grad is not None) for p in self._parameters])
+        is_used = gradients[0].new_tensor([float(p.grad is not None) for p in self._parameters])
         return torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, is_used)])

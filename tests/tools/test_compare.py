@@ -244,11 +244,3 @@ def test_columns_may_hold_anything(tmp_path: Path, values: Any) -> None:
         table = table.drop_columns(name) if name in table.column_names else table
         parquet.write_table(table.append_column(name, pa.array([values] * NUM_TEST)), run / "predictions.parquet")
         assert compare(write_run(tmp_path / "a", classes([1])), run).verdict.gain is None
-
-
-def test_predictions_that_would_not_fit_into_memory_are_not_read(tmp_path: Path) -> None:
-    run, values = write_run(tmp_path / "b", classes([1])), pa.array(np.zeros(10**6, np.int8))
-    table = pa.table({"loss": pa.chunked_array([values] * 300)})
-    parquet.write_table(table, run / "predictions.parquet", compression="zstd")
-    with pytest.raises(JobError, match=r"predictions\.parquet is damaged: it has 300,000,000 values"):
-        compare(write_run(tmp_path / "a", classes([1])), run)

@@ -215,9 +215,6 @@ def test_more_classes_than_a_terminal_is_wide_show_no_table() -> None:
 @pytest.mark.filterwarnings("error")
 def test_names_with_characters_that_the_font_lacks_are_drawn_as_escapes() -> None:
     assert drawable("naïve 猫\x1b\n×") == "naïve \\u732b\\x1b\n×"
-    odd = workload(["ant", "bee", "猫", "\u202edog", "elephant"])
-    assert "Names are escaped" in odd.pictures(odd.details(COLUMNS), None, {})[0].caption
-    assert "Names are escaped" not in workload().pictures(odd.details(COLUMNS), None, {})[0].caption
 
 
 def test_the_report_has_pictures_without_examples_to_show() -> None:
