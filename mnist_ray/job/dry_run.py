@@ -234,7 +234,8 @@ class _Trial:
             for hook in hooks:
                 hook.remove()
         if idle and not self.workload.has_unused_parameters:
-            found = f"{count(len(idle), 'parameter')}, such as {next(iter(idle))}, are not part of the loss"
+            others = f", nor {count(len(idle) - 1, 'other')}" if len(idle) > 1 else ""
+            found = f"the parameter {next(iter(idle))} is not part of the loss{others}"
             remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
             raise UsageError(f"{self.name}: {found}; {remedy}")
         return state, used

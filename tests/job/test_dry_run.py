@@ -296,7 +296,7 @@ MISTAKES = [  # "[…]" stands for what depends on versions
     ("def create_model(self): model = Spare('mask'); model.mask.data[:] = -torch.inf; return model",
      "Wrong.create_model: the parameter mask is not finite; if it is a mask, make it a buffer"),
     ("def create_model(self): return Spare('first', 'second', 'third')",
-     "Wrong: 3 parameters, such as first, are not part of the loss; remove or freeze them; if other steps use "
+     "Wrong: the parameter first is not part of the loss, nor 2 others; remove or freeze them; if other steps use "
      "them, set has_unused_parameters = True"),
     ("def create_model(self): scale = torch.rand(10); return Formed(lambda outputs: outputs * scale)",
      "Wrong: another new model computes something else with the same state_dict; make random tensors buffers, "
