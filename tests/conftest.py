@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -328,6 +329,8 @@ def ray_address() -> Iterator[str]:
         with pytest.MonkeyPatch.context() as patch, shim_in_local_ray(forking), contextlib.ExitStack() as during_start:
             if small := extras.load("small", plain=False):
                 during_start.enter_context(small.for_one_job(log_to_driver=False))
+                # Jobs in processes of their own join it, by the node's address.
+                during_start.enter_context(mock.patch("ray._private.ray_constants.ENABLE_RAY_CLUSTER", True))
             # Ray passes this on to Ray Train's cleaner, which asks a dashboard: here none answers, so it fails at once.
             # Otherwise it would try an old address of `ray start`.
             patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
