@@ -128,7 +128,7 @@ class Predictor:
         if isinstance(content, (list, tuple, int, float)):
             try:
                 return np.asarray(content, np.float32)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise JobError(f"{content!r:.40} is no number, and no list of numbers") from error
         if self.takes != "pictures" or not isinstance(content, (bytes, Path, Image.Image)):
             kind = "a null" if content is None else f"a {type(content).__name__}"
