@@ -289,20 +289,18 @@ def restore_newest(
     model, JobError if the storage cannot be read.
     """
     group, damaged = group or Group(), list[str]()
-    seen: list[dict[str, bool]] = [{}]  # the checkpoints, and whether they have been written to their end
+    seen = dict[str, bool]()  # the checkpoints, and whether they have been written to their end
     with in_one_line(f"cannot read {run.uri}"):
         if group.rank == 0:
             names = with_retries(run.checkpoint_names)
-            seen = [with_retries(lambda: {name: run.inside(name).exists(STATE_FILE) for name in names})]
-        if group.world_size > 1:
-            dist.broadcast_object_list(seen, 0)
-        for name, is_whole in reversed(seen[0].items()):
+            seen = with_retries(lambda: {name: run.inside(name).exists(STATE_FILE) for name in names})
+        for name, is_whole in reversed(group.gathered(seen)[0].items()):
             found, folder = None, run.inside(name)
             with contextlib.suppress(DamagedCheckpointError, UsageError):
                 if is_whole:
                     with_retries(functools.partial(_check_visible, folder))
                 found = _read(folder, state)
-            is_readable = _can_all_read(found is not None, group)
+            is_readable = all(group.gathered(found is not None))
             if found is not None and is_readable:
                 document, saved = found
                 _load(saved, state, callbacks, folder)
@@ -315,11 +313,3 @@ def restore_newest(
 def _check_visible(folder: RunFolder) -> None:
     if not folder.exists(STATE_FILE):
         raise FileNotFoundError(f"{folder.uri}, which another node sees")
-
-
-def _can_all_read(can_read: bool, group: Group) -> bool:
-    if group.world_size == 1:
-        return can_read
-    of_all = torch.tensor(int(can_read), device=group.device)
-    dist.all_reduce(of_all, dist.ReduceOp.MIN)
-    return bool(of_all.item())

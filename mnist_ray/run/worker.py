@@ -278,21 +278,14 @@ class Worker(Callback):
         state.watch.turn(CHECKPOINTS)
         if state.watch.is_on_gpu:
             torch.cuda.synchronize()
-        return self._of_all(state.watch.taken())
-
-    def _of_all(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, which must all call this."""
-        values = [value] * self.group.world_size
-        if self.group.world_size > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
+        return self.group.gathered(state.watch.taken())
 
     def _started(self, restored: checkpoints.Restored) -> Started:
         state = self.state
         changed = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         return Started(
             num_workers=self.group.world_size,
-            hosts=tuple(self._of_all(socket.gethostname())),
+            hosts=tuple(self.group.gathered(socket.gethostname())),
             threads=torch.get_num_threads(),
             device=self.group.device.type,
             precision=self.config.precision,
