@@ -290,11 +290,11 @@ class BlockReader(Reader):
     def _check_memory(self, step: int) -> None:
         """Raise ExampleError if the blocks that one step needs exceed the memory."""
         used = [self._held[block] for block, read in self._needed.items() if read.first_step < step]
-        sizes = [held.result()[1] for held in used if held.done()]
-        if (num_mib := sum(sizes) / 2**20) > self._max_mib:
+        if sum(held.result()[1] for held in used if held.done()) > self._max_mib * 2**20:
+            num_mib = sum(held.result()[1] for held in used) / 2**20  # also of those that are still being read
             mib = f"{num_mib:,.0f} MiB in all, more than read_ahead_mib {self._max_mib}"
             remedy = "raise it, write smaller blocks (row groups), or start a run with fewer num_streams"
-            raise ExampleError(f"a step needs {len(sizes)} blocks at a time, {mib}; {remedy}")
+            raise ExampleError(f"a step needs {len(used)} blocks at a time, {mib}; {remedy}")
 
     def _read_block(self, block: int) -> tuple[Any, int]:
         source, name = self._split.examples, f"{self._split.origin} block {block}"
