@@ -34,9 +34,10 @@ Row = Mapping[str, str]  # of members.csv
 
 
 def curves(record: Run, metric: Metric) -> list[Picture]:
-    """Plot a metric over the steps; of a job of many runs, that of each run of the result over its epochs."""
-    if record.table:
+    """Plot a metric over the steps; if several runs are the result, that of each over its epochs."""
+    if len(record.members) > 1:
         return _of_members(record, metric)
+    record = record.members[0] if record.members else record
     if not record.steps:
         return []
     epoch, total = record.steps_per_epoch, record.steps[-1]["step"]
@@ -175,7 +176,7 @@ def trials(record: Run) -> list[Picture]:
     if best:
         mean = monitor.format(statistics.mean(float(row[column]) for row in best))
         settings = ", ".join(f"{in_words(name)} {best[0][name]}" for name in spaces)
-        caption += f", {settings}: {mean}, {count(len(best), 'seed')}"
+        caption += f", {settings}: {mean}, {count(len(best), 'run')}"
     return [Picture("sweep", "Trials", alt, png_of(figure), caption, is_wide=True)]
 
 
