@@ -19,7 +19,7 @@ from ray.job_config import JobConfig
 
 from mnist_ray import extras
 from mnist_ray.cluster import nodes
-from mnist_ray.cluster.environment import prepare_local, remove_sessions, sessions_of
+from mnist_ray.cluster.environment import prepare_local, ray_folder, remove_sessions, sessions_of
 from mnist_ray.cluster.plan import Cluster, local_cpus
 from mnist_ray.cluster.watch import RaySilentError, Watch, as_raised
 from mnist_ray.config import WorkerConfig
@@ -28,7 +28,6 @@ from mnist_ray.process import in_thread
 from mnist_ray.signals import take_signals
 from mnist_ray.storage import in_one_line, others_can_write
 from ray_fork.ray_internals import shim_in_local_ray
-from ray_fork.shim import own_folder
 from ray_fork.starting import Forking, runtime_env_to_fork
 
 _LISTENS_TIMEOUT_S = 4.0
@@ -160,9 +159,7 @@ class Connection:
         """Start a Ray on this machine, with at least the CPUs that are asked for: more workers than cores can run."""
         prepare_local()
         with in_one_line("a local Ray cannot start"):
-            # Only this user can enter the default folder: Ray lets everybody write to its sessions.
-            folder = os.environ.get("RAY_TMPDIR") or own_folder("mnist_ray")
-        os.environ["RAY_TMPDIR"] = folder
+            os.environ["RAY_TMPDIR"] = ray_folder()
         self._is_local = True
         plain, options = self._config.plain_ray, dict[str, Any](self._options)
         options["num_cpus"] = local_cpus(self._config)

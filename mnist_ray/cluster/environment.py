@@ -86,10 +86,17 @@ def prepare_local() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one into a file that all can read
 
 
+def ray_folder() -> str:
+    """Return the folder of this user's local Rays. Raises PermissionError.
+
+    Only this user can enter the default one: Ray lets everybody write to its sessions.
+    """
+    return os.environ.get("RAY_TMPDIR") or own_folder("mnist_ray")
+
+
 def sessions_of(process_id: int) -> list[Path]:
     """Return the folders of the files of the local Rays that a process of this user has started."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or own_folder("mnist_ray")).absolute()
-    return [*folder.glob(f"ray/session_*_{process_id}")]
+    return [*Path(ray_folder()).absolute().glob(f"ray/session_*_{process_id}")]
 
 
 def remove_sessions(sessions: Iterable[Path]) -> None:
