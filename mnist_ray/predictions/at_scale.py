@@ -48,7 +48,7 @@ _MAX_RETRIES = 3  # of a part whose actor dies
 _RESUME = "; rerun the same command to resume"
 
 Done = dict[str, dict[str, int]]
-"""By part, how many predictions it has, how many inputs have none, and how many bytes its file has."""
+"""By part, how many predictions it has, and how many inputs have none."""
 
 
 def predict_at_scale(found: Found, config: ScaleConfig, forking: Forking) -> dict[str, Any]:
@@ -121,15 +121,25 @@ def _begun(folder: RunFolder, asked: Mapping[str, Any], inputs: Inputs) -> Input
 
 
 def _done_parts(folder: RunFolder, parts: Mapping[str, Any]) -> Done:
-    """Return what is known of the parts that are done, and whose files have the sizes that they had then."""
-    with in_one_line(f"cannot read {folder.uri}"):
-        infos = folder.filesystem.get_file_info(fs.FileSelector(folder.path, allow_not_found=True, recursive=True))
-    sizes = {posixpath.relpath(info.path, folder.path): info.size for info in infos}
-    done = [part for part in parts if f"{_DONE}/{part}.json" in sizes]
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        known = threads.map(folder.inside(_DONE).require_json, (f"{part}.json" for part in done))
-        by_part = dict(zip(done, known, strict=True))
-    return {part: about for part, about in by_part.items() if about.get("bytes") == sizes.get(part, 0)}
+    """Return what is known of the parts that are done: those whose predictions can be read and have all rows."""
+    known = folder.inside(_DONE)
+    with in_one_line(f"cannot read {folder.uri}"), ThreadPoolExecutor(_NUM_THREADS) as threads:
+        infos = folder.filesystem.get_file_info(fs.FileSelector(known.path, allow_not_found=True, recursive=True))
+        names = {posixpath.relpath(info.path, known.path) for info in infos}
+        done = [part for part in parts if f"{part}.json" in names]
+        by_part = dict(zip(done, threads.map(known.require_json, (f"{part}.json" for part in done)), strict=True))
+        num_rows = dict(zip(done, threads.map(functools.partial(_num_rows, folder), done), strict=True))
+    whole = {part: about for part, about in by_part.items() if {"rows", "unreadable"} <= about.keys()}
+    return {part: about for part, about in whole.items() if about["rows"] == num_rows[part]}
+
+
+def _num_rows(folder: RunFolder, part: str) -> int:
+    """Return how many predictions a part's file has; 0 if there is no file, or it is damaged. Raises STORAGE_ERRORS."""
+    try:
+        with folder.filesystem.open_input_file(posixpath.join(folder.path, part)) as file:
+            return int(pq.read_metadata(file).num_rows)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return 0
 
 
 def _predicted(
@@ -216,13 +226,12 @@ class PartPredictor:
         with in_one_line(f"cannot predict {part}"):
             try:
                 rows, reasons = self._write(part, files)
-                size = self._folder.info(part).size or 0
             except DamagedTableError as error:  # nothing of it is written
-                rows, reasons, size = 0, {part: str(error)}, 0
+                rows, reasons = 0, {part: str(error)}
         if reasons:
             lines = [json.dumps({"input": place, "reason": reason}) for place, reason in reasons.items()]
             self._folder.inside(_UNREADABLE).write_text(f"{part}.jsonl", "\n".join(lines) + "\n")
-        done = {"rows": rows, "unreadable": len(reasons), "bytes": size}
+        done = {"rows": rows, "unreadable": len(reasons)}
         self._folder.inside(_DONE).write_text(f"{part}.json", json.dumps(done))
         return done
 

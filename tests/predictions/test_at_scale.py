@@ -126,6 +126,9 @@ def test_a_folder_is_predicted_on_ray_with_the_bits_of_single_files_and_goes_on_
     assert json.loads(capsys.readouterr().out) == {"rows": 23, "unreadable": 1}
     with pytest.raises(UsageError, match="holds predictions with another input; choose another folder"):
         scale(finished_run, scans, output, "--input", str(scans / "*.png"))
+    (output / "_done" / "part-00001.parquet.json").write_text('{"rows": 8}')
+    scale(finished_run, scans, output)
+    assert "pictures in 3 parts, 2 already predicted\n" in capsys.readouterr().out
     (output / "_job.json").write_text('{"asked": {}, "parts": 1}')
     with pytest.raises(UsageError, match="holds predictions with another checkpoint; choose another folder"):
         scale(finished_run, scans, output)
