@@ -17,6 +17,7 @@ from mnist_ray.config import OutputConfig, SourceConfig, SweepConfig, TrainConfi
 from mnist_ray.errors import UsageError
 from mnist_ray.flags import Parser, peek
 from mnist_ray.job import rules
+from mnist_ray.job.lease import remove_dead_owner
 from mnist_ray.layers import FLAGS, ONLY_FLAGS, Place, Placed
 from mnist_ray.references import split_call
 from mnist_ray.runs import find_run, is_sweep
@@ -176,6 +177,8 @@ def check_free(run: RunFolder, *, resume: str, is_resumed: bool = False) -> None
     """Raise UsageError if a new run already exists, or a resumed run is finished; with ``auto``, it may be."""
     if is_resumed:
         is_finished = run.read_json(RESULT_FILE) is not None
+        if is_finished:
+            remove_dead_owner(run)
         if is_finished and resume != "auto":
             missing = report_command(run)
             advice = f"; for its report: {missing}" if missing else ""

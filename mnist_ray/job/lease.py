@@ -74,6 +74,16 @@ def owner_of(run: RunFolder) -> str:
     return ""
 
 
+def remove_dead_owner(run: RunFolder) -> None:
+    """Remove the file that a killed owner of a finished run has left, since no job will own the run again."""
+    if isinstance(run.filesystem, LocalFileSystem) and (lease := _lease_of(run)).owner is not None:
+        from filelock import Timeout
+
+        with contextlib.suppress(Timeout, OSError):  # the owner is alive
+            lease.acquire(0)
+            lease.release()
+
+
 def _lease_of(run: RunFolder) -> SoftFileLease:
     from filelock import SoftFileLease  # takes a while
 

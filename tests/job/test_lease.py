@@ -10,6 +10,7 @@ from filelock import OwnerRecord, SoftFileLease
 
 from mnist_ray.errors import UsageError
 from mnist_ray.job import lease
+from mnist_ray.job.job import check_free
 from mnist_ray.job.lease import owned, owner_of
 from mnist_ray.storage import RunFolder, locate
 
@@ -86,6 +87,18 @@ def test_a_run_of_a_killed_process_on_this_machine_is_free_at_once(
     owner.wait()
     with owned(run, pytest.fail):
         pass
+
+
+def test_the_file_of_a_finished_runs_owner_is_removed_once_that_is_killed(
+    run: RunFolder, owner: subprocess.Popen[bytes]
+) -> None:
+    run.write_text("result.json", '{"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}}')
+    check_free(run, resume="auto", is_resumed=True)
+    assert file_of(run).exists()
+    owner.kill()
+    owner.wait()
+    check_free(run, resume="auto", is_resumed=True)
+    assert not file_of(run).exists()
 
 
 def test_the_files_of_a_killed_owners_ray_are_removed_once_its_run_has_ended_well(
