@@ -556,12 +556,15 @@ def test_all_ranks_restore_the_newest_checkpoint_that_rank_0_sees_and_all_can_re
         checkpoint.snapshot(state, {"workload": mnist().identity}).write(run.inside(name))
     Path(run.inside(names[2]).path, "state.json").unlink()
     of_rank_0 = dict(zip(names, [True, True, False], strict=True))  # the last one is cut off
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda seen, src: seen.__setitem__(0, of_rank_0))
     monkeypatch.setattr("mnist_ray.storage.time.sleep", lambda seconds: None)
     for other_can_read, expected in (([1], names[1]), ([0, 1], names[0])):
         shown, others = iter([False, OSError("the link is down"), True, True]), iter([1, *other_can_read])
         monkeypatch.setattr(RunFolder, "exists", Mock(side_effect=shown))
-        monkeypatch.setattr("torch.distributed.all_reduce", lambda read, op, others=others: read.mul_(next(others)))
+
+        def gather(values: list[Any], own: Any, others: Iterator[int] = others) -> None:
+            values[:] = [of_rank_0 if isinstance(own, dict) else bool(next(others)), own]
+
+        monkeypatch.setattr("torch.distributed.all_gather_object", gather)
         assert restore_newest(run, state, (), Group(1, 2)).name == expected
 
 
