@@ -1,4 +1,7 @@
-"""Writes the pages of docs/reference that come from the code: python docs/write_reference.py. A test compares them."""
+"""Writes what the docs take from the code: python docs/write_reference.py. A test compares it.
+
+These are pages of docs/reference, and the numbers of lines in the tour's tables.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Arrays, Blocks, Classification, Data, Metric, Picture, Regression, Workload, sources
 
 FOLDER = Path(__file__).parent / "reference"
+TOUR = Path(__file__).parent / "understand" / "tour.md"
 NOTE = "Written by `python docs/write_reference.py` from the code."
 TRAINING = (config.TrainConfig, config.WorkerConfig, config.OutputConfig, config.SourceConfig)
 OF_JOBS: dict[str, tuple[type, ...]] = {"train": TRAINING, "tune": (config.SweepConfig,)}
@@ -268,9 +272,23 @@ def rules() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"flags.md": flags, "rules.md": rules, "python.md": python, "workload.md": workload}
+def tour() -> str:
+    """Return the tour, with the number of lines of the files that its tables link to."""
+
+    def counted(row: re.Match[str]) -> str:
+        files = [TOUR.parent / link for link in re.findall(r"\]\((.+?)\)", row[1])]
+        num_lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        return f"| {row[1]} | {num_lines} |"
+
+    return re.sub(r"^\| (\[.+?) \| \d+ \|", counted, TOUR.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+PAGES = {
+    **{FOLDER / f"{page.__name__}.md": page for page in (flags, rules, python, workload)},
+    TOUR: tour,
+}
 
 if __name__ == "__main__":
-    for name, page in PAGES.items():
-        (FOLDER / name).write_text(page(), encoding="utf-8")
-        sys.stdout.write(f"{FOLDER / name}\n")
+    for path, page in PAGES.items():
+        path.write_text(page(), encoding="utf-8")
+        sys.stdout.write(f"{path}\n")
