@@ -22,11 +22,18 @@ _LIMITS = {  # by the text of errors and logs
 }
 
 
-class UsageError(Exception):
+class _FixableError(Exception):
+    """An error of one line: the problem and, after a semicolon, what the user can do."""
+
+    def __init__(self, *problem: object, fix: str = "") -> None:
+        super().__init__(*([f"{problem[0]}; {fix}"] if fix else problem))
+
+
+class UsageError(_FixableError):
     """The user asked for something impossible: a wrong flag, value or path. Exit status 2."""
 
 
-class JobError(Exception):
+class JobError(_FixableError):
     """Something went wrong: bad data, a damaged file, a failed run. Exit status 1."""
 
     hints = ""  # where to look, and how to go on; an error gets them on its way to the user

@@ -1,6 +1,7 @@
 import bdb
 import io
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_an_error_for_users_has_no_place_in_this_package(error: Exception, said:
     with pytest.raises(type(error)) as raised, writing():
         raise error
     assert with_place(raised.value, Path("/project"), fallback=Path(__file__).parent) == said
+
+
+@pytest.mark.parametrize("kind", [UsageError, JobError])
+def test_a_fix_follows_the_problem_also_in_an_error_that_was_sent(kind: type[UsageError]) -> None:
+    assert (
+        str(pickle.loads(pickle.dumps(kind("--limit is 2", fix="give less than 1"))))
+        == "--limit is 2; give less than 1"
+    )
+    assert str(kind("--limit is 2")) == "--limit is 2"
 
 
 def test_a_second_ctrl_c_keeps_the_message_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
