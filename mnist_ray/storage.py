@@ -32,45 +32,12 @@ CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, REPORT_FILE = "config.json", "origin.json
 MEMBERS_FILE, MEMBERS_FOLDER = "members.csv", "members"  # of a job of many runs
 BEST_FILE = "best.json"  # of a sweep
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
-_OPTIONAL = type(...)  # the file may lack it
-_NULL = type(None)
-_SETTINGS: dict[str, tuple[type, ...]] = {
-    "workload": (str, _OPTIONAL),
-    "seed": (int, _OPTIONAL),
-    "num_epochs": (int, _NULL, _OPTIONAL),
-    "fold": (int, _NULL, _OPTIONAL),
-}
-_MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # the values that are read from these files by name
-    CONFIG_FILE: _SETTINGS,
-    ORIGIN_FILE: {
-        "versions": (dict, _OPTIONAL),
-        "unused_settings": (list, _OPTIONAL),
-        "data": (dict, _NULL, _OPTIONAL),
-        "repository": (dict, _NULL, _OPTIONAL),
-        "metadata": (dict, _NULL, _OPTIONAL),
-    },
-    RESULT_FILE: {
-        "checkpoint": (str,),
-        "seconds": (dict,),
-        "members": (list, _OPTIONAL),
-        "formats": (dict, _OPTIONAL),
-        "spread": (dict, _OPTIONAL),
-    },
-}
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d{1,18})_step-(\d{1,18})", re.ASCII)
-_MEMBER = re.compile(rf"{MEMBERS_FOLDER}/(?!\.\.?(/|$))[^/\0]{{1,255}}")
-_FORM = re.compile(r"number|fraction|[ +-]?\d{0,2}[,_]?(\.\d{1,2})?[eEfFgG%]?", re.ASCII)
-_CHECKS: dict[str, Callable[[Any], bool]] = {  # of values with the right type; paths are in the run's folder
-    "checkpoint": lambda path: bool(re.fullmatch(rf"({_MEMBER.pattern}/)?{_CHECKPOINT_NAME.pattern}", path, re.ASCII)),
-    "members": lambda paths: all(isinstance(path, str) and _MEMBER.fullmatch(path) for path in paths),
-    "formats": lambda forms: all(isinstance(form, str) and _FORM.fullmatch(form) for form in forms.values()),
-    "spread": lambda spread: all(isinstance(about, dict) and _is_interval(about) for about in spread.values()),
-}
+_RESULT_CHECKPOINT = re.compile(rf"({MEMBERS_FOLDER}/(?!\.\.?/)[^/\0]{{1,255}}/)?{_CHECKPOINT_NAME.pattern}", re.ASCII)
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.ELOOP)  # full, or links that lead elsewhere
-_MAX_TEXT_BYTES = 2**30  # of a file
 _PROBE_BYTES = 2**20  # more than a checkpoint of MNIST, to notice a full disk
 
 
@@ -163,8 +130,6 @@ class RunFolder:
     def read_text(self, file_name: str) -> str | None:
         """Return a file's text; None if there is no file. Raises JobError."""
         with in_one_line(f"cannot read {self.inside(file_name).uri}"):
-            if (self.info(file_name).size or 0) > _MAX_TEXT_BYTES:
-                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             content = self.read_bytes(file_name)
         try:
             return None if content is None else content.decode("utf-8")
@@ -180,16 +145,9 @@ class RunFolder:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise self.damaged(file_name, error) from error
-        if not isinstance(values, dict):
-            raise self.damaged(file_name, "it is not a JSON object")
-        if not values:
-            raise self.damaged(file_name, "it is empty")
-        for name, types in _MUST_HOLD.get(file_name, {}).items():
-            value = values.get(name, ...)
-            is_right = isinstance(value, types) and (value is ... or _CHECKS.get(name, lambda value: True)(value))
-            if not is_right:
-                raise self.damaged(file_name, f"{name} is {'missing' if value is ... else json.dumps(value):.40}")
-        return values
+        if flaw := _flaw_of(file_name, values):
+            raise self.damaged(file_name, flaw)
+        return dict(values)
 
     def require_json(self, file_name: str) -> dict[str, Any]:
         """Return a file's JSON object. Raises JobError if it does not exist or is damaged."""
@@ -272,8 +230,19 @@ class RunFolder:
         self.filesystem.delete_file(posixpath.join(self.path, file_name))
 
 
-def _is_interval(about: Mapping[str, Any]) -> bool:
-    return isinstance(about.get("interval"), list) and len(about["interval"]) == 2
+def _flaw_of(file_name: str, values: Any) -> str:
+    """Return what is wrong with the content of a JSON file; an empty text if nothing is."""
+    if not isinstance(values, dict):
+        return "it is not a JSON object"
+    if not values:
+        return "it is empty"
+    if file_name == CONFIG_FILE and not isinstance(values.get("workload", ""), str):
+        return "its workload is not a text"
+    if file_name == RESULT_FILE and not isinstance(values.get("seconds"), dict):
+        return "its seconds are missing"
+    if file_name == RESULT_FILE and not _RESULT_CHECKPOINT.fullmatch(str(values.get("checkpoint"))):
+        return "its checkpoint is not one of this run"
+    return ""
 
 
 def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> RunFolder:
