@@ -10,11 +10,18 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent
 PARTS = {
     "Learn": ("project/README.md", "learn/"),
-    "Do": ("guides/",),
+    "Do": ("guides/", "project/deploy/"),
     "Understand": ("understand/", "project/ray_fork/", "project/benchmarks/"),
     "Look up": ("reference/", "project/CHANGELOG.md"),
 }
-OUTSIDE = ("README.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/measured.md", "ray_fork/README.md")
+OUTSIDE = (
+    "README.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
+    "benchmarks/measured.md",
+    "deploy/README.md",
+    "ray_fork/README.md",
+)
 
 
 def on_files(files: Any, config: Any) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/serving.py                          # 7 minutes on two cores; needs pip install -e '.[serve]'
     python benchmarks/serving.py --parts odd              # about a minute
 
-Guards what docs/guides/serve.md promises. All requests come from this process, over the loopback.
+Guards what docs/guides/predict.md promises. All requests come from this process, over the loopback.
 
 speed: a PNG of a digit in a form, from 1, 8 and 64 clients that each wait for an answer before they ask again. A bare
 FastAPI application with the same model, serve.py, and serve.py with batches of one take turns, some seconds each.

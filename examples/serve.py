@@ -1,4 +1,4 @@
-"""Puts a run behind an address, with a page to try it, on Ray Serve. docs/guides/serve.md describes the requests.
+"""Puts a run behind an address, with a page to try it, on Ray Serve. docs/guides/predict.md describes the requests.
 
 pip install -e '.[serve]'
 serve run examples.serve:app run=RUN                     # http://127.0.0.1:8000; without run=, the newest run

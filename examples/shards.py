@@ -2,7 +2,7 @@
 
 python jobs/train.py --workload examples/shards.py --data s3://bucket/pictures --num-classes 10
 
-The place has the folders train/ and test/; docs/guides/object_stores.md describes how to write them.
+The place has the folders train/ and test/; docs/guides/data.md describes how to write them.
 """
 
 import io

@@ -176,7 +176,7 @@ def copy_tracked_files(folder: Path) -> Path:
 
 
 def write_pictures(folder: Path, number: int, rows: int) -> None:
-    """Write pictures of two classes, dark and light, as docs/guides/object_stores.md does; ``rows`` a row group."""
+    """Write pictures of two classes, dark and light, as docs/guides/data.md does; ``rows`` a row group."""
     rng = np.random.default_rng(0)
     labels = rng.integers(2, size=number).tolist()
     column = []

@@ -13,6 +13,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "README.md",
+    ROOT / "deploy" / "README.md",
     ROOT / "ray_fork" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]

@@ -48,8 +48,8 @@ def messages() -> str:
 
 def test_quoted_errors_are_those_of_the_code() -> None:
     known = messages()
-    quoted = CODE.findall(first_cells(page("guides/errors.md")))
-    assert len(quoted) > 30
+    quoted = CODE.findall(first_cells(page("guides/debugging.md").partition("\n## Errors\n")[2].partition("\n## ")[0]))
+    assert len(quoted) > 15
     for error in quoted:
         parts = [part.strip() for part in re.split("…|; ", error) if len(part.strip()) > 3]  # "; ": before the fix
         assert parts, error
