@@ -16,7 +16,6 @@ from typing import Any
 
 import mnist_ray
 from mnist_ray import cli, config, errors, settings
-from mnist_ray.api import SweptRun
 from mnist_ray.flags import Parser, title_of
 from mnist_ray.job.rules import OF_DATA, OF_SETTINGS
 from mnist_ray.predictions.predictor import Prediction, Predictor
@@ -148,7 +147,6 @@ def python() -> str:
     lines += ["", "## What they return and raise"]
     for a_class in (
         Run,
-        SweptRun,
         Comparison,
         Verdict,
         Prediction,

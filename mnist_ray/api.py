@@ -6,7 +6,7 @@ are raised as UsageError or JobError, with the message that a command would prin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -21,7 +21,6 @@ from mnist_ray.many.points import options_text
 from mnist_ray.report.run_files import Run, folder_of_result, settings_of, workload_of
 from mnist_ray.runs import find_run
 from mnist_ray.settings import build, values_of
-from mnist_ray.storage import BEST_FILE
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import reference_of
 
@@ -34,13 +33,6 @@ if TYPE_CHECKING:
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
 
 
-class SweptRun(Run):
-    """A sweep, with the run of its best configuration as its result."""
-
-    best: dict[str, Any]  # the searched settings' values in the best configuration
-    trials: list[dict[str, Any]]  # the rows of members.csv, one per trial
-
-
 @process.left_as_found()
 def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TrainKeywords]) -> Run:
     """Train, evaluate and report like ``jobs/train.py``; return the run.
@@ -49,27 +41,18 @@ def train(workload: AnyWorkload = None, settings: object = None, **keywords: Unp
     instance of its ``Settings``; they may also be keywords, but type checkers do not know these. Raises UsageError,
     JobError, and, after Ctrl-C, KeyboardInterrupt.
     """
-    job = run_job(read_train(_given(workload, settings, keywords))).job
-    return Run(job.run, _workload_of(job))
+    return _run_of(run_job(read_train(_given(workload, settings, keywords))).job)
 
 
 @process.left_as_found()
-def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TuneKeywords]) -> SweptRun:
+def tune(workload: AnyWorkload = None, settings: object = None, **keywords: Unpack[TuneKeywords]) -> Run:
     """Search settings, and evaluate the best configuration once, like ``jobs/tune.py``; return the sweep.
 
     ``sweep`` may be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``. Raises the errors of ``train``.
     """
     if isinstance(searched := keywords.get("sweep"), Mapping):
-        keywords["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
-    many = run_job(read_sweep(_given(workload, settings, keywords)))
-    run = SweptRun(many.job.run, _workload_of(many.job))
-    best = run.folder.require_json(BEST_FILE)
-    run.best, run.trials = {name: best[name] for name in many.space.spaces}, many.table().rows
-    return run
-
-
-def _space_text(space: Any) -> str:
-    return space if isinstance(space, str) else options_text(space if isinstance(space, Iterable) else [space])
+        keywords["sweep"] = [f"{name}={options_text(space)}" for name, space in searched.items()]
+    return _run_of(run_job(read_sweep(_given(workload, settings, keywords))).job)
 
 
 @process.left_as_found()
@@ -152,13 +135,13 @@ def load_run(
     return found
 
 
-def _workload_of(job: Job) -> Workload:
-    """Return the workload with which a job's run was tested. Raises JobError after a dry run."""
+def _run_of(job: Job) -> Run:
+    """Return a job's run, with the workload's settings that were tested. Raises JobError after a dry run."""
     if job.output.dry_run:
         raise JobError("the dry run is done; dry_run=True trains nothing, so there is no run to return")
     workload_class = type(job.workload)
     settings: Any = build(workload_class.Settings, settings_of(folder_of_result(job.run)))  # of a sweep, the best ones
-    return workload_class(settings, job.workload.metadata)
+    return Run(job.run, workload_class(settings, job.workload.metadata))
 
 
 def _given(workload: AnyWorkload, settings: object, keywords: Mapping[str, Any]) -> dict[str, Any]:

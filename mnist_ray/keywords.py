@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypedDict
 
-if TYPE_CHECKING:
-    from mnist_ray.config import Precision
-    from mnist_ray.report.run_files import Run
+from mnist_ray.config import Precision
+from mnist_ray.report.run_files import Run
 
-UserCode: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, Mapping[str, Any]] | None"
-"""Files or modules with classes; as a mapping, with the keyword arguments that an object is created with."""
+# Files or modules with classes; as a mapping, with the keyword arguments that an object is created with.
+UserCode = str | Path | Sequence[str | Path] | Mapping[str, Mapping[str, Any]] | None
 
 
 class TrainKeywords(TypedDict, total=False):

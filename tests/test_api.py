@@ -27,7 +27,6 @@ from mnist_ray import Run, process
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import read_job
-from mnist_ray.many.points import Point
 from mnist_ray.many.table import Many
 from mnist_ray.mnist import MNIST
 from mnist_ray.storage import locate
@@ -124,11 +123,9 @@ def test_a_run_of_another_process_is_loaded_by_its_name_or_path(run: Run) -> Non
 
 def test_a_swept_runs_workload_has_the_best_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tuned(many: Many) -> Many:
-        table = many.table()
-        table.start(Point((("width", 48),), 0))
-        table.write(many.job.run)
+        many.job.run.write_text("config.json", '{"sweep": ["width=16,48"]}')
         for name in ("members/best/config.json", "best.json"):
-            many.job.run.write_text(name, '{"width": 48}')
+            many.job.run.write_text(name, '{"width": 48, "depth": 2}')
         result = {"checkpoint": "members/best/checkpoint_epoch-001_step-000000", "seconds": {}}
         many.job.run.write_text("result.json", json.dumps(result))
         return many
@@ -136,7 +133,8 @@ def test_a_swept_runs_workload_has_the_best_settings(tmp_path: Path, monkeypatch
     monkeypatch.setattr("mnist_ray.api.run_job", tuned)
     shapes = ROOT / "examples" / "shapes.py"
     best = mnist_ray.tune(shapes, sweep={"width": [16, 48]}, storage_path=tmp_path, run_name="run")
-    assert best.workload.settings.width == best.best["width"] == 48
+    assert best.workload.settings.width == 48
+    assert best.best == {"width": 48}
 
 
 def test_weights_to_start_from_may_be_a_run_or_a_path(run: Run, small_data: Path, tmp_path: Path) -> None:
@@ -378,8 +376,8 @@ assert [prediction.top[0][0] for prediction in predictions].count(7) >= 1
 assert circle.metrics["accuracy"] > 0.8
 assert set(sweep.best) == {"width", "learning_rate"}
 assert sweep.load_model()[0].out_features == sweep.best["width"]
-assert {row["width"] for row in sweep.trials} <= {8, 32}
-assert len(sweep.trials) == 4
+assert {row["width"] for row in sweep.table} <= {"8", "32"}
+assert len(sweep.table) == 4
 """
 
 
@@ -402,6 +400,26 @@ def test_the_tour_runs_in_a_notebook_each_call_on_a_new_local_ray(
     assert "Missing packages" not in said
     assert said.count("image/png") >= 3
     assert (tmp_path / "circle.pt2").exists()
+
+
+def completed(line: str) -> list[str]:
+    """Return what the shell would complete a command line with."""
+    pytest.importorskip("argcomplete")
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = ["bash", "-c", '"$0" -m mnist_ray 8>&1', sys.executable]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    return [word.strip() for word in done.stdout.splitlines()]
+
+
+def test_a_shell_completes_commands_flags_values_runs_and_files(tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    assert completed("mnist-ray ev") == ["evaluate"]
+    assert completed("mnist-ray train --num-s") == ["--num-steps", "--num-seeds"]
+    assert completed("mnist-ray train --optimizer a") == ["adam", "adamw"]
+    assert completed(f"mnist-ray view --config {tmp_path}/t") == [f"{tmp_path}/two/"]
+    for words in ("train --run-name", "evaluate", "predict --run", "compare two"):
+        command, *more = words.split()
+        assert completed(f"mnist-ray {command} --storage-path {tmp_path} {' '.join(more)} t") == ["two"]
 
 
 @pytest.mark.parametrize(

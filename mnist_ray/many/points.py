@@ -96,8 +96,14 @@ class Space:
         return tuple(texts)
 
 
-def options_text(options: Iterable[Any]) -> str:
-    """Return options in the syntax of ``--sweep``: like a line of CSV, with quotes around options with commas."""
+def options_text(options: object) -> str:
+    """Return one or several options in the syntax of ``--sweep``; a text is in this syntax already.
+
+    It is that of a line of CSV, with quotes around options with commas.
+    """
+    if isinstance(options, str):
+        return options
+    options = options if isinstance(options, Iterable) else [options]
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow([_NONE if option is None else option for option in options])
     return text.getvalue()

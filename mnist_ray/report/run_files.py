@@ -18,6 +18,7 @@ from mnist_ray.config import ExportConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.runs import untrusted_folders
 from mnist_ray.storage import (
+    BEST_FILE,
     CONFIG_FILE,
     MEMBERS_FILE,
     MEMBERS_FOLDER,
@@ -130,7 +131,8 @@ class Run:
     def workload(self) -> Workload:
         """The workload, with the settings and the metadata of the run."""
         if self._workload is None:
-            self._workload = workload_of(self.folder, None, self.folder.storage_path)
+            tested = folder_of_result(self.folder)  # of a sweep, its best configuration's run
+            self._workload = workload_of(tested, None, self.folder.storage_path, self.folder)
         return self._workload
 
     @cached_property
@@ -174,6 +176,13 @@ class Run:
     def table(self) -> list[dict[str, str]]:
         """The rows of members.csv: all runs of a job of many; none of a single run."""
         return read_members(self.folder)
+
+    @cached_property
+    def best(self) -> dict[str, Any]:
+        """Of a sweep, the searched settings in its best configuration. Raises JobError until there is one."""
+        values = self.folder.require_json(BEST_FILE)
+        searched = [space.partition("=")[0] for space in self.config.get("sweep", ())]
+        return {name: values[name] for name in searched}
 
     @cached_property
     def all_members(self) -> list[Run]:
