@@ -20,16 +20,16 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.config import ChangesConfig, ModelConfig, RunConfig
 from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
-from mnist_ray.flags import Parser, peek, setting_in
-from mnist_ray.job.job import Job, load_trusted, resume_command
+from mnist_ray.flags import Parser, complete, peek, setting_in
+from mnist_ray.job.job import Job, classes_of_job, read_job, resume_command_of
 from mnist_ray.many.jobs import read_sweep, read_train
 from mnist_ray.many.jobs import run as run_job
 from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import settings_of
-from mnist_ray.runs import find_run, is_sweep
+from mnist_ray.runs import find_run
 from mnist_ray.settings import build, values_of
-from mnist_ray.storage import RESULT_FILE, locate
+from mnist_ray.storage import RESULT_FILE
 from mnist_ray.text import PROGRAM, VERSION
 
 Command = Callable[..., Mapping[str, Any] | None]
@@ -82,15 +82,13 @@ def predict(model: ModelConfig, output: config.PredictionConfig, scale: config.S
 
 def view(choice: config.ViewConfig, changes: ChangesConfig) -> None:
     """Show examples of a workload's data."""
-    files = layers.read_files(choice.config)
-    places = [*layers.defaults()[0], *files, layers.Place("--set", dict(map(setting_in, changes.set)))]
-    flags = {} if choice.workload is None else {"workload": choice.workload}
-    workload_class = load_trusted(locate(layers.storage_path(), ""), flags, places, files)
-    layers.check_names(places, workload_class.Settings)
-    own = layers.values_in(layers.merged(places, workload_class.Settings))
+    given = {"config": choice.config, **_changed(changes)}
+    if choice.workload is not None:
+        given["workload"] = choice.workload
+    workload = read_job(given).workload
     from mnist_ray.tools.view import view as show
 
-    show(workload_class(build(workload_class.Settings, own)), choice)
+    show(workload, choice)
 
 
 def report(run: RunConfig) -> None:
@@ -99,9 +97,7 @@ def report(run: RunConfig) -> None:
     folder = find_run(run.run, storage_path)
     from mnist_ray.report import page
 
-    output = config.OutputConfig(run_name=folder.name, storage_path=folder.storage_path)
-    resume_with = resume_command("tune" if is_sweep(settings_of(folder)) else "train", output)
-    page.write_again(folder, run.workload, storage_path, resume_with)
+    page.write_again(folder, run.workload, storage_path, resume_command_of(folder, settings_of(folder)))
 
 
 def runs(choice: config.RunsConfig) -> dict[str, Any]:
@@ -150,6 +146,9 @@ def call(command: Command) -> None:
 
 def program() -> None:
     """Run the command that the first argument names: ``mnist-ray train`` and so on."""
+    if "_ARGCOMPLETE" in os.environ:
+        classes = {name: classes_of(command) or classes_of_job(name) for name, command in COMMANDS.items()}
+        complete({name: Parser("", *found, add_help=False) for name, found in classes.items()})
     lines = [f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items()]
     about = "Train, tune and evaluate PyTorch models on Ray. Each command has --help."
     parser = Parser("\n".join([about, "", "commands:", *lines]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mnist_ray import layers
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import Given, Setting, declared, flag
+from mnist_ray.storage import locate
 from mnist_ray.text import did_you_mean, redact
 
 UNSET = argparse.SUPPRESS  # a flag that is not given leaves no value
@@ -114,6 +116,25 @@ def setting_in(text: str) -> tuple[str, Any]:
 def peek(*config_classes: type) -> dict[str, Any]:
     """Return the flags of some classes, not yet checked, before all flags are known. Raises UsageError."""
     return Parser("", *config_classes, add_help=False).read_known()[0]
+
+
+def complete(flags: Mapping[str, Parser]) -> None:
+    """Tell the shell what may come next on its command line, and exit. ``flags``: those of each command."""
+    import argcomplete  # of the extra "completion"
+
+    def values(prefix: str, action: argparse.Action, parsed_args: argparse.Namespace, **asked: Any) -> list[str]:
+        if action.dest in ("run", "run_name", "first", "second"):
+            storage_path = layers.storage_path(getattr(parsed_args, "storage_path", None))
+            return locate(storage_path, "").subfolders()
+        if str(action.metavar).startswith("{"):
+            return str(action.metavar).strip("{}").split(",")
+        return list(argcomplete.FilesCompleter()(prefix))
+
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for name, flags_of_command in flags.items():
+        commands.add_parser(name, parents=[flags_of_command])
+    argcomplete.autocomplete(parser, default_completer=values)
 
 
 def title_of(config_class: type) -> str:

@@ -121,13 +121,13 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     Choose the run, check that its code is trusted, order the places, build the job. Later places win: recipes, the
     project, the environment, a resumed run's own settings, the files of --config, flags. Raises UsageError, JobError.
     """
-    early = peek(*_classes(kind)) if given is None else given  # without the workload's own settings
+    early = peek(*classes_of_job(kind)) if given is None else given  # without the workload's own settings
     defaults, notes = layers.defaults()
     files = layers.read_files(early.get("config"))
     of_output = layers.merged([*defaults, *files, Place(FLAGS, early)], OutputConfig)
     run, saved = _choose_run(kind, settings.build(OutputConfig, layers.values_in(of_output)))
     workload_class = load_trusted(run, early, [*defaults, *saved, *files], files)
-    classes = _classes(kind, workload_class.Settings)
+    classes = classes_of_job(kind, workload_class.Settings)
     flags = _read_flags(kind, workload_class, given)
     if "workload" in flags:  # in a call, it may be a class
         flags = {**flags, "workload": workload_class.source.reference}
@@ -151,7 +151,7 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     return _with_origin(job)
 
 
-def _classes(kind: str, *of_workload: type) -> list[type]:
+def classes_of_job(kind: str, *of_workload: type) -> list[type]:
     """Return the classes of the settings of ``train`` or ``tune``."""
     return [*_DECIDING[kind], *of_workload, WorkerConfig, OutputConfig, SourceConfig]
 
@@ -218,7 +218,7 @@ def load_trusted(run: RunFolder, flags: Given, places: Sequence[Place], files: I
 
 def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) -> Given:
     """Return the flags, or the settings that a call has ``given``, after checking their names."""
-    classes, recipes = _classes(kind, workload_class.Settings), workload_class.recipes
+    classes, recipes = classes_of_job(kind, workload_class.Settings), workload_class.recipes
     if given is None:
         first = _MOST_USED if kind == "train" else (*_OF_TUNING, *_MOST_USED)
         about = _DESCRIPTIONS[kind].format(command=command(kind))
@@ -304,6 +304,12 @@ def resume_command(kind: str, output: OutputConfig, more: Given | None = None, *
         return f"{kind}(resume=True, {', '.join(words)})"
     words = [word for name, given in values for value in given for word in (flag(name), value)]
     return f"{command(kind)} {shlex.join(['--resume', *words])}"
+
+
+def resume_command_of(run: RunFolder, config: Given) -> str:
+    """Return the command that resumes a run with the content of its config.json."""
+    output = OutputConfig(run_name=run.name, storage_path=run.storage_path)
+    return resume_command("tune" if is_sweep(config) else "train", output)
 
 
 def _check_unchanged(kind: str, job: Job, saved: Place) -> None:
