@@ -18,6 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _RARE: Any = {"has_flag": False}  # a settings file, a keyword or --set NAME=VALUE sets it
 _SHARED: Any = {"is_searchable": False}  # by all trials of a sweep
 _FREE: Any = {"decides_weights": False}  # a resumed run may have another value
+_FILE: Any = {"metavar": "FILE.py", "paths": r"\.py($|[:(])"}
 
 
 def _ending(suffix: str) -> dict[str, Any]:
@@ -26,20 +27,16 @@ def _ending(suffix: str) -> dict[str, Any]:
 
 def _code(description: str, base: str, **more: Any) -> Any:
     description += ": FILE.py[:NAME][(KEY=VALUE, …)] or package.module…; may be repeated"
-    return setting((), description, code=base, metavar="FILE.py", is_repeated=True, **more)
+    return setting((), description, code=base, is_repeated=True, **_FILE, **more)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """Where the settings come from."""
 
-    workload: str | None = setting(
-        None, "FILE.py or package.module, with :NAME if it has several workloads; default: MNIST", metavar="FILE.py"
-    )
+    workload: str | None = setting(None, "FILE.py or package.module[:NAME]; default: MNIST", **_FILE)
     recipe: str | None = setting(None, "a named set of settings; flags override them")
-    config: tuple[str, ...] = setting(
-        (), "settings in TOML, YAML or JSON; may be repeated, the last one wins", metavar="FILE", is_repeated=True
-    )
+    config: tuple[str, ...] = setting((), "a TOML, YAML or JSON file; the last wins", metavar="FILE", is_repeated=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,45 +63,27 @@ class TrainConfig:
     beta2: float = setting(0.999, "decay of Adam's mean of the squared gradients", **_RARE, **fraction(with_one=False))
     momentum: float = setting(0.9, "momentum of SGD", **_RARE, **fraction(with_one=False))
     weight_decay: float = setting(0.0, "weight decay: an L2 penalty; with adamw, decoupled", **within(0, 1000))
-    label_smoothing: float = setting(
-        0.0, "for classification: fraction of each training target to spread over all classes", **_RARE, **fraction()
-    )
-    ema_decay: float | None = setting(
-        None, "decay of an average of the weights (EMA) to keep and evaluate, e.g. 0.99", **fraction(with_one=False)
-    )
+    label_smoothing: float = setting(0.0, "part of each class target to spread over all", **_RARE, **fraction())
+    ema_decay: float | None = setting(None, "decay of the weights' EMA, which is evaluated", **fraction(with_one=False))
     early_stopping_patience: int | None = setting(None, "validations without improvement before a stop", **at_least(1))
-    precision: Precision = setting(
-        "auto", "number format of both passes; auto: bf16 if supported and fast, else fp32; fp16 scales losses"
-    )
+    precision: Precision = setting("auto", "number format of both passes; auto: bf16 if supported and fast, else fp32")
     validation_size: int | None = setting(
         None, "examples to hold out; 0: none; default: the data's own, or a tenth up to 5,000", **_SHARED, **at_least(0)
     )
     init_from: str | None = setting(None, "a run, checkpoint, .safetensors or .pt file to start from", **_SHARED)
     seed: int = setting(0, "determines initial weights and order of the examples", **_SHARED, **within(0, 2**31 - 1))
-    num_seeds: int = setting(
-        1, "runs with seeds from --seed on; reports their mean and its 95 % interval", **_SHARED, **within(1, 10_000)
-    )
-    folds: int | None = setting(
-        None, "cross-validation: a run per part of the training set, tested on it", **_SHARED, **within(2, 10_000)
-    )
+    num_seeds: int = setting(1, "runs, with seeds from --seed on; reports their mean", **_SHARED, **within(1, 10_000))
+    folds: int | None = setting(None, "cross-validation: runs, each tested on one part", **_SHARED, **within(2, 10_000))
     fold: int | None = setting(None, "only the run of this fold, from 1 on", **_SHARED, **_RARE, **at_least(1))
     clip_grad_norm: float | None = setting(None, "maximum norm of gradients; larger ones are scaled down", **positive())
-    micro_batch_size: int | None = setting(
-        None, "examples per forward pass; each worker accumulates the gradients of its slice of a batch", **at_least(1)
-    )
-    strategy: Literal["ddp", "fsdp"] = setting(
-        "ddp", "ddp: each worker has the whole model; fsdp: a part of weights, gradients and optimizer state", **_FREE
-    )
+    micro_batch_size: int | None = setting(None, "examples per forward pass; gradients are accumulated", **at_least(1))
+    strategy: Literal["ddp", "fsdp"] = setting("ddp", "fsdp: workers share out weights, gradients and states", **_FREE)
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
-    callback: tuple[str, ...] = _code(
-        "your Callback in the training loop, or profiler", "mnist_ray.training.callback:Callback", **_SHARED
-    )
+    callback: tuple[str, ...] = _code("your Callback, or profiler", "mnist_ray.training.callback:Callback", **_SHARED)
     limit: float = setting(
         1.0, "fraction of all data, at random", **_SHARED, **rule(lambda part: 0 < part <= 1, "must be in (0, 1]")
     )
-    overfit_batches: int | None = setting(
-        None, "train and test only on this many batches; a working model learns them", **_SHARED, **at_least(1)
-    )
+    overfit_batches: int | None = setting(None, "train and test only on this many batches", **_SHARED, **at_least(1))
     checkpoint_every: int | None = setting(
         None,
         "steps between checkpoints within an epoch; auto: as often as the storage and 1 % of the time allow",
@@ -115,15 +94,9 @@ class TrainConfig:
     keep_checkpoints: int | None = setting(
         2, "number of best checkpoints to keep beside the last one; or all", unset="all", **_FREE, **at_least(1)
     )
-    reproducible: bool = setting(
-        False, "bit-identical weights for any number of workers; slower: CPUs only, one thread per worker"
-    )
-    num_chunks: int = setting(
-        8, "with --reproducible: chunks per batch, and the maximum number of workers", **_RARE, **within(1, 1024)
-    )
-    num_streams: int = setting(
-        8, "with data in blocks: streams of an epoch, and the maximum number of workers", **_RARE, **within(1, 1024)
-    )
+    reproducible: bool = setting(False, "the same bits on any number of workers; slower: CPUs only, one thread each")
+    num_chunks: int = setting(8, "with --reproducible: chunks per batch, and most workers", **_RARE, **within(1, 1024))
+    num_streams: int = setting(8, "streams of an epoch of blocks, and most workers", **_RARE, **within(1, 1024))
 
     @property
     def is_several(self) -> bool:
@@ -165,9 +138,7 @@ class WorkerConfig:
     num_workers: int | None = setting(
         None, "training processes; 0: this one, without Ray; default: one per GPU, else one per node", **at_least(0)
     )
-    cpus_per_worker: int | None = setting(
-        None, "CPUs per worker, with a thread for each if steps are large; default: all, shared evenly", **at_least(1)
-    )
+    cpus_per_worker: int | None = setting(None, "CPUs per worker; default: all, shared evenly", **at_least(1))
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch finds any")
     loader_workers: int = setting(0, "processes per worker to read a Dataset; 0: none; not for arrays", **at_least(0))
     read_ahead_mib: int = setting(READ_AHEAD_MIB, "MiB per worker for reading ahead in blocks", **_RARE, **at_least(1))
@@ -176,9 +147,7 @@ class WorkerConfig:
     max_failures: int = setting(3, "how many times to replace lost workers before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork workers to start faster; auto: if it is safe", **_RARE)
     plain_ray: bool = setting(False, _PLAIN)
-    hang_timeout_s: float = setting(
-        600.0, "most seconds for a step or a part of the start; then a new worker starts", **_RARE, **within(1, 10**6)
-    )
+    hang_timeout_s: float = setting(600.0, "most seconds for a step or part of the start", **_RARE, **within(1, 10**6))
 
     @property
     def of_many(self) -> WorkerConfig:
@@ -196,13 +165,11 @@ class OutputConfig:
         "folder of this run under --storage-path; default: date, time and a random number",
         **rule(lambda name: _NAME.fullmatch(name), "must be at most 200 letters, digits, '.', '_' or '-'"),
     )
-    storage_path: str = setting("~/ray_results", "folder or URI (s3://…) for all runs, reachable from every node")
+    storage_path: str = setting("~/ray_results", "folder or URI (s3://…) of all runs, seen by every node", paths=".")
     resume: Literal["no", "yes", "auto"] = setting(
         "no", "continue the run of --run-name; auto: or start it, or print its result", bare="yes"
     )
-    tracker: tuple[str, ...] = _code(
-        "where to follow the run: wandb, mlflow or yours, beside TensorBoard", "mnist_ray.trackers:Tracker"
-    )
+    tracker: tuple[str, ...] = _code("wandb, mlflow or your Tracker, beside TensorBoard", "mnist_ray.trackers:Tracker")
     dry_run: bool = setting(False, "train nothing; print the plan and whether every node is ready for it")
     json: bool = setting(False, _JSON)
     quiet: bool = setting(False, "print only the result")
@@ -213,9 +180,7 @@ class OutputConfig:
 class StorageConfig:
     """Storage."""
 
-    storage_path: str | None = setting(
-        None, "folder or URI of the runs; default: the project's, or ~/ray_results", metavar="PLACE"
-    )
+    storage_path: str | None = setting(None, "folder or URI; default: the project's, or ~/ray_results", metavar="PLACE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,9 +228,7 @@ class ViewConfig:
 class PredictionConfig:
     """Output of predictions."""
 
-    files: tuple[str, ...] = setting(
-        (), "images, or folders of images; for a language model, texts to continue", word="IMAGE_OR_FOLDER"
-    )
+    files: tuple[str, ...] = setting((), "images or folders; texts for a language model", word="IMAGE_OR_FOLDER")
     threshold: float = setting(0.8, "predictions below this probability are marked unsure", **fraction())
 
 
@@ -278,9 +241,7 @@ class ScaleConfig:
     column: tuple[str, ...] = setting(
         (), "columns of a table that hold the input; default: the workload's, or the only one", metavar="NAME"
     )
-    num_actors: int | None = setting(
-        None, "processes that share the input; default: one for each GPU or, without GPUs, for each CPU", **at_least(1)
-    )
+    num_actors: int | None = setting(None, "processes; default: one per GPU or, without any, per CPU", **at_least(1))
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "GPUs for the actors; auto: if the cluster has free ones")
     plain_ray: bool = setting(False, _PLAIN)
 
@@ -336,12 +297,8 @@ class SweepConfig:
     scheduler: Literal["halving", "none"] = setting(
         "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs"
     )
-    num_confirmed: int = setting(
-        3, "how many of the best configurations race with up to two more seeds; 0: one seed decides", **at_least(0)
-    )
-    max_concurrent_trials: int | None = setting(
-        None, "maximum number of trials at a time; default: as many as fit on the cluster", **_FREE, **at_least(1)
-    )
+    num_confirmed: int = setting(3, "best configurations that get two more seeds; 0: one seed decides", **at_least(0))
+    max_concurrent_trials: int | None = setting(None, "trials at a time; default: all that fit", **_FREE, **at_least(1))
 
 
 CLASSES: tuple[type, ...] = (SourceConfig, TrainConfig, WorkerConfig, OutputConfig, SweepConfig)

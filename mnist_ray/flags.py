@@ -16,86 +16,61 @@ from mnist_ray.text import did_you_mean, redact
 
 UNSET = argparse.SUPPRESS  # a flag that is not given leaves no value
 _WORDS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  # for a flag's value in the help
-_NOTHING: Given = {}
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser with a flag for each setting of some classes. It reports errors in one line.
 
-    ``--help`` shows ``defaults`` instead of the settings' own, and the flags in ``first`` before the others.
-    ``metavars``: words for values that the declarations lack.
+    ``--help`` shows ``defaults`` instead of the settings' own.
     """
 
-    def __init__(
-        self,
-        description: str,
-        *classes: type,
-        defaults: Given = _NOTHING,
-        metavars: Given = _NOTHING,
-        first: Sequence[str] = (),
-        add_help: bool = True,
-    ) -> None:
+    def __init__(self, description: str, *classes: type, defaults: Given | None = None, add_help: bool = True) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, add_help=add_help)
         self._settings = declared(*classes)
         words = [f"[{one.word}]" if _form_of(one)["nargs"] else one.word for one in self._settings.values() if one.word]
         self.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
-        groups: dict[str, Any] = {"Options": self}  # beside --help
-        title_by_name = {name: title_of(one) for one in classes for name in declared(one)}
-        others = sorted(self._settings, key=lambda name: not self._settings[name].word)
-        for name in dict.fromkeys([*first, *others]):
-            about, title = self._settings[name], "Most used" if name in first else title_by_name[name]
-            if not about.has_flag:
-                continue
-            if title not in groups:
-                groups[title] = self.add_argument_group(title)
-            form = _form_of(about) | ({"metavar": metavars[name]} if name in metavars else {})
-            help_text = _help_with(about, defaults.get(name, about.default)).replace("%", "%%")
-            groups[title].add_argument(name if about.word else flag(name), default=UNSET, help=help_text, **form)
+        for config_class in classes:
+            group = self.add_argument_group(title_of(config_class))
+            for name, about in declared(config_class).items():
+                if about.has_flag:
+                    shown = name if about.word else flag(name)
+                    help_text = _help_with(about, (defaults or {}).get(name, about.default)).replace("%", "%%")
+                    group.add_argument(shown, default=UNSET, help=help_text, **_form_of(about))
         rare = [name for name, about in self._settings.items() if not about.has_flag]
         if "set" not in self._settings:
             set_help = f"set a setting by its name; these have no flag: {', '.join(rare)}" if rare else UNSET
             self.add_argument("--set", metavar="NAME=VALUE", action="append", default=UNSET, help=set_help)
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-        """Return the given flags, after checking them. Raises UsageError."""
+        """Return the given flags, whose values are not yet checked. Exits after one line if a flag is unknown."""
         values, unknown = self.read_known(arguments)
         if unknown:
             self.error(self._explained(unknown))
-        return {
-            name: self._settings[name].checked(value) if name in self._settings else value
-            for name, value in values.items()
-        }
+        return values
 
     def read_known(self, arguments: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
         """Return the given flags that this parser knows, and the other words. Raises UsageError."""
         found, unknown = self.parse_known_intermixed_args(arguments)
-        values = {name: self._parsed(name, value) for name, value in vars(found).items()}
-        for text in () if "set" in self._settings else values.pop("set", ()):
+        known = self._settings
+        values = {name: known[name].parsed(value) if name in known else value for name, value in vars(found).items()}
+        for text in () if "set" in known else values.pop("set", ()):
             name, value = setting_in(text)
-            if name in self._settings:
+            if name in known:
                 values[name] = value
             else:
                 unknown.append(f"--set {text}")
         return values, unknown
 
-    def _parsed(self, name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._parsed(name, text) for text in value]
-        return self._settings[name].parsed(value) if name in self._settings and isinstance(value, str) else value
-
     def _explained(self, unknown: Sequence[str]) -> str:
         """Return why words are not known, and what may be meant."""
         found = f"unrecognized arguments: {' '.join(unknown)}"
         wrong = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
-        if not wrong:
-            return found
         for name, about in self._settings.items():
             if not about.has_flag and wrong in (flag(name), flag(f"no_{name}")):
                 return f"{wrong} is no flag; use --set {name}=VALUE, or a settings file"
-        known = [text for action in self._actions for text in action.option_strings]
-        advice = "; change a workload's setting by --set NAME=VALUE" if "set" in self._settings else ""
-        return found + (did_you_mean(wrong, [*known, *(f"--set {name}" for name in self._settings)]) or advice)
+        meant = did_you_mean(wrong, [*self._option_string_actions, *(f"--set {name}" for name in self._settings)])
+        return found + (meant or "; change a workload's setting by --set NAME=VALUE" * ("set" in self._settings))
 
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
@@ -146,11 +121,13 @@ def title_of(config_class: type) -> str:
 
 def _form_of(about: Setting) -> dict[str, Any]:
     """Return a flag's arguments for ``add_argument``; its values stay texts, for ``Setting.parsed``."""
+    is_list = about.plain is tuple
     if about.plain is bool:
         return {"action": argparse.BooleanOptionalAction}
     if about.word:
-        return {"nargs": "*" if about.plain is tuple else "?" if about.may_be_none else None, "metavar": about.word}
-    if about.plain is tuple:
+        for_one = "?" if about.may_be_none else None
+        return {"metavar": about.word, "nargs": "*" if is_list else for_one}
+    if is_list:
         several = {"action": "append"} if about.is_repeated else {"action": "extend", "nargs": "+"}
         return {"metavar": about.metavar or _WORDS[about.item], **several}
     choices = "{" + ",".join(map(str, about.arguments)) + "}" if about.arguments else ""

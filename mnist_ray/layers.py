@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_ray.config import CLASSES, OutputConfig
 from mnist_ray.errors import UsageError, first_line
-from mnist_ray.settings import Given, Setting, build, check_known, declared, is_no_file, path_of
+from mnist_ray.settings import Given, build, check_known, declared, path_of
 from mnist_ray.storage import is_foreign
 
 FLAGS = "the flags"
 STORAGE_VARIABLE = "MNIST_RAY_STORAGE_PATH"
 ONLY_FLAGS = {"json"}  # neither in files nor in calls
-_PROJECT_FILE, _TABLE = "pyproject.toml", "mnist_ray"
+_TABLE = "mnist_ray"
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,14 @@ def merged(places: Sequence[Place], *classes: type) -> dict[str, Placed]:
 
     Raises UsageError for a wrong value, with its place.
     """
-    found, known = dict[str, Placed](), declared(*classes)
+    found = dict[str, Placed]()
     for rank, place in enumerate(places):
-        for name in (name for name in known if name in place.values):
-            try:
-                found[name] = Placed(_value_in(place, known[name]), place.name, rank)
-            except UsageError as error:
-                raise UsageError(str(error) if place.name == FLAGS else f"{place.name}: {error}") from error
+        for name, about in declared(*classes).items():
+            if name in place.values:
+                try:
+                    found[name] = Placed(about.checked(place.values[name], place.folder), place.name, rank)
+                except UsageError as error:
+                    raise UsageError(str(error) if place.name == FLAGS else f"{place.name}: {error}") from error
     return found
 
 
@@ -69,12 +69,18 @@ def defaults() -> tuple[list[Place], list[str]]:
     current folder or above it. Raises UsageError.
     """
     places, notes = list[Place](), list[str]()
-    for file in _project_files():
-        if is_foreign(file):
-            notes.append(f"{file} belongs to another user: its settings are ignored")
-        elif (values := _table_of(file)) is not None:
-            places.append(Place(str(file), values, file.parent))
-            break
+    with contextlib.suppress(FileNotFoundError):  # the current folder is gone
+        for file in (folder / "pyproject.toml" for folder in (Path.cwd(), *Path.cwd().parents)):
+            if not os.path.isfile(file):
+                continue
+            if is_foreign(file):
+                notes.append(f"{file} belongs to another user: its settings are ignored")
+                continue
+            tools = _read(file, str(file)).get("tool")
+            if isinstance(tools, dict) and _TABLE in tools:
+                table = _as_settings(tools[_TABLE], f"[tool.{_TABLE}] of {file}")
+                places.append(Place(str(file), table, file.parent))
+                break
     if path := os.environ.get(STORAGE_VARIABLE):
         places.append(Place(STORAGE_VARIABLE, {"storage_path": path}))
     return places, notes
@@ -110,81 +116,46 @@ def in_order(
     if name not in (*recipes, "default"):
         where = "" if naming[-1].name == FLAGS else f"{naming[-1].name}: "
         raise UsageError(f"{where}there is no recipe {name}; known: {', '.join(recipes) or 'none'}")
-    always = [] if saved else [Place("the default recipe", recipes.get("default", {}))]
     chosen = [] if name == "default" else [Place(f"the recipe {name}", recipes[name])]
-    return [*defaults, *saved, *chosen, *after] if saved else [*always, *chosen, *defaults, *after]
-
-
-def _value_in(place: Place, about: Setting) -> Any:
-    """Return a setting's value in a place, whose relative paths start at its folder. Raises UsageError."""
-    value = place.values[about.name]
-    if place.folder and isinstance(value, str) and (about.plain is Path or about.name == "storage_path"):
-        value = _from(place.folder, value)
-    value = about.checked(value)
-    if place.folder and about.code:
-        return tuple(_from(place.folder, code) if re.search(r"\.py($|[:(])", code) else code for code in value)
-    if place.folder and about.name == "workload" and value and re.search(r"\.py($|:)", value):
-        return _from(place.folder, value)
-    return value
-
-
-def _from(folder: Path, path: str) -> str:
-    return path if path[:1] in ("", "~") or "://" in path else str(folder / path)
-
-
-def _project_files() -> Iterator[Path]:
-    with contextlib.suppress(OSError):  # the current folder is gone
-        here = Path.cwd()
-        yield from (path for folder in (here, *here.parents) if os.path.isfile(path := folder / _PROJECT_FILE))
-
-
-def _table_of(project_file: Path) -> dict[str, Any] | None:
-    """Return the table of the settings in a project's file; None if there is none. Raises UsageError."""
-    table: Any = _parsed(project_file, str(project_file)).get("tool")
-    if not isinstance(table, dict) or _TABLE not in table:
-        return None
-    return _as_settings(table[_TABLE], f"[tool.{_TABLE}] of {project_file}")
+    if saved:
+        return [*defaults, *saved, *chosen, *after]
+    return [Place("the default recipe", recipes.get("default", {})), *chosen, *defaults, *after]
 
 
 def _read_file(path: str) -> Place:
     """Read a settings file: TOML, YAML or, as runs write it with whole paths, JSON. Raises UsageError."""
     file = path_of(path, "--config")
-    return Place(path, _parsed(file, path), file.absolute().parent if file.suffix.lower() in _PARSERS else None)
+    is_of_run = _format_of(file) == "JSON"
+    return Place(path, _read(file, path), None if is_of_run else file.absolute().parent)
 
 
-def _parsed(file: Path, path: str) -> dict[str, Any]:
-    """Return the content of a file, whose suffix tells its format. Raises UsageError."""
-    kind, parse = _PARSERS.get(file.suffix.lower(), ("JSON", json.loads))
+def _read(file: Path, named: str) -> dict[str, Any]:
+    """Return the content of a file, whose suffix tells its format. Raises UsageError; messages call it ``named``."""
+    parse: dict[str, Callable[[str], Any]] = {"TOML": tomllib.loads, "YAML": _from_yaml, "JSON": json.loads}
     try:
-        if is_no_file(file):
-            raise UsageError(f"the settings file {path} is not a file")
-        return _as_settings(parse(file.read_text(encoding="utf-8-sig")), path)
+        return _as_settings(parse[_format_of(file)](file.read_text(encoding="utf-8-sig")), named)
     except OSError as error:
-        raise UsageError(f"cannot read the settings file {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read the settings file {named}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: also if it is not UTF-8
-        raise UsageError(f"{path} is not {kind}: {first_line(error)}") from error
+        raise UsageError(f"{named} is not {_format_of(file)}: {first_line(error)}") from error
 
 
-def _as_settings(values: Any, path: str) -> dict[str, Any]:
+def _format_of(file: Path) -> str:
+    return {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML"}.get(file.suffix.lower(), "JSON")
+
+
+def _as_settings(values: Any, named: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UsageError(f"{path} must contain settings by their names")
+        raise UsageError(f"{named} must contain settings by their names")
     return values
 
 
 def _from_yaml(text: str) -> Any:
     from ruamel.yaml import YAML  # YAML 1.2, where 1e-3 is a number and `no` is a text
-    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.error import MarkedYAMLError
 
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" (line {mark.line + 1})" if mark else ""
-        raise ValueError(f"{getattr(error, 'problem', error)}{place}") from error
-
-
-_PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of people's files
-    ".toml": ("TOML", tomllib.loads),
-    ".yaml": ("YAML", _from_yaml),
-    ".yml": ("YAML", _from_yaml),
-}
+    except MarkedYAMLError as error:
+        place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise ValueError(f"{error.problem}{place}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mnist_ray.errors import UsageError, first_line
-from mnist_ray.references import references_of
 from mnist_ray.text import did_you_mean
 
 T = TypeVar("T", bound=Any)
 Check = Callable[[Any], object]  # which is true if a value is allowed
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
+_CALL = re.compile(r"(.*?\.py(?::\w+)?|[\w.]+(?::\w+)?)\((.*)\)", re.DOTALL)  # a folder may have parentheses, too
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Setting:
     must: str = ""
     search: SearchSpace | None = None  # the values that jobs/tune.py tries
     code: str = ""  # the value names a user's class; this is its base class, as MODULE:NAME
+    paths: str = ""  # a pattern of the texts that are paths: in a file that people write, they start at its folder
     bare: Any = None  # the value of the flag given without one
     unset: str = "none"  # the word for None on the command line
     metavar: str | None = None  # the word for a value in the help
@@ -80,45 +83,66 @@ class Setting:
         """The type of one value: of a list, of its items."""
         return self.arguments[0] if self.plain is tuple else self.plain
 
-    def parsed(self, text: str) -> Any:
-        """Return the value that a text on the command line means; if it means none, the text, which is then wrong."""
+    def parsed(self, given: Any) -> Any:
+        """Return the value that a text of the command line means; if it means none, the text, which is then wrong."""
+        if isinstance(given, list):
+            return [self.parsed(text) for text in given]
         try:
-            return parse_text(self.item, text) if self.item in (bool, int, float) else text
+            is_text = isinstance(given, str) and self.item in (bool, int, float)
+            return parse_text(self.item, given) if is_text else given
         except ValueError:
-            return text
+            return given
 
-    def checked(self, value: Any) -> Any:
-        """Return a value in the setting's type. Raises UsageError for a wrong value."""
-        if self.may_be_none and (value is None or self._is_word_for_none(value)):
+    def checked(self, value: Any, folder: Path | None = None) -> Any:
+        """Return a value in the setting's type. Raises UsageError for a wrong value.
+
+        ``folder``: where relative paths start; None: paths start in the current folder, and code is named as it is.
+        """
+        is_word_for_none = isinstance(value, str) and value == self.unset and self.plain in (int, float)
+        if self.may_be_none and (value is None or is_word_for_none):
             return None
         if isinstance(value, bool) and {"yes", "no"} <= {*self.arguments}:
             value = "yes" if value else "no"
-        value = self._converted(value)
+        try:
+            value = self._converted(value, folder)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError):
+            items = f"a list of {self.item.__name__}" if self.plain is tuple else f"of type {self.plain.__name__}"
+            kind = "FILE.py:NAME or a list of these" if self.code else items
+            raise UsageError(f"{self.shown} must be {kind}, not {value!r:.40}") from None
         if self.plain is not tuple and self.arguments and value not in self.arguments:
             raise UsageError(f"{self.shown} must be one of {', '.join(map(str, self.arguments))}, not {value!r}")
         if self.check and not self.check(value):
             raise UsageError(f"{self.shown} {self.must}, not {value!r}")
         return value
 
-    def _is_word_for_none(self, value: Any) -> bool:
-        return isinstance(value, str) and value == self.unset and self.plain in (int, float)  # of a text, it is a value
+    def _converted(self, value: Any, folder: Path | None) -> Any:
+        if self.plain is not tuple:
+            return self._converted_one(value, folder)
+        if value is None and self.code:
+            return ()
+        items = [value] if self.item is str and isinstance(value, (str, Path)) else value
+        if not isinstance(items, (list, tuple)):
+            raise TypeError
+        return tuple(self._converted_one(item, folder) for item in items)
 
-    def _converted(self, value: Any) -> Any:
-        try:
-            if self.code:
-                return references_of(value)
-            if self.plain is not tuple:
-                return _of_type(self.plain, value, self.shown)
-            items = [value] if self.item is str and isinstance(value, (str, Path)) else value
-            if not isinstance(items, (list, tuple)):
-                raise TypeError
-            return tuple(_of_type(self.item, item, self.shown) for item in items)
-        except UsageError as error:
-            raise UsageError(f"{self.shown} {error}" if self.code else str(error)) from None
-        except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError):
-            kind = f"a list of {self.item.__name__}" if self.plain is tuple else f"of type {self.plain.__name__}"
-            kind = "FILE.py:NAME, a list of these, or a mapping from these to keyword arguments" if self.code else kind
-            raise UsageError(f"{self.shown} must be {kind}, not {value!r:.40}") from None
+    def _converted_one(self, value: Any, folder: Path | None) -> Any:
+        kind = self.item
+        if kind is Path and isinstance(value, (str, Path)):
+            return Path(folder or "", path_of(value, self.shown)).absolute()  # saved with the run, and read elsewhere
+        if kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if hasattr(value, "item"):  # a NumPy or torch number; an array of several numbers raises
+            value = value.item()
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or value != value:  # bool is a subclass of int; NaN differs from itself
+            raise TypeError
+        if kind is int and abs(value) >= 2**63:  # NumPy and torch cannot hold it
+            raise OverflowError
+        if self.code:
+            split_call(value, self.shown)
+        is_path = folder is not None and self.paths and re.search(self.paths, value)
+        return str(Path(folder or "", value)) if is_path and value[0] != "~" and "://" not in value else value
 
 
 def setting(default: T, description: str, **more: Any) -> T:
@@ -164,17 +188,15 @@ def flag(name: str) -> str:
 
 def declared(*config_classes: type) -> dict[str, Setting]:
     """Return the settings of some classes by their names."""
-    return _declared(config_classes)
+    return {name: about for config_class in config_classes for name, about in _declared(config_class).items()}
 
 
 @functools.cache  # a sweep checks thousands of configurations
-def _declared(config_classes: tuple[type, ...]) -> dict[str, Setting]:
-    found = {}
-    for config_class in config_classes:
-        hints = get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            told, of_type = field.metadata.get("setting", Setting()), _type_of(hints[field.name])
-            found[field.name] = dataclasses.replace(told, name=field.name, default=field.default, **of_type)
+def _declared(config_class: Any) -> dict[str, Setting]:
+    found, hints = {}, get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        told, of_type = field.metadata.get("setting", Setting()), _type_of(hints[field.name])
+        found[field.name] = dataclasses.replace(told, name=field.name, default=field.default, **of_type)
     return found
 
 
@@ -207,20 +229,21 @@ def build(config_class: type[T], values: Given) -> T:
         raise UsageError(first_line(error)) from error
 
 
-def _of_type(kind: type[Any], value: Any, name: str) -> Any:
-    if kind is Path and isinstance(value, (str, Path)):
-        return path_of(value, name).absolute()  # saved with the run, and read later in another working folder
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "item"):  # a NumPy or torch number; an array of several numbers raises
-        value = value.item()
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind or value != value:  # bool is a subclass of int; NaN differs from itself
-        raise TypeError
-    if kind is int and abs(value) >= 2**63:  # NumPy and torch cannot hold it
-        raise OverflowError
-    return value
+def split_call(reference: str, named: str = "code") -> tuple[str, dict[str, Any]]:
+    """Return a reference such as ``a.py:Freeze(epochs=2)`` without its keyword arguments, and these.
+
+    Raises UsageError if the arguments are wrong; the message begins with ``named``.
+    """
+    if not (found := _CALL.fullmatch(reference)):
+        return reference, {}
+    try:
+        call: Any = ast.parse(f"f({found[2]})", mode="eval").body
+        if call.args or None in (words := {word.arg: ast.literal_eval(word.value) for word in call.keywords}):
+            raise ValueError
+    except (SyntaxError, ValueError, AttributeError) as error:
+        reason = "arguments must be NAME=VALUE, and values numbers, strings, lists or dicts"
+        raise UsageError(f"{named} {reference:.60}: {reason}") from error
+    return found[1], words
 
 
 def path_of(text: str | Path, named: str) -> Path:

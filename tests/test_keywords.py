@@ -20,8 +20,8 @@ from typing import Any, Literal, TypedDict
 from mnist_ray.config import Precision
 from mnist_ray.report.run_files import Run
 
-# Files or modules with classes; as a mapping, with the keyword arguments that an object is created with.
-UserCode = str | Path | Sequence[str | Path] | Mapping[str, Mapping[str, Any]] | None
+# Files or modules with classes, such as ``freeze.py:Freeze(num_epochs=2)``.
+UserCode = str | Path | Sequence[str | Path] | None
 '''
 CLASSES = {
     "TrainKeywords(TypedDict, total=False)": (TrainConfig, WorkerConfig, OutputConfig, SourceConfig),

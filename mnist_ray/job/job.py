@@ -19,9 +19,8 @@ from mnist_ray.flags import Parser, peek
 from mnist_ray.job import rules
 from mnist_ray.job.lease import remove_dead_owner
 from mnist_ray.layers import FLAGS, ONLY_FLAGS, Place, Placed
-from mnist_ray.references import split_call
 from mnist_ray.runs import find_run, is_sweep
-from mnist_ray.settings import Given, Setting, declared, flag
+from mnist_ray.settings import Given, Setting, declared, flag, split_call
 from mnist_ray.storage import (
     CONFIG_FILE,
     MEMBERS_FILE,
@@ -49,11 +48,6 @@ Search settings with Ray Tune, and evaluate the best trial once on the test set:
 
 A trial has one worker with one CPU, unless --num-workers or --cpus-per-worker is given.""",
 }
-_MOST_USED = (
-    *("workload", "config", "num_epochs", "batch_size", "learning_rate", "num_workers", "use_gpu"),
-    *("run_name", "storage_path", "resume", "dry_run", "callback", "tracker"),
-)
-_OF_TUNING = ("sweep", "num_trials", "search_algorithm")
 
 
 @dataclass(frozen=True)
@@ -153,7 +147,7 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
 
 def classes_of_job(kind: str, *of_workload: type) -> list[type]:
     """Return the classes of the settings of ``train`` or ``tune``."""
-    return [*_DECIDING[kind], *of_workload, WorkerConfig, OutputConfig, SourceConfig]
+    return [SourceConfig, *_DECIDING[kind], *of_workload, WorkerConfig, OutputConfig]
 
 
 def _choose_run(kind: str, output: OutputConfig) -> tuple[RunFolder, list[Place]]:
@@ -220,10 +214,8 @@ def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) 
     """Return the flags, or the settings that a call has ``given``, after checking their names."""
     classes, recipes = classes_of_job(kind, workload_class.Settings), workload_class.recipes
     if given is None:
-        first = _MOST_USED if kind == "train" else (*_OF_TUNING, *_MOST_USED)
-        about = _DESCRIPTIONS[kind].format(command=command(kind))
-        metavars = {"recipe": "{" + ",".join(recipes or ["default"]) + "}"}
-        return Parser(about, *classes, defaults=recipes.get("default", {}), metavars=metavars, first=first).read_flags()
+        about = f"{_DESCRIPTIONS[kind].format(command=command(kind))}\n\nRecipes: {', '.join(recipes) or 'none'}"
+        return Parser(about, *classes, defaults=recipes.get("default", {})).read_flags()
     settings.check_known(given, {*declared(*classes)} - ONLY_FLAGS, "the call")
     return given
 

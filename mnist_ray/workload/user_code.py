@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from mnist_ray.errors import UsageError, with_place
-from mnist_ray.references import split_call
-from mnist_ray.settings import is_no_file, path_of
+from mnist_ray.settings import is_no_file, path_of, split_call
 from mnist_ray.storage import is_foreign, others_can_write
 
 

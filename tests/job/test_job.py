@@ -424,15 +424,13 @@ class Watch(Callback):
 def test_callbacks_have_arguments_in_a_file_in_a_call_and_in_flags(read: Any, tmp_path: Path) -> None:
     (tmp_path / "freeze.py").write_text(FREEZE)
     file, arguments = tmp_path / "settings.toml", {"num_epochs": 2, "parts": ["body", "neck"]}
-    file.write_text(
-        '[callback]\n"freeze.py:Freeze" = {num_epochs = 2, parts = ["body", "neck"]}\n"freeze.py:Watch" = {}\n'
-    )
+    file.write_text("""callback = ["freeze.py:Freeze(num_epochs=2, parts=['body', 'neck'])", "freeze.py:Watch"]""")
     of_file = read("--config", str(file))
     freeze, watch = f"{tmp_path}/freeze.py:Freeze(num_epochs=2, parts=['body', 'neck'])", f"{tmp_path}/freeze.py:Watch"
     assert of_file.train.callback == (freeze, watch)
     assert [user_code.create(code, Callback).__dict__ for code in of_file.callbacks] == [arguments, {}]
     of_flags = read("--callback", freeze, "--callback", watch)
-    of_call = read_job({"callback": {tmp_path / "freeze.py:Freeze": arguments, f"{tmp_path}/freeze.py:Watch": {}}})
+    of_call = read_job({"callback": [Path(freeze), watch]})
     assert of_flags.callbacks == of_call.callbacks == of_file.callbacks
 
 
