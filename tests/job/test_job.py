@@ -112,7 +112,7 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     (sent.parent / "elsewhere.py").write_text(STEALS)
     monkeypatch.chdir(sent.parent)
     code: Any = place.format(sent=sent)
-    (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: code if name == "workload" else {code: {}}}))
+    (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: code if name == "workload" else [code]}))
     message = rf"config\.json names --{name} .*: the code may have come with the run; if you trust it"
     with pytest.raises(UsageError, match=message):
         read(*(flag.format(sent=sent) for flag in flags))
@@ -352,14 +352,13 @@ def test_adams_betas_are_the_usual_ones_but_for_mnist(read: Any, flags: list[str
     assert (train.beta1, train.beta2) == betas
 
 
-def test_help_begins_with_an_example_and_the_flags_that_most_people_need(
-    read: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_begins_with_an_example_and_the_recipes(read: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         read("--help")
-    usage, *_, example = capsys.readouterr().out.partition("\noptions:")[0].strip().splitlines()
+    usage, *_, example, _, recipes = capsys.readouterr().out.partition("\noptions:")[0].strip().splitlines()
     assert usage.endswith("[FLAGS]")
     assert "jobs/train.py --workload" in example
+    assert recipes == "Recipes: default, notebook"
     flags = declared(TrainConfig, WorkerConfig, OutputConfig, SourceConfig).values()
     assert sum(about.has_flag for about in flags) + 1 <= 45  # and --set
 
