@@ -59,10 +59,8 @@ class Connection:
     def opened(self, note: Callable[[str], object], meanwhile: Callable[[], None] = _nothing) -> Iterator[Cluster]:
         """Connect, and watch over Ray; at the end, disconnect. ``note`` prints a line for the user.
 
-        ``meanwhile`` runs in a thread while Ray and a first worker start.
-
-        Raises what ``meanwhile`` raises; JobError if the cluster does not answer, a local Ray does not start, or Ray
-        fails; and UsageError if the settings or ``RAY_ADDRESS`` are impossible.
+        ``meanwhile`` runs in a thread while Ray and a first worker start. Raises what it raises; JobError if the
+        cluster does not answer, a local Ray does not start, or Ray fails; and UsageError if a setting is impossible.
         """
         if self._config.num_workers == 0:
             meanwhile()
@@ -75,7 +73,7 @@ class Connection:
                 self._is_own = True
                 self._connect(note)
             elif ray.util.client.ray.is_connected():
-                raise UsageError("this job cannot use a connection of Ray Client; run it with ray job submit")
+                raise UsageError("this job cannot use a connection of Ray Client", fix="run it with ray job submit")
             self._watch.start()
             cluster = nodes.current_cluster(is_local=self._is_local)
             at_the_end.enter_context(_errors_in_one_line(cluster.log_folder))
@@ -125,18 +123,15 @@ class Connection:
 
     def _limits_reached(self) -> str:
         """Return which limits of the system have ended a part of the local Ray, as its log says."""
-        logs = [
-            session / "logs" / f"{part}.err" for session in self._own_sessions() for part in ("gcs_server", "raylet")
-        ]
-        limits = {about_limit(log.read_text(errors="replace")): None for log in logs if log.exists()}
+        logs = [log for session in self._own_sessions() for log in session.glob("logs/*.err")]
+        limits = {about_limit(log.read_text(errors="replace")): None for log in logs}
         return "".join(f"; {limit}" for limit in limits if limit)
 
     def _connect(self, note: Callable[[str], object]) -> None:
         if not self._options["log_to_driver"]:  # Ray still writes its log files, and failures are still raised
             logging.getLogger("ray").setLevel(logging.CRITICAL)
             warnings.filterwarnings("ignore", module=r"ray\.")
-        address = self._find_cluster(note)
-        if address is None:
+        if (address := self._find_cluster(note)) is None:
             self._start_local()
         else:
             self._join(address)
@@ -145,14 +140,14 @@ class Connection:
         """Return the address of the cluster to join, or None to start a local Ray."""
         named = os.environ.get("RAY_ADDRESS") or "auto"
         if "/" in named or "@" in named:
-            raise UsageError("RAY_ADDRESS is not HOST:PORT; for a dashboard's address, use ray job submit")
+            raise UsageError("RAY_ADDRESS is not HOST:PORT", fix="for a dashboard's address, use ray job submit")
         if named == "local":
             return None
         extra = extras.load("address", plain=self._config.plain_ray)
         if named == "auto":
             return extra.find_ray_start(note) if extra else None
         if not _listens(named) or (extra and not extra.answers(named)):
-            raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
+            raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}", fix="unset it to start a local Ray")
         return named
 
     def _start_local(self) -> None:

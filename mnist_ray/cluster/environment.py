@@ -57,7 +57,12 @@ def prepared(config: WorkerConfig, *modules: str, verbose: bool = False, batch_s
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     _set_defaults(_SETTINGS)
     if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local"):
-        _protect_local(plain=config.plain_ray)
+        # A local Ray is to require a token and to listen on loopback only. Ray reads both variables when it is
+        # imported. The extra sets the second one when a local Ray starts: the job may join a cluster here instead.
+        if must_ask_for_tokens():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if config.plain_ray or not is_at_least(EXTRAS["small"].since):
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as by default on macOS
     if others_can_write(Path.cwd()):  # for programs that Python starts here, as `multiprocessing` does
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     cores = usable_cores()
@@ -65,17 +70,6 @@ def prepared(config: WorkerConfig, *modules: str, verbose: bool = False, batch_s
     is_wanted = config.num_workers != 0 and config.fork_workers == "auto" and not config.plain_ray
     with prepared_forking(*modules, is_wanted=is_wanted) as forking:
         yield forking
-
-
-def _protect_local(*, plain: bool) -> None:
-    """Let a local Ray require a token and listen on loopback only. Ray reads both when it is imported.
-
-    If the extra is on, it does so when the local Ray starts: the job may join a cluster on this machine instead.
-    """
-    if must_ask_for_tokens():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if plain or not is_at_least(EXTRAS["small"].since):
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as by default on macOS
 
 
 def prepare_local() -> None:

@@ -58,8 +58,10 @@ def local_cpus(config: WorkerConfig) -> int:
     cores = usable_cores()
     asked = (config.num_workers or 1) * (config.cpus_per_worker or 1)
     if asked > cores * _MAX_WORKERS_PER_CORE:
-        found = f"{asked:,} CPUs for the workers are too many for this machine's {count(cores, 'core')}"
-        raise UsageError(f"{found}; lower --num-workers (to {cores} for full speed) or --cpus-per-worker")
+        raise UsageError(
+            f"{asked:,} CPUs for the workers are too many for this machine's {count(cores, 'core')}",
+            fix=f"lower --num-workers (to {cores} for full speed) or --cpus-per-worker",
+        )
     return max(cores, asked)
 
 
@@ -89,15 +91,8 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
         raise UsageError(f"min_workers {fewest} is more than the {count(number, 'worker')} of this run")
     found = cpus_for_each(nodes, number, cpus, use_gpu) or cpus_for_each(nodes, fewest, cpus, use_gpu)
     if found is None and not config.autoscaling:
-        raise UsageError(_cannot_hold(config, fewest, nodes, use_gpu))
-    return WorkerPlan(
-        number,
-        found or cpus or 1,
-        use_gpu,
-        must_scale_up=found is None,
-        min_workers=config.min_workers,
-        is_local=cluster.is_local,
-    )
+        raise _cannot_hold(cpus or 1, fewest, nodes, use_gpu)
+    return WorkerPlan(number, found or cpus or 1, use_gpu, found is None, config.min_workers, cluster.is_local)
 
 
 def cpus_for_each(nodes: Sequence[Node], num_workers: int, cpus: int | None, use_gpu: bool) -> int | None:
@@ -110,20 +105,17 @@ def cpus_for_each(nodes: Sequence[Node], num_workers: int, cpus: int | None, use
 
 def held_at_once(plan: WorkerPlan, nodes: Sequence[Node]) -> int:
     """Return how many runs with such workers the nodes hold at a time, at least one."""
-    rooms = [node.room(plan.cpus_per_worker, plan.use_gpu) for node in nodes]
-    return max(1, sum(rooms) // plan.num_workers)
+    return max(1, sum(node.room(plan.cpus_per_worker, plan.use_gpu) for node in nodes) // plan.num_workers)
 
 
-def _cannot_hold(config: WorkerConfig, num_workers: int, nodes: Sequence[Node], use_gpu: bool) -> str:
-    asked = f"{count(num_workers, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
-    there = f"{sum(node.num_cpus for node in nodes)} CPUs"
-    advice = "lower --num-workers or --cpus-per-worker, or add --autoscaling if the cluster starts nodes on demand"
-    if use_gpu:
-        asked += " and 1 GPU"
-        there += f" and {sum(node.num_gpus for node in nodes)} GPUs"
-        advice += ", or use --use-gpu no"
-    there += f" on {count(len(nodes), 'node')}"
-    return f"the cluster cannot hold {asked}: it has {there}; {advice}"
+def _cannot_hold(cpus: int, num_workers: int, nodes: Sequence[Node], use_gpu: bool) -> UsageError:
+    asked = f"{count(num_workers, 'worker')} of {count(cpus, 'CPU')}{' and 1 GPU' * use_gpu}"
+    there = f"{sum(node.num_cpus for node in nodes)} CPUs and {sum(node.num_gpus for node in nodes)} GPUs"
+    return UsageError(
+        f"the cluster cannot hold {asked}: it has {there} on {count(len(nodes), 'node')}",
+        fix="lower --num-workers or --cpus-per-worker, or add --autoscaling if the cluster starts nodes on demand"
+        + ", or use --use-gpu no" * use_gpu,
+    )
 
 
 def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int, local_batch_size: int) -> int:

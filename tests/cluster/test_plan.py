@@ -70,13 +70,13 @@ def test_workers_are_planned_on_the_nodes(
         (
             WorkerConfig(num_workers=5),
             [SMALL, SMALL],
-            "the cluster cannot hold 5 workers of 1 CPU: it has 4 CPUs on 2 nodes; "
+            "the cluster cannot hold 5 workers of 1 CPU: it has 4 CPUs and 0 GPUs on 2 nodes; "
             "lower --num-workers or --cpus-per-worker, or add --autoscaling",
         ),
         (
             WorkerConfig(num_workers=2, cpus_per_worker=3),
             [SMALL, SMALL],
-            "2 workers of 3 CPUs: it has 4 CPUs on 2 nodes; lower --num-workers or --cpus-per-worker",
+            "2 workers of 3 CPUs: it has 4 CPUs and 0 GPUs on 2 nodes; lower --num-workers or --cpus-per-worker",
         ),
         (WorkerConfig(num_workers=3), [GPU], "3 workers of 1 CPU and 1 GPU: it has 4 CPUs and 2 GPUs on 1 node;"),
         (WorkerConfig(num_workers=4, min_workers=2), [Node(1)], "cannot hold 2 workers of 1 CPU"),

@@ -33,7 +33,7 @@ def test_check_says_whether_the_job_would_run_and_trains_nothing(
     printed = capsys.readouterr().out
     assert "plan       2 workers; 25 of a step's 50 images each\n" in printed
     assert printed.endswith("check      this job would run\n")
-    with pytest.raises(UsageError, match="cannot hold 3 workers of 1 CPU: it has 2 CPUs on 1 node; lower --num"):
+    with pytest.raises(UsageError, match="cannot hold 3 workers of 1 CPU: it has 2 CPUs and 0 GPUs on 1 node; lower"):
         run_main("train", *flags, "--dry-run", "--num-workers", "3")
     run_main("tune", *flags, "--dry-run")
     assert capsys.readouterr().out.endswith("check      this job would run\n")
