@@ -13,8 +13,7 @@ from typing import Any
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
-from mnist_ray.many.points import Configuration, Point, Space
-from mnist_ray.many.proposals import propose
+from mnist_ray.many.points import Configuration, Point, Space, propose
 from mnist_ray.report.run_files import FAILED, LOST, RUNNING, csv_text, read_members
 from mnist_ray.settings import Choice, values_of
 from mnist_ray.storage import MEMBERS_FILE, MEMBERS_FOLDER, RunFolder
