@@ -25,9 +25,8 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.connection import Connection
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.config import WorkerConfig
-from mnist_ray.many.executor import at_a_time, train_members
+from mnist_ray.many.executor import MemberSpec, QuietConsole, at_a_time, train_members
 from mnist_ray.many.jobs import check_data, read_sweep
-from mnist_ray.many.member import MemberSpec, NotesConsole
 from mnist_ray.many.points import Point
 from mnist_ray.report.run_files import DONE
 from mnist_ray.run.fit import train_run
@@ -38,7 +37,7 @@ def naive_trial(tune_config: dict[str, Any], points: list[Point], spec: MemberSp
     """Train one point with a new TorchTrainer of one worker."""
     job = spec.many.member(points[tune_config["number"]])
     job = dataclasses.replace(job, run=spec.many.job.run.inside("naive").inside(job.run.name))
-    session = spec.session(job, NotesConsole(job, print), ray.get(spec.stored))
+    session = spec.session(job, QuietConsole(job), ray.get(spec.stored))
     train_run(dataclasses.replace(session, workers=job.workers), spec.plan, is_tested=False)
 
 
@@ -75,8 +74,8 @@ def main() -> None:
             start = time.perf_counter()
             table = train_members(spec, data, concurrent, lambda table, ended: None, print)
             ours_s = time.perf_counter() - start
-            bound_s = sum(member.figures["train_s"] for member in table.by_point.values()) / concurrent
-            assert table.count(DONE) == args.num_trials
+            bound_s = sum(member.figures["train_s"] for member in table.members) / concurrent
+            assert [member.state for member in table.members] == [DONE] * args.num_trials
 
             start = time.perf_counter()
             naive_points = list(table.by_point)[: args.num_naive_trials]

@@ -8,10 +8,14 @@ import functools
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
@@ -23,35 +27,74 @@ from mnist_ray.cluster.nodes import Waiting, temporary_folder
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, held_at_once
 from mnist_ray.data.data import Data
 from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.job.session import console_of
-from mnist_ray.many.member import MemberSpec, NotesConsole, train_in_tune, train_segment
+from mnist_ray.job.job import Job
+from mnist_ray.job.session import Clock, Session, console_of
 from mnist_ray.many.points import Point
 from mnist_ray.many.rungs import Segment, climb, find_best, rungs_of, score_at, segments
 from mnist_ray.many.table import Many, Member, Table
+from mnist_ray.provenance import Repository
+from mnist_ray.report.console import RunConsole
 from mnist_ray.report.run_files import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING
+from mnist_ray.run.failures import code_failures_placed
+from mnist_ray.run.fit import train_run
 from mnist_ray.storage import MEMBERS_FOLDER, STORAGE_ERRORS, in_one_line
 from mnist_ray.text import count, masked
+from mnist_ray.training.events import Event, Saved
+from mnist_ray.workload.calls import data_of, splits_for
 
 _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we handle Ctrl-C: a job resumes from members.csv and their checkpoints
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files of each trial
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's new output prints a box with its configuration even with verbose=0
 }
+Report = Callable[[Mapping[str, Any]], Any]
 Show = Callable[[Table, Member | None], None]  # gets the changed table, and the member whose segment has ended, if any
 Say = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """What all members share."""
+
+    many: Many
+    plan: WorkerPlan
+    cluster: Cluster
+    repository: Repository | None  # that of the user's code
+    own_unused: set[str] | None  # as in a Session
+    command_line: tuple[str, ...]
+    stored: ray.ObjectRef | None = None  # the workload's Data, if other processes can take them
+
+    def session(self, job: Job, console: RunConsole, data: Data) -> Session:
+        """Return the session of a member, with a clock of its own. With one worker, this process trains."""
+        repository = Future[Repository | None]()
+        repository.set_result(self.repository)
+        number = 0 if self.plan.num_workers == 1 else job.workers.num_workers
+        workers = dataclasses.replace(job.workers, num_workers=number)
+        splits = splits_for(job.workload, data, job.train)
+        return Session(job, workers, splits, console, Clock(), self.cluster, repository, self.own_unused)
+
+
+class QuietConsole(RunConsole):
+    """Prints nothing of a member: the job prints a line for it."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.workload, job.train.num_epochs, quiet=True)
+
+    def result(self, label: str, text: str) -> None:
+        """Print nothing."""
 
 
 def at_a_time(many: Many, plan: WorkerPlan, cluster: Cluster) -> int:
     """Return how many members train at once: as many as the cluster holds, at most --max-concurrent-trials.
 
-    With ``--autoscaling`` the cluster's size is no limit: waiting members make it start nodes.
+    With ``--autoscaling``, --max-concurrent-trials may be more than the cluster holds: waiting members make it grow.
     """
     if plan.num_workers == 0:
         return 1
-    num_members = many.config.num_trials * len(many.points(()))
-    held = num_members if many.job.workers.autoscaling and not many.is_sweep else held_at_once(plan, cluster.nodes)
-    asked = many.config.max_concurrent_trials or held
-    return min(asked if many.job.workers.autoscaling else min(held, asked), num_members)
+    held, asked = held_at_once(plan, cluster.nodes), many.config.max_concurrent_trials
+    if asked is not None:
+        held = asked if many.job.workers.autoscaling else min(held, asked)
+    return min(held, many.config.num_trials * len(many.points(())))
 
 
 def train_members(spec: MemberSpec, data: Data, concurrent: int, show: Show, say: Say) -> Table:
@@ -70,8 +113,9 @@ def train_members(spec: MemberSpec, data: Data, concurrent: int, show: Show, say
     if keeper.failure is not None:
         raise keeper.failure
     if many.is_sweep and find_best(table) is None:
-        reasons = [member.reason for member in table.by_point.values() if member.reason]
-        error = JobError if table.count(LOST) else TrainingStoppedError  # a resumed sweep tries lost trials again
+        reasons = [member.reason for member in table.members if member.reason]
+        has_lost = any(member.state == LOST for member in table.members)  # a resumed sweep tries them again
+        error = JobError if has_lost else TrainingStoppedError
         raise error(f"every trial failed; the first one: {reasons[0]}")
     return table
 
@@ -80,27 +124,62 @@ def _train_here(keeper: Keeper, spec: MemberSpec, data: Data) -> None:
     """Train segment after segment in this process, until there are no more."""
     while (segment := keeper.next_segment()) is not None:
         job = spec.many.member(segment.point)
-        note = functools.partial(keeper.noted, segment.point)
-        console = NotesConsole(job, note) if spec.many.is_sweep else console_of(job)
+        console = QuietConsole(job) if spec.many.is_sweep else console_of(job)
         keeper.started(segment.point)
+        reason = ""
         try:
             session = spec.session(job, console, data)
             train_segment(session, spec.plan, segment, functools.partial(keeper.reported, segment.point))
         except TrainingStoppedError as error:
-            keeper.ended(segment, reason=str(error))
-        else:
-            keeper.ended(segment)
+            reason = str(error)
+        keeper.ended(segment, reason)
+
+
+def train_in_tune(tune_config: dict[str, Any], spec: MemberSpec) -> None:
+    """Train a segment in a process of Ray Tune, which reuses it for the next one if a member has one worker.
+
+    A failure that would happen again is reported. Other failures are raised, and Tune tries again.
+    """
+    sys.argv = [*spec.command_line]  # for the run's origin
+    segment = _segment(tune_config)
+    reason = ""
+    try:
+        with code_failures_placed(*spec.many.job.code_folders):
+            job = spec.many.member(segment.point)
+            data = data_of(job.workload) if spec.stored is None else ray.get(spec.stored)
+            session = spec.session(job, console_of(job), data)
+            train_segment(session, spec.plan, segment, lambda metrics: tune.report({**metrics}))
+    except TrainingStoppedError as error:
+        reason = str(error)
+    tune.report({"reason": reason})
+
+
+def train_segment(session: Session, plan: WorkerPlan, segment: Segment, report: Report) -> None:
+    """Train a member from its last checkpoint to the segment's end; report each validated checkpoint's metrics.
+
+    Raises like ``fit``.
+    """
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Saved):
+            report(event.metrics)
+
+    until_epoch = math.inf if segment.is_tested else segment.until_epoch
+    train_run(session, plan, until_epoch=until_epoch, is_tested=segment.is_tested, is_last=False, on_event=on_event)
 
 
 def _train_on_tune(keeper: Keeper, spec: MemberSpec, concurrent: int) -> None:
     """Let Tune train segments until there are no more."""
     os.environ.update(_SETTINGS)
     workers = spec.many.job.workers
+    resources = {"CPU": spec.plan.cpus_per_worker, **({"GPU": 1} if spec.plan.use_gpu else {})}
+    if spec.plan.num_workers > 1:  # its process only waits for its workers, but Tune has to reserve something
+        resources = {"memory": 2**20}
     sweeps = extras.load("sweeps", plain=workers.plain_ray)
     frugally = sweeps.frugal() if sweeps else contextlib.nullcontext()
     with temporary_folder() as folder:  # Tune's own files are never read
         tuner = tune.Tuner(
-            tune.with_resources(functools.partial(train_in_tune, spec=spec), _reserved(spec.plan)),
+            tune.with_resources(functools.partial(train_in_tune, spec=spec), tune.PlacementGroupFactory([resources])),
             tune_config=tune.TuneConfig(
                 search_alg=_SegmentSearcher(keeper, concurrent),
                 num_samples=-1,  # until no segments are left
@@ -122,14 +201,6 @@ def _train_on_tune(keeper: Keeper, spec: MemberSpec, concurrent: int) -> None:
             known = keeper.failure or error.__context__
             said = f"Ray Tune failed: {str(error).strip().splitlines()[-1]}"
             raise (known if isinstance(known, JobError) else JobError(said)) from error
-
-
-def _reserved(plan: WorkerPlan) -> tune.PlacementGroupFactory:
-    """Return what Tune reserves for a member."""
-    if plan.num_workers > 1:  # its process only waits for its workers, but Tune has to reserve something
-        return tune.PlacementGroupFactory([{"memory": 2**20}])
-    resources = {"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}
-    return tune.PlacementGroupFactory([resources])
 
 
 class _SegmentSearcher(Searcher):
@@ -173,27 +244,26 @@ class _Watcher(tune.Callback):
 
     def on_trial_start(self, trial: Trial, **info: Any) -> None:
         self._running.add(trial.trial_id)
-        self._keeper.started(_segment(trial).point)
+        self._keeper.started(_segment(trial.config).point)
 
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
-        self._keeper.reported(_segment(trial).point, result)
+        self._keeper.reported(_segment(trial.config).point, result)
 
     def on_trial_complete(self, trial: Trial, **info: Any) -> None:
         self._running.discard(trial.trial_id)
-        self._keeper.ended(_segment(trial), (trial.last_result or {}).get("reason", ""))
+        self._keeper.ended(_segment(trial.config), (trial.last_result or {}).get("reason", ""))
 
     def on_trial_recover(self, trial: Trial, **info: Any) -> None:
-        self._keeper.lost(_segment(trial).point, _error_line(trial), is_final=False)
+        self._keeper.lost(_segment(trial.config).point, _error_line(trial), is_final=False)
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
-        # Tune does not retry a process that dies as it is reset.
         self._running.discard(trial.trial_id)
-        is_final = trial.num_failures > self._max_failures
-        self._keeper.lost(_segment(trial).point, _error_line(trial), is_final=is_final)
+        is_final = trial.num_failures > self._max_failures  # else, the process has died as Tune was resetting it
+        self._keeper.lost(_segment(trial.config).point, _error_line(trial), is_final=is_final)
 
 
-def _segment(trial: Trial) -> Segment:
-    return Segment(**{**trial.config, "point": Point(**trial.config["point"])})
+def _segment(tune_config: dict[str, Any]) -> Segment:
+    return Segment(**{**tune_config, "point": Point(**tune_config["point"])})
 
 
 def _error_line(trial: Trial) -> str:
@@ -210,11 +280,10 @@ class Keeper:
         self.say, self.waiting = say, Waiting("a run", functools.partial(say, "note"))
         self.failure: JobError | None = None  # of the storage, or of a run; Tune would hide it, and repeat the trial
         self._many, self._table, self._show = many, table, show
-        for member in table.by_point.values():
+        for member in table.members:
             if member.state in (LOST, RUNNING):  # in an interrupted job
                 member.state = self._without_process(member)
         self._num_rungs = len(climb(many, table))  # that have begun
-        self._notes = set[str]()  # that were printed
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Pickle nothing: Tune pickles its callbacks and its searcher for its own restore, which is never used."""
@@ -229,38 +298,26 @@ class Keeper:
 
     def started(self, point: Point) -> None:
         """Record that a segment starts."""
-        self._table.start(point)
-        self._changed()
+        self._changed(self._table.start(point))
 
     def reported(self, point: Point, told: Mapping[str, Any]) -> None:
-        """Record the metrics of a checkpoint, and print notes."""
-        for note in told.get("notes", ()):
-            self.noted(point, note)
+        """Record the metrics of a checkpoint."""
         if "epochs" in told:
             member = self._table.by_point[point]
             member.is_over = CheckpointMetrics.of(told).is_over
             self._table.report(member, told)
-            self._changed()
-
-    def noted(self, point: Point, note: str) -> None:
-        """Print a note, unless another member had the same."""
-        if note not in self._notes:
-            self._notes.add(note)
-            self.say("note", f"{self.label_of(self._table.by_point[point])}: {note}")
+            self._changed(member)
 
     def ended(self, segment: Segment, reason: str = "") -> None:
-        """Record the end of a segment, and of its member if that was its last one."""
+        """Record the end of a segment, and of its member if that was its last one or there is a ``reason``."""
         member = self._table.by_point[segment.point]
-        member.state, member.reason = DONE if segment.is_tested or member.is_over else WAITING, reason
-        has_stopped = math.isnan(score_at(self._table, [segment.point], segment.until_epoch))
-        if member.state == WAITING and not reason and has_stopped:
-            member.reason = "a callback has stopped the training"
-        if member.reason:
-            member.state = FAILED
-        self._changed(member)
-        self._begin_rungs()
-        if member.state == FAILED and not self._many.is_sweep:
-            self.failure = TrainingStoppedError(f"{self.label_of(member)}: {member.reason}")
+        member.state = DONE if segment.is_tested or member.is_over else WAITING
+        if not reason and math.isnan(score_at(self._table, [segment.point], segment.until_epoch)):
+            reason = "a callback has stopped the training" if member.state == WAITING else ""
+        if reason:
+            member.state, member.reason = FAILED, reason
+        self._changed(member, has_ended=True)
+        self._go_on(member, TrainingStoppedError)
 
     def lost(self, point: Point, reason: str, *, is_final: bool) -> None:
         """Record that the process of a member has died. If none had started, the member may have no row yet."""
@@ -268,53 +325,48 @@ class Keeper:
         member.state = self._without_process(member)
         if is_final and member.state == WAITING:
             member.state, member.reason = LOST, reason
-        elif not self._many.is_sweep:
-            self.say("lost", f"{self.label_of(member)}: {reason}; it continues from its last checkpoint")
-        self._changed(*[] if member.state == WAITING else [member])
-        self._begin_rungs()
-        if member.state == LOST and not self._many.is_sweep:
-            self.failure = JobError(f"{self.label_of(member)}: {reason}")
-
-    def label_of(self, member: Member) -> str:
-        """Return what messages call a member."""
-        return f"trial {member.number}" if self._many.is_sweep else member.point.label
+        elif member.state == WAITING:
+            self.say("lost", f"{self._many.label_of(member)}: {reason}; it continues from its last checkpoint")
+        self._changed(member, has_ended=member.state != WAITING)
+        self._go_on(member, JobError)
 
     def _without_process(self, member: Member) -> str:
         """Return the state of a member whose process has died: done if only its end was not recorded, else waiting."""
         num_epochs = self._many.job.train.num_epochs
         return DONE if self._many.is_sweep and max(member.reports, default=0.0) >= num_epochs else WAITING
 
-    def _begin_rungs(self) -> None:
-        """Report the rungs that begin now, and stop the members that are not on them."""
-        rungs, epochs = climb(self._many, self._table), rungs_of(self._many)
-        for number in range(self._num_rungs, len(rungs)):
-            before, rung = rungs[number - 1], rungs[number]
-            if rung:
-                going = f"{count(len(rung), 'trial')} {'go' if len(rung) > 1 else 'goes'} on"
-                self.say("rungs", f"rung {number} of {len(epochs) - 1}: {going} to epoch {epochs[number]:g}")
-                left = [point for each in before if each not in rung for point in self._many.points(each)]
-                stopped = [self._table.by_point[point] for point in left]
-                stopped = [member for member in stopped if member.state == WAITING]  # the others have ended
-                for member in stopped:
-                    member.state = STOPPED
-                self._changed(*stopped)
-        self._num_rungs = len(rungs)
+    def _go_on(self, member: Member, error: type[JobError]) -> None:
+        """Begin a rung if a member's end allows that; end the job if the member was a seed or fold that failed."""
+        self._begin_rungs()
+        if member.state in (FAILED, LOST) and not self._many.is_sweep:
+            self.failure = error(f"{self._many.label_of(member)}: {member.reason}")
 
-    def _changed(self, *members: Member) -> None:
-        """Write and show the table after a change; of trials among ``members`` that have ended, keep one checkpoint.
+    def _begin_rungs(self) -> None:
+        """Report a rung that begins now, and stop the members that are not on it."""
+        rungs, epochs = climb(self._many, self._table), rungs_of(self._many)
+        if len(rungs) == self._num_rungs or not rungs[-1]:
+            return
+        self._num_rungs = len(rungs)
+        going = f"{count(len(rungs[-1]), 'trial')} {'go' if len(rungs[-1]) > 1 else 'goes'} on"
+        self.say("rungs", f"rung {len(rungs) - 1} of {len(epochs) - 1}: {going} to epoch {epochs[len(rungs) - 1]:g}")
+        for member in self._table.members:
+            if member.state == WAITING and member.point.configuration not in rungs[-1]:
+                member.state = STOPPED
+                self._changed(member)
+
+    def _changed(self, member: Member, *, has_ended: bool = False) -> None:
+        """Write and show the table after a change of a member; of a trial that is over, keep one checkpoint.
 
         The storage's first failure ends the job later: Tune would hide it.
         """
         try:
             with in_one_line("the storage has failed"):
-                for member in members:
-                    if self._many.is_sweep and member.state in ENDED:
-                        of_member = self._many.job.run.inside(MEMBERS_FOLDER).inside(member.point.name)
-                        drop_worse(of_member, 1, keeps_last=False)
+                if self._many.is_sweep and member.state in ENDED:
+                    of_member = self._many.job.run.inside(MEMBERS_FOLDER).inside(member.point.name)
+                    drop_worse(of_member, 1, keeps_last=False)
                 self._table.write(self._many.job.run)
         except JobError as error:
             self.failure = self.failure or error
             if not isinstance(error.__cause__, STORAGE_ERRORS):  # of another thread, which ends the job
                 raise
-        for shown in members or (None,):
-            self._show(self._table, shown)
+        self._show(self._table, member if has_ended else None)

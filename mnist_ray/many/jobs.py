@@ -22,8 +22,6 @@ from mnist_ray.signals import take_signals
 from mnist_ray.text import count
 from mnist_ray.workload.calls import data_of, splits_for
 
-_MANY_FOLDS = 20
-
 
 def read_train(given: Given | None = None) -> Many:
     """Read ``given``, or the command line of ``jobs/train.py``. Raises UsageError, and JobError for damaged files."""
@@ -116,28 +114,17 @@ def _train_or_check(session: Session, many: Many, data: Data) -> None:
 def say_header(console: RunConsole, many: Many, splits: Splits) -> None:
     """Print the header of a job: of one run, or of many."""
     job, config = many.job, many.config
-    if not many.is_sweep:
-        say_run(console, job, splits)
-    else:
+    if many.is_sweep:
         console.say("sweep", job.run.name)
         say_data(console, job, splits)
-        number = len(many.configurations)
-        trials = f"{count(number, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
-        best = min(config.num_confirmed, number)
-        also = best < number and many.space.default is not None
-        if best + also > 1 and not job.train.is_several:
-            trials += f", then the best {best}{' and the default' * also} with up to two more seeds"
+        trials = f"{count(len(many.configurations), 'trial')} of {count(job.train.num_epochs, 'epoch')}"
         searched = " ".join(many.space.texts())
         console.say("search", f"{config.search_algorithm}, {trials}: {searched}; scheduler {config.scheduler}")
-    if job.train.is_several:
-        folds = job.train.folds if job.train.is_folded else None
-        parts = [f"{job.train.num_seeds} seeds"] * (job.train.num_seeds > 1) + [f"{folds} folds"] * bool(folds)
-        of_each = " of each configuration" * many.is_sweep
-        console.say("runs", f"{len(many.points(())):,}{of_each}, for {' and '.join(parts)}")
-        if folds and folds > _MANY_FOLDS:
-            tested = count(len(splits.test) // folds, job.workload.noun)
-            said = f"{folds} folds train a whole run each, to test it on {tested}"
-            console.say("note", f"{said}; 5 to 10 folds are usual")
-    if many.is_sweep:
         console.say("results", job.run.uri)
         console.waiting("starting Ray …")
+    else:
+        say_run(console, job, splits)
+    if job.train.is_several:
+        folds = f" and {job.train.folds} folds" if job.train.is_folded else ""
+        of_each = " of each configuration" if many.is_sweep else ""
+        console.say("runs", f"{len(many.points(())):,}{of_each}: {count(job.train.num_seeds, 'seed')}{folds}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,8 +19,7 @@ from mnist_ray.data.data import Data, Split
 from mnist_ray.job.job import Job
 from mnist_ray.job.session import Clock, Session
 from mnist_ray.many.console import ManyConsole
-from mnist_ray.many.executor import at_a_time, train_members
-from mnist_ray.many.member import MemberSpec, NotesConsole
+from mnist_ray.many.executor import MemberSpec, QuietConsole, at_a_time, train_members
 from mnist_ray.many.points import Configuration
 from mnist_ray.many.rungs import Averaged, averaged, error_of_fraction, find_best
 from mnist_ray.many.table import Many, Table
@@ -120,9 +118,8 @@ def _test(
         job, member = many.member(point), table.by_point.get(point)
         if not job.run.exists(RESULT_FILE):
             is_done = member is not None and member.state == DONE
-            console = NotesConsole(job, functools.partial(session.console.say, "note"))
             splits = splits_for(job.workload, data, job.train)
-            own = dataclasses.replace(session, job=job, data=splits, console=console, clock=Clock())
+            own = dataclasses.replace(session, job=job, data=splits, console=QuietConsole(job), clock=Clock())
             fit.train_run(own, plan, trained=best_of(job.run) if is_done else None, is_last=False)
 
 

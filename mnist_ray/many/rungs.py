@@ -68,11 +68,8 @@ def segments(many: Many, table: Table) -> list[Segment]:
     rungs, epochs = climb(many, table), rungs_of(many)
     last, epoch = rungs[-1], epochs[len(rungs) - 1]
     missing = _unreached(table, [point for each in last for point in many.points(each)], epoch)
-    if len(rungs) == len(epochs):
-        # Before all have reached the end, the finalists are known only if none has to drop out.
-        in_time = last if len(last) <= many.config.num_confirmed and not many.job.train.is_several else []
-        racing = in_time if missing else finalists(many, table)
-        missing = race(many, table, racing, epoch) or missing
+    if len(rungs) == len(epochs) and not missing:
+        missing = race(many, table, finalists(many, table), epoch)
     return [Segment(point, epoch) for point in missing]
 
 
@@ -89,16 +86,14 @@ def race(many: Many, table: Table, racing: Sequence[Configuration], epoch: float
     for num_seeds in range(2, _MAX_SEEDS + 1):
         if len(racing) < 2:
             break
-        seeded = {each: [_with_more(many.points(each)[0], more) for more in range(num_seeds)] for each in racing}
+        seeds = range(many.job.train.seed, many.job.train.seed + num_seeds)
+        first = {each: many.points(each)[0] for each in racing}
+        seeded = {each: [dataclasses.replace(first[each], seed=seed) for seed in seeds] for each in racing}
         if missing := _unreached(table, [point for points in seeded.values() for point in points], epoch):
             return missing
         scores = {each: [score_at(table, [point], epoch) for point in points] for each, points in seeded.items()}
         racing = still_racing(many, scores)
     return []
-
-
-def _with_more(point: Point, more: int) -> Point:
-    return dataclasses.replace(point, seed=point.seed + more)
 
 
 def still_racing(many: Many, scores: Mapping[Configuration, Sequence[float]]) -> list[Configuration]:
@@ -158,7 +153,7 @@ def find_best(table: Table) -> Averaged | None:
 
     Values at different epochs are not comparable: more finished members win, and none that has failed.
     """
-    failed = {point.configuration for point, member in table.by_point.items() if member.state == FAILED}
+    failed = {member.point.configuration for member in table.members if member.state == FAILED}
 
     def rank(each: Averaged) -> tuple[bool, int, tuple[float, float]]:
         num_done = sum(member.state == DONE for member in each.members)
@@ -170,18 +165,13 @@ def find_best(table: Table) -> Averaged | None:
 
 def averaged(table: Table, configuration: Configuration) -> Averaged | None:
     """Return a configuration with the means over its members; None if none of them is validated."""
-    members = [member for member in table.by_point.values() if member.point.configuration == configuration]
+    members = [member for member in table.members if member.point.configuration == configuration]
     validated = [member for member in members if table.is_validated(member)]
     if not validated:
         return None
     done = [member for member in validated if member.state == DONE] or validated
     val_monitor = statistics.mean(map(table.value, done))
     return Averaged(tuple(done), val_monitor, statistics.mean(member.figures["val_loss"] for member in done))
-
-
-def is_racing(many: Many, point: Point) -> bool:
-    """Return whether the race has added a point."""
-    return point.seed >= many.job.train.seed + many.job.train.num_seeds
 
 
 def _worth(table: Table, monitor: float, loss: float = 0.0) -> tuple[float, float]:
@@ -191,10 +181,9 @@ def _worth(table: Table, monitor: float, loss: float = 0.0) -> tuple[float, floa
 
 def ranked(table: Table) -> list[Member]:
     """Return all members, best first; those that failed or were not validated come last."""
-    members = table.by_point.values()
-    validated = [member for member in members if table.is_validated(member)]
+    validated = [member for member in table.members if table.is_validated(member)]
     validated.sort(key=lambda each: _worth(table, table.value(each), each.figures["val_loss"]), reverse=True)
-    return [*validated, *(member for member in members if not table.is_validated(member))]
+    return [*validated, *(member for member in table.members if not table.is_validated(member))]
 
 
 def score_at(table: Table, points: Sequence[Point], epoch: float) -> float:
@@ -227,6 +216,7 @@ def finalists(many: Many, table: Table) -> list[Configuration]:
     """
     if many.config.num_confirmed == 0 or many.job.train.is_several:
         return []
-    done = [each.point for each in ranked(table) if each.state == DONE and not is_racing(many, each.point)]
-    best, number = [point.configuration for point in done], many.config.num_confirmed
+    done = [member.point for member in ranked(table) if member.state == DONE]
+    best = [point.configuration for point in done if point.seed == many.job.train.seed]  # the race adds later seeds
+    number = many.config.num_confirmed
     return [*best[:number], *(each for each in best[number:] if each == many.space.default)]

@@ -63,7 +63,7 @@ class Table:
         return member.figures.get(self.monitor, math.nan)
 
     def is_validated(self, member: Member) -> bool:
-        """Return whether a member can be compared with other members."""
+        """Return whether a member can be compared with others."""
         return not math.isnan(self.value(member)) and member.state not in (FAILED, LOST)
 
     def report(self, member: Member, told: Mapping[str, Any]) -> None:
@@ -74,15 +74,16 @@ class Table:
             epochs, value = (float(f"{number:.9g}") for number in (member.epochs, self.value(member)))  # as in the file
             member.reports = {**known, epochs: value}
 
-    def count(self, *states: str) -> int:
-        """Count the members in one of the states."""
-        return sum(member.state in states for member in self.by_point.values())
+    @property
+    def members(self) -> list[Member]:
+        """The members, in the order in which they started."""
+        return [*self.by_point.values()]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of members.csv, one per member, in the order in which they started."""
+        """The rows of members.csv, one per member."""
         rows = []
-        for member in self.by_point.values():
+        for member in self.members:
             point = member.point
             about = {"member": member.number, "run": point.name, **point.values, "seed": point.seed, "fold": point.fold}
             figures = {**dict.fromkeys(self.figures, math.nan), "epochs": 0.0, **member.figures}
@@ -155,6 +156,10 @@ class Many:
         job = self.job.with_values({**point.values, "seed": point.seed, "fold": point.fold, "num_seeds": 1})
         run = self.job.run.inside(MEMBERS_FOLDER).inside(point.name)
         return dataclasses.replace(job, run=run, notes=())
+
+    def label_of(self, member: Member) -> str:
+        """Return what messages call a member."""
+        return f"trial {member.number}" if self.is_sweep else member.point.label
 
     def table(self) -> Table:
         """Return the table of the members in the job's folder. Raises JobError."""

@@ -45,10 +45,10 @@ def test_no_more_trials_run_at_a_time_than_the_cluster_holds_unless_it_autoscale
     assert executor.at_a_time(read_sweep(settings), plan, cluster) == expected
 
 
-def test_seeds_and_folds_run_at_a_time_as_many_as_fit_and_all_if_the_cluster_grows(tmp_path: Path) -> None:
-    for autoscaling, expected in ((False, 2), (True, 6)):
-        settings = {"storage_path": str(tmp_path), "num_seeds": 2, "folds": 3, "autoscaling": autoscaling}
-        assert executor.at_a_time(read_train(settings), ON_ONE, Cluster(False, (Node(2),), "/logs")) == expected
+def test_seeds_and_folds_run_at_a_time_as_many_as_fit(tmp_path: Path) -> None:
+    several = read_train({"storage_path": str(tmp_path), "num_seeds": 2, "folds": 3})
+    for num_cpus, expected in ((2, 2), (64, 6)):
+        assert executor.at_a_time(several, ON_ONE, Cluster(False, (Node(num_cpus),), "/logs")) == expected
 
 
 class OneAtATime:
@@ -94,7 +94,7 @@ def test_a_sweep_trains_until_nothing_is_left_also_if_a_process_dies_as_tune_res
 ) -> None:
     monkeypatch.setattr("mnist_ray.many.executor.tune.Tuner", functools.partial(OneAtATime, num_failures))
     table = train(read_sweep({"num_confirmed": 0, "storage_path": str(tmp_path), **settings}))
-    assert [member.state for member in table.by_point.values()] == states
+    assert [member.state for member in table.members] == states
 
 
 @pytest.mark.parametrize("num_failures", [1, 4])
@@ -104,7 +104,7 @@ def test_a_run_of_several_that_is_lost_continues_and_in_the_end_is_an_error(
     monkeypatch.setattr("mnist_ray.many.executor.tune.Tuner", functools.partial(OneAtATime, num_failures))
     many = read_train({"storage_path": str(tmp_path), "num_seeds": 2})
     if num_failures == 1:
-        assert [member.state for member in train(many).by_point.values()] == [DONE, DONE]
+        assert [member.state for member in train(many).members] == [DONE, DONE]
         assert capsys.readouterr().out == "lost seed 0: it gave no reason; it continues from its last checkpoint\n"
     else:
         with pytest.raises(JobError, match=r"^seed 0: it gave no reason$"):
@@ -112,28 +112,18 @@ def test_a_run_of_several_that_is_lost_continues_and_in_the_end_is_an_error(
 
 
 class Wrapping(OneAtATime):
-    """Raises what goes wrong in a callback as a TuneError, or drops it, as Tune does."""
-
-    drops = False
+    """Raises what goes wrong in a callback as a TuneError, as Tune does."""
 
     def fit(self) -> None:
         try:
             super().fit()
         except JobError as error:
-            if not self.drops:
-                raise tune.TuneError(f"Traceback …\nmnist_ray.errors.JobError: {error}\n")  # noqa: B904
+            raise tune.TuneError(f"Traceback …\nmnist_ray.errors.JobError: {error}\n")  # noqa: B904
 
 
-class Dropping(Wrapping):
-    drops = True
-
-
-@pytest.mark.parametrize("kind", [Wrapping, Dropping])
-def test_another_threads_error_ends_a_sweep_as_what_it_is(
-    kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_threads_error_ends_a_sweep_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Mock(side_effect=RaySilentError("Ray has failed"))
-    monkeypatch.setattr("mnist_ray.many.executor.tune.Tuner", functools.partial(kind, 0))
+    monkeypatch.setattr("mnist_ray.many.executor.tune.Tuner", functools.partial(Wrapping, 0))
     monkeypatch.setattr(RunFolder, "write_text", write)
     with pytest.raises(RaySilentError, match=r"^Ray has failed$"):
         train(read_sweep({"storage_path": str(tmp_path)}))
@@ -166,4 +156,4 @@ def test_the_reason_of_a_lost_trial_is_the_last_line_of_its_error_without_secret
     monkeypatch.setattr("mnist_ray.many.executor.tune.Tuner", functools.partial(OneAtATime, 4))
     monkeypatch.setattr(OneAtATime, "error_file", str(file))
     table = train(read_sweep({"storage_path": str(tmp_path), "num_trials": 2, "scheduler": "none", "num_confirmed": 0}))
-    assert [member.reason for member in table.by_point.values()] == ["ArrowInvalid: s3://***@bucket", ""]
+    assert [member.reason for member in table.members] == ["ArrowInvalid: s3://***@bucket", ""]

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.many.console import ManyConsole
 from mnist_ray.many.jobs import read_sweep
 from mnist_ray.many.points import space_of
 from mnist_ray.many.rungs import finalists, find_best, ranked
 from mnist_ray.many.table import Many, Member, Table
-from mnist_ray.report.run_files import DONE, FAILED, RUNNING, STOPPED, WAITING, csv_text
+from mnist_ray.report.run_files import DONE, FAILED, RUNNING, STOPPED, csv_text
 from mnist_ray.storage import locate
 from mnist_ray.workload import Regression, Workload, setting
 from tests.conftest import mnist
@@ -44,7 +44,7 @@ def table_of(*rows: tuple[float, int, str, float]) -> Table:
     return table_with(*(Member(1, some, state, of) for (some, state, _), of in zip(members, figures, strict=True)))
 
 
-def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last(many: Many) -> None:
+def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last() -> None:
     rows = [
         member(1, FAILED, 0.99),
         member(2, DONE, 0.97, loss=0.5),
@@ -52,40 +52,19 @@ def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last(many: Many
         member(4, RUNNING, math.nan),
         member(5, DONE, 0.98),
     ]
-    table = table_with(*rows)
-    assert [row.number for row in ranked(table)] == [5, 3, 2, 1, 4]
-    best = find_best(table)
-    assert best is not None
-    assert best.members == (rows[4],)
-    assert (table.count(DONE), table.count(STOPPED, FAILED)) == (2, 2)
+    assert [row.number for row in ranked(table_with(*rows))] == [5, 3, 2, 1, 4]
     assert find_best(table_with(rows[0], rows[3])) is None
 
 
-def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_chooses(
-    many: Many, tmp_path: Path
-) -> None:
-    class Prices(Regression):
-        pass
-
-    values = ((1, 12.0, 1.0), (2, 11.0, 1.0), (3, 11.0, 0.5))
-    table = table_with(
-        *(member(number, DONE, value, loss, "val_rmse") for number, value, loss in values), workload=Prices
-    )
-    assert [row.number for row in ranked(table)] == [3, 2, 1]
-    assert ",".join(table.columns).startswith(
-        "member,run,batch_size,learning_rate,seed,fold,state,epochs,val_rmse,val_loss,val_mae,val_r2,train_loss,"
-    )
-
+def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_chooses() -> None:
     class Plain(Workload):
         metrics = ()
 
-    run = locate(str(tmp_path), "plain")
-    table_with(member(1, DONE, 0.5, 0.5, "val_loss"), workload=Plain).write(run)
-    read = table_with(workload=Plain)
-    read.read(run)
-    best = find_best(read)
-    assert best is not None
-    assert (best.val_monitor, best.val_loss) == (0.5, 0.5)
+    of_prices = [member(1, DONE, 12.0, 1.0, "val_rmse"), member(2, DONE, 11.0, 1.0, "val_rmse")]
+    of_prices.append(member(3, DONE, 11.0, 0.5, "val_rmse"))
+    assert [row.number for row in ranked(table_with(*of_prices, workload=Regression))] == [3, 2, 1]
+    of_losses = [member(number, DONE, loss, loss, "val_loss") for number, loss in ((1, 0.5), (2, 0.25))]
+    assert [row.number for row in ranked(table_with(*of_losses, workload=Plain))] == [2, 1]
 
 
 def test_a_written_table_is_read_back_also_if_the_workload_has_more_metrics_since(tmp_path: Path) -> None:
@@ -103,6 +82,8 @@ def test_a_written_table_is_read_back_also_if_the_workload_has_more_metrics_sinc
     run.write_text("members.csv", csv_text(columns, table.rows, has_header=True))
     again.read(run)
     assert math.isnan(again.rows[0]["val_r2"])
+    restarted = again.start(first.point)
+    assert (restarted.number, restarted.state, restarted.reason) == (1, RUNNING, "")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +95,7 @@ def test_a_written_table_is_read_back_also_if_the_workload_has_more_metrics_sinc
         lambda text: text.replace("2.0,0.5", "2.0,half"),
     ],
 )
-def test_a_damaged_table_is_refused(tmp_path: Path, damage: Callable[[str], str]) -> None:
+def test_a_damaged_table_is_rejected(tmp_path: Path, damage: Callable[[str], str]) -> None:
     run = locate(str(tmp_path), "sweep")
     table_with(member(1, DONE, 0.5)).write(run)
     run.write_text("members.csv", damage(run.read_text("members.csv") or ""))
@@ -122,23 +103,11 @@ def test_a_damaged_table_is_refused(tmp_path: Path, damage: Callable[[str], str]
         table_with().read(run)
 
 
-def test_a_job_whose_table_is_lost_says_so(many: Many) -> None:
+def test_a_job_whose_table_is_lost_is_an_error(many: Many) -> None:
     assert many.table().rows == []
     many.job.run.inside("members").write_text("some", "")
     with pytest.raises(JobError, match=r"/sweep has members/, but no members\.csv; restore it, or start another job$"):
         many.table()
-
-
-def test_a_member_that_starts_again_keeps_its_number_and_an_epoch_is_reported_once() -> None:
-    table = table_with()
-    first = table.start(point(8, 0.5))
-    first.state, first.reason = FAILED, "killed"
-    assert table.start(point(8, 0.25)).number == 2
-    again = table.start(point(8, 0.5))
-    assert (again.number, again.state, again.reason) == (1, RUNNING, "")
-    for epochs in (0.5, 1, 1):
-        table.report(again, {"epochs": epochs, "val_accuracy": epochs / 2})
-    assert again.reports == {0.5: 0.25, 1: 0.5}
 
 
 def test_the_best_and_the_default_race_unless_each_has_several_seeds_or_folds(many: Many, tmp_path: Path) -> None:
@@ -186,28 +155,22 @@ def test_a_member_is_a_run_with_the_points_values_seed_and_fold(tmp_path: Path) 
     assert job.run.name == "beta1-0.5_seed-1_fold-2"
     train = job.train
     assert (train.beta1, train.seed, train.num_seeds, train.folds, train.fold) == (0.5, 1, 1, 2, 2)
-    assert isinstance(train, TrainConfig)
     workers = dataclasses.replace(WorkerConfig(), num_workers=1, cpus_per_worker=1)
     assert job.workers == workers, "so that the job's config.json trains the same bits"
 
 
-def test_the_console_has_a_line_for_each_end_but_not_again_for_a_trial_that_its_rung_stops(
-    many: Many, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = table_of((1e-3, 0, WAITING, 0.5))
-    (some,) = table.by_point.values()
+def test_the_console_has_a_line_for_each_end_with_its_reason(many: Many, capsys: pytest.CaptureFixture[str]) -> None:
+    table = table_of((1e-3, 0, FAILED, 0.5))
+    (some,) = table.members
+    some.reason = "ArrowInvalid [red]\x1b[31m"
     with ManyConsole(many) as console:
-        console.show_table(table, some)
-        some.state = STOPPED
-        console.show_table(table, some)
-        some.state, some.reason = FAILED, "ArrowInvalid [red]\x1b[31m"
+        console.show_table(table)
         console.show_table(table, some)
         console.show_result(table)
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("trial 1 ") for line in lines) == 2
+    line, *of_table = capsys.readouterr().out.splitlines()
     reason = r"failed: ArrowInvalid [red]\x1b[31m"
-    assert f" learning rate 0.001, seed 0: accuracy 50.00% after 2/2 epochs, {reason}" in lines[1]
-    assert lines[-2].rstrip().endswith(reason)
+    assert line.endswith(f" learning rate 0.001, seed 0: accuracy 50.00% after 2/2 epochs, {reason} · 1 failed")
+    assert of_table[-2].rstrip().endswith(reason)
 
 
 def test_a_setting_with_the_name_of_another_column_is_not_searched() -> None:

@@ -3,20 +3,13 @@
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from torch import nn
 
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.data import Arrays, Split, Splits
-from mnist_ray.job.job import read_job
-from mnist_ray.many.jobs import say_header
-from mnist_ray.many.table import Many
 from mnist_ray.record.header import say_plan
 from tests.conftest import mnist
-
-EXAMPLES = Arrays(np.zeros((4400, 1), np.float32), np.zeros(4400, np.float32))
 
 
 def notes_of(console: Mock) -> list[str]:
@@ -32,12 +25,3 @@ def test_batch_normalization_in_micro_batches_is_noted(micro_batch_size: int | N
     say_plan(session, WorkerPlan(2, 1, False, False))
     said = "--micro-batch-size 16: batch normalization normalizes each 16 examples separately"
     assert notes_of(session.console) == [f"{said}, so results differ from those without it"] * is_noted
-
-
-@pytest.mark.parametrize("folds", [10, 200])
-def test_many_folds_are_noted_with_their_examples(folds: int, tmp_path: Any) -> None:
-    job = read_job({"folds": folds, "storage_path": str(tmp_path)})
-    console = Mock()
-    say_header(console, Many(job), Splits("numbers", Split(EXAMPLES), Split(EXAMPLES), Split(EXAMPLES)))
-    said = "200 folds train a whole run each, to test it on 22 images"
-    assert notes_of(console) == [f"{said}; 5 to 10 folds are usual"] * (folds > 20)
