@@ -146,6 +146,9 @@ def test_a_file_that_names_another_storage_does_not_make_the_code_in_the_real_on
         ("a.json", f'{{"workload": {"[" * 900}{"]" * 900}}}', "a.json: --workload must be of type str, not [[[["),
         ("a.toml", b"\xff\xfe", "is not TOML: 'utf-8' codec can't decode byte"),
         ("folder", None, "cannot read the settings file"),
+        ("pyproject.toml", "[tool.mnist_ray]\nsede = 1\n", "has unknown settings: sede; did you mean seed?"),
+        ("pyproject.toml", "[tool]\nmnist_ray = 1\n", "[tool.mnist_ray] of"),
+        ("pyproject.toml", "[tool.mnist_ray]\nstorage_path = 5\n", "--storage-path must be of type str, not 5"),
     ],
 )
 def test_a_wrong_file_is_one_line(
@@ -157,23 +160,10 @@ def test_a_wrong_file_is_one_line(
     else:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError) as raised:
-        job("--config", str(file), monkeypatch=monkeypatch)
+        job(*([] if name == "pyproject.toml" else ["--config", str(file)]), monkeypatch=monkeypatch)
     assert message in str(raised.value)
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_a_wrong_project_file_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for table, message in {
-        "[tool.mnist_ray]\nsede = 1\n": "has unknown settings: sede; did you mean seed?",
-        "[tool]\nmnist_ray = 1\n": "[tool.mnist_ray] of",
-        "[tool.mnist_ray]\nstorage_path = 5\n": "--storage-path must be of type str, not 5",
-    }.items():
-        file = written(project / "pyproject.toml", table)
-        with pytest.raises(UsageError) as raised:
-            job(monkeypatch=monkeypatch)
-        assert message in str(raised.value)
-        assert file in str(raised.value)
 
 
 def test_a_command_on_a_run_takes_the_storage_from_the_project_but_not_the_workloads_settings(

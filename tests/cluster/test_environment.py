@@ -26,34 +26,24 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", others)
 
 
-def test_the_users_variables_win() -> None:
-    given = {"RAY_ADDRESS": "local", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "7"}
-    os.environ |= given
-    with environment.prepared(NOT_FORKED):
-        environment.prepare_local()
-    assert given.items() <= os.environ.items()
-
-
 @pytest.mark.parametrize(
     ("given", "has_own"),
     [({}, True), ({"RAY_AUTH_MODE": "disabled"}, False), ({"RAY_AUTH_TOKEN_PATH": "/token"}, False)],
 )
 def test_a_local_ray_has_a_token_of_its_own_unless_the_user_has_decided(given: dict[str, str], has_own: bool) -> None:
+    given |= {"RAY_ADDRESS": "local", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "7"}
     os.environ |= given
-    environment.prepare_local()
+    with environment.prepared(NOT_FORKED):
+        environment.prepare_local()
     assert len(os.environ.get("RAY_AUTH_TOKEN", "")) == (64 if has_own else 0)
+    assert given.items() <= os.environ.items()
 
 
-def test_a_workload_may_itself_call_the_api() -> None:
+def test_a_workload_may_itself_call_the_api_while_another_thread_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))  # imported by half
     with process.left_as_found(), process.left_as_found():
         os.environ["RAY_ADDRESS"] = "local"
     assert "RAY_ADDRESS" not in os.environ
-
-
-def test_a_call_may_begin_while_another_thread_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))  # imported by half
-    with process.left_as_found():
-        pass
 
 
 def test_a_call_leaves_the_filters_of_warnings_as_they_were_also_beside_a_prediction() -> None:

@@ -2,26 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from mnist_ray.cluster.plan import (
-    Cluster,
-    Node,
-    WorkerPlan,
-    plan_workers,
-    threads_per_worker,
-)
+from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan, plan_workers, threads_per_worker
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.process import usable_cores
 
-
-def cluster_of(*nodes: Node) -> Cluster:
-    return Cluster(False, nodes, log_folder="/logs")
-
-
 HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
 AUTOSCALED = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
-
-
 ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
 
 
@@ -61,7 +48,7 @@ ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
 def test_workers_are_planned_on_the_nodes(
     config: WorkerConfig, nodes: list[Node], num_chunks: int | None, expected: WorkerPlan
 ) -> None:
-    assert plan_workers(config, cluster_of(*nodes), num_chunks) == expected
+    assert plan_workers(config, Cluster(False, tuple(nodes), "/logs"), num_chunks) == expected
 
 
 @pytest.mark.parametrize(
@@ -90,7 +77,7 @@ def test_workers_are_planned_on_the_nodes(
 )
 def test_an_impossible_plan_is_refused(config: WorkerConfig, nodes: list[Node], message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        plan_workers(config, cluster_of(*nodes))
+        plan_workers(config, Cluster(False, tuple(nodes), "/logs"))
     assert message in str(raised.value)
 
 
