@@ -9,7 +9,7 @@ JOB ?= train
 # If there is a token, clusters require it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune new tensorboard submit test test-processes test-long test-ray test-browser test-gpu gpu bench bench-quick chaos check format docs docs-serve clean
+.PHONY: train tune new tensorboard submit test test-processes test-long test-ray test-browser test-gpu bench bench-quick chaos check format docs docs-serve clean
 
 train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
@@ -40,9 +40,6 @@ test-ray: $(VENV)/installed-dev  ## run jobs in both forms, default and plain: m
 
 test-gpu: $(VENV)/installed-dev  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS) tests/gpu || [ $$? = 5 ]  # 5: without a GPU, there is no test
-
-gpu: $(VENV)/installed-dev  ## test and measure on this machine's GPU
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench: $(VENV)/installed-dev  ## compare the speed with other programs and an earlier version: over an hour
 	$(BIN)/python benchmarks/bench.py $(ARGS)

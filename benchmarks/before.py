@@ -8,8 +8,7 @@ version to the next.
 
 Each round runs both versions, one after the other; every second round begins with the earlier one. Measures seconds to
 the first line, until a worker trains, from a worker's kill until training continues, and to the exit; seconds of a
-sweep; CPU time; memory. Prints a row for each. With ``--busy 2``, two other processes compute meanwhile; ``--parts one
-two bare`` then measures how much they slow a job.
+sweep; CPU time; memory. Prints a row for each. With ``--busy 2``, two other processes compute meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import compileall
 import contextlib
-import json
 import os
 import re
 import socket
@@ -38,10 +36,6 @@ BEFORE = "8619d03"
 """The last commit in which Ray starts the workers itself."""
 PARTS = ("one", "four", "restart", "sweep")
 """Runs of one worker, of four, and of two with one killed; a sweep whose trials have two workers."""
-MORE_PARTS = ("two", "bare", "submit")
-"""A run of two workers; the engine without Ray, in one process and in two; jobs of one worker and of four by
-``ray job submit``."""
-DASHBOARD = "http://127.0.0.1:8265"
 _INTERVAL_S = 0.05
 
 
@@ -173,31 +167,9 @@ def seconds_to_sweep(root: Path, storage: Path, flags: Sequence[object]) -> floa
         return watch(root, "jobs/tune.py", *trials, "--storage-path", storage, *flags, address=address).seconds
 
 
-def seconds_to_submit(root: Path, storage: Path, num_workers: int) -> float:
-    """Return the seconds from ``ray job submit`` until the workers train, by the log of the job's driver.
-
-    The command itself shows a line up to a second late. Needs a cluster with a dashboard on this machine.
-    """
-    token = {"RAY_AUTH_MODE": "token"} if Path("~/.ray/auth_token").expanduser().exists() else {}
-    job = (sys.executable, "jobs/train.py", "--num-workers", num_workers, "--num-epochs", 1, "--storage-path", storage)
-    submit = ("-m", "ray.scripts.scripts", "job", "submit", "--address", DASHBOARD, "--working-dir", root, "--", *job)
-    logs = Path("/tmp/ray/session_latest/logs")
-    start, before = time.perf_counter(), set(logs.glob("job-driver-*.log"))
-    process = subprocess.Popen([sys.executable, *map(str, submit)], stdout=subprocess.DEVNULL, env=os.environ | token)
-    try:
-        while True:
-            if any("\nstarted" in log.read_text() for log in set(logs.glob("job-driver-*.log")) - before):
-                return time.perf_counter() - start
-            if process.poll() is not None:
-                raise RuntimeError("the submitted job has failed")
-            time.sleep(_INTERVAL_S)
-    finally:
-        process.wait()
-
-
 @contextlib.contextmanager
 def cluster(num_cpus: int = 2) -> Iterator[str]:
-    """Run ``ray start --head``, with a dashboard if ray[default] is installed."""
+    """Run ``ray start --head``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -229,17 +201,6 @@ def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Seque
     if "four" in parts:
         four = watch(root, "jobs/train.py", "--num-workers", 4, "--num-epochs", 1, *where, num_epochs=1)
         figures |= {"start_four_s": four.at("started"), "pss_four_mib": four.pss_mib}
-    if "two" in parts:
-        two = watch(root, "jobs/train.py", "--num-workers", 2, *where)
-        figures |= {"start_two_s": two.at("started"), "exit_two_s": two.seconds, "rate_two": two.rate()}
-    if "bare" in parts:
-        for number in (1, 2):
-            bare = watch(root, "benchmarks/peers/bare.py", number, 1)
-            figures[f"rate_bare_{number}"] = json.loads(bare.lines[-1][1])["images_per_s"]
-    if "submit" in parts:
-        with cluster(num_cpus=4):
-            for number in (1, 4):
-                figures[f"submit_{number}_s"] = seconds_to_submit(root, storage, number)
     if "restart" in parts:
         figures["restart_s"] = seconds_to_restart(root, storage, flags)
     if "sweep" in parts:
@@ -302,7 +263,7 @@ def main() -> None:
     """Run the rounds and print the ratios of each measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", choices=(*PARTS, *MORE_PARTS), default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     parser.add_argument("--before", default=BEFORE, help="commit of the earlier version")
     args = parser.parse_args()

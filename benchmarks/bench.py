@@ -4,8 +4,8 @@
     python benchmarks/bench.py --parts peers     # 24 minutes
     python benchmarks/bench.py --quick           # make bench-quick: four minutes
 
-Guards the speed that the README states, beside the notebook's loop, plain DDP, a minimal ``TorchTrainer``, a naive
-sweep and an earlier version. Each of CASES has a target.
+Guards the speed that the README states, beside the notebook's loop, plain DDP, a naive sweep and
+an earlier version. Each of CASES has a target.
 
 Each round runs every program once, one after the other: the project's and its peers', this version and an earlier one
 (before.py), or a sweep and a naive sweep (sweep.py). A target applies to the ratio of two measurements of a round;
@@ -68,7 +68,6 @@ CASES = (
     Case("the same, 4 workers / before", "start_four_s", "before_start_four_s", "<= 0.45"),
     Case("seconds to the first line on the screen / before", "first_line_s", "before_first_line_s", "<= 0.25"),
     Case("seconds of `jobs/train.py`, start to exit / the notebook's script", "one_s", "notebook_s", "<= 0.33"),
-    Case("seconds outside training / the minimal `TorchTrainer`'s", "two_outside_s", "minimal_outside_s", "<= 0.4"),
     Case("seconds from a worker's kill until the run goes on / before", "restart_s", "before_restart_s", "<= 0.5"),
     Case("seconds of a sweep of 16 trials of 2 workers / before", "sweep_s", "before_sweep_s", "<= 0.6"),
     Case("memory of 4 workers (PSS) / before", "pss_four_mib", "before_pss_four_mib", "<= 0.6"),
@@ -115,16 +114,6 @@ def rows_of(run_folder: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def outside_s(result: dict[str, Any]) -> float:
-    """Return the seconds that a run spent outside training and evaluation.
-
-    Evaluation is the last validation and the test. The test is not timed, but has twice the images of a validation.
-    """
-    last_validation_s = result["rows"][-1].get("val_s", 0.0)
-    trained_s = sum(row["epoch_s"] for row in result["rows"])
-    return float(result["wall_s"] - trained_s - 3 * last_validation_s)
-
-
 def one_round(folder: Path, images: Path, flags: Sequence[object], epochs: int) -> Figures:
     """Run every program once; return the measurements by name."""
     peers = HERE / "peers"
@@ -141,11 +130,9 @@ def one_round(folder: Path, images: Path, flags: Sequence[object], epochs: int) 
     figures |= {"one_s": one["wall_s"], "one_accuracy": one["test_accuracy"]}
     note("bare_one", *run(peers / "bare.py", 1, 1, *bare_data))
     two = train(folder, "two", "--num-workers", 2, *flags)
-    figures |= {"two_first": two["rows"][0]["examples_per_s"], "two_outside_s": outside_s(two)}
+    figures["two_first"] = two["rows"][0]["examples_per_s"]
     note("bare_two", *run(peers / "bare.py", 2, 1, *bare_data))
     note("plain_two", *run(peers / "bare.py", 2, 1, "--plain", *bare_data))
-    printed, seconds = run(peers / "minimal_ray.py", images, epochs, 2)
-    figures["minimal_outside_s"] = seconds - json.loads(printed)["working_s"]
     recipe = train(folder, "recipe", "--recipe", "notebook", "--num-epochs", 1, *bare_data)
     figures["recipe"] = recipe["rows"][0]["examples_per_s"]
     return figures

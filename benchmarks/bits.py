@@ -1,32 +1,26 @@
-"""Check that a run with ``--reproducible`` gives the same bits on any number of workers, and measure what that costs.
+"""Check that a run with ``--reproducible`` gives the same bits on any number of workers.
 
     python benchmarks/bits.py                       # half an hour on two cores; the hosts need root and iproute2
-    python benchmarks/bits.py --cost --rounds 1     # about 4 minutes
 
 Guards the same bits on any number of workers.
 
 Trains the same run with ``--reproducible`` on several numbers of workers, through shared memory, through gloo on
 separate hosts, with workers killed, on a cluster that shrinks and grows, and resumed with fewer workers. Prints a row
-for each case: how many of its runs ended with weights bit-identical to those of one worker. With ``--cost``: the
-images/s of an epoch with ``--reproducible`` divided by the images/s without, measured in turn.
+for each case: how many of its runs ended with weights bit-identical to those of one worker.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
 import signal
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import blocks
 import chaos
-from before import ROOT, watch
 from chaos import Driver, Raylets
 from hosts import Hosts, can_be_made
 
@@ -142,37 +136,12 @@ def rows(folder: Path, rng: random.Random) -> Iterator[tuple[str, str, Sequence[
             yield "two hosts, gloo", "--num-workers 2", [run(nodes, folder, "--num-workers", "2") == wanted]
 
 
-def cost(folder: Path, rounds: int) -> None:
-    """Print the images/s of an epoch with ``--reproducible``, and their ratio to those without."""
-    print("| workers | chunks | images/s | with / without `--reproducible` |\n|---|---|---|---|")
-    for workers, chunks in ((1, 8), (2, 8), (4, 8), (1, 4), (2, 4)):
-        pairs = []
-        flags = ["--num-workers", workers, "--cpus-per-worker", 1, "--num-epochs", 1, "--storage-path", folder]
-        for _ in range(rounds):
-            ordinary = watch(ROOT, "jobs/train.py", *flags, num_epochs=1).rate()
-            bound = ["--reproducible", "--set", f"num_chunks={chunks}"]
-            pairs.append((watch(ROOT, "jobs/train.py", *flags, *bound, num_epochs=1).rate(), ordinary))
-        rate = statistics.median(rate for rate, _ in pairs)
-        ratios = sorted(rate / ordinary for rate, ordinary in pairs)
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(f"| {workers} | {chunks} | {rate:,.0f} | {spread} |", flush=True)
-
-
 def main() -> None:
     """Run everything and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cost", action="store_true", help="measure the cost instead of comparing weights")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    if args.cost:
-        with tempfile.TemporaryDirectory() as folder:
-            cost(Path(folder), args.rounds)
-        return
     os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, does not set up a token
     chaos.FLAGS[:] = ["--reproducible", "--checkpoint-every", "50", "--max-failures", "3"]
     print("| case | flags | runs | bit-identical |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        RECIPES["in blocks, one epoch"] = [*blocks.write_all(Path(folder) / "data"), "--num-epochs", "1"]
         for what, flags, same in rows(Path(folder), random.Random(0)):
             print(f"| {what} | `{flags}` | {len(same)} | {sum(same)} |", flush=True)
 

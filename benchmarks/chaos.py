@@ -2,7 +2,6 @@
 
     python benchmarks/chaos.py                                      # make chaos: an hour on two cores
     python benchmarks/chaos.py --nodes drained                      # 20 minutes
-    python benchmarks/chaos.py --blocks --runs 2 --nodes raylets    # 8 minutes
 
 Guards resuming: a run that loses a worker, a node, its driver, a link or its storage ends with the weights of an
 undisturbed run, bit for bit.
@@ -36,7 +35,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import blocks
 from hosts import Hosts, can_be_made, training_pids
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
@@ -279,7 +277,6 @@ def main() -> None:
     parser.add_argument("--nodes", nargs="+", choices=["raylets", "hosts", "drained"], default=["raylets", "hosts"])
     parser.add_argument("--runs", type=int, help="runs of each kind (default: those of benchmarks/measured.md)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--blocks", action="store_true", help="train on data that are read in blocks")
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="passed to the job")
     parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="passed to the job")
     parser.add_argument("--plain-ray", action="store_true", help="passed to the job")
@@ -290,7 +287,6 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
-        FLAGS.extend(blocks.write_all(Path(folder) / "data") if arguments.blocks else [])
         groups = (("raylets", Raylets, RUNS), ("hosts", Hosts, RUNS_ON_HOSTS), ("drained", Raylets, RUNS_DRAINED))
         for where, start, runs in groups:
             kinds = arguments.kinds or runs

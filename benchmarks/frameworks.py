@@ -3,10 +3,9 @@
     python benchmarks/frameworks.py mnist DATA_DIR --rounds 1       # 7 minutes on two cores
     python benchmarks/frameworks.py gpt DATA_DIR --rounds 1 ARGS    # 9 minutes, with the ARGS below
     python benchmarks/frameworks.py table - --rounds 1              # 90 s
-    python benchmarks/frameworks.py vision DATA_DIR --rounds 1      # 3 minutes
 
-Guards the speed of a job beside Lightning, accelerate, transformers and a plain loop, its few lines to write, its
-restart after a kill, and, with ``--busy``, its speed beside other work.
+Guards the speed of a job beside Lightning and a plain loop, its few lines to write, its restart after a kill, and, with
+``--busy``, its speed beside other work.
 
 ``mnist``: DATA_DIR has torchvision's layout. In each round, every program trains with one process, with two, and with
 two of which one is killed (SIGKILL) a second after the first epoch's checkpoint.
@@ -14,12 +13,11 @@ two of which one is killed (SIGKILL) a second after the first epoch's checkpoint
 ``gpt``: DATA_DIR has texts, on which every program trains examples/gpt.py with one process. ARGS are passed to each
 program: ``--num-steps 60 --depth 6 --width 384 --precision bf16``, perhaps ``--validation-size 100``.
 
-``table``: 100,000 rows of 20 numbers and a small network, in batches of 32. ``vision``: a ResNet-18 on pictures of 64 ×
-64 from a ``Dataset`` with augmentation, read by two processes; DATA_DIR has torchvision's layout. One process each.
+``table``: 100,000 rows of 20 numbers and a small network, in batches of 32, with one process.
 
 All programs of a job have the same validation and the same test.
 
-Needs `pip install lightning accelerate`, and for ``gpt`` also transformers.
+Needs `pip install lightning`.
 """
 
 from __future__ import annotations
@@ -150,9 +148,6 @@ class Job:
 MNIST = (
     MnistRay("mnist_ray", PEERS / "with_mnist_ray.py"),
     Framework("Lightning", PEERS / "with_lightning.py"),
-    Framework("Lightning, tensors", PEERS / "with_lightning.py", ("--tensors",)),
-    Framework("accelerate", PEERS / "with_accelerate.py"),
-    Framework("accelerate, tensors", PEERS / "with_accelerate.py", ("--tensors",)),
 )
 GPT = (
     GptInMnistRay(
@@ -163,17 +158,11 @@ GPT = (
     ),
     Framework("a plain loop", PEERS / "gpt_plain.py"),
     Framework("Lightning", PEERS / "gpt_lightning.py"),
-    Framework("transformers", PEERS / "gpt_transformers.py"),
 )
 TABLE = (
     StepsInMnistRay("mnist_ray", PEERS / "table_mnist_ray.py", data_flag=""),
     Framework("a plain loop", PEERS / "table_plain.py"),
     Framework("Lightning", PEERS / "table_lightning.py"),
-)
-VISION = (
-    StepsInMnistRay("mnist_ray", PEERS / "vision_mnist_ray.py", ("--loader-workers", "2")),
-    Framework("a plain loop", PEERS / "vision_plain.py"),
-    Framework("Lightning", PEERS / "vision_lightning.py"),
 )
 STEPS = {
     "one_steps_per_s": "steps/s in training",
@@ -182,7 +171,6 @@ STEPS = {
 }
 JOBS = {
     "table": Job(TABLE, ("one",), STEPS, frozenset({"one_loss"})),
-    "vision": Job(VISION, ("one",), STEPS, frozenset({"one_loss"})),
     "mnist": Job(
         MNIST,
         ("one", "two", "killed"),
@@ -256,7 +244,7 @@ def lines_to_write(framework: Framework) -> int:
         is_shared = isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name in framework.shared
         if isinstance(node, ast.stmt) and (is_docstring or is_shared):
             without |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    without |= {n for n, line in enumerate(text.splitlines(), 1) if re.search(r"[Cc]lock|tensors|^\s*$", line)}
+    without |= {n for n, line in enumerate(text.splitlines(), 1) if re.search(r"[Cc]lock|^\s*$", line)}
     return len(text.splitlines()) - len(without)
 
 
@@ -283,8 +271,8 @@ def as_markdown(job: Job, rounds: Sequence[dict[str, Figures]]) -> list[str]:
 
 def compare(job: Job, data: Path, num_rounds: int, flags: Sequence[str]) -> list[str]:
     """Run all programs in each round; print every figure, and return the table's lines."""
-    if not all(importlib.util.find_spec(name) for name in ("lightning", "accelerate")):
-        return ["without Lightning and accelerate: to compare with them, pip install lightning accelerate"]
+    if not importlib.util.find_spec("lightning"):
+        return ["to compare with Lightning, pip install lightning"]
     rounds: list[dict[str, Figures]] = []
     for number in range(num_rounds):
         rounds.append({framework.name: {} for framework in job.frameworks})

@@ -1,25 +1,19 @@
-"""Measure memory, checkpoints, speed and losses of sharded training.
+"""Measure memory, checkpoints and speed of sharded training.
 
-    python benchmarks/sharded.py --parts memory     # 9 minutes on two cores
-    python benchmarks/sharded.py --parts losses     # about 5 minutes
+    python benchmarks/sharded.py     # 9 minutes on two cores
 
 Guards ``--strategy fsdp``: it divides a model among the workers, any number of workers resumes a checkpoint and each
-reads only its rows, and the losses are those of plain PyTorch.
-
-The project's engine trains a GPT in processes of its own, without Ray. For ``memory``, it has 100 million parameters.
-``losses`` compares a smaller one with a loop of plain PyTorch.
+reads only its rows. The project's engine trains a GPT of 100 million parameters in processes of its own, without Ray.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +29,6 @@ from torch.multiprocessing.spawn import spawn
 from mnist_ray.checkpoints import checkpoint
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
-from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.tensors import rows_here
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
@@ -47,7 +40,6 @@ from mnist_ray.training.state import TrainingState
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Arrays, Workload
 
-PARTS = ("memory", "losses")
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, optimizer="adamw", learning_rate=3e-4, lr_schedule="constant")
 MIB = 2**20
 
@@ -60,11 +52,9 @@ class Size:
     depth: int = 14
     vocabulary: int = 256  # bytes
     length: int = 32
-    is_tied: bool = False
-    num_frozen: int = 0  # blocks
 
 
-SMALL, TINY = Size(width=128, depth=4), Size(width=64, depth=2)
+TINY = Size(width=64, depth=2)
 
 
 class Block(nn.Module):
@@ -94,10 +84,6 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(size.width) for _ in range(size.depth))
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, size.vocabulary, bias=False)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        if size.is_tied:
-            self.head.weight = self.tokens.weight
-        for block in list(self.blocks)[: size.num_frozen]:
-            block.requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits, (N, T, vocabulary)."""
@@ -317,68 +303,7 @@ def measure_memory(storage: str) -> None:
         print(f"| {number} | {most:.3f} | {slowest:.1f} |")
 
 
-def plain_losses(size: Size, config: TrainConfig, num_steps: int) -> list[float]:
-    """Return the losses of whole batches in a loop of plain PyTorch."""
-    torch.manual_seed(config.seed)
-    model, data, losses = GPT(size), examples(size, num_steps * config.batch_size), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    inputs, targets = torch.tensor(data.inputs), torch.tensor(data.targets)
-    for indices, *_ in ShardedBatchSampler(len(data), config.batch_size, seed=config.seed, pass_number=0):
-        logits = model(inputs[indices])
-        loss = F.cross_entropy(logits.flatten(0, 1), targets[indices].flatten())
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
-        optimizer.step()
-    return losses
-
-
-CASES: dict[str, tuple[Size, dict[str, Any]]] = {
-    "as it is": (SMALL, {}),
-    "clipped": (SMALL, {"clip_grad_norm": 0.5}),
-    "with an EMA": (SMALL, {"ema_decay": 0.99}),
-    "in micro-batches": (SMALL, {"micro_batch_size": 2}),
-    "tied": (replace(SMALL, is_tied=True), {}),
-    "half frozen": (replace(SMALL, num_frozen=2), {}),
-}
-
-
-def config_of(case: str) -> TrainConfig:
-    """Return the settings of a case."""
-    return replace(CONFIG, strategy="fsdp", batch_size=12, learning_rate=1e-3, **CASES[case][1])
-
-
-def losses_of_all(group: Group, num_steps: int) -> dict[str, Any]:
-    """Return the losses of all cases."""
-    return {case: train(group, size, config_of(case), num_steps)["losses"] for case, (size, _) in CASES.items()}
-
-
-def compare_losses(num_steps: int) -> None:
-    """Print how far the losses of 1 to 4 workers are from those of a plain loop."""
-    print(f"| relative difference of losses | workers | step 1 | {num_steps} steps, at most | the loss falls to |")
-    print("|---|---|---|---|---|")
-    for number in (1, 2, 3, 4):
-        found = on_ranks(number, losses_of_all, num_steps)[0]
-        for case, (size, _) in CASES.items():
-            plain = plain_losses(size, config_of(case), num_steps)
-            apart = [abs(ours - other) / other for ours, other in zip(found[case], plain, strict=True)]
-            print(f"| {case} | {number} | {apart[0]:.1e} | {max(apart):.1e} | {plain[-1]:.3f} |", flush=True)
-
-
-def main(parts: Sequence[str], num_steps: int) -> None:
-    """Measure the parts."""
-    print(f"torch {torch.__version__}, {psutil.cpu_count()} cores\n")
-    if "memory" in parts:
-        with tempfile.TemporaryDirectory() as storage:
-            measure_memory(storage)
-    if "losses" in parts:
-        compare_losses(num_steps)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--num-steps", type=int, default=50, help="steps whose losses are compared")
-    arguments = parser.parse_args()
-    main(arguments.parts, arguments.num_steps)
+    print(f"torch {torch.__version__}, {psutil.cpu_count()} cores\n")
+    with tempfile.TemporaryDirectory() as storage:
+        measure_memory(storage)

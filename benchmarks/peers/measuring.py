@@ -4,17 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
-
-from torch.utils.data import TensorDataset
-
-if TYPE_CHECKING:  # the programs without pictures do not need it
-    from torchvision import datasets
-
-
-def as_tensors(mnist: datasets.MNIST) -> TensorDataset:
-    """Convert all images in advance, as an expert would for data that fit into memory."""
-    return TensorDataset(mnist.data.unsqueeze(1) / 255, mnist.targets)
 
 
 class Clock:

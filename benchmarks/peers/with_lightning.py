@@ -1,7 +1,6 @@
 """The default recipe in Lightning, as its guide writes it.
 
     python benchmarks/peers/with_lightning.py DATA_DIR FOLDER               # 30 s on two cores
-    python benchmarks/peers/with_lightning.py DATA_DIR FOLDER --tensors     # 23 s: all images are converted in advance
 
 Guards, in frameworks.py, the speed of a job, its few lines, and its restart after a kill, beside Lightning's.
 
@@ -15,7 +14,7 @@ import sys
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from measuring import Clock, as_tensors
+from measuring import Clock
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Adam
@@ -72,8 +71,6 @@ def main() -> None:
     L.seed_everything(0)
     train = datasets.MNIST(data_dir, train=True, transform=transforms.ToTensor())
     test = datasets.MNIST(data_dir, train=False, transform=transforms.ToTensor())
-    if "--tensors" in sys.argv:
-        train, test = as_tensors(train), as_tensors(test)
     train, validation = random_split(train, [len(train) - 5000, 5000])
     batch_size = 128 // processes
     trainer = L.Trainer(
