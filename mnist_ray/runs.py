@@ -37,7 +37,7 @@ def find_run(place: str | None, storage_path: str) -> RunFolder:
         except STORAGE_ERRORS as error:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if not place.strip():
-        raise UsageError("the run's name is empty; give a name, or leave the flag out")
+        raise UsageError("the run's name is empty", fix="give a name, or remove the flag")
     place = os.path.abspath(place) if place in (".", "..") else place
     if "/" in place:
         base, query = split_query(place)

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,11 +27,16 @@ SAME_WITHIN_S = 0.5
 a job, ``timeout`` signals one process twice, and the supervisor forwards the signals that it receives."""
 
 TAKEN_WITHIN_S = 5.0  # for the main thread to take another thread's error, unless it is stuck
+DONE, _ADVICE_BYTES = "\0", 2**16
 _IMPORT_CALLBACK = ("<frozen importlib._bootstrap>", "cb")  # Python drops exceptions raised in it
+_REASONS = {
+    "SIGKILL": ", which the system sends if memory runs out",
+    "SIGABRT": ", perhaps because a library could start no more threads (ulimit -u)",
+}
 
 
 @dataclass
-class Noted:
+class InterruptFlag:
     """Whether an interrupt has come; not a ``threading.Event``, whose lock could block a signal handler forever."""
 
     is_set: bool = False
@@ -41,17 +47,17 @@ class _State:
     """The interrupts of this process. There is one instance, as a process has one set of signal handlers."""
 
     last: float = -math.inf  # the last interrupt's time.monotonic()
-    first: Noted | None = None  # if not None, the first interrupt is only noted here
+    deferred: InterruptFlag | None = None  # if not None, the first interrupt only sets this flag
     error: Exception | None = None  # from `end_with`
-    to_supervisor: int | None = None  # a pipe for the advice on how to resume
-    advice: str = ""  # the last advice in the pipe
-    gives_back: bool = False  # whether forked processes get back Python's own handlers
+    supervisor: socket.socket | None = None  # takes the advice on how to resume; closed when the supervisor is gone
+    advice: str = ""  # the last advice that was sent
+    restores_in_forks: bool = False  # whether forked processes get Python's own handlers back
 
 
-_state, _held = _State(), threading.local()
+_state = _State()
 
 
-def signals() -> set[signal.Signals]:
+def _ending_signals() -> set[signal.Signals]:
     """Return the signals that end a job: SIGINT, SIGTERM, and SIGHUP unless it is ignored, as under ``nohup``."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         return {signal.SIGINT, signal.SIGTERM}
@@ -62,31 +68,21 @@ def take_signals() -> None:
     """Let the signals that end a job raise KeyboardInterrupt in the main thread."""
     _state.error = None  # an earlier call in another thread may have left it
     if threading.current_thread() is threading.main_thread():
-        for number in signals():
+        for number in _ending_signals():
             signal.signal(number, _handle)
-    if not _state.gives_back:
-        _state.gives_back = True
-        os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_give_back)
+    if not _state.restores_in_forks:
+        _state.restores_in_forks = True
+        os.register_at_fork(after_in_child=_restore_handlers)
 
 
-def _hold() -> None:
-    """Block the signals during a fork: Python drops signals that reach the new process before its first step."""
-    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals())
-
-
-def _release() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
-
-
-def _give_back() -> None:
+def _restore_handlers() -> None:
     """Restore Python's own handlers in a process that the user's code forks: a Pool stops its processes by SIGTERM."""
-    for number in signals():
+    for number in _ending_signals():
         if signal.getsignal(number) is _handle:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    _release()
 
 
-def leave_closed_terminal() -> None:
+def _discard_output_of_closed_terminal() -> None:
     """Discard this process's output if its terminal was closed, since every print would raise OSError."""
     for descriptor in (1, 2):
         try:
@@ -98,30 +94,30 @@ def leave_closed_terminal() -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     error, _state.error = _state.error, None
     if error is not None:
-        is_ending = _state.first is not None and _state.first.is_set  # the signal may have ended Ray too
+        is_ending = _state.deferred is not None and _state.deferred.is_set  # the signal may have ended Ray too
         raise KeyboardInterrupt if is_ending else error
     if frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) == _IMPORT_CALLBACK:
         signal.raise_signal(number)  # try again after the callback
         return
-    leave_closed_terminal()
+    _discard_output_of_closed_terminal()
     now = time.monotonic()
     before, _state.last = _state.last, now  # in one step, as another signal may interrupt this handler
     if now - before < SAME_WITHIN_S:
         _state.last = before
-    elif _state.first is not None and not _state.first.is_set:
-        _state.first.is_set = True
+    elif _state.deferred is not None and not _state.deferred.is_set:
+        _state.deferred.is_set = True
     else:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def first_only_noted() -> Iterator[Noted]:
-    """Within this context, the first interrupt is only noted; the second raises KeyboardInterrupt."""
-    _state.first = Noted()
+def defer_first_interrupt() -> Iterator[InterruptFlag]:
+    """Within this context, the first interrupt only sets the flag; the second raises KeyboardInterrupt."""
+    _state.deferred = InterruptFlag()
     try:
-        yield _state.first
+        yield _state.deferred
     finally:
-        _state.first = None
+        _state.deferred = None
 
 
 def end_with(error: Exception) -> None:
@@ -133,7 +129,7 @@ def end_with(error: Exception) -> None:
     _state.error = error
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
     end = time.monotonic() + TAKEN_WITHIN_S
-    while _state.error is error and _state.to_supervisor is not None:
+    while _state.error is error and is_supervised():
         if time.monotonic() > end:
             _exit(str(error))
         time.sleep(0.01)
@@ -147,20 +143,17 @@ def _exit(reason: str) -> None:
     os._exit(1)
 
 
-DONE, _PIPE_BYTES = "\0", 2**16
-
-
 def if_ended(advice: str) -> None:
     """From now on, let the supervisor print ``advice`` if this process is killed from outside."""
-    if _state.to_supervisor is not None:
+    if _state.supervisor is not None:
         _state.advice = advice
         with contextlib.suppress(OSError):
-            os.write(_state.to_supervisor, f"{advice}\n".encode())
+            _state.supervisor.sendall(f"{advice}\n".encode())
 
 
 def is_supervised() -> bool:
     """Return whether this is the child process of ``supervise``."""
-    return _state.to_supervisor is not None
+    return _state.supervisor is not None
 
 
 def supervise() -> int:
@@ -168,54 +161,52 @@ def supervise() -> int:
 
     Returns the child's exit status. At its end, the child calls ``if_ended(DONE)``; otherwise, it was killed.
     """
-    from_job, to_supervisor = os.pipe()
-    from_supervisor, alive = os.pipe()
-    awaited = {*signals(), signal.SIGCHLD}
+    supervisor, job = socket.socketpair()
+    awaited = {*_ending_signals(), signal.SIGCHLD}
     signal.signal(signal.SIGCHLD, lambda number, frame: None)  # without a handler, macOS drops the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
+        job.close()
+        _state.supervisor = supervisor
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         take_signals()  # again, after the fork
         signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
-        os.close(from_job)
-        os.close(alive)
-        _state.to_supervisor = to_supervisor
-        threading.Thread(target=_end_with_supervisor, args=[from_supervisor], daemon=True).start()
+        threading.Thread(target=_end_with_supervisor, args=[supervisor], daemon=True).start()
         return 0
-    os.close(to_supervisor)
-    os.close(from_supervisor)
-    ended, written = 0, b""
+    supervisor.close()
+    ended = state = 0
     while not ended:  # a handler would run late if its signal came just before a blocking system call
         if (number := signal.sigwait(awaited)) != signal.SIGCHLD:
             os.kill(child, number)
         ended, state = os.waitpid(child, os.WNOHANG)
-    os.set_blocking(from_job, False)  # processes that the job has forked may hold the pipe too
-    with contextlib.suppress(BlockingIOError):  # the pipe is empty
-        written = os.read(from_job, _PIPE_BYTES)
-    advice = ["", *written.decode(errors="replace").splitlines()][-1]
-    leave_closed_terminal()
+    return _report_exit(state, job)
+
+
+def _report_exit(state: int, job: socket.socket) -> int:
+    """Print why the child was killed, if it was, with its last advice; return the exit status."""
+    job.setblocking(False)  # processes that the job has forked may hold its socket open
+    sent = b""
+    with contextlib.suppress(OSError):  # nothing was sent
+        sent = job.recv(_ADVICE_BYTES)
+    advice = ["", *sent.decode(errors="replace").splitlines()][-1]
+    _discard_output_of_closed_terminal()
     if advice == DONE:
         return os.waitstatus_to_exitcode(state)
     if sys.stdout.isatty():
         sys.stdout.write("\r\x1b[K\x1b[?25h")  # removes the live line, and shows the cursor again
         sys.stdout.flush()
-    say(f"error: {_ending(state)}{advice}", file=sys.stderr)
+    reason = (
+        f"exited with status {os.waitstatus_to_exitcode(state)}: ended by Ray (see above), or by os._exit in your code"
+    )
+    if os.WIFSIGNALED(state):
+        name = signal.Signals(os.WTERMSIG(state)).name
+        reason = f"was killed by {name}{_REASONS.get(name, '')}"
+    say(f"error: this job's process {reason}{advice}", file=sys.stderr)
     return 1
 
 
-def _end_with_supervisor(from_supervisor: int) -> None:
-    os.read(from_supervisor, 1)  # returns when the supervisor is gone
+def _end_with_supervisor(supervisor: socket.socket) -> None:
+    with contextlib.suppress(ConnectionResetError):  # the supervisor has not read the advice
+        supervisor.recv(1)  # returns when the supervisor is gone
     _exit("the command's own process, which watches over this job, was killed")
-
-
-def _ending(state: int) -> str:
-    if not os.WIFSIGNALED(state):
-        status = os.waitstatus_to_exitcode(state)
-        return f"this job's process exited with status {status}: ended by Ray (see above), or by os._exit in your code"
-    name = signal.Signals(os.WTERMSIG(state)).name
-    reasons = {
-        "SIGKILL": ", which the system sends if memory runs out",
-        "SIGABRT": ", perhaps because a library could start no more threads (ulimit -u)",
-    }
-    return f"this job's process was killed by {name}{reasons.get(name, '')}"

@@ -249,7 +249,7 @@ def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> Ru
     """Return the folder ``name`` under a path or URI; it need not exist. Raises UsageError for an unusable path."""
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//)", storage_path):
         start = scheme[0]  # the rest may be secret
-        raise UsageError(f"{start}… is neither a folder nor a URI; write {start}//… or ./{start}…")
+        raise UsageError(f"{start}… is neither a folder nor a URI", fix=f"write {start}//… or ./{start}…")
     try:
         if "://" in storage_path:
             filesystem, path = fs.FileSystem.from_uri(storage_path)
@@ -290,8 +290,6 @@ def is_foreign(path: str | Path) -> bool:
 
     Folders above are not asked: on a cluster, some belong to whoever has started Ray first.
     """
-    if os.name != "posix":
-        return False
     whole = Path(path).absolute()
     for place in {whole, whole.parent, whole.resolve(), whole.resolve().parent}:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -36,6 +36,11 @@ def test_only_users_and_secrets_of_uris_are_masked(text: str, left: str) -> None
     assert masked(text) == left
 
 
+@pytest.mark.parametrize("text", [":/" * 200_000, "?" + "key" * 100_000 + "=;", "@" + ":/" * 200_000])
+def test_a_long_text_is_masked_without_minutes_of_search(text: str) -> None:
+    assert masked(text) == text
+
+
 def test_control_characters_are_escaped() -> None:
     assert redact("a\x1b[31m\r\nb\x9b\x7f \u202e\udcff") == r"a\x1b[31m\r\nb\x9b\x7f \u202e\udcff"
     assert redact("7 × 8 → naïve, 日本 …") == "7 × 8 → naïve, 日本 …"

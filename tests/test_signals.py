@@ -29,7 +29,7 @@ def supervised(work):  # as cli.run does
 SAVING = """
 def work():
     try:
-        with signals.first_only_noted() as first:
+        with signals.defer_first_interrupt() as first:
             signals.if_ended("; to resume: this")
             print("here", flush=True)
             while not first.is_set:
@@ -164,11 +164,17 @@ FORKING = """
 import multiprocessing
 from mnist_ray import cli
 
+def begin(telling):
+    telling.send("begun")
+    time.sleep(60)
+
 def main():
     context = multiprocessing.get_context("fork")
-    with signals.first_only_noted():
-        ended, left = (context.Process(target=time.sleep, args=[60], daemon=True) for _ in range(2))
+    with signals.defer_first_interrupt():
+        ready, telling = context.Pipe()
+        ended, left = (context.Process(target=begin, args=[telling], daemon=True) for _ in range(2))
         ended.start(), left.start()
+        ready.recv(), ready.recv()
         ended.terminate()
         ended.join()
     print(ended.exitcode, left.pid, flush=True)

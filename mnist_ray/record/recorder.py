@@ -26,7 +26,7 @@ from mnist_ray.record.history import History
 from mnist_ray.record.time_spent import TimeSpent
 from mnist_ray.report.run_files import FORMAT_VERSION
 from mnist_ray.settings import json_lines
-from mnist_ray.signals import first_only_noted, if_ended
+from mnist_ray.signals import defer_first_interrupt, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.text import count
 from mnist_ray.trackers import Ending, start
@@ -52,7 +52,7 @@ def recorded(session: Session, plan: WorkerPlan, *, is_end: bool = True) -> Iter
             yield record
         has_failed = False
     finally:
-        with first_only_noted() as interrupted:
+        with defer_first_interrupt() as interrupted:
             record.close(has_report=is_end, has_failed=has_failed)
     record.print_files()
     if interrupted.is_set:

@@ -33,7 +33,7 @@ from mnist_ray.run.event_queue import open_event_queue
 from mnist_ray.run.failures import error_of
 from mnist_ray.run.trainer import create_trainer
 from mnist_ray.run.worker import LoopSpec, Sink, train_worker
-from mnist_ray.signals import Noted, first_only_noted
+from mnist_ray.signals import InterruptFlag, defer_first_interrupt
 from mnist_ray.storage import INITIAL_FILE, in_one_line
 from mnist_ray.text import count, format_settings
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkersLost
@@ -96,7 +96,7 @@ def fit_here(
     spec = LoopSpec(job=job, train=data.train, validation=validation, until_epoch=until_epoch)
     group = Group(device=torch.device("cuda" if plan.use_gpu else "cpu"))
     try:
-        with first_only_noted() as interrupted:
+        with defer_first_interrupt() as interrupted:
             train_worker(spec, group, LocalSink(on_event, interrupted), job.workers.cpus_per_worker or usable_cores())
     except ExampleError as error:
         if error.__cause__ is not None:
@@ -113,7 +113,7 @@ def fit_here(
 class LocalSink(Sink):
     """Passes events on in this process."""
 
-    def __init__(self, on_event: Callable[[Event], None], interrupted: Noted) -> None:
+    def __init__(self, on_event: Callable[[Event], None], interrupted: InterruptFlag) -> None:
         self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
 
     def send(self, event: Event) -> None:
@@ -164,7 +164,7 @@ def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[
     """
     listener = _Listener(in_thread(trainer.fit), event_queue, on_event)
     try:
-        with first_only_noted() as interrupted:
+        with defer_first_interrupt() as interrupted:
             listener.listen(interrupted)
         if interrupted.is_set:
             raise KeyboardInterrupt
@@ -191,7 +191,7 @@ class _Listener:
         self._alive_at = 0.0  # when the controller last showed life
         self._waiting = Waiting("the workers to start", lambda text: on_event(Note(text)))
 
-    def listen(self, interrupted: Noted) -> None:
+    def listen(self, interrupted: InterruptFlag) -> None:
         """Pass events on until there is a result or, after Ctrl-C, until no worker is training."""
         is_running = True
         while is_running and (self._is_training or not interrupted.is_set):

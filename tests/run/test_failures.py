@@ -52,7 +52,7 @@ from mnist_ray.run.failures import describe
 from mnist_ray.run.policies import Checkpointer, HangLimit
 from mnist_ray.run.ray_worker import Preemption
 from mnist_ray.run.worker import LoopSpec, Worker
-from mnist_ray.signals import Noted
+from mnist_ray.signals import InterruptFlag
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import (
@@ -207,8 +207,8 @@ def test_a_controller_is_silent_if_it_shows_no_life_but_not_if_the_driver_was_sl
 
 @pytest.mark.usefixtures("ray_address")
 def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    noted, over, events = Noted(), threading.Event(), list[Event]()
-    monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
+    noted, over, events = InterruptFlag(), threading.Event(), list[Event]()
+    monkeypatch.setattr(fit, "defer_first_interrupt", lambda: contextlib.nullcontext(noted))
     monkeypatch.setattr("ray.kill", lambda actor: over.set())
     started, lost = Started(1, ("here",), 1, "cpu", "fp32", 0, 0, 0), WorkersLost("worker 0 died")
 
