@@ -136,7 +136,7 @@ FAULTS = {
     "from a run's weights": [
         Fault(
             "a tensor is left out",
-            "mnist_ray/checkpoints/saved_model.py",
+            "mnist_ray/checkpoints/find.py",
             "in own.keys() - lacking}, strict=False)",
             "in sorted(own.keys() - lacking)[1:]}, strict=False)",
         ),

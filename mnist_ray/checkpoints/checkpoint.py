@@ -130,23 +130,26 @@ def snapshot(
     checkpoint cannot hold the state.
     """
     rank, num_parts = (group.rank, group.world_size) if group and state.is_sharded else (0, 1)
-    apart = {name: _apart(name, optimizer) for name, optimizer in state.optimizers.items()}
-    tensors = {key: tensor for of_optimizer, _ in apart.values() for key, tensor in of_optimizer.items()}
-    trained = {} if state.average is None else state.model.state_dict()
-    of_kinds = {MODEL: state.result.state_dict(), TRAINED: trained, OPTIMIZER: tensors}
-    own = {file_name(kind, rank, num_parts): _own_rows(tensors, rank) for kind, tensors in of_kinds.items()}
-    training = {
-        **{name: getattr(state, name) for name in _COUNTERS},
-        "sums": dataclasses.asdict(state.sums),
-        "optimizers": {name: others for name, (_, others) in apart.items()},
-        "schedulers": {name: scheduler.state_dict() for name, scheduler in state.schedulers.items()},
-        "scaler": state.scaler.state_dict(),
-        "callbacks": [_state_of(callback) for callback in callbacks],
+    of_optimizers = dict[str, Tensor]()
+    training: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
+    training |= {"sums": dataclasses.asdict(state.sums), "scaler": state.scaler.state_dict()}
+    training["optimizers"] = {
+        name: _split_state(name, optimizer, of_optimizers) for name, optimizer in state.optimizers.items()
     }
+    training["schedulers"] = {name: scheduler.state_dict() for name, scheduler in state.schedulers.items()}
+    training["callbacks"] = [_state_of(callback) for callback in callbacks]
     if state.read_to is not None:
-        training["read_to"] = _held(state.read_to, "the training stream's state_dict")
+        _check_state(state.read_to, "the training stream's state_dict")
+        training["read_to"] = state.read_to
+    trained = {} if state.average is None else state.model.state_dict()
+    tensors = {}
+    for kind, of_kind in ((MODEL, state.result.state_dict()), (TRAINED, trained), (OPTIMIZER, of_optimizers)):
+        check_held(of_kind)
+        rows = {key: Rows.of(tensor) for key, tensor in of_kind.items()}  # a collective: of all tensors on all ranks
+        own = {key: each.copied() for key, each in rows.items() if rank == 0 or 0 < each.start < each.stop}
+        tensors[file_name(kind, rank, num_parts)] = own  # rank 0 also writes the tensors that all ranks have
     document = copy.deepcopy({"format": FORMAT, "epoch": state.epoch, "step": state.step, **about})
-    return Snapshot(own, map_tensors(_copied, training) if rank == 0 else None, document)
+    return Snapshot(tensors, map_tensors(_copied, training) if rank == 0 else None, document)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -160,51 +163,44 @@ def check_kept(values: object) -> None:
     torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
 
 
-def _held(values: dict[str, Any], what: str, place: str = "") -> dict[str, Any]:
-    """Return values that a checkpoint can hold. Raises TrainingStoppedError if it cannot hold these."""
+def _check_state(values: object, what: str, place: str = "") -> None:
+    """Raise TrainingStoppedError if a checkpoint cannot hold these values."""
     try:
         check_kept(values)
     except Exception as error:  # torch's own message would advise running code
         found = f"{what} returns more than numbers, strings, lists, dicts and tensors{place}"
         raise TrainingStoppedError(found) from error
-    return values
 
 
 def _state_of(callback: Callback) -> dict[str, Any]:
-    code = callback.state_dict.__code__
+    values, code = callback.state_dict(), callback.state_dict.__code__
     place = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    return _held(callback.state_dict(), f"{type(callback).__name__}.state_dict", place)
+    _check_state(values, f"{type(callback).__name__}.state_dict", place)
+    return values
 
 
-def _apart(name: str, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors in an optimizer's state by their keys in a file, and the state without them."""
+def _split_state(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return an optimizer's state without its tensors; add those to ``tensors`` by their keys in a file."""
     saved = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
     others: dict[Any, dict[str, Any]] = {}
     for number, values in saved["state"].items():
         large = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.dim() > 0}
         tensors |= {f"{_parameter_key(name, number)}.{key}": value for key, value in large.items()}
         others[number] = {key: value for key, value in values.items() if key not in large}
     for parameter, values in optimizer.state.items():
+        leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.dim()]
         kept = [value for value in values.values() if isinstance(value, Tensor) and is_sharded(value)]
-        others_in = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.dim()]
-        if is_sharded(parameter) and len(kept) < len(others_in):
-            found = f"{type(optimizer).__name__} keeps a worker's rows in a plain or nested tensor"
-            remedy = "create them with torch.zeros_like(parameter), and keep them by parameter and name"
-            raise TrainingStoppedError(f"--strategy fsdp: {found}; {remedy}")
-    return tensors, {**saved, "state": others}
+        if is_sharded(parameter) and len(kept) < len(leaves):
+            raise TrainingStoppedError(
+                f"--strategy fsdp: {type(optimizer).__name__} keeps a worker's rows in a plain or nested tensor",
+                fix="create them with torch.zeros_like(parameter), and keep them by parameter and name",
+            )
+    return {**saved, "state": others}
 
 
 def _parameter_key(optimizer: str, number: int) -> str:
     """Return how the keys of tensors in the state of an optimizer's parameter begin."""
     return f"{optimizer}:{number:d}" if optimizer else f"{number:d}"
-
-
-def _own_rows(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Rows]:
-    """Return copies of the rows that a rank writes: rank 0 also writes the tensors that all ranks have."""
-    check_held(tensors)
-    rows = {name: Rows.of(tensor) for name, tensor in tensors.items()}
-    return {name: own.copied() for name, own in rows.items() if rank == 0 or 0 < own.start < own.stop}
 
 
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -263,7 +259,7 @@ def _load(saved: dict[str, Any], state: TrainingState, callbacks: Sequence[Callb
         raise
     except Exception as error:  # the digest is right, so the file is whole: the code must have changed
         reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
-        raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}; restore the code") from error
+        raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}", fix="restore the code") from error
     for name in ("sums", *_COUNTERS):
         setattr(state, name, saved[name])
     state.read_to = saved.get("read_to")
@@ -274,9 +270,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFol
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        remedy = "restore the code and the settings (the run's origin.json has the code)"
-        difference = f"{str(error).splitlines()[-1].strip()}; {remedy}"
-        raise OtherModelError(f"checkpoint {folder.uri} does not fit the model: {difference}") from error
+        problem = f"checkpoint {folder.uri} does not fit the model: {str(error).splitlines()[-1].strip()}"
+        fix = "restore the code and the settings (the run's origin.json has the commit)"
+        raise OtherModelError(problem, fix=fix) from error
 
 
 def restore_newest(
@@ -289,12 +285,8 @@ def restore_newest(
     model, JobError if the storage cannot be read.
     """
     group, damaged = group or Group(), list[str]()
-    seen = dict[str, bool]()  # the checkpoints, and whether they have been written to their end
     with in_one_line(f"cannot read {run.uri}"):
-        if group.rank == 0:
-            names = with_retries(run.checkpoint_names)
-            seen = with_retries(lambda: {name: run.inside(name).exists(STATE_FILE) for name in names})
-        for name, is_whole in reversed(group.gathered(seen)[0].items()):
+        for name, is_whole in reversed(group.gathered(_seen_by(run) if group.rank == 0 else {})[0].items()):
             found, folder = None, run.inside(name)
             with contextlib.suppress(DamagedCheckpointError, UsageError):
                 if is_whole:
@@ -308,6 +300,11 @@ def restore_newest(
                 return Restored(name, metrics, document.get("arithmetic"), tuple(damaged))
             damaged.append(name)
     return Restored(damaged=tuple(damaged))
+
+
+def _seen_by(run: RunFolder) -> dict[str, bool]:
+    """Return the names of the checkpoints, the newest last, and whether each was written to its end."""
+    return with_retries(lambda: {name: run.inside(name).exists(STATE_FILE) for name in run.checkpoint_names()})
 
 
 def _check_visible(folder: RunFolder) -> None:

@@ -78,8 +78,8 @@ def reading(folder: RunFolder, place: str = "") -> Iterator[None]:
     except (UsageError, JobError, *OF_THE_MACHINE):
         raise
     except Exception as error:
-        found = f"checkpoint {folder.uri} is damaged: {place}{first_line(error)}"
-        raise DamagedCheckpointError(f"{found}; use another one") from error
+        problem = f"checkpoint {folder.uri} is damaged: {place}{first_line(error)}"
+        raise DamagedCheckpointError(problem, fix="use another one") from error
 
 
 def read_state(folder: RunFolder) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
         if document["sha256"][STATE_FILE] != digest_of(document):
             raise ValueError("its digest is wrong")
         if document.get("format") != FORMAT:
-            found = f"checkpoint {folder.uri} has format {document.get('format')}"
-            raise UsageError(f"{found}; this version reads {FORMAT}")
+            problem = f"checkpoint {folder.uri} has format {document.get('format')}"
+            raise UsageError(problem, fix=f"this version reads {FORMAT}")
         return document
 
 

@@ -24,8 +24,7 @@ from pyarrow import fs
 from pyarrow import parquet as pq
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from mnist_ray.checkpoints.find import Found
-from mnist_ray.checkpoints.saved_model import weights_digest
+from mnist_ray.checkpoints.find import Found, weights_digest
 from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.connection import Connection
 from mnist_ray.cluster.devices import device_here

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from mnist_ray.checkpoints.find import Fitted, read_initial
-from mnist_ray.checkpoints.saved_model import weights_digest
+from mnist_ray.checkpoints.find import Fitted, read_initial, weights_digest
 from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.nodes import check_nodes
 from mnist_ray.cluster.plan import WorkerPlan

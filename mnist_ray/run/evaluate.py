@@ -12,8 +12,7 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from mnist_ray.checkpoints.find import Found
-from mnist_ray.checkpoints.saved_model import load_model
+from mnist_ray.checkpoints.find import Found, load_model
 from mnist_ray.checkpoints.state_file import CheckpointMetrics, read_state
 from mnist_ray.cluster.connection import Connection
 from mnist_ray.cluster.devices import device_here

@@ -15,21 +15,21 @@ class EventQueue:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._is_stop_wanted = False
+        self._is_stop_requested = False
 
     def put(self, event: Event) -> bool:
         """Keep an event; return whether the training must stop."""
         self._events.append(event)
-        return self._is_stop_wanted
+        return self._is_stop_requested
 
     def take(self) -> list[Event]:
         """Return the events since the last call."""
         events, self._events = self._events, []
         return events
 
-    def want_stop(self) -> None:
+    def request_stop(self) -> None:
         """From now on, let ``put`` return that training must stop."""
-        self._is_stop_wanted = True
+        self._is_stop_requested = True
 
 
 def open_event_queue() -> Any:

@@ -45,6 +45,9 @@ def code_failures_placed(*folders: Path) -> Iterator[None]:
     except (TrainingStoppedError, StopWantedError):
         raise
     except BaseException as error:
+        if isinstance(error, torch.OutOfMemoryError):  # may pass: the memory of a dead worker may not be free yet
+            fix = "lower --micro-batch-size or --batch-size, or override the workload's evaluation_batch_size"
+            raise JobError(first_line(error), fix=fix) from error
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         is_of_ray = frame.f_code.co_filename.startswith((*ray.__path__, "python/ray/"))  # to end a process or a trial
         if may_pass(error) or (is_of_ray and not isinstance(error, Exception)):

@@ -31,7 +31,7 @@ from mnist_ray.record.recorder import recorded
 from mnist_ray.run import evaluate
 from mnist_ray.run.event_queue import open_event_queue
 from mnist_ray.run.failures import error_of
-from mnist_ray.run.trainer import create_trainer
+from mnist_ray.run.ray_train import create_trainer
 from mnist_ray.run.worker import LoopSpec, Sink, train_worker
 from mnist_ray.signals import InterruptFlag, defer_first_interrupt
 from mnist_ray.storage import INITIAL_FILE, in_one_line
@@ -202,7 +202,7 @@ class _Listener:
             self._waiting.look(is_waiting=not self._is_training)
             if interrupted.is_set and self._is_training and not self._is_stopping:
                 self._is_stopping = True
-                self._event_queue.want_stop.remote()
+                self._event_queue.request_stop.remote()
                 self._on_event(Stopping())
 
     def _taken(self) -> list[Event]:

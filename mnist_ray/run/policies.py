@@ -5,9 +5,9 @@ from __future__ import annotations
 import faulthandler
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed
@@ -29,28 +29,28 @@ from mnist_ray.training.metrics import score
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import STORAGE, VALIDATION
 
-SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread with a timer that ends this process when it expires
+SET_EVERY_S = 0.1  # at most: each limit starts a thread that ends this process when it expires
 STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to hang_timeout_s
 
 
-class HangLimit:
-    """Ends this process, with all stacks in its log, if no sign of life comes for ``hang_timeout_s``.
+class Watchdog:
+    """Ends this process, with all stacks in its log, if there is no heartbeat for ``hang_timeout_s``.
 
     With ``--num-workers 0``, there is no limit: a debugger may pause the training.
     """
 
     def __init__(self, workers: WorkerConfig) -> None:
-        self._workers, self._shown_at, self._longer_s = workers, -math.inf, 0.0
+        self._workers, self._set_at, self._longer_s = workers, -math.inf, 0.0
 
-    def __enter__(self) -> HangLimit:
-        self.show()
+    def __enter__(self) -> Watchdog:
+        self.heartbeat()
         return self
 
-    def show(self, longer_s: float = 0.0) -> None:
+    def heartbeat(self, longer_s: float = 0.0) -> None:
         """Give the next part of the start, step or batch of a validation its full time limit plus ``longer_s``."""
         now = time.monotonic()
-        if now - self._shown_at > SHOWN_EVERY_S or longer_s != self._longer_s:
-            self._shown_at, self._longer_s = now, longer_s
+        if now - self._set_at > SET_EVERY_S or longer_s != self._longer_s:
+            self._set_at, self._longer_s = now, longer_s
             if self._workers.num_workers != 0:
                 end_if_hung(self._workers.hang_timeout_s + longer_s)
 
@@ -59,36 +59,36 @@ class HangLimit:
         faulthandler.cancel_dump_traceback_later()
 
 
+@dataclass(frozen=True)
 class Validator:
     """Evaluates the model on the validation split; each rank computes its part of it."""
 
-    def __init__(
-        self, job: Job, split: Split, config: TrainConfig, group: Group, limit: HangLimit, note: Callable[[str], None]
-    ) -> None:
-        self._job, self._split, self._config, self._group, self._limit = job, split, config, group, limit
-        self._note = note
+    job: Job
+    split: Split
+    config: TrainConfig
+    group: Group
+    watchdog: Watchdog
 
-    def validate(self, state: TrainingState) -> dict[str, Any]:
-        """Return the values of a validation for a checkpoint's metrics. All ranks must call this."""
-        workload, start = self._job.workload, time.perf_counter()
-        loader_workers = self._job.workers.loader_workers
+    def validate(self, state: TrainingState) -> tuple[dict[str, Any], list[str]]:
+        """Return values for a checkpoint's metrics, and notes for the user. All ranks must call this."""
+        workload, start = self.job.workload, time.perf_counter()
         with state.watch.on(VALIDATION):
             evaluation = evaluate_together(
                 workload,
                 state.result,
-                self._split,
-                self._config,
-                self._group,
-                num_loader_processes=loader_workers,
-                on_batch=lambda num_done: self._limit.show(),
+                self.split,
+                self.config,
+                self.group,
+                num_loader_processes=self.job.workers.loader_workers,
+                on_batch=lambda num_done: self.watchdog.heartbeat(),
             )
-        for note in evaluation.notes(self._split, workload.nouns):
-            self._note(note)
-        values = evaluation.values(workload)
-        of_metrics = {f"val_{name}": value for name, value in values.items()}
+        metrics = evaluation.values(workload)
         seconds = time.perf_counter() - start
-        rate = len(self._split) / seconds / self._group.world_size  # of one worker
-        return {**of_metrics, "val_score": [*score(workload, values)], "val_s": seconds, "val_examples_per_s": rate}
+        values: dict[str, Any] = {f"val_{name}": value for name, value in metrics.items()}
+        values["val_score"] = [*score(workload, metrics)]
+        values["val_s"] = seconds
+        values["val_examples_per_s"] = len(self.split) / seconds / self.group.world_size  # of one worker
+        return values, [*evaluation.notes(self.split, workload.nouns)]
 
 
 class Checkpointer:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,21 +15,21 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_ray.checkpoints import checkpoint as checkpoints
-from mnist_ray.checkpoints.saved_model import load_fitting, read_weights
+from mnist_ray.checkpoints.find import load_fitting, read_weights
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.plan import threads_per_worker
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
-from mnist_ray.errors import TrainingStoppedError, first_line
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
 from mnist_ray.process import keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic
-from mnist_ray.run.policies import STORAGE_LIMIT_S, Checkpointer, HangLimit, Validator
-from mnist_ray.storage import INITIAL_FILE, position_of
+from mnist_ray.run.policies import STORAGE_LIMIT_S, Checkpointer, Validator, Watchdog
+from mnist_ray.storage import INITIAL_FILE
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
@@ -74,23 +73,21 @@ def train_worker(
     """
     job = spec.job
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
-    planned = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
-    torch.set_num_threads(1 if job.train.reproducible else planned)
-    with HangLimit(job.workers) as limit:
+    num_threads = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
+    torch.set_num_threads(1 if job.train.reproducible else num_threads)
+    with Watchdog(job.workers) as watchdog:
         config = replace(job.train, precision=resolve_precision(job.train.precision, group))
         if config.reproducible:
             check_arithmetic(group)
         split = _opened(spec.train)
-        limit.show()
+        watchdog.heartbeat()
         state = create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
-        _check_schedules(spec, state)
-        limit.show()
-        callbacks = _callbacks_of(job)
+        watchdog.heartbeat()
+        callbacks: list[Any] = copy.deepcopy([*job.workload.callbacks])  # checkpoints match them by position
+        callbacks += [user_code.create(code, Callback) for code in job.callbacks]
         restored = checkpoints.restore_newest(job.run, state, callbacks, group)
         config = _settle(job, state, split, config, group, is_new=not restored.name)
-        last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.steps_per_epoch)
-        state.last_step = min(last_step, state.total_steps)
-        worker = Worker(spec, state, config, group, callbacks, sink, limit)
+        worker = Worker(spec, state, config, group, callbacks, sink, watchdog)
         trainer = Trainer(
             job.workload,
             state,
@@ -101,26 +98,13 @@ def train_worker(
             num_loader_processes=job.workers.loader_workers,
             read_ahead_mib=job.workers.read_ahead_mib,
         )
-        with _memory_advised(state, config, group, restored):
-            worker.start(restored)
-            try:
-                trainer.train()
-            except Exception:  # an error of the code, or a StopWantedError
-                worker.wait()
-                raise
+        worker.start(restored)
+        try:
+            trainer.train()
+        except Exception:  # an error of the code, or a StopWantedError
+            worker.wait()
+            raise
         worker.end()
-
-
-def _callbacks_of(job: Job) -> list[Callback]:
-    """Return this worker's own callbacks, the workload's first: checkpoints match them by position."""
-    own: list[Any] = copy.deepcopy([*job.workload.callbacks])
-    return [*own, *(user_code.create(code, Callback) for code in job.callbacks)]
-
-
-def _check_schedules(spec: LoopSpec, state: TrainingState) -> None:
-    if spec.validation is None and any(isinstance(each, ReduceLROnPlateau) for each in state.schedulers.values()):
-        remedy = "leave --validation-size 0 and --overfit-batches out"
-        raise TrainingStoppedError(f"ReduceLROnPlateau looks at the validation, but there is none; {remedy}")
 
 
 def _settle(
@@ -139,21 +123,6 @@ def _settle(
     # Not earlier: the memory of a whole model, or of a checkpoint that was read, should go back to the kernel.
     keep_freed_memory(is_sharded=state.is_sharded)
     return config
-
-
-@contextlib.contextmanager
-def _memory_advised(
-    state: TrainingState, config: TrainConfig, group: Group, restored: checkpoints.Restored
-) -> Iterator[None]:
-    """Raise a lack of a GPU's memory as a TrainingStoppedError with advice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        if restored.name and position_of(restored.name) == (state.epoch, state.step):
-            raise  # a dead worker's memory may not be free yet: Ray tries again
-        half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / group.world_size)) // 2)
-        remedy = f"try --micro-batch-size {half}, lower --batch-size, or override the workload's evaluation_batch_size"
-        raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
 
 
 def _load_initial(job: Job, model: nn.Module) -> None:
@@ -176,25 +145,28 @@ class Worker(Callback):
     group: Group
     callbacks: Sequence[Callback]  # the user's
     sink: Sink
-    limit: HangLimit
+    watchdog: Watchdog
 
     def __post_init__(self) -> None:
-        self._workload, self._validator = self.spec.job.workload, None
-        if self.spec.validation is not None:
-            split = _opened(self.spec.validation)
-            self._validator = Validator(self.spec.job, split, self.config, self.group, self.limit, self._note)
-        self._checkpointer = Checkpointer(self.spec.job, self.config, self.group, self.callbacks)
-
-    def _note(self, text: str) -> None:
-        self.sink.send(Note(text))
+        job, validation = self.spec.job, self.spec.validation
+        self._workload = job.workload
+        self._checkpointer = Checkpointer(job, self.config, self.group, self.callbacks)
+        self._validator = None
+        if validation is not None:
+            self._validator = Validator(job, _opened(validation), self.config, self.group, self.watchdog)
+        elif any(isinstance(schedule, ReduceLROnPlateau) for schedule in self.state.schedulers.values()):
+            problem = "ReduceLROnPlateau looks at the validation, but there is none"
+            raise TrainingStoppedError(problem, fix="remove --validation-size 0 and --overfit-batches")
 
     def start(self, restored: checkpoints.Restored) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one, and what a kill has lost.
 
         If a kill came before a sweep has recorded a segment, its end is the checkpoint: raise StopWantedError.
         """
-        self.limit.show()
+        self.watchdog.heartbeat()
         state, metrics = self.state, restored.metrics
+        last_step = math.ceil(min(self.spec.until_epoch, self.config.num_epochs) * state.steps_per_epoch)
+        state.last_step = min(last_step, state.total_steps)
         self.sink.send(self._started(restored))
         if metrics.is_validated and state.step == 0:
             self._send_validation(state, metrics)
@@ -205,7 +177,7 @@ class Worker(Callback):
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises JobError if it could not be."""
-        self.limit.show(STORAGE_LIMIT_S)
+        self.watchdog.heartbeat(STORAGE_LIMIT_S)
         self._checkpointer.wait(self.state)
 
     def end(self) -> None:
@@ -217,7 +189,7 @@ class Worker(Callback):
 
     def on_step(self, state: TrainingState) -> None:
         """Show that this worker does not hang."""
-        self.limit.show()
+        self.watchdog.heartbeat()
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Report the progress."""
@@ -236,14 +208,18 @@ class Worker(Callback):
         if state.step == 0 and metrics.is_validated:
             self._after_validation(state, metrics)
         metrics = replace(metrics, is_over=is_over(state, self.config))
-        self.limit.show(STORAGE_LIMIT_S)
+        self.watchdog.heartbeat(STORAGE_LIMIT_S)
         with state.pace.saving():
             self._checkpointer.save(state, metrics)
             if metrics.is_validated and math.isfinite(self.spec.until_epoch):  # a sweep does not train it again
                 self._checkpointer.wait(state)
-        self.limit.show()
+        self.watchdog.heartbeat()
         if metrics.is_validated or state.step == 0:
-            self.sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict(), self._seconds_of_all(state)))
+            state.watch.turn(CHECKPOINTS)
+            if state.watch.is_on_gpu:
+                torch.cuda.synchronize()
+            seconds = self.group.gathered(state.watch.taken())  # of each rank, by part
+            self.sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict(), seconds))
 
     def _metrics(self, state: TrainingState, progress: Progress) -> CheckpointMetrics:
         """Return a checkpoint's metrics; where an epoch or a sweep's segment ends, all ranks validate."""
@@ -252,7 +228,10 @@ class Worker(Callback):
         values |= progress.logged
         values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
         if self._validator and (state.step == 0 or epochs >= self.spec.until_epoch):
-            values |= self._validator.validate(state)
+            validated, notes = self._validator.validate(state)
+            values |= validated
+            for note in notes:
+                self.sink.send(Note(note))
         return CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
 
     def _after_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
@@ -272,13 +251,6 @@ class Worker(Callback):
         values = {name: metrics.values.get(f"val_{name}", math.nan) for name in names}  # the workload may have new ones
         seconds = metrics.values.get("val_s", math.nan)
         self.sink.send(Validated(metrics.epoch, values, seconds, state.total_step))
-
-    def _seconds_of_all(self, state: TrainingState) -> list[list[float]]:
-        """Return the seconds of each rank since the last progress, by part; all ranks must call this."""
-        state.watch.turn(CHECKPOINTS)
-        if state.watch.is_on_gpu:
-            torch.cuda.synchronize()
-        return self.group.gathered(state.watch.taken())
 
     def _started(self, restored: checkpoints.Restored) -> Started:
         state = self.state

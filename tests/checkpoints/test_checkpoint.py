@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_ray.checkpoints import checkpoint, saved_model, state_file
+from mnist_ray.checkpoints import checkpoint, state_file
 from mnist_ray.checkpoints.checkpoint import OtherModelError
-from mnist_ray.checkpoints.find import find
+from mnist_ray.checkpoints.find import find, load_model
 from mnist_ray.checkpoints.state_file import DamagedCheckpointError
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
@@ -142,7 +142,7 @@ def test_an_ema_a_callback_scores_momentum_and_a_warm_up_resume_bit_identical(
         whole, resumed = (tmp_path / name / "2-0" for name in ("whole", "resumed"))
         assert bits_of(resumed) == bits_of(whole)
         assert state.scores == [(1.0, 0.0), (0.5, 0.0)]
-    averaged = saved_model.load_model(folder_at(whole), mnist()).state_dict()
+    averaged = load_model(folder_at(whole), mnist()).state_dict()
     assert any(not torch.equal(averaged[name], value) for name, value in state.model.state_dict().items())
     assert all(torch.equal(averaged[name], value) for name, value in state.result.state_dict().items())
 
@@ -167,7 +167,7 @@ def test_a_checkpoint_has_a_state_file(saved: Path, tmp_path: Path) -> None:
     state = state_file.read_state(folder_at(saved / "1-0"))
     assert (state["epoch"], state["step"], state["note"]) == (1, 0, "hello")
     with pytest.raises(UsageError, match=r"is not a checkpoint: it has no state\.json"):
-        saved_model.load_model(folder_at(tmp_path), mnist())
+        load_model(folder_at(tmp_path), mnist())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training.pt", "state.json"])
@@ -209,7 +209,7 @@ def test_a_state_file_that_was_changed_is_damaged(saved: Path, tmp_path: Path, c
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:
     folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), {"format": 99}, is_signed=True)
     with pytest.raises(UsageError, match=r"has format 99; this version reads 4$"):
-        saved_model.load_model(folder_at(folder), mnist())
+        load_model(folder_at(folder), mnist())
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_but_not_damaged(saved: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_checkpoint_of_another_model_is_refused_but_not_damaged(
     with pytest.raises(OtherModelError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
         checkpoint.restore_newest(run, state)
     with pytest.raises(OtherModelError, match=r"1-0 does not fit the model: .*conv1\.weight") as raised:
-        saved_model.load_model(folder_at(saved / "1-0"), mnist())
+        load_model(folder_at(saved / "1-0"), mnist())
     assert "\n" not in str(raised.value)
 
 

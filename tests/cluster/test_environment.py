@@ -14,7 +14,7 @@ from mnist_ray import cli, process, ray_versions
 from mnist_ray.cluster import environment
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.run.trainer import use_nodes_interface
+from mnist_ray.run.ray_train import use_nodes_interface
 
 NOT_FORKED = WorkerConfig(fork_workers="no")
 

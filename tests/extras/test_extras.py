@@ -19,7 +19,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from mnist_ray import extras, ray_versions
 from mnist_ray.cli import status_of
 from mnist_ray.extras import EXTRAS, is_on, listed, note, processes, small
-from mnist_ray.run.trainer import WorkerGroupConfig
+from mnist_ray.run.ray_train import WorkerGroupConfig
 from ray_fork import starting
 from tests.conftest import ROOT, Flags, run_main, weights
 

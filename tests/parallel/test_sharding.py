@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mnist_ray.checkpoints import checkpoint, saved_model, state_file
+from mnist_ray.checkpoints import checkpoint, state_file
+from mnist_ray.checkpoints.find import load_model, read_weights
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
@@ -193,7 +194,7 @@ def train_cases(rank: int, folder: Path) -> None:
             state, losses[case], norms[case] = trained(kind(), config_of(case), group, run)
             split = Split(few_words(replace(CONFIG, batch_size=50)))  # of three batches for an evaluation
             together = evaluate_together(kind(), state.result, split, CONFIG, group)
-            alone = evaluate(kind(), saved_model.load_model(run.inside(END), kind()), split, CONFIG)
+            alone = evaluate(kind(), load_model(run.inside(END), kind()), split, CONFIG)
             assert together.batch_sums == alone.batch_sums, case
         for before in range(1, world_size + 1):
             cut = only_middle(locate(storage, f"frozen-{before}"), group)
@@ -341,7 +342,7 @@ def train_plainly(case: str) -> tuple[list[float], list[float], dict[str, Tensor
 
 
 def weights_in(run: Path) -> dict[str, Tensor]:
-    return saved_model.read_weights(folder_at(run / END))
+    return read_weights(folder_at(run / END))
 
 
 @pytest.mark.parametrize("case", CASES)

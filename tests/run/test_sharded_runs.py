@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mnist_ray.checkpoints.saved_model import read_weights
+from mnist_ray.checkpoints.find import read_weights
 from mnist_ray.errors import JobError
 from tests.conftest import Flags, folder_at, run_main
 

@@ -1,11 +1,10 @@
-"""The ``TorchTrainer`` of a run, or of a sweep's trial.
-
-It joins the workers through the network interface that Ray uses; on a local Ray, without an open port.
-"""
+"""A run on Ray Train: its ``TorchTrainer``, how workers join each other, and the function that each worker calls."""
 
 from __future__ import annotations
 
+import math
 import os
+import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,17 +14,23 @@ import psutil
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer
 from torch import distributed as dist
 
 from mnist_ray import extras
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.run.failures import FailureCallback
-from mnist_ray.run.ray_worker import train_loop_per_worker
-from mnist_ray.run.worker import LoopSpec
+from mnist_ray.parallel.group import Group
+from mnist_ray.ray_versions import preemption_info
+from mnist_ray.run.failures import FailureCallback, code_failures_placed
+from mnist_ray.run.worker import LoopSpec, Sink, train_worker
+from mnist_ray.training.callback import Callback
+from mnist_ray.training.events import Event, NodeLeaving, Outcome, Progress
+from mnist_ray.training.metrics import TrainingDivergedError
+from mnist_ray.training.state import StopWantedError, TrainingState
 
 _RESIZE_INTERVAL_S = 15.0  # between an elastic run's checks whether the cluster has room for more workers
+_ASK_INTERVAL_S = 5.0  # of training, between two checks for preempted nodes: every tenth window
 
 
 def create_trainer(spec: LoopSpec, plan: WorkerPlan, folder: str) -> TorchTrainer:
@@ -97,28 +102,12 @@ class _Backend(_RaysBackend):
             options = (world_size, file, backend_config.timeout_s)
             ray.get([worker_group.execute_single_async(rank, _join, rank, *options) for rank in range(world_size)])
 
-    def on_training_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
-        super().on_training_start(worker_group, backend_config)
-        if backend_config.is_local:
-            worker_group.execute(_set_variables)
-
 
 def _join(rank: int, world_size: int, file: str, timeout_s: float) -> None:
     """Join the other workers through a file, as Ray Train does through a ``TCPStore``."""
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     backend, timeout = "nccl" if ray.get_gpu_ids() else "gloo", timedelta(seconds=timeout_s)
     dist.init_process_group(backend, init_method=file, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _set_variables() -> None:
-    """Set the variables that Ray Train sets: torchrun's, and Hugging Face Accelerate's."""
-    context = ray.train.get_context()
-    os.environ["RANK"] = str(context.get_world_rank())
-    os.environ["WORLD_SIZE"] = str(context.get_world_size())
-    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
-    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
-    os.environ["NODE_RANK"] = str(context.get_node_rank())
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(get_device())
 
 
 def use_nodes_interface() -> None:
@@ -128,3 +117,71 @@ def use_nodes_interface() -> None:
         if any(found.address == address for found in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without =, eth1 would also match eth10
+
+
+def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
+    """Train on one worker of Ray Train; every rank calls this. Rank 0 reports to the driver's event queue how it ended.
+
+    Raises TrainingStoppedError if the code has a bug; other failures unchanged. If the loss is not finite, returns.
+    """
+    spec, outcome = loop_config["spec"], Outcome()
+    context = ray.train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size(), device_here())
+    sink = QueueSink(spec.event_queue, group.rank)
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    policies = [] if spec.is_local else [Preemption(sink)]
+    try:
+        with code_failures_placed(*spec.job.code_folders):
+            train_worker(spec, group, sink, cpus, context.get_local_world_size(), policies)
+    except TrainingDivergedError as error:
+        outcome = Outcome(diverged=error)
+    except StopWantedError:
+        outcome = Outcome(is_stopped=True)
+    sink.send(outcome)
+
+
+class QueueSink(Sink):
+    """Puts the events of rank 0 into the driver's queue. The other ranks send nothing."""
+
+    def __init__(self, event_queue: Any, rank: int) -> None:
+        self._put = event_queue.put.remote if rank == 0 else None
+        self._answers: list[Any] = []
+
+    def send(self, event: Event) -> None:
+        """On rank 0, send an event to the driver; after the last one, wait until all are in the queue."""
+        if self._put is not None:
+            self._answers.append(self._put(event))
+            if isinstance(event, Outcome):  # a short training may end before the queue's process starts
+                ray.wait(self._answers, num_returns=len(self._answers))
+
+    def stop_requested(self) -> bool:
+        """Return whether the driver has answered that the training must stop."""
+        if not self._answers:
+            return False
+        answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
+        return any(ray.get(answered))
+
+
+class Preemption(Callback):
+    """Saves a checkpoint when Ray announces that a worker's node will be preempted."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._trained_s = self._next_question_s = 0.0
+        self._saved_for: set[str] = set()  # nodes
+
+    def on_progress(self, state: TrainingState, progress: Progress) -> None:
+        """Note the time."""
+        self._trained_s = state.finished_s + state.epoch_s  # by rank 0's clock, which all ranks know
+
+    def wants_checkpoint(self) -> bool:
+        """Ask Ray every five seconds; all ranks ask together, and wait for each other."""
+        if self._trained_s < self._next_question_s:
+            return False
+        self._next_question_s = self._trained_s + _ASK_INTERVAL_S
+        info = preemption_info()
+        if info is None or self._saved_for.issuperset(info.preempted_node_ids):
+            return False
+        self._saved_for.update(info.preempted_node_ids)
+        self._sink.send(NodeLeaving(math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()))
+        return True
