@@ -7,11 +7,13 @@ import ctypes
 import faulthandler
 import gc
 import logging
+import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -28,6 +30,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHON(BREAKPOINT|SAFEPATH)|GOMP_")
 _busy = threading.RLock()  # a workload may itself load a run
 filters = threading.Lock()  # for warning filters, which all threads share
+_SET_EVERY_S = 0.1  # at most: each limit starts a thread that ends this process when it expires
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 
@@ -93,9 +96,26 @@ def keep_freed_memory(*, is_sharded: bool = False) -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
-def end_if_hung(timeout_s: float) -> None:
-    """End this process, with all stacks in its log, unless called again or cancelled by ``faulthandler`` first."""
-    faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
+class Watchdog:
+    """Ends this process, with all stacks in its log, if there is no heartbeat for ``timeout_s``; 0: it never does."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s, self._set_at, self._longer_s = timeout_s, -math.inf, 0.0
+
+    def __enter__(self) -> Watchdog:
+        self.heartbeat()
+        return self
+
+    def heartbeat(self, longer_s: float = 0.0) -> None:
+        """Give what comes next, such as a step or a batch of a validation, the full time limit plus ``longer_s``."""
+        now = time.monotonic()
+        if self._timeout_s and (now - self._set_at > _SET_EVERY_S or longer_s != self._longer_s):
+            self._set_at, self._longer_s = now, longer_s
+            faulthandler.dump_traceback_later(self._timeout_s + longer_s, exit=True, file=2)
+
+    def __exit__(self, *raised: object) -> None:
+        """Set no further limit."""
+        faulthandler.cancel_dump_traceback_later()
 
 
 def usable_cores() -> int:

@@ -26,7 +26,7 @@ from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
-from mnist_ray.settings import build, flag
+from mnist_ray.settings import build
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder
 from mnist_ray.text import count
@@ -55,9 +55,6 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         plan = plan_workers(workers, cluster)
         for text in found.notes:
             note(text)
-        for name, whole in (("limit", 1.0), ("overfit_batches", None), ("fold", None)):
-            if (part := found.config.get(name, whole)) != whole:
-                note(f"the run was tested with {flag(name)} {part}; this is the whole test set")
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
         number = config.num_tasks or num_paying(found.metrics, len(test), plan.num_workers)

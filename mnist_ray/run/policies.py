@@ -1,9 +1,7 @@
-"""What a worker does beside training: it validates, saves while training continues, and exits if it hangs."""
+"""What a worker does beside training: it validates, and saves while training continues."""
 
 from __future__ import annotations
 
-import faulthandler
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -15,12 +13,12 @@ import torch.distributed
 from mnist_ray.checkpoints.checkpoint import snapshot
 from mnist_ray.checkpoints.find import drop_worse
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
-from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group
 from mnist_ray.parallel.sharding import is_wanted
-from mnist_ray.process import end_if_hung, in_thread
+from mnist_ray.process import Watchdog, in_thread
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.storage import checkpoint_name, in_one_line
 from mnist_ray.training.callback import Callback
@@ -28,35 +26,6 @@ from mnist_ray.training.evaluation import evaluate_together
 from mnist_ray.training.metrics import score
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import STORAGE, VALIDATION
-
-SET_EVERY_S = 0.1  # at most: each limit starts a thread that ends this process when it expires
-STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to hang_timeout_s
-
-
-class Watchdog:
-    """Ends this process, with all stacks in its log, if there is no heartbeat for ``hang_timeout_s``.
-
-    With ``--num-workers 0``, there is no limit: a debugger may pause the training.
-    """
-
-    def __init__(self, workers: WorkerConfig) -> None:
-        self._workers, self._set_at, self._longer_s = workers, -math.inf, 0.0
-
-    def __enter__(self) -> Watchdog:
-        self.heartbeat()
-        return self
-
-    def heartbeat(self, longer_s: float = 0.0) -> None:
-        """Give the next part of the start, step or batch of a validation its full time limit plus ``longer_s``."""
-        now = time.monotonic()
-        if now - self._set_at > SET_EVERY_S or longer_s != self._longer_s:
-            self._set_at, self._longer_s = now, longer_s
-            if self._workers.num_workers != 0:
-                end_if_hung(self._workers.hang_timeout_s + longer_s)
-
-    def __exit__(self, *raised: object) -> None:
-        """Set no further limit."""
-        faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass(frozen=True)

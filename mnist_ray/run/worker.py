@@ -26,9 +26,9 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
-from mnist_ray.process import keep_freed_memory, usable_cores
+from mnist_ray.process import Watchdog, keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic
-from mnist_ray.run.policies import STORAGE_LIMIT_S, Checkpointer, Validator, Watchdog
+from mnist_ray.run.policies import Checkpointer, Validator
 from mnist_ray.storage import INITIAL_FILE
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
@@ -38,6 +38,8 @@ from mnist_ray.training.timing import is_bf16_slow, is_one_thread_enough
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import RATE
+
+STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to hang_timeout_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def train_worker(
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
     num_threads = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
     torch.set_num_threads(1 if job.train.reproducible else num_threads)
-    with Watchdog(job.workers) as watchdog:
+    with Watchdog(0.0 if job.workers.num_workers == 0 else job.workers.hang_timeout_s) as watchdog:  # 0: for debuggers
         config = replace(job.train, precision=resolve_precision(job.train.precision, group))
         if config.reproducible:
             check_arithmetic(group)

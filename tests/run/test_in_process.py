@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from mnist_ray import evaluate, train
+from mnist_ray import train
 from mnist_ray.checkpoints.checkpoint import Snapshot
 from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.errors import JobError, UsageError
@@ -61,18 +61,14 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return storage / "run"
 
 
-def test_its_weights_equal_those_of_one_worker(
+def test_its_weights_equal_those_of_one_worker_and_its_files_are_those_of_any_run(
     run: Path, ray_address: str, here: dict[str, Any], tmp_path: Path
 ) -> None:
     run_main("train", *as_flags({**here, "num_workers": 1}))
     assert weights(tmp_path / "run") == weights(run)
-
-
-def test_it_writes_the_files_of_any_run(run: Path) -> None:
-    folder = folder_at(run)
-    assert [row["val_loss"] != "" for row in read_csv(folder, "metrics.csv")] == [True, True]
-    assert read_csv(folder, "steps.csv")[-1]["step"] == "96"
     assert {"result.json", "report.html", "predictions.parquet"} <= {file.name for file in run.iterdir()}
+    assert [row["val_loss"] != "" for row in read_csv(folder_at(run), "metrics.csv")] == [True, True]
+    assert read_csv(folder_at(run), "steps.csv")[-1]["step"] == "96"
 
 
 @pytest.mark.long
@@ -86,53 +82,43 @@ def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, here: d
     assert weights(tmp_path / "run") == weights(run)
 
 
-def test_a_resumed_run_keeps_the_choice_of_fp32_over_a_slow_bf16(
-    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("is_slow", "chosen"), [(True, "fp32"), (False, "bf16")])
+def test_a_resumed_run_keeps_its_precision_unless_the_processor_has_no_bf16(
+    is_slow: bool,
+    chosen: str,
+    here: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stops = callback_at(tmp_path / "halts.py", "wants_stop(self)", "return not os.path.exists(__file__ + '.go')")
+    stops = callback_at(tmp_path / f"halts_{chosen}.py", "wants_stop(self)", "return not os.path.exists('go')")
     settings = {**here, "callback": stops, "precision": "auto"}
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: True)
-    monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", lambda *given: True)
+    monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", lambda *given: is_slow)
     with pytest.raises(JobError, match="a callback has stopped the training"):
         train(None, **settings)
-    (tmp_path / "halts.py.go").touch()
+    (tmp_path / "go").touch()
     monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", Mock(side_effect=AssertionError))
+    if chosen == "bf16":
+        monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: False)
     run = train(None, **settings, resume=True)
     said = capsys.readouterr().out
-    assert [*re.findall(r"^started .+, (fp32|bf16)\b", said, re.MULTILINE)] == ["fp32"] * 2
+    assert [*re.findall(r"^started .+, (fp32|bf16)\b", said, re.MULTILINE)] == [chosen, "fp32"]
+    note = "the run has trained in bf16, and continues in fp32 (--precision auto)"
+    assert (note in said) == (chosen == "bf16")
     assert run.folder.read_json("origin.json")["precision"] == "fp32"  # type: ignore[index]
 
 
-def test_a_run_that_resumes_in_another_precision_says_so(
-    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_interrupted_in_the_last_step_it_ends_as_interrupted_and_no_step_has_a_time_limit(
+    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    callback = callback_at(tmp_path / "fails.py", "on_step(self, state)", "1 / (state.total_step - 50)")
-    monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: True)
-    monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", lambda *given: False)  # whatever this machine has
-    with pytest.raises(ZeroDivisionError):
-        train(None, **{**here, "precision": "auto"}, callback=str(callback))
-    callback_at(callback, "on_step(self, state)", "...")
-    monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: False)
-    train(None, run_name="run", storage_path=str(tmp_path), callback=str(callback), resume=True)
-    assert "the run has trained in bf16, and continues in fp32 (--precision auto)" in capsys.readouterr().out
-
-
-def test_interrupted_in_the_last_step_it_ends_as_interrupted(here: dict[str, Any], tmp_path: Path) -> None:
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *given, **options: pytest.fail("a limit is set"))
     interrupt = "if state.total_step == 96: os.kill(os.getpid(), signal.SIGINT)"
     callback = callback_at(tmp_path / "interrupts.py", "on_step(self, state)", interrupt)
     with pytest.raises(KeyboardInterrupt, match=r"^interrupted; to resume: train\(resume=True"):
         train(None, **here, callback=callback)
     assert (tmp_path / "run" / "checkpoint_epoch-002_step-000000").is_dir()
-
-
-def test_a_step_may_take_any_time(here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    armed: list[bool] = []
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *given, **options: armed.append(True))
-    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
-    seen: list[bool] = []
-    monkeypatch.setattr(Worker, "on_step", lambda worker, state: seen.extend(armed or [False]))
-    train(None, **here, num_epochs=1)
-    assert set(seen) == {False}
 
 
 def test_results_that_json_cannot_hold_are_null(
@@ -154,14 +140,6 @@ def test_a_kill_at_a_checkpoint_loses_no_row_of_the_steps(here: dict[str, Any], 
     callback = callback_at(tmp_path / "reads_steps.py", "on_checkpoint(self, state, progress)", read, note)
     train(None, **here, num_epochs=1, checkpoint_every=20, callback=callback)
     assert (tmp_path / "seen").read_text() == "20 40 48 "  # the steps of the checkpoints
-
-
-def test_an_evaluation_says_that_the_run_used_only_a_part_of_the_data(
-    ray_address: str, here: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    evaluate(train(None, **here, num_epochs=1, limit=0.5))
-    said = "note       the run was tested with --limit 0.5; this is the whole test set\n"
-    assert said in capsys.readouterr().out
 
 
 def test_all_checkpoints_are_kept_if_asked(here: dict[str, Any], tmp_path: Path) -> None:
@@ -228,7 +206,7 @@ def test_a_job_saves_at_a_sigterm_that_the_users_code_would_ignore(
     assert folder_at(tmp_path / "run").checkpoint_names()
 
 
-def test_a_file_that_the_users_code_cannot_read_is_no_failure_of_the_storage(
+def test_an_exception_of_the_users_code_is_raised_unchanged_also_if_it_cannot_read_a_file(
     here: dict[str, Any], tmp_path: Path
 ) -> None:
     callback = callback_at(tmp_path / "reads.py", "on_step(self, state)", 'open("/nowhere/at/all")')
@@ -255,22 +233,6 @@ def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
     assert "finished: 1 of 1 epochs, tested on" in (tmp_path / "run" / "report.html").read_text()
 
 
-class Numbers(Blocks):
-    """Two blocks of 40 rows. From the tenth reading on, reading a block of ``lost`` raises the error."""
-
-    sizes = (40, 40)
-
-    def __init__(self, lost: Exception | None = None) -> None:
-        self.lost, self.num_read = lost, 0
-
-    def read(self, block: int) -> Arrays:
-        self.num_read += 1
-        if self.lost is not None and self.num_read > 9:
-            raise self.lost
-        rows = np.arange(40, dtype=np.float32)[:, None]
-        return Arrays(rows, (rows[:, 0] > 20).astype(np.int64))
-
-
 @pytest.mark.parametrize(
     ("error", "said"),
     [(FileNotFoundError(2, "gone"), r"\[Errno 2\] gone"), (UsageError("it has changed"), "it has changed")],
@@ -278,18 +240,23 @@ class Numbers(Blocks):
 def test_blocks_that_are_lost_in_mid_run_are_one_line_with_the_way_on(
     error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rows = np.arange(40, dtype=np.float32)[:, None]
+    whole = Arrays(rows, (rows[:, 0] > 20).astype(np.int64))
+
     class Lost(Classification):
         def load_data(self) -> Data:
-            return Data(Numbers(error), Numbers(), metadata={"class_names": ["low", "high"]})
+            blocks: Any = type("Numbers", (Blocks,), {"sizes": (40, 40), "read": Mock(return_value=whole)})
+            train = blocks()
+            blocks.read.side_effect = [whole] * 9 + [error] * 99
+            return Data(train, whole, metadata={"class_names": ["low", "high"]})
 
         def create_model(self) -> nn.Module:
             return nn.Linear(1, 2)
 
     monkeypatch.setattr("mnist_ray.storage._RETRIED_FOR_S", 0)
     settings: dict[str, Any] = {"num_workers": 0, "num_epochs": 20, "batch_size": 8, "num_streams": 1, "quiet": True}
-    with pytest.raises(
-        JobError, match=rf"^(train block \d cannot be read: )?{said}; to resume: train\(resume=True, .*\)$"
-    ):
+    match = rf"^(train block \d cannot be read: )?{said}; to resume: train\(resume=True, .*\)$"
+    with pytest.raises(JobError, match=match):
         train(Lost, **settings, storage_path=tmp_path, run_name="run")
 
 
@@ -298,22 +265,6 @@ def test_a_class_without_a_file_is_trained(tmp_path: Path) -> None:
     done = run_text(CELL, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "True 6"
-
-
-LATE = """class Late(nn.Linear):
-    calls = 0
-    def forward(self, inputs):
-        Late.calls += 1
-        assert Late.calls < 14, "too late"  # after the checks before the training
-        return super().forward(inputs)
-
-class Signs"""
-
-
-@pytest.mark.processes
-def test_an_exception_of_the_users_code_is_raised_unchanged(tmp_path: Path) -> None:
-    done = run_text(CELL.replace("class Signs", LATE).replace("nn.Linear(2, 2)", "Late(2, 2)"), tmp_path)
-    assert done.stderr.splitlines()[-1] == "AssertionError: too late"
 
 
 @pytest.mark.parametrize("chooses", ["loss", "accuracy"])
