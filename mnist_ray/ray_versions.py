@@ -8,9 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-_TOKENS_SINCE, _TOKENS_BY_DEFAULT_SINCE = "2.52", "2.60"
-_PREEMPTION_SINCE = "2.60"
-
 
 @functools.cache
 def ray_version() -> str:
@@ -29,18 +26,13 @@ def is_at_least(minimum: str) -> bool:
     return own >= least
 
 
-def has_tokens() -> bool:
-    """Return whether this Ray can require a token from every client."""
-    return is_at_least(_TOKENS_SINCE)
-
-
 def must_ask_for_tokens() -> bool:
-    """Return whether a local Ray requires a token only if RAY_AUTH_MODE=token."""
-    return has_tokens() and not is_at_least(_TOKENS_BY_DEFAULT_SINCE)
+    """Return whether a local Ray requires a token from every client only if RAY_AUTH_MODE=token."""
+    return is_at_least("2.52") and not is_at_least("2.60")
 
 
 def preemption_info() -> Any:
     """In a worker, return what Ray knows about a preemption of the workers' nodes; None if there is none."""
     import ray.train
 
-    return ray.train.get_preemption_info() if is_at_least(_PREEMPTION_SINCE) else None
+    return ray.train.get_preemption_info() if is_at_least("2.60") else None

@@ -100,15 +100,6 @@ class Steep(MNIST):
         return 100 * super().loss(outputs, targets)
 
 
-def test_a_run_with_a_scaled_loss_in_micro_batches_resumes_bit_identical(tmp_path: Path, few_images: Arrays) -> None:
-    config = replace(CONFIG, num_epochs=1, precision="fp16", micro_batch_size=7, clip_grad_norm=0.5)
-    state = train_and_save(tmp_path / "whole", few_images, config, workload=Steep())
-    assert state.scaler.get_scale() < 65536
-    train_and_save(tmp_path / "resumed", few_images, config, tmp_path / "whole" / "0-14", Steep())
-    whole, resumed = (tmp_path / name / "1-0" for name in ("whole", "resumed"))
-    assert bits_of(resumed) == bits_of(whole)
-
-
 class Counts(Callback):
     """Scales the gradients by its number of steps, which a checkpoint keeps."""
 
@@ -128,23 +119,31 @@ class Counts(Callback):
         self.count = values["count"]
 
 
-def test_an_ema_a_callback_scores_momentum_and_a_warm_up_resume_bit_identical(
-    tmp_path: Path, few_images: Arrays
+SCALED = replace(CONFIG, num_epochs=1, precision="fp16", micro_batch_size=7, clip_grad_norm=0.5)
+AVERAGED = replace(CONFIG, ema_decay=0.9, optimizer="sgd", early_stopping_patience=2, label_smoothing=0.1)
+AVERAGED = replace(AVERAGED, lr_schedule="cosine", warmup_steps=20)
+
+
+@pytest.mark.parametrize(
+    ("config", "workload", "positions"),
+    [(SCALED, Steep(), ["0-14"]), (AVERAGED, mnist(), ["0-14", "1-7"])],
+    ids=["a scaled loss in micro-batches", "an EMA, a callback, scores, momentum, a warm-up"],
+)
+def test_all_state_is_resumed_bit_identical(
+    config: TrainConfig, workload: Workload, positions: list[str], tmp_path: Path, few_images: Arrays
 ) -> None:
-    config = replace(CONFIG, ema_decay=0.9, optimizer="sgd", early_stopping_patience=2, label_smoothing=0.1)
-    config = replace(config, lr_schedule="cosine", warmup_steps=20)
-    train_and_save(tmp_path / "whole", few_images, config, callbacks=[Counts()])
-    for position in ("0-14", "1-7"):
-        shutil.rmtree(tmp_path / "resumed", ignore_errors=True)
-        state = train_and_save(
-            tmp_path / "resumed", few_images, config, tmp_path / "whole" / position, callbacks=[Counts()]
-        )
-        whole, resumed = (tmp_path / name / "2-0" for name in ("whole", "resumed"))
-        assert bits_of(resumed) == bits_of(whole)
-        assert state.scores == [(1.0, 0.0), (0.5, 0.0)]
-    averaged = load_model(folder_at(whole), mnist()).state_dict()
-    assert any(not torch.equal(averaged[name], value) for name, value in state.model.state_dict().items())
-    assert all(torch.equal(averaged[name], value) for name, value in state.result.state_dict().items())
+    last = f"{config.num_epochs}-0"
+    state = train_and_save(tmp_path / "whole", few_images, config, workload=workload, callbacks=[Counts()])
+    assert state.scaler.get_scale() < 65536
+    for position in positions:
+        resumed = tmp_path / f"from {position}"
+        state = train_and_save(resumed, few_images, config, tmp_path / "whole" / position, workload, [Counts()])
+        assert bits_of(resumed / last) == bits_of(tmp_path / "whole" / last)
+        assert state.scores == [(1.0, 0.0), (0.5, 0.0)][: config.num_epochs]
+    averaged = load_model(folder_at(tmp_path / "whole" / last), workload).state_dict()
+    trained, result = state.model.state_dict(), state.result.state_dict()
+    assert all(torch.equal(averaged[name], value) for name, value in result.items())
+    assert any(not torch.equal(averaged[name], value) for name, value in trained.items()) == bool(config.ema_decay)
 
 
 @pytest.mark.parametrize("value", [threading.Lock(), np.float64(1)], ids=["a lock", "a number of NumPy's"])
@@ -163,16 +162,9 @@ def as_numbers(position: str) -> list[int]:
     return [int(number) for number in position.split("-")]
 
 
-def test_a_checkpoint_has_a_state_file(saved: Path, tmp_path: Path) -> None:
-    state = state_file.read_state(folder_at(saved / "1-0"))
-    assert (state["epoch"], state["step"], state["note"]) == (1, 0, "hello")
-    with pytest.raises(UsageError, match=r"is not a checkpoint: it has no state\.json"):
-        load_model(folder_at(tmp_path), mnist())
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty"])
-def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_rejected(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
     folder = shutil.copytree(saved / "1-0", tmp_path / "copy")
     content = bytearray((folder / name).read_bytes())
     if damage == "missing":
@@ -206,24 +198,24 @@ def test_a_state_file_that_was_changed_is_damaged(saved: Path, tmp_path: Path, c
         find(str(folder), str(tmp_path))
 
 
-def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:
+def test_a_folder_without_state_file_or_of_another_format_is_no_checkpoint(saved: Path, tmp_path: Path) -> None:
+    state = state_file.read_state(folder_at(saved / "1-0"))
+    assert (state["epoch"], state["step"], state["note"]) == (1, 0, "hello")
+    with pytest.raises(UsageError, match=r"is not a checkpoint: it has no state\.json"):
+        load_model(folder_at(tmp_path), mnist())
     folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), {"format": 99}, is_signed=True)
     with pytest.raises(UsageError, match=r"has format 99; this version reads 4$"):
         load_model(folder_at(folder), mnist())
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused_but_not_damaged(saved: Path) -> None:
-    state = create_state(mnist(), CONFIG, 600, Group())
-    halves = [{"params": [parameter]} for parameter in state.model.parameters()]
-    state.optimizers[""] = torch.optim.Adam(halves)
-    with pytest.raises(OtherModelError, match=r"1-0 does not fit the optimizer, schedule or callback: ValueError: "):
-        checkpoint.restore(folder_at(saved / "1-0"), state)
-
-
-def test_a_checkpoint_of_another_model_is_refused_but_not_damaged(
+def test_a_checkpoint_of_another_model_or_optimizer_is_rejected_but_not_damaged(
     saved: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(saved / "1-0", Path(run.path) / "checkpoint_epoch-001_step-000000")
+    state = create_state(mnist(), CONFIG, 600, Group())
+    state.optimizers[""] = torch.optim.Adam([{"params": [parameter]} for parameter in state.model.parameters()])
+    with pytest.raises(OtherModelError, match=r"0000 does not fit the optimizer, schedule or callback: ValueError: "):
+        checkpoint.restore_newest(run, state)
     monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
     state = create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises(OtherModelError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
@@ -245,7 +237,7 @@ class Marker:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training.pt"])
 @pytest.mark.parametrize("format_of", ["pickle", "torch"])
-def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
+def test_a_pickle_in_place_of_a_file_is_rejected_and_not_run(
     saved: Path, tmp_path: Path, name: str, format_of: str
 ) -> None:
     folder, marker = shutil.copytree(saved / "1-0", tmp_path / "copy"), tmp_path / "was-run"
@@ -285,14 +277,13 @@ def test_reading_a_checkpoint_is_tried_again_after_an_error_of_the_storage(
     assert state.epoch == 1
 
 
-def with_dropout(workload: Workload) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(784, 10))
-
-
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_dropout_on_the_cpu_draws_the_same_in_a_resumed_run(
     on_gpu: bool, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def with_dropout(workload: Workload) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(784, 10))
+
     if on_gpu:
         monkeypatch.setattr(step, "_generator", lambda device: torch.Generator())  # in place of the GPU's
     monkeypatch.setattr(MNIST, "create_model", with_dropout)

@@ -53,7 +53,7 @@ from mnist_ray.run.policies import Checkpointer
 from mnist_ray.run.ray_train import Preemption
 from mnist_ray.run.worker import LoopSpec, Worker
 from mnist_ray.signals import InterruptFlag
-from mnist_ray.storage import RunFolder, checkpoint_name, locate
+from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import (
     ControllerAlive,
@@ -72,7 +72,6 @@ from tests.conftest import (
     Flags,
     Gate,
     callback_at,
-    folder_at,
     mnist,
     run_and_act,
     run_main,
@@ -361,15 +360,6 @@ def test_a_job_waits_for_a_node_for_longer_than_ray_may_be_silent(
     assert weights(gate.run) == weights(finished_run)
 
 
-def wanted_after(policy: Preemption, *seconds: float) -> list[bool]:
-    """Let a window of training end after each number of seconds; return whether a checkpoint is wanted."""
-    wanted = []
-    for trained_s in seconds:
-        policy.on_progress(Mock(finished_s=0.5, epoch_s=trained_s - 0.5), Mock())
-        wanted.append(policy.wants_checkpoint())
-    return wanted
-
-
 def train_on_a_worker(
     monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any], code_folder: Path | None = None, **values: Any
 ) -> tuple[Outcome, Sequence[Any]]:
@@ -393,17 +383,20 @@ def test_ray_is_asked_for_preempted_nodes_every_five_seconds_and_only_on_a_clust
     monkeypatch.setattr("ray.train.get_preemption_info", asked)
     _, policies = train_on_a_worker(monkeypatch, Mock(), is_local=is_local)
     for policy in policies:
-        assert not any(wanted_after(policy, *(number / 2 for number in range(1, 26))))
+        for trained_s in range(1, 26):
+            policy.on_progress(Mock(finished_s=0.5, epoch_s=trained_s / 2 - 0.5), Mock())
+            assert not policy.wants_checkpoint()
     assert asked.call_count == num_asked
 
 
 def test_a_checkpoint_is_saved_once_for_each_leaving_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    def announced(*nodes: str) -> PreemptionInfo:
-        return PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
-
-    answers = iter([None, announced("a"), announced("a"), announced("a", "b"), announced("b")])
-    monkeypatch.setattr("ray.train.get_preemption_info", lambda: next(answers))
-    assert wanted_after(Preemption(Mock()), 1, 6, 11, 16, 21) == [False, True, False, True, False]
+    policy, wanted = Preemption(Mock()), list[bool]()
+    for number, nodes in enumerate(([], ["a"], ["a"], ["a", "b"], ["b"])):
+        info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
+        monkeypatch.setattr("ray.train.get_preemption_info", Mock(return_value=info if nodes else None))
+        policy.on_progress(Mock(finished_s=5 * number, epoch_s=1), Mock())
+        wanted.append(policy.wants_checkpoint())
+    assert wanted == [False, True, False, True, False]
 
 
 @pytest.fixture
@@ -485,19 +478,18 @@ def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_mi
     assert math.isnan(validated.values["accuracy"])
 
 
+def saved(run: RunFolder, epoch: int, **metrics: Any) -> RunFolder:
+    """Write a checkpoint of a new model at an epoch's end; return its folder."""
+    state, folder = create_state(mnist(), TrainConfig(), 600, Group()), run.inside(checkpoint_name(epoch, 0))
+    state.epoch = epoch
+    checkpoint.snapshot(state, {"workload": mnist().identity, "metrics": metrics}).write(folder)
+    return folder
+
+
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig(precision="fp32")
-    state = create_state(mnist(), config, 600, Group())
-    for step in (1, 2, 3, 4):
-        folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
-        folder.mkdir(parents=True)
-        state.step = step
-        checkpoint.snapshot(state, {"metrics": {"train_loss": 0.5}, "workload": mnist().identity}).write(
-            folder_at(folder)
-        )
-    whole, corrupt, cut, empty = sorted((tmp_path / "run").iterdir())
+    whole, corrupt, cut, empty = (Path(saved(run, epoch, train_loss=0.5).path) for epoch in (1, 2, 3, 4))
     content = bytearray((corrupt / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (corrupt / "model.safetensors").write_bytes(content)
@@ -505,24 +497,21 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
     (cut / "state.json").write_bytes(text[: len(text) // 2])
     shutil.rmtree(empty)
     empty.mkdir()
-    restored = create_state(mnist(), config, 600, Group())
-    run = locate(str(tmp_path), "run")
+    restored = create_state(mnist(), TrainConfig(), 600, Group())
     listing = Mock(side_effect=[OSError("the link is down"), run.checkpoint_names()])
     monkeypatch.setattr("mnist_ray.storage.time.sleep", lambda seconds: None)
     monkeypatch.setattr(RunFolder, "checkpoint_names", lambda run: listing())
     found = restore_newest(run, restored)
-    assert restored.step == 1
+    assert restored.epoch == 1
     assert found.damaged == (empty.name, cut.name, corrupt.name)
     assert (found.name, found.metrics.values) == (whole.name, {"train_loss": 0.5})
 
 
 def test_all_ranks_restore_the_newest_checkpoint_that_rank_0_sees_and_all_can_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, state = locate(str(tmp_path), "run"), create_state(mnist(), TrainConfig(), 600, Group())
-    names = [checkpoint_name(epoch, 0) for epoch in (1, 2, 3)]
-    for state.epoch, name in enumerate(names, 1):
-        checkpoint.snapshot(state, {"workload": mnist().identity}).write(run.inside(name))
+    names = [saved(run, epoch).name for epoch in (1, 2, 3)]
+    state = create_state(mnist(), TrainConfig(), 600, Group())
     Path(run.inside(names[2]).path, "state.json").unlink()
     of_rank_0 = dict(zip(names, [True, True, False], strict=True))  # the last one is cut off
     monkeypatch.setattr("mnist_ray.storage.time.sleep", lambda seconds: None)
@@ -537,16 +526,13 @@ def test_all_ranks_restore_the_newest_checkpoint_that_rank_0_sees_and_all_can_re
         assert restore_newest(run, state, (), Group(1, 2)).name == expected
 
 
-def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
-    run, state = locate(str(tmp_path), "run"), create_state(mnist(), TrainConfig(), 600, Group())
+def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not_the_best(run: RunFolder) -> None:
     run.write_text("config.json", "{}")
     with pytest.raises(UsageError, match=r"run .*/run has no checkpoint yet"):
         find(run.uri, "~/ray_results")
     scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: None, 5: 0.6, 6: None}
     for epoch, score in scores.items():
-        about = {"workload": mnist().identity, "metrics": {} if score is None else {"val_score": [score, 0.0]}}
-        state.epoch = epoch
-        checkpoint.snapshot(state, about).write(run.inside(checkpoint_name(epoch, 0)))
+        saved(run, epoch, **({} if score is None else {"val_score": [score, 0.0]}))
         if epoch == 4:
             drop_worse(run, 2)
             assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 4)]
@@ -571,7 +557,6 @@ def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
     assert "in hanging" in done.stderr
 
 
-FIRST = "checkpoint_epoch-000_step-000000"
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")
 OF_RAY = (
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
@@ -682,24 +667,22 @@ def test_a_run_can_be_resumed_after_an_example_that_could_not_be_read(
 
 @pytest.mark.parametrize("method", ["create_model", "measure"])
 def test_code_that_ends_an_evaluations_process_is_one_line(
-    few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    few_images: Arrays, run: RunFolder, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    workload, state = mnist(), create_state(mnist(), TrainConfig(), 600, Group())
-    checkpoint.snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path / "saved"))
+    workload, folder = mnist(), saved(run, 1)
     monkeypatch.setattr(workload, method, Mock(side_effect=SystemExit(3)))
     with pytest.raises(UsageError, match=r"^MNIST, (an evaluation|create_model): SystemExit: sys\.exit\(3\) \("):
-        evaluate_here(folder_at(tmp_path / "saved"), workload, Split(few_images), 0)
+        evaluate_here(folder, workload, Split(few_images), 0)
 
 
 def test_data_that_cannot_be_read_for_a_test_are_no_wrong_usage(run: RunFolder) -> None:
-    state, unreadable = create_state(mnist(), TrainConfig(), 600, Group()), MagicMock()
-    checkpoint.snapshot(state, {"workload": mnist().identity}).write(run)
+    folder, unreadable = saved(run, 1), MagicMock()
     unreadable.__len__.return_value, unreadable.__getitem__.side_effect = 5, OSError(5, "Input/output error")
     with pytest.raises(JobError, match=r"^MNIST, an evaluation: OSError: .*Input/output error \("):
-        evaluate_here(run, mnist(), Split(unreadable), 0)
+        evaluate_here(folder, mnist(), Split(unreadable), 0)
     unreadable.__getitem__.side_effect = ValueError("bad")
     with pytest.raises(JobError, match=r"^MNIST, an evaluation: test example 0 cannot be read: ValueError: bad"):
-        evaluate_here(run, mnist(), Split(unreadable, origin="test"), 0)
+        evaluate_here(folder, mnist(), Split(unreadable, origin="test"), 0)
 
 
 @pytest.mark.parametrize(
