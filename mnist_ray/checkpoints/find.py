@@ -49,7 +49,6 @@ class Found:
 
     checkpoint: RunFolder
     workload: Workload
-    config: Mapping[str, Any]  # settings of the training
     metrics: CheckpointMetrics  # of the training
     notes: tuple[str, ...]  # for the user
 
@@ -85,7 +84,7 @@ def find(
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
     workload = workload_class(settings, saved["metadata"])
     metrics = CheckpointMetrics.of(document.get("metrics", {}))
-    return Found(checkpoint, workload, document.get("config", {}), metrics, tuple(notes))
+    return Found(checkpoint, workload, metrics, tuple(notes))
 
 
 def read_initial(workload: Workload, init_from: str, storage_path: str) -> tuple[bytes, str]:

@@ -79,8 +79,6 @@ def train_worker(
     torch.set_num_threads(1 if job.train.reproducible else num_threads)
     with Watchdog(0.0 if job.workers.num_workers == 0 else job.workers.hang_timeout_s) as watchdog:  # 0: for debuggers
         config = replace(job.train, precision=resolve_precision(job.train.precision, group))
-        if config.reproducible:
-            check_arithmetic(group)
         split = _opened(spec.train)
         watchdog.heartbeat()
         state = create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
@@ -114,8 +112,10 @@ def _settle(
 ) -> TrainConfig:
     """Choose precision, threads, and how memory is freed; return the config with its precision.
 
-    A resumed run keeps the precision in ``state``.
+    A resumed run keeps the precision in ``state``. With ``--reproducible``, raises if processors differ.
     """
+    if config.reproducible:
+        check_arithmetic(group)
     if job.train.precision == "auto" and config.precision == "bf16":
         if is_new:
             state.bf16_is_slow = is_bf16_slow(job.workload, state, split, config, group)

@@ -1,4 +1,4 @@
-"""Runs that lose workers, nodes, checkpoints and storage."""
+"""Runs that lose workers, nodes, checkpoints and storage; and the evaluation of checkpoints."""
 
 import contextlib
 import faulthandler
@@ -47,7 +47,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.process import Watchdog
 from mnist_ray.record.recorder import logs_named
 from mnist_ray.run import failures, fit, ray_train, worker
-from mnist_ray.run.evaluate import evaluate_here
+from mnist_ray.run.evaluate import evaluate_here, num_paying
 from mnist_ray.run.failures import describe
 from mnist_ray.run.policies import Checkpointer
 from mnist_ray.run.ray_train import Preemption
@@ -708,3 +708,25 @@ def test_code_that_fails_ends_a_run_and_other_failures_are_reported() -> None:
     event_queue.put.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
     event_queue.put.remote.assert_called_once_with(WorkersLost(DIED))
+
+
+@pytest.mark.parametrize(
+    ("rate", "num_examples", "most", "expected"),
+    [(1000, 3_000, 8, 1), (1000, 10_000, 8, 5), (1000, 10_000, 2, 2), (25, 1000, 4, 4), (25, 1000, 0, 1)],
+)
+def test_there_are_as_many_tasks_as_have_work_for_two_seconds(
+    rate: float, num_examples: int, most: int, expected: int
+) -> None:
+    validated = CheckpointMetrics(values={"val_examples_per_s": rate})
+    assert num_paying(validated, num_examples, most) == expected
+    assert num_paying(CheckpointMetrics(), num_examples, most) == 1, "without a validation, the time is not known"
+
+
+def test_a_test_computes_in_fp32_whatever_the_trainings_precision(few_images: Arrays, run: RunFolder) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        folder, config = run.inside(precision), {"precision": precision}
+        state = create_state(mnist(), TrainConfig(), 600, Group())
+        checkpoint.snapshot(state, {"workload": mnist().identity, "config": config}).write(folder)
+        losses.append(evaluate_here(folder, mnist(), Split(few_images), 0).values(mnist())["loss"])
+    assert losses == [losses[0]] * 2
