@@ -77,7 +77,7 @@ class TrainConfig:
     fold: int | None = setting(None, "only the run of this fold, from 1 on", **_SHARED, **_RARE, **at_least(1))
     clip_grad_norm: float | None = setting(None, "maximum norm of gradients; larger ones are scaled down", **positive())
     micro_batch_size: int | None = setting(None, "examples per forward pass; gradients are accumulated", **at_least(1))
-    strategy: Literal["ddp", "fsdp"] = setting("ddp", "fsdp: workers share out weights, gradients and states", **_FREE)
+    strategy: Literal["ddp", "fsdp"] = setting("ddp", "fsdp: each worker holds a part of the training state", **_FREE)
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
     callback: tuple[str, ...] = _code("your Callback, or profiler", "mnist_ray.training.callback:Callback", **_SHARED)
     limit: float = setting(
@@ -95,8 +95,12 @@ class TrainConfig:
         2, "number of best checkpoints to keep beside the last one; or all", unset="all", **_FREE, **at_least(1)
     )
     reproducible: bool = setting(False, "the same bits on any number of workers; slower: CPUs only, one thread each")
-    num_chunks: int = setting(8, "with --reproducible: chunks per batch, and most workers", **_RARE, **within(1, 1024))
-    num_streams: int = setting(8, "streams of an epoch of blocks, and most workers", **_RARE, **within(1, 1024))
+    num_chunks: int = setting(
+        8, "with --reproducible: chunks per batch, and the maximum number of workers", **_RARE, **within(1, 1024)
+    )
+    num_streams: int = setting(
+        8, "with data in blocks: streams of an epoch, and the maximum number of workers", **_RARE, **within(1, 1024)
+    )
 
     @property
     def is_several(self) -> bool:
@@ -147,7 +151,9 @@ class WorkerConfig:
     max_failures: int = setting(3, "how many times to replace lost workers before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork workers to start faster; auto: if it is safe", **_RARE)
     plain_ray: bool = setting(False, _PLAIN)
-    hang_timeout_s: float = setting(600.0, "most seconds for a step or part of the start", **_RARE, **within(1, 10**6))
+    hang_timeout_s: float = setting(
+        600.0, "seconds without progress after which a worker is replaced", **_RARE, **within(1, 10**6)
+    )
 
     @property
     def of_many(self) -> WorkerConfig:
