@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import ConcatDataset
 from torchvision.transforms import v2
 
 from mnist_ray import load_run
@@ -32,7 +31,7 @@ from mnist_ray.mnist import MNIST
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import Classification, Data, Regression, Streamed, Workload, setting, sources
-from mnist_ray.workload.calls import data_of, splits_for
+from mnist_ray.workload.calls import data_of
 from tests.conftest import ROOT, run_main
 from tests.ranks import Hooks
 
@@ -42,7 +41,6 @@ STEPS = (
     "Mixup and CutMix",
     "A GAN: several optimizers",
     "LBFGS and SAM: several gradients in a step",
-    "Experts: parameters that some steps do not use",
     "Contrastive losses: over the whole batch",
     "A schedule for plateaus",
 )
@@ -67,7 +65,7 @@ def test_the_code_of_the_docs_trains_and_what_it_reports_is_right() -> None:
     names: dict[str, Any] = {"torch": torch, "F": F, "v2": v2, "lr_scheduler": torch.optim.lr_scheduler}
     code = code_of("recipes.md", *STEPS, Classification=Classification, Workload=Workload, **names)
     images = Arrays(np.random.default_rng(0).random((20, 3, 8, 8), np.float32), np.arange(20) % 10)
-    for name in ("Usual", "Penalized", "Mixed", "GAN", "ByLBFGS", "BySAM", "OfExperts", "Contrastive", "Patient"):
+    for name in ("Usual", "Penalized", "Mixed", "GAN", "ByLBFGS", "BySAM", "Contrastive", "Patient"):
         model = {"Contrastive": Views, "GAN": OfPictures}.get(name, Labels)
         own = {"create_model": lambda self, model=model: model()}
         workload: Any = type("Own", (code[name],), own)(None, {"class_names": [*range(10)]})
@@ -95,25 +93,16 @@ def test_the_docs_callback_trains_the_backbone_after_two_epochs(capsys: pytest.C
 
 
 def test_the_data_of_the_docs_are_drawn_and_streamed() -> None:
-    draws = text_of("data.md", "Rare classes", "Several sources in given shares", "Streams of unknown length")
-    blocks = "".join(re.findall(r"```python\n(.+?)```", draws, re.DOTALL))
+    code = "\n".join(re.findall(r"```python\n(.+?)```", text_of("data.md", "Rare classes"), re.DOTALL))
     whole = Arrays(np.zeros((20, 2), np.float32), np.arange(20) // 15)
-    names = {"np": np, "itertools": itertools, "Data": Data, "Arrays": Arrays, "ConcatDataset": ConcatDataset}
-    found = []
-    for code in blocks.split("def load_data(self):")[1:]:
-        scope: dict[str, Any] = {
-            **names,
-            "load_arrays": lambda: (whole, whole),
-            "load_sets": lambda: (whole, whole, whole),
-        }
-        exec(f"{blocks.partition('def counted')[1]}{blocks.partition('def counted')[2]}", scope)
-        exec("def load_data(self):" + code.partition("\n\n\n")[0], scope)
-        workload = type("Own", (Regression,), {"load_data": scope["load_data"]})()
-        found.append(splits_of(data_of(workload), None))
-    assert [splits.name for splits in found[:2]] == ["Own (drawn by weight)"] * 2
-    assert found[1].train.weights is not None
-    assert isinstance(found[2].train.examples, Streamed)
-    assert [target for _, target in found[2].train.examples.first(8)] == [0, 0, 0, 0, 1, 1, 1, 0]
+    scope: dict[str, Any] = {"np": np, "Data": Data, "load_arrays": lambda: (whole, whole)}
+    exec(code, scope)
+    splits = splits_of(data_of(type("Own", (Regression,), {"load_data": scope["load_data"]})()), None)
+    assert splits.name == "Own (drawn by weight)"
+    scope = code_of("data.md", "Streams of unknown length", np=np, itertools=itertools, Data=Data, Arrays=Arrays)
+    splits = splits_of(data_of(type("Own", (Regression,), {"load_data": scope["load_data"]})()), None)
+    assert isinstance(splits.train.examples, Streamed)
+    assert [target for _, target in splits.train.examples.first(8)] == [0, 0, 0, 0, 1, 1, 1, 0]
 
 
 def test_the_docs_student_learns_from_a_run(finished_run: Path, few_images: Arrays) -> None:
@@ -180,16 +169,6 @@ class Views(nn.Module):
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         views = torch.stack([inputs, inputs.flip(3)], 1)
         return {"features": self.layer(views.flatten(2)), "scale": self.scale}
-
-
-def test_the_docs_groups_are_never_divided() -> None:
-    workload = code_of("several.md", "Groups")["Scans"](None)
-    data = data_of(workload)
-    splits = splits_for(workload, data, TrainConfig(folds=5, fold=2))
-    parts: Any = (splits.train, splits.validation, splits.test)
-    patients = [{*data.groups[part.all_places].tolist()} for part in parts]  # type: ignore[index]
-    assert [len(part) for part in patients] == [29, 3, 8]
-    assert len(set.union(*patients)) == 40
 
 
 SHADES = """
