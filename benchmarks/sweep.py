@@ -70,7 +70,7 @@ def main() -> None:
         with Connection(many.job.workers, forking).opened(print) as cluster:
             plan = plan_workers(many.job.workers, cluster)
             concurrent = at_a_time(many, plan, cluster)
-            spec = MemberSpec(many, plan, cluster, None, None, ("benchmarks/sweep.py",), ray.put(data))
+            spec = MemberSpec(many, plan, cluster, None, ("benchmarks/sweep.py",), ray.put(data))
             start = time.perf_counter()
             table = train_members(spec, data, concurrent, lambda table, ended: None, print)
             ours_s = time.perf_counter() - start

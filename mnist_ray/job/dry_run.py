@@ -1,4 +1,4 @@
-"""Tries a workload while Ray starts: two real steps, evaluations and a checkpoint, with 16 examples.
+"""Tries a workload while Ray starts: evaluations, two real steps and a checkpoint, with at most 16 examples.
 
 The trainer and the evaluation themselves call the workload, so what fails here would fail in a worker. An error in the
 user's code becomes one line. The checks find what a single process cannot show, or would show too late.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
-import time
+import timeit
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -33,10 +34,9 @@ from mnist_ray.data.data import Arrays, Blocks, Split
 from mnist_ray.data.readers import seed_generators
 from mnist_ray.data.sampler import Request
 from mnist_ray.data.tensors import detached
-from mnist_ray.errors import UsageError, with_place
+from mnist_ray.errors import ExampleError, UsageError, with_place
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group, resolve_precision
-from mnist_ray.settings import values_of
 from mnist_ray.text import count
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate, evaluating
@@ -50,13 +50,8 @@ from mnist_ray.workload.figures import NOT_PREDICTED
 from mnist_ray.workload.user_code import check_members
 
 NUM_EXAMPLES = 16  # in a batch of the trial, or fewer if they are slow
-_NUM_REREAD = 8  # examples of the validation set; a transform may leave half of them as they are
 _MAX_S = 1.0  # for all passes together
 _NUM_PASSES = 11  # of that batch, if a backward pass counts as two
-_OF_OPTIMIZER = {
-    *("optimizer", "learning_rate", "beta1", "beta2", "momentum", "weight_decay"),
-    *("lr_schedule", "warmup_steps"),
-}
 _REMEDIES = {  # by the text of errors that PyTorch raises
     "Error: .*'closure'": "override training_step: step.update(closure=lambda: step.backward(self.batch_loss))",
     "Error: .*(BFloat16|Half)": "create one of the tensors with the other's new_zeros(…), or use --precision fp32",
@@ -71,34 +66,36 @@ def try_batch(
     batch_sizes: Sequence[int],
     part: Fraction,
     num_workers: int = 1,
-) -> set[str] | None:
+) -> None:
     """Train a workload's new model on its first examples, and evaluate it. Raises UsageError with an error's place.
 
-    ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time. Returns the
-    settings that the workload's own loss, optimizer and schedule do not use; None if all are the usual ones.
+    ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time.
     """
     try:
-        return _Trial(workload, train, config, num_workers).run(batch_sizes, part)
+        _Trial(workload, train, config, num_workers).run(batch_sizes, part)
     except (Exception, SystemExit) as error:
         try:
             with placed(workload, _place_in(workload, error)):
                 raise
         except UsageError as in_one_line:
-            for pattern, remedy in _REMEDIES.items():
-                if re.search(pattern, str(in_one_line)):
-                    raise UsageError(f"{in_one_line}; {remedy}") from error
-            raise
+            fixes = [fix for pattern, fix in _REMEDIES.items() if re.search(pattern, str(in_one_line))]
+            if not fixes:
+                raise
+            raise UsageError(str(in_one_line), fix=fixes[0]) from error
 
 
 def _place_in(workload: Workload, error: BaseException) -> str:
     """Return the method of a workload that has raised an error, or the layer: ``the model, in layers.3 (Linear)``."""
+    if isinstance(error, ExampleError):
+        return "an example"
     seen = [(frame.f_code.co_name, frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     methods = [name for name, owner in seen if owner is workload and hasattr(Workload, name)]
     layers = [owner for _, owner in seen if isinstance(owner, nn.Module)]
-    otherwise = "the model" if layers else "a trial with a few examples"
-    place = methods[-1] if methods else otherwise
-    names = {layer: name for name, layer in layers[0].named_modules()} if layers else {}
-    name = names.get(layers[-1], "") if layers else ""
+    if not layers:
+        return methods[-1] if methods else "a trial with a few examples"
+    place = methods[-1] if methods else "the model"
+    names = {layer: name for name, layer in layers[0].named_modules()}
+    name = names.get(layers[-1])
     return f"{place}, in {name} ({type(layers[-1]).__name__})" if name else place
 
 
@@ -109,19 +106,21 @@ class _Trial:
         self.workload, self.name, self.train, self.num_workers = workload, type(workload).__name__, train, num_workers
         self.config = dataclasses.replace(config, precision=resolve_precision(config.precision, Group()))
         self.total_steps = config.total_steps(len(train))
-        own = type(workload)
-        usual = Workload.create_optimizer, Workload.create_scheduler
-        self.has_optimizers = (own.create_optimizer, own.create_scheduler) != usual
+        own = type(workload).create_optimizer, type(workload).create_scheduler
+        self.has_optimizers = own != (Workload.create_optimizer, Workload.create_scheduler)
 
-    def run(self, batch_sizes: Sequence[int], part: Fraction) -> set[str] | None:
-        """Try everything; return like ``try_batch``."""
+    def run(self, batch_sizes: Sequence[int], part: Fraction) -> None:
+        """Try everything. Raises like ``try_batch``, but any error in the user's code as it is."""
         self.check_callbacks()
         one = self.examples(1)
         picture_of(self.workload, one[0][0])
         self.model = self.new_model(self.config.seed)
         if sharding.is_wanted(self.config, self.num_workers):
             sharding.units_of(self.workload, self.model)
-        number = int(_MAX_S / _NUM_PASSES / self.seconds_of(self.batch(one)))
+        batch = self.batch(one)
+        with evaluating(self.model):
+            seconds = timeit.repeat(lambda: forward(self.workload, self.model, batch), number=1, repeat=2)
+        number = int(_MAX_S / _NUM_PASSES / min(seconds))  # the first pass also warms up
         is_slow = number < 2
         self.few = self.examples(min(max(2, number), NUM_EXAMPLES, len(self.train)))
         self.check_outputs()
@@ -129,15 +128,11 @@ class _Trial:
         self.check_evaluation(evaluation)
         if not (is_slow or self.workload.compares_examples):
             self.check_independence(evaluation)
-        state, used = self.trained(1 if is_slow else min(2, self.total_steps))
+        state = self.trained(1 if is_slow else min(2, self.total_steps))
         if not is_slow:
             self.check_checkpoint(state)
             for size in batch_sizes:
                 self.try_smallest(state, size, part)
-        unused = {"label_smoothing"} - used
-        if self.has_optimizers:
-            return unused | (_OF_OPTIMIZER - used)
-        return unused | self.config.unused if unused else None
 
     # --- real steps and evaluations
 
@@ -148,20 +143,18 @@ class _Trial:
         if isinstance(few.examples, Arrays) and not few.transforms:
             return Split(few.examples, few.indices, few.origin)
         seed_generators(self.config.seed)
-        with placed(self.workload, "an example"):
-            if isinstance(few.examples, Blocks) and not few.transforms:
-                blocks = copy.copy(few.examples)
-                vars(blocks)["read"] = functools.cache(blocks.read)
-                return Split(blocks, few.indices, few.origin)
-            indices = np.arange(number) if few.indices is None else np.asarray(few.indices)
-            read = {int(index): few[position] for position, index in enumerate(indices)}
-            return Split(read, indices, few.origin)
+        if isinstance(few.examples, Blocks) and not few.transforms:
+            blocks = copy.copy(few.examples)
+            vars(blocks)["read"] = functools.cache(blocks.read)
+            return Split(blocks, few.indices, few.origin)
+        indices = np.arange(number) if few.indices is None else np.asarray(few.indices)
+        read = {int(index): few[position] for position, index in enumerate(indices)}
+        return Split(read, indices, few.origin)
 
     def batch(self, split: Split) -> MicroBatch:
         """Return all examples of a split as a batch."""
-        with placed(self.workload, "an example"):
-            batches = Batches(split, torch.device("cpu"), self.workload.collate)
-            return batches[Request(np.arange(len(split)), len(split))]
+        batches = Batches(split, torch.device("cpu"), self.workload.collate)
+        return batches[Request(np.arange(len(split)), len(split))]
 
     def new_model(self, seed: int) -> nn.Module:
         """Return a new model that can be trained and saved."""
@@ -170,79 +163,46 @@ class _Trial:
         if not isinstance(model, nn.Module):
             raise UsageError(f"{where} returned {type(model).__name__}, not a torch.nn.Module")
         if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-            raise UsageError(f"{where}: a lazy layer has no shape yet; first call the model on an example")
+            raise UsageError(f"{where}: a lazy layer has no shape yet", fix="first call the model on an example")
         for key, value in model.state_dict().items():
             if not isinstance(value, Tensor):
-                found = f"{where}: the state_dict holds {key}, of type {type(value).__name__}"
-                raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
+                problem = f"{where}: the state_dict holds {key}, of type {type(value).__name__}"
+                raise UsageError(problem, fix="a checkpoint keeps only tensors: use a buffer or a setting")
         check_held(model.state_dict())
         if odd := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
-            raise UsageError(f"{where}: the parameter {odd[0]} is not finite; if it is a mask, make it a buffer")
+            raise UsageError(f"{where}: the parameter {odd[0]} is not finite", fix="if it is a mask, make it a buffer")
         return model
-
-    def seconds_of(self, one: MicroBatch) -> float:
-        """Return the seconds of an example's forward pass."""
-        times = list[float]()
-        for _ in range(2):  # the first pass also warms up
-            start = time.perf_counter()
-            with evaluating(self.model):
-                forward(self.workload, self.model, one)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    def check_outputs(self) -> None:
-        """Compute the few examples as in training; check the outputs, and what the workload computes from them."""
-        workload, batch = self.workload, self.batch(self.few)
-        seed_generators(self.config.seed)
-        outputs = forward(workload, self.model.train(), batch, self.config.precision, torch.default_generator)
-        workload.check_outputs(outputs, batch.targets)
-        self.check_weights(workload.weights(batch.targets))
-        measured = workload.measure(detached(outputs), batch.targets)
-        columns = workload.predictions(detached(outputs), batch.targets)
-        self.check_dict("measure", measured, {"loss", WEIGHT})
-        self.check_dict("predictions", columns, {*NOT_PREDICTED})
-        number = batch.num_examples
-        for key, values in columns.items():
-            if not isinstance(values, Tensor) or values.shape[:1] != (number,):
-                raise UsageError(f"{self.name}.predictions: {key} must be a tensor with {number} examples, (N, ...)")
-        if workload.compares_examples:
-            self.check_rows(outputs)
-
-    def trained(self, num_steps: int) -> tuple[TrainingState, set[str]]:
-        """Return the state after steps on the few examples, and the names of the settings that were read."""
-        still: Any = _Still(self.model)
-        state = TrainingState(self.model, {"": still}, {}, steps_per_epoch=1, total_steps=num_steps)
-        one_batch: Any = {"batch_size": len(self.few), "num_epochs": num_steps, "num_steps": None}
-        plain: Any = {"validate_every": None, "reproducible": False, "compile": False, "ema_decay": None}
-        self.config, used = _recorded(dataclasses.replace(self.config, **one_batch, **plain))
-        if self.has_optimizers:
-            created = create_optimizers(self.workload, self.model, self.config, self.total_steps)
-            state.optimizers, state.schedulers = created
-            self.check_schedules(state)
-        idle = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: idle.pop(name, None))
-            for name, parameter in idle.items()
-        ]
-        try:
-            Trainer(self.workload, state, self.few, self.config, Group()).train()
-        except TrainingDivergedError as error:
-            when = "with the initial weights" if state.epoch == 0 else "after a step; lower --learning-rate"
-            found = f"{self.name}.loss is not finite on {len(self.few)} examples"
-            raise UsageError(f"{found} {when}") from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if idle and not self.workload.has_unused_parameters:
-            others = f", nor {count(len(idle) - 1, 'other')}" if len(idle) > 1 else ""
-            found = f"the parameter {next(iter(idle))} is not part of the loss{others}"
-            remedy = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
-            raise UsageError(f"{self.name}: {found}; {remedy}")
-        return state, used
 
     def evaluated(self, split: Split, model: nn.Module | None = None) -> Evaluation:
         """Evaluate a model: the trial's, unless another one is given."""
         return evaluate(self.workload, model or self.model, split, self.config)
+
+    def trained(self, num_steps: int) -> TrainingState:
+        """Return the state after steps on the few examples."""
+        still: Any = _Still(self.model)
+        state = TrainingState(self.model, {"": still}, {}, steps_per_epoch=1, total_steps=num_steps)
+        one_batch: Any = {"batch_size": len(self.few), "num_epochs": num_steps, "num_steps": None}
+        plain: Any = {"validate_every": None, "reproducible": False, "compile": False, "ema_decay": None}
+        self.config = dataclasses.replace(self.config, **one_batch, **plain)
+        if self.has_optimizers:
+            created = create_optimizers(self.workload, self.model, self.config, self.total_steps)
+            state.optimizers, state.schedulers = created
+            self.check_schedules(state)
+        parameters = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
+        with_gradient = set[Tensor]()
+        for parameter in parameters.values():
+            parameter.register_post_accumulate_grad_hook(with_gradient.add)
+        try:
+            Trainer(self.workload, state, self.few, self.config, Group()).train()
+        except TrainingDivergedError as error:
+            when = "with the initial weights" if state.epoch == 0 else "after a step; lower --learning-rate"
+            raise UsageError(f"{self.name}.loss is not finite on {len(self.few)} examples {when}") from error
+        idle = [key for key, value in parameters.items() if value not in with_gradient]
+        if idle and not self.workload.has_unused_parameters:
+            others = f", nor {count(len(idle) - 1, 'other')}" if len(idle) > 1 else ""
+            fix = "remove or freeze them; if other steps use them, set has_unused_parameters = True"
+            raise UsageError(f"{self.name}: the parameter {idle[0]} is not part of the loss{others}", fix=fix)
+        return state
 
     def try_smallest(self, state: TrainingState, batch_size: int, part: Fraction) -> None:
         """Take a step with as few examples as a worker may compute at a time: batch normalization may need more."""
@@ -260,29 +220,37 @@ class _Trial:
             with step.on([few]):
                 self.workload.training_step(step)
         except Exception as error:
-            found = f"{self.name}: a worker computes only {count(smallest, 'example')} of some batches at a time"
-            remedy = f"choose a --batch-size other than {batch_size}"
-            remedy += ", or a larger --micro-batch-size" if micro_batch_size else ""
+            problem = f"{self.name}: a worker computes only {count(smallest, 'example')} of some batches at a time"
             said = with_place(error, self.workload.source.folder)
-            raise UsageError(f"{found}, too few for the model ({said}); {remedy}") from error
+            fix = f"choose a --batch-size other than {batch_size}"
+            fix += ", or a larger --micro-batch-size" if micro_batch_size else ""
+            raise UsageError(f"{problem}, too few for the model ({said})", fix=fix) from error
 
     # --- checks
 
     def check_callbacks(self) -> None:
         """Raise UsageError unless the workload's own callbacks are objects whose methods can be called."""
-        with placed(self.workload, "callbacks"):
-            callbacks = copy.deepcopy([*self.workload.callbacks])
-        for callback in callbacks:
+        for callback in copy.deepcopy([*self.workload.callbacks]):
             if not isinstance(callback, Callback):
                 raise UsageError(f"{self.name}.callbacks must hold Callback objects, not {callback!r:.40}")
             check_members(type(callback), Callback)
 
-    def check_dict(self, method: str, values: object, taken: set[str] | None = None) -> None:
-        """Raise UsageError unless a method has returned a dict without the names that are ``taken``."""
-        if not isinstance(values, dict):
-            raise UsageError(f"{self.name}.{method} returned {type(values).__name__}, not a dict")
-        if both := values.keys() & (taken or set()):
-            raise UsageError(f"{self.name}.{method}: {min(both)} has another meaning; choose another name")
+    def check_outputs(self) -> None:
+        """Compute the few examples as in training; check the outputs, and what the workload computes from them."""
+        workload, batch = self.workload, self.batch(self.few)
+        seed_generators(self.config.seed)
+        outputs = forward(workload, self.model.train(), batch, self.config.precision, torch.default_generator)
+        workload.check_outputs(outputs, batch.targets)
+        self.check_weights(workload.weights(batch.targets))
+        columns = workload.predictions(detached(outputs), batch.targets)
+        self.check_dict("measure", workload.measure(detached(outputs), batch.targets), {"loss", WEIGHT})
+        self.check_dict("predictions", columns, {*NOT_PREDICTED})
+        for key, values in columns.items():
+            if not isinstance(values, Tensor) or values.shape[:1] != (batch.num_examples,):
+                wanted = f"a tensor with {batch.num_examples} examples, (N, ...)"
+                raise UsageError(f"{self.name}.predictions: {key} must be {wanted}")
+        if workload.compares_examples:
+            self.check_rows(outputs)
 
     def check_weights(self, weights: Any) -> None:
         """Raise UsageError if examples' weights are unusable, or the loss does not multiply by them."""
@@ -292,70 +260,70 @@ class _Trial:
         if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
             raise UsageError(f"{self.name}.weights must be finite numbers from 0, not all of them 0")
         if type(self.workload).loss in (Classification.loss, Regression.loss):
-            remedy = "return super().loss(outputs, targets) * self.weights(targets)"
-            raise UsageError(f"{self.name} has weights, so it needs a loss that multiplies by them: {remedy}")
-
-    def check_schedules(self, state: TrainingState) -> None:
-        """Raise UsageError if a schedule that looks at the monitored metric takes better values for worse."""
-        monitor = self.workload.monitor
-        for schedule in state.schedulers.values():
-            if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != monitor.mode:
-                found = f"{self.name}: ReduceLROnPlateau has mode={schedule.mode!r}"
-                raise UsageError(f"{found}, but looks at {monitor.name}; create it with mode={monitor.mode!r}")
-
-    def check_evaluation(self, evaluation: Evaluation) -> None:
-        """Raise UsageError unless the workload makes of an evaluation the metrics that it names."""
-        workload, sums = self.workload, _sums_of(evaluation)
-        weight = sums.pop(WEIGHT, evaluation.num_examples)
-        means = {name: value / weight for name, value in sums.items() if name != "loss"}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # so few examples may lack some class
-            summary = workload.summarize(means)
-            of_all = workload.summarize_predictions(evaluation.columns)
-            workload.lines(evaluation.columns)
-            with placed(workload, "details"):
-                json.dumps(workload.details(evaluation.columns))
-        self.check_dict("summarize", summary)
-        self.check_dict("summarize_predictions", of_all)
-        for key, value in {**summary, **of_all}.items():
-            if not isinstance(value, (int, float, np.number, Tensor)):
-                raise UsageError(f"{self.name}: metric {key} is {value!r:.40}, not a number")
-        found, named = [*summary, *of_all], [metric.name for metric in workload.all_metrics[1:]]  # without the loss
-        if sorted(found) != sorted(named):
-            returned = f"{self.name}.summarize and summarize_predictions return {', '.join(found) or 'nothing'}"
-            raise UsageError(f"{returned}, but {self.name}.metrics names {', '.join(named) or 'none'}")
-
-    def check_independence(self, evaluation: Evaluation) -> None:
-        """Raise UsageError if an example's loss, or the mean of a measure, changes if the batch has other examples."""
-        number, half = len(self.few), len(self.few) // 2 + 1
-        parts = [self.few.between(0, half), self.few.between(half, number)]
-        in_parts = Evaluation.merge([self.evaluated(part) for part in parts if len(part)])
-        try:
-            alone = self.evaluated(self.few.between(0, 1))
-        except Exception as error:
-            with placed(self.workload, f"an evaluation of 1 example, {_place_in(self.workload, error)}"):
-                raise
-        if changed := _differing(evaluation, in_parts) | _differing(evaluation, alone):
-            changed -= _differing(evaluation, self.evaluated(self.few))  # it changes anyway
-        if "loss" in changed:
-            found = f"{self.name}: an example's loss changes if other examples leave the batch"
-            remedy = "mask the padding, or set compares_examples = True if intended"
-            raise UsageError(f"{found}, so it depends on the number of workers; {remedy}")
-        if changed:
-            found = f"{self.name}.measure: the mean of {min(changed)} over batches is not that over all examples"
-            raise UsageError(f"{found}; compute it in summarize_predictions")
+            problem = f"{self.name} has weights, so it needs a loss that multiplies by them"
+            raise UsageError(problem, fix="return super().loss(outputs, targets) * self.weights(targets)")
 
     def check_rows(self, outputs: Any) -> None:
         """Raise UsageError unless each output has a row per example, or is one for any batch, like a temperature."""
         number, fewer = len(self.few), len(self.few) // 2
         few = forward(self.workload, self.model, self.batch(self.few.between(0, fewer)), self.config.precision)
         for leaf, of_few in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(few), strict=False):
-            if not isinstance(leaf, Tensor) or (leaf.shape[:1], of_few.shape) == ((number,), (fewer, *leaf.shape[1:])):
+            if not isinstance(leaf, Tensor):
                 continue
-            if leaf.numel() > 1 or not torch.equal(leaf, of_few):
+            has_rows = leaf.shape[:1] == (number,) and of_few.shape == (fewer, *leaf.shape[1:])
+            if not has_rows and (leaf.numel() > 1 or not torch.equal(leaf, of_few)):
                 shapes = f"{tuple(leaf.shape)} for {number} examples and {tuple(of_few.shape)} for {fewer}"
-                remedy = "with compares_examples, return a row per example, such as its views (N, 2, …), or one number"
-                raise UsageError(f"{self.name}: an output is {shapes}; {remedy}")
+                fix = "with compares_examples, return a row per example, such as its views (N, 2, …), or one number"
+                raise UsageError(f"{self.name}: an output is {shapes}", fix=fix)
+
+    def check_evaluation(self, evaluation: Evaluation) -> None:
+        """Raise UsageError unless the workload makes of an evaluation the metrics that it names."""
+        workload, columns, sums = self.workload, evaluation.columns, _sums_of(evaluation)
+        weight = sums.pop(WEIGHT, evaluation.num_examples)
+        means = {name: value / weight for name, value in sums.items() if name != "loss"}
+        found = dict[str, Any]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # so few examples may lack some class
+            found |= self.check_dict("summarize", workload.summarize(means))
+            found |= self.check_dict("summarize_predictions", workload.summarize_predictions(columns))
+            workload.lines(columns)
+            with placed(workload, "details"):
+                json.dumps(workload.details(columns))
+        for key, value in found.items():
+            if not isinstance(value, (int, float, np.number, Tensor)):
+                raise UsageError(f"{self.name}: metric {key} is {value!r:.40}, not a number")
+        named = [metric.name for metric in workload.all_metrics[1:]]  # without the loss
+        if sorted(found) != sorted(named):
+            returned = f"{self.name}.summarize and summarize_predictions return {', '.join(found) or 'nothing'}"
+            raise UsageError(f"{returned}, but {self.name}.metrics names {', '.join(named) or 'none'}")
+
+    def check_dict(self, method: str, values: Any, taken: Collection[str] = ()) -> dict[str, Any]:
+        """Return what a method has returned. Raises UsageError unless it is a dict without the names ``taken``."""
+        if not isinstance(values, dict):
+            raise UsageError(f"{self.name}.{method} returned {type(values).__name__}, not a dict")
+        if both := values.keys() & {*taken}:
+            raise UsageError(f"{self.name}.{method}: {min(both)} has another meaning", fix="choose another name")
+        return values
+
+    def check_independence(self, evaluation: Evaluation) -> None:
+        """Raise UsageError if an example's loss or measure changes if the batch has other examples, or none."""
+        cuts = [0, 1, len(self.few) // 2 + 1, len(self.few)]
+        parts = [self.few.between(*ends) for ends in itertools.pairwise(cuts)]
+        in_parts = Evaluation.merge([self.evaluated(part) for part in parts if len(part)])
+        changed = _differing(evaluation, in_parts)
+        if changed and not _differing(evaluation, self.evaluated(self.few)):  # else, it changes anyway
+            name = "loss" if "loss" in changed else min(changed)
+            problem = f"{self.name}: an example's {name} changes if other examples leave the batch"
+            fix = "mask the padding, compute it in summarize_predictions, or set compares_examples = True if intended"
+            raise UsageError(f"{problem}, so it depends on the number of workers", fix=fix)
+
+    def check_schedules(self, state: TrainingState) -> None:
+        """Raise UsageError if a schedule that looks at the monitored metric takes better values for worse."""
+        monitor = self.workload.monitor
+        for schedule in state.schedulers.values():
+            if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != monitor.mode:
+                problem = f"{self.name}: ReduceLROnPlateau has mode={schedule.mode!r}, but looks at {monitor.name}"
+                raise UsageError(problem, fix=f"create it with mode={monitor.mode!r}")
 
     def check_checkpoint(self, state: TrainingState) -> None:
         """Raise UsageError if a checkpoint cannot hold the state, or another model computes something else with it."""
@@ -365,10 +333,11 @@ class _Trial:
                 check_kept(snapshot(state, {}).training)
         again = self.new_model(self.config.seed + 1)  # an evaluation has another seed, too
         again.load_state_dict(self.model.state_dict())
-        one, other = (self.evaluated(self.few, model=model) for model in (self.model, again))
-        if _differing(one, other) and not _differing(one, self.evaluated(self.few)):
-            found = f"{self.name}: another new model computes something else with the same state_dict"
-            raise UsageError(f"{found}; make random tensors buffers, and keep layers in an nn.ModuleList")
+        evaluation = self.evaluated(self.few)
+        is_other = _differing(evaluation, self.evaluated(self.few, again))
+        if is_other and not _differing(evaluation, self.evaluated(self.few)):
+            problem = f"{self.name}: another new model computes something else with the same state_dict"
+            raise UsageError(problem, fix="make random tensors buffers, and keep layers in an nn.ModuleList")
 
 
 class _Still:
@@ -382,48 +351,14 @@ class _Still:
         closure()
 
 
-def _recorded(config: TrainConfig) -> tuple[TrainConfig, set[str]]:
-    """Return a copy of the config, and a set that records which of the copy's settings are read."""
-    used = set[str]()
-
-    class Recording(TrainConfig):
-        def __getattribute__(self, name: str) -> Any:
-            used.add(name)
-            return super().__getattribute__(name)
-
-    return Recording(**values_of(config)), used
-
-
 def _differing(one: Evaluation, other: Evaluation) -> set[str]:
-    """Return what differs between evaluations of the same examples, of which the ``other`` may have only the first."""
+    """Return the names of the losses and sums that differ between evaluations of the same examples."""
     are_close = functools.partial(np.allclose, rtol=1e-3, atol=1e-5, equal_nan=True)
-    found, number = set[str](), other.num_examples
-    if not are_close(one.losses["loss"][:number], other.losses["loss"]):
-        found.add("loss")
-    if number == one.num_examples:
-        of_other = _sums_of(other)
-        found |= {name for name, value in _sums_of(one).items() if not are_close(value, of_other[name])}
-    return found
+    of_other = _sums_of(other)
+    found = {name for name, value in _sums_of(one).items() if not are_close(value, of_other[name])}
+    return found if are_close(one.losses["loss"], other.losses["loss"]) else {*found, "loss"}
 
 
 def _sums_of(evaluation: Evaluation) -> dict[str, float]:
     """Return the sums of loss, measures and weights over all examples."""
     return {name: sum(batch[name] for batch in evaluation.batch_sums) for name in evaluation.batch_sums[0]}
-
-
-def note_of_transforms(workload: Workload, validation: Split) -> str:
-    """Return a note if the validation set is held out from a ``Dataset`` whose examples change from read to read."""
-    is_plain = isinstance(validation.examples, Arrays) and not validation.transforms
-    if validation.origin != "train" or validation.is_in_blocks or is_plain:
-        return ""
-    read = list[list[Any]]()
-    for seed in (0, 1):  # of the random numbers that examples draw
-        seed_generators(seed)
-        with placed(workload, "an example for validation"):
-            examples = [validation[position] for position in range(min(_NUM_REREAD, len(validation)))]
-        arrays = map(np.asarray, pytree.tree_leaves(examples))
-        read.append([np.nan_to_num(array) for array in arrays if array.dtype.kind in "biuf"])
-    if len(read[0]) == len(read[1]) and all(map(np.array_equal, *read)):
-        return ""
-    found = "the validation set is held out from a Dataset whose examples change from read to read"
-    return f"{found}: validation gets them, too; pass random transforms as Data(train_transform=…)"

@@ -79,6 +79,11 @@ class Job:
         return frozenset(name for name, found in self.placed.items() if found.place == FLAGS)
 
     @property
+    def unused(self) -> set[str]:
+        """The settings that the optimizer does not use; none are known of a workload's own optimizer."""
+        return self.train.unused if type(self.workload).create_optimizer is Workload.create_optimizer else set()
+
+    @property
     def by_place(self) -> dict[str, dict[str, Any]]:
         """The settings of the run that a place gives, by place, the weakest first."""
         of_command = declared(OutputConfig, SourceConfig).keys() - {"workload", *_AGAIN}

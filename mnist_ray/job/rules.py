@@ -18,7 +18,6 @@ from mnist_ray.layers import FLAGS
 from mnist_ray.ray_versions import is_at_least, ray_version
 from mnist_ray.settings import values_of
 from mnist_ray.text import count
-from mnist_ray.workload.base import Workload
 
 if TYPE_CHECKING:
     from mnist_ray.job.job import Job
@@ -41,12 +40,6 @@ def _no_effect(settings: tuple[str, ...], unless: Callable[[Job, Splits], bool],
     """Return the rule that settings have no effect ``unless`` a condition holds."""
     problem, fix = f"has no effect{reason}", "leave it out"
     return Rule(settings, lambda job, data: not unless(job, data), problem, fix, is_about_effect=True)
-
-
-def _optimizes(name: str) -> Callable[[Job, Splits], bool]:
-    """Return the condition that the job's optimizer uses a setting; one of the workload's own may use any."""
-    own = Workload.create_optimizer
-    return lambda job, _: type(job.workload).create_optimizer is not own or name not in job.train.unused
 
 
 def _epochs_come_last(job: Job) -> bool:
@@ -154,7 +147,7 @@ OF_SETTINGS = (
     ),
     _no_effect(("num_chunks",), lambda job, _: job.train.reproducible, " without --reproducible"),
     *(
-        _no_effect((name,), _optimizes(name), ": {optimizer} does not use it")
+        _no_effect((name,), lambda job, _, name=name: name not in job.unused, ": {optimizer} does not use it")
         for name in ("beta1", "beta2", "momentum")
     ),
     _no_effect(

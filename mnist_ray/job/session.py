@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from mnist_ray import process
 from mnist_ray.cluster.plan import Cluster
-from mnist_ray.config import WorkerConfig, shown
+from mnist_ray.config import WorkerConfig
 from mnist_ray.data.data import Split, Splits
 from mnist_ray.errors import JobError, TrainingStoppedError, UnreadableDataError, UsageError, with_place
 from mnist_ray.job.job import Job, check_free
@@ -70,18 +70,12 @@ class Session:
     clock: Clock
     cluster: Cluster
     repository: Future[Repository | None]  # that of the user's code
-    own_unused: set[str] | None  # settings that the workload's own optimizer and schedule do not use, if it has any
     leave: Callable[[], None] = lambda: None  # begin to disconnect from Ray, which is no longer needed
 
     @property
     def is_here(self) -> bool:
         """Whether this process trains, without Ray."""
         return self.workers.num_workers == 0
-
-    @property
-    def unused(self) -> set[str]:
-        """The settings that the optimizer and the schedule do not use."""
-        return self.job.train.unused if self.own_unused is None else self.own_unused
 
 
 @contextlib.contextmanager
@@ -102,19 +96,14 @@ def opened(
     folder = job.workload.source.place
     repository = process.in_thread(lambda: state_of(folder))
     say = functools.partial(console.say, "note")
-    unused, note = None, ""
     too_large = _too_large(job) if job.train.strategy == "fsdp" else ""
     if too_large:
         say(f"skipping the trial batch: {too_large}")
 
     def meanwhile() -> None:
-        nonlocal unused, note
         with process.without_collector():
             if not too_large:
-                from mnist_ray.job.dry_run import note_of_transforms  # imports torch
-
-                unused = _try_batch(job, data.train, batch_sizes)
-                note = note_of_transforms(job.workload, data.validation)
+                _try_batch(job, data.train, batch_sizes)
             importlib.import_module(preload)  # with Ray Train, which ray.init does not import
 
     with owned(job.run, console.waiting):
@@ -127,9 +116,7 @@ def opened(
 
         connection = Connection(job.workers, forking, verbose=job.output.verbose)
         with connection.opened(say, meanwhile) as cluster:
-            if note:
-                say(note)
-            yield Session(job, job.workers, data, console, clock, cluster, repository, unused, connection.leave)
+            yield Session(job, job.workers, data, console, clock, cluster, repository, connection.leave)
 
 
 @contextlib.contextmanager
@@ -171,8 +158,8 @@ def _too_large(job: Job) -> str:
     return f"the model needs {size_of(needed)}, but only {size_of(free)} are free here" if needed > free else ""
 
 
-def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] | None:
-    """Send a batch through the job's workload; return like ``try_batch``. Raises UsageError."""
+def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
+    """Send a batch through the job's workload. Raises UsageError."""
     from mnist_ray.job.dry_run import NUM_EXAMPLES, try_batch  # imports torch
 
     num_workers, num_streams = job.workers.num_workers or 1, job.train.num_streams
@@ -184,11 +171,7 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
         train, sizes = Split(train.examples.first(2 * NUM_EXAMPLES), transforms=train.transforms), ()
         if len(train) == 0:
             raise UsageError(f"{type(job.workload).__name__}: the stream of training examples is empty")
-    unused = try_batch(job.workload, train, job.train, sizes, smallest, num_workers)
-    if given := sorted(job.given & (unused or set())):
-        own = f"{type(job.workload).__name__}'s loss, optimizer and schedule"
-        raise UsageError(f"{shown(given[0])} has no effect: {own} do not use it; leave it out")
-    return unused
+    try_batch(job.workload, train, job.train, sizes, smallest, num_workers)
 
 
 def console_of(job: Job) -> RunConsole:

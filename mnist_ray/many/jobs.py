@@ -96,9 +96,6 @@ def _train_or_check(session: Session, many: Many, data: Data) -> None:
     """Train one run or many; with ``--dry-run``, only check whether that is possible."""
     from mnist_ray.run import fit  # torch was loaded while Ray started
 
-    if idle := sorted((session.own_unused or set()) & {*many.space.spaces}):
-        own = f"{type(session.job.workload).__name__}'s loss, optimizer and schedule"
-        raise UsageError(f"--sweep {idle[0]} has no effect: {own} do not use it; leave it out")
     plan = fit.plan(session)
     if session.job.output.dry_run:
         say_plan(session, plan)

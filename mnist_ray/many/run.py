@@ -71,7 +71,6 @@ def _train_all(session: Session, plan: WorkerPlan, many: Many, data: Data) -> Ta
         plan,
         session.cluster,
         session.repository.result(),
-        session.own_unused,
         tuple(sys.argv),
         ray.put(data) if are_stored else None,  # else, each process loads them
     )

@@ -93,7 +93,7 @@ def write_settings(session: Session, plan: WorkerPlan, settings: Mapping[str, An
             "metadata": workload.metadata,
             "data_name": session.data.name,
             "data": digests_of(session.data),
-            "unused_settings": sorted(session.unused),
+            "unused_settings": sorted(job.unused),
             "repository": session.repository.result(),
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))

@@ -20,9 +20,7 @@ from mnist_ray.data.data import Split, Splits
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.splits import Fold, splits_of, subset
 from mnist_ray.errors import ExampleError
-from mnist_ray.job.dry_run import note_of_transforms
-from mnist_ray.workload import Arrays, Blocks, Data, Regression, Streamed, Workload, sources
-from mnist_ray.workload.calls import data_of
+from mnist_ray.workload import Arrays, Blocks, Data, Streamed, Workload, sources
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(batch_size=8, num_epochs=2, num_streams=4)
@@ -158,18 +156,6 @@ def test_a_transform_that_fails_names_its_example(examples: Any) -> None:
     split = splits_of(Data(examples, pairs(), train_transform=lambda value: 1 / 0), 0).train
     with pytest.raises(ExampleError, match=r"^train example \d+ cannot be read: ZeroDivisionError: division by zero$"):
         seen(split)
-
-
-def test_a_note_says_if_validation_is_transformed_at_random() -> None:
-    class Numbers(Regression):
-        def load_data(self) -> Data:
-            options: Any = {self.metadata["name"]: noisy}
-            return Data(Arrays(NUMBERS, NUMBERS), pairs(4), **options)
-
-    for name, is_noted in (("train_transform", False), ("transform", True)):
-        workload = Numbers(None, {"name": name})
-        note = note_of_transforms(workload, splits_of(data_of(workload), 10).validation)
-        assert note.endswith("pass random transforms as Data(train_transform=…)") == is_noted
 
 
 def test_pictures_are_transformed_before_they_are_scaled_and_only_to_train(tmp_path: Path) -> None:

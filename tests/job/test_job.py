@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from mnist_ray.cluster.plan import Cluster
@@ -49,7 +50,7 @@ def begin(job: Job, data: Splits) -> None:
     cluster = Cluster(is_local=True, nodes=(), log_folder="")
     nowhere: Future[Repository | None] = Future()
     nowhere.set_result(None)
-    session = Session(job, job.workers, data, Mock(), Clock(), cluster, nowhere, own_unused=None)
+    session = Session(job, job.workers, data, Mock(), Clock(), cluster, nowhere)
     write_settings(session, Mock(), job.values)
 
 
@@ -302,29 +303,15 @@ def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_
         assert tried.call_args.args[-2] == part
 
 
-class Weighted(InBlocks):
-    """It minimizes another loss than it reports."""
-
-    recipes = {"smooth": {"label_smoothing": 0.1}}
-
-    def prepare(self, inputs: Any, generator: Any) -> Any:
-        return inputs[:, None].float()
-
-    def batch_loss(self, model: Any, batch: Any, step: Any) -> Any:
-        return 2 * step.measure(step.forward(batch), batch.targets)
+class OwnOptimizer(InBlocks):
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Any:
+        return torch.optim.SGD(model.parameters(), momentum=config.momentum)
 
 
-def test_label_smoothing_that_a_workloads_own_loss_does_not_use_is_refused_if_it_is_given(tmp_path: Path) -> None:
-    given = {"workload": Weighted, "storage_path": str(tmp_path), "num_workers": 0, "precision": "fp32"}
-
-    def begin(**more: Any) -> None:
-        job = read_job({**given, **more})
-        with opened(NOT_FORKED, job, load_splits(job), Mock(), Clock(), "math"):
-            pass
-
-    begin(recipe="smooth")
-    with pytest.raises(UsageError, match=r"^--set label_smoothing has no effect: Weighted's loss, .* do not use it"):
-        begin(label_smoothing=0.1)
+def test_what_a_workloads_own_optimizer_uses_is_its_own_matter(tmp_path: Path) -> None:
+    job = read_job({"workload": OwnOptimizer, "storage_path": str(tmp_path), "momentum": 0.5})
+    assert (job.train.momentum, job.unused) == (0.5, set())
+    assert read_job({"workload": InBlocks, "storage_path": str(tmp_path)}).unused == {"momentum"}
 
 
 @pytest.mark.parametrize(("schedule", "noted"), [("one-cycle", 1), ("cosine", 1), ("linear", 1), ("constant", 0)])

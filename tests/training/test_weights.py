@@ -250,7 +250,7 @@ def test_inherited_metrics_are_means_by_weight() -> None:
 def test_weights_without_a_loss_that_multiplies_by_them_are_refused_before_the_start() -> None:
     split = Split(Arrays(np.ones((16, 4), np.float32), np.arange(16) % 3))
     workload = Classes(metadata={"class_names": [0, 1, 2]})
-    with pytest.raises(UsageError, match=r"^Classes has weights, so it needs a loss that .*: return super\(\)"):
+    with pytest.raises(UsageError, match=r"^Classes has weights, so it needs a loss that .*; return super\(\)"):
         try_batch(workload, split, CONFIG, [16], Fraction(1))
 
 
