@@ -257,9 +257,10 @@ def rules() -> str:
     """Return the page of the rules between settings."""
     lines = ["# Rules between settings", "", NOTE, "", *textwrap.wrap(ABOUT_RULES, 120)]
     titles = {
-        "What cannot be combined": [rule for rule in OF_SETTINGS if not rule.is_about_effect],
-        "What does not fit the data": [rule for rule in OF_DATA if not rule.is_about_effect],
-        "What has no effect": [rule for rule in (*OF_SETTINGS, *OF_DATA) if rule.is_about_effect],
+        "What cannot be combined": [rule for rule in OF_SETTINGS if rule.kind == "error"],
+        "What does not fit the data": [rule for rule in OF_DATA if rule.kind == "error"],
+        "What has no effect": [rule for rule in (*OF_SETTINGS, *OF_DATA) if rule.kind == "no effect"],
+        "What is only noted": [rule for rule in OF_DATA if rule.kind == "note"],
     }
     for title, of_title in titles.items():
         lines += ["", f"## {title}", "", "| settings | error | what to do |", "|---|---|---|"]

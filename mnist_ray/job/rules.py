@@ -1,6 +1,6 @@
 """The rules between settings, a workload and its data, as one table: of settings first, then of data.
 
-Errors come from it, and a page of the reference. A setting that has no effect is a mistake, too.
+Errors and notes come from it, and a page of the reference. A setting that has no effect is a mistake, too.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mnist_ray.config import shown
-from mnist_ray.data.data import Split, Splits
+from mnist_ray.data.data import Splits
 from mnist_ray.data.digests import digests_of
 from mnist_ray.errors import UsageError
 from mnist_ray.layers import FLAGS
@@ -27,19 +27,26 @@ _NO_DATA: Any = None
 
 @dataclass(frozen=True)
 class Rule:
-    """A mistake: what is wrong, and what to do."""
+    """What is wrong with some settings, and what to do."""
 
     settings: tuple[str, ...]  # that it reads or, if they have no effect, that it is about
     is_broken: Callable[[Job, Splits], bool]
     problem: str  # with {…} for settings and for what ``_facts`` has
     fix: str
-    is_about_effect: bool = False  # it only counts for settings that are given with this command or call
+    kind: Literal["error", "no effect", "note"] = "error"
+    """``no effect``: an error if the setting is given with this command or call. ``note``: only printed."""
 
 
 def _no_effect(settings: tuple[str, ...], unless: Callable[[Job, Splits], bool], reason: str) -> Rule:
     """Return the rule that settings have no effect ``unless`` a condition holds."""
-    problem, fix = f"has no effect{reason}", "leave it out"
-    return Rule(settings, lambda job, data: not unless(job, data), problem, fix, is_about_effect=True)
+    return Rule(
+        settings, lambda job, data: not unless(job, data), f"has no effect{reason}", "leave it out", "no effect"
+    )
+
+
+def _no_effect_in_optimizer(name: str) -> Rule:
+    """Return the rule that a setting has no effect if the optimizer does not use it."""
+    return _no_effect((name,), lambda job, _: name not in job.unused, ": {optimizer} does not use it")
 
 
 def _epochs_come_last(job: Job) -> bool:
@@ -146,10 +153,7 @@ OF_SETTINGS = (
         " with --num-workers 0, which trains without Ray",
     ),
     _no_effect(("num_chunks",), lambda job, _: job.train.reproducible, " without --reproducible"),
-    *(
-        _no_effect((name,), lambda job, _, name=name: name not in job.unused, ": {optimizer} does not use it")
-        for name in ("beta1", "beta2", "momentum")
-    ),
+    *map(_no_effect_in_optimizer, ("beta1", "beta2", "momentum")),
     _no_effect(
         ("num_confirmed",),
         lambda job, _: not job.train.is_several or job.asked.get("num_confirmed") == 0,
@@ -200,22 +204,36 @@ OF_DATA = (
         lambda _, data: data.train.is_in_blocks,
         ": the data are not in blocks",
     ),
+    Rule(
+        ("num_streams",),
+        lambda job, data: data.train.is_in_blocks and len(data.train.examples.sizes) < job.train.num_streams,
+        "{blocks} for {num_streams} streams of blocks (num_streams): some are read twice",
+        "write smaller ones",
+        "note",
+    ),
+    Rule(
+        ("early_stopping_patience", "lr_schedule"),
+        lambda job, _: job.train.early_stopping_patience is not None and job.train.lr_schedule != "constant",
+        "the {lr_schedule} schedule spans all epochs: if training stops early, the learning rate has not come down",
+        "--lr-schedule constant avoids that",
+        "note",
+    ),
 )
 
 
 def check(job: Job, data: Splits | None = None) -> None:
     """Raise UsageError if settings cannot be combined or, with ``data``, do not fit them."""
     for rule in OF_SETTINGS if data is None else OF_DATA:
-        if not rule.is_about_effect and rule.is_broken(job, data or _NO_DATA):
-            raise UsageError(_text(rule, job, data))
+        if rule.kind == "error" and rule.is_broken(job, data or _NO_DATA):
+            raise UsageError(f"{_problem(rule, job, data)}{_places(rule, job)}", fix=rule.fix)
 
 
 def check_used(jobs: Sequence[Job], names: Collection[str], data: Splits | None = None) -> None:
     """Raise UsageError if one of the named settings has no effect in any of the jobs, such as a sweep's trials."""
     for rule in OF_SETTINGS if data is None else OF_DATA:
-        if rule.is_about_effect and all(rule.is_broken(job, data or _NO_DATA) for job in jobs):
+        if rule.kind == "no effect" and all(rule.is_broken(job, data or _NO_DATA) for job in jobs):
             for name in sorted({*rule.settings} & {*names}):
-                raise UsageError(f"{shown(name)} {_text(rule, jobs[0], data)}")
+                raise UsageError(f"{shown(name)} {_problem(rule, jobs[0], data)}", fix=rule.fix)
 
 
 def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Job:
@@ -233,7 +251,8 @@ def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) 
     check_used([job], job.given, data)
     if job.train.batch_size > num_train:
         job = job.with_values({"batch_size": num_train})
-    notes += [*_notes_on_streams(job, data.train), *_notes_on_early_stop(job)]
+    noted = [rule for rule in OF_DATA if rule.kind == "note" and rule.is_broken(job, data)]
+    notes += [f"{_problem(rule, job, data)}; {rule.fix}" for rule in noted]
     return dataclasses.replace(job, notes=(*job.notes, *notes))
 
 
@@ -246,49 +265,33 @@ def _check_batch_size(job: Job, num_train: int, largest: int, *, is_of_sweep: bo
     return [f"batch size {num_train:,}, not {largest:,}: there are only {there}"]
 
 
-def _notes_on_streams(job: Job, train: Split) -> list[str]:
-    """Return a note if there are fewer blocks than streams."""
-    if not train.is_in_blocks or len(train.examples.sizes) >= job.train.num_streams:
-        return []
-    streams = f"{count(job.train.num_streams, 'stream')} of blocks (num_streams)"
-    return [f"{count(len(train.examples.sizes), 'block')} for {streams}: some are read twice; write smaller ones"]
-
-
-def _notes_on_early_stop(job: Job) -> list[str]:
-    """Return a note if the learning rate may not come down."""
-    if job.train.early_stopping_patience is None or job.train.lr_schedule == "constant":
-        return []
-    said = f"the {job.train.lr_schedule} schedule spans all epochs: if training stops early, the learning rate has"
-    return [f"{said} not come down; --lr-schedule constant avoids that"]
-
-
 def _check_same_data(job: Job, splits: Splits) -> list[str]:
     """Raise UsageError if a resumed run was started with different data; return a note if that cannot be checked."""
     then, now = job.origin.get("data") or {}, digests_of(splits) if job.origin else {}
     differing = [split for split in then if None not in (then[split], now.get(split)) and then[split] != now[split]]
     if differing:
-        raise UsageError(
-            f"--resume: the data differ from those that run {job.run.name} was started with "
-            f"({', '.join(differing)}); restore them, or start another run"
-        )
+        problem = f"--resume: the data differ from those that run {job.run.name} was started with"
+        raise UsageError(f"{problem} ({', '.join(differing)})", fix="restore them, or start another run")
     if then and None in now.values():
         return ["cannot check that the data are unchanged: the workload does not list their files (Data.files)"]
     return []
 
 
-def _text(rule: Rule, job: Job, data: Splits | None) -> str:
-    """Return what is wrong, which places other than flags have decided it, and what to do."""
-    places = dict[str, list[str]]()
-    for name in rule.settings:
-        if name in job.placed and job.placed[name].place != FLAGS and not rule.is_about_effect:
-            places.setdefault(job.placed[name].place, []).append(name)
-    where = "; ".join(f"{', '.join(names)} from {place}" for place, names in places.items())
-    problem = rule.problem.format_map(_facts(job, data))
-    return f"{problem}{f' ({where})' if where else ''}; {rule.fix}"
-
-
-def _facts(job: Job, data: Splits | None) -> dict[str, Any]:
-    """Return the values that a rule's text may name."""
+def _problem(rule: Rule, job: Job, data: Splits | None) -> str:
+    """Return what is wrong, with the values of settings."""
     facts = {**job.asked, **values_of(job.train, job.workers), "workload": type(job.workload).__name__}
     facts |= {"ray": ray_version(), "num_workers": job.workers.num_workers or 1}
-    return facts if data is None else {**facts, "steps": job.train.total_steps(len(data.train))}
+    if data is not None:
+        facts["steps"] = job.train.total_steps(len(data.train))
+        facts["blocks"] = count(len(data.train.examples.sizes), "block") if data.train.is_in_blocks else ""
+    return rule.problem.format_map(facts)
+
+
+def _places(rule: Rule, job: Job) -> str:
+    """Return which places other than flags have given a rule's settings: `` (compile from settings.toml)``."""
+    places = dict[str, list[str]]()
+    for name in rule.settings:
+        if name in job.placed and job.placed[name].place != FLAGS:
+            places.setdefault(job.placed[name].place, []).append(name)
+    given = "; ".join(f"{', '.join(names)} from {place}" for place, names in places.items())
+    return f" ({given})" if given else ""

@@ -146,7 +146,7 @@ def test_a_broken_rule_is_one_line(
 
 
 def test_each_rule_has_a_mistake() -> None:
-    for rule in (*OF_SETTINGS, *OF_DATA):
+    for rule in [rule for rule in (*OF_SETTINGS, *OF_DATA) if rule.kind != "note"]:
         text = max(re.split(r"{.*?}", rule.problem), key=len)[:40]
         assert any(text in message for _, message in MISTAKES), rule.problem
 
