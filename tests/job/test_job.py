@@ -397,7 +397,7 @@ MISTAKES = [  # words of the command line in a folder HERE, and the error
     ("--config mnist.json --workload SHAPES", "mnist.json has unknown settings: data_dir"),
     ("--config missing.toml", "cannot read the settings file missing.toml: No such file or directory"),
     ("--config wrong.toml", "wrong.toml: --batch-size must be of type int, not 'many'"),
-    ("--config .", "the settings file . is not a file"),
+    ("--config .", "cannot read the settings file .: Is a directory"),
     ("--recipe huge", "there is no recipe huge; known: default, notebook"),
     ("--resume", "--resume needs --run-name NAME"),
     ("--resume --run-name gone",
