@@ -60,7 +60,6 @@ class MemberSpec:
     plan: WorkerPlan
     cluster: Cluster
     repository: Repository | None  # that of the user's code
-    own_unused: set[str] | None  # as in a Session
     command_line: tuple[str, ...]
     stored: ray.ObjectRef | None = None  # the workload's Data, if other processes can take them
 
@@ -71,7 +70,7 @@ class MemberSpec:
         number = 0 if self.plan.num_workers == 1 else job.workers.num_workers
         workers = dataclasses.replace(job.workers, num_workers=number)
         splits = splits_for(job.workload, data, job.train)
-        return Session(job, workers, splits, console, Clock(), self.cluster, repository, self.own_unused)
+        return Session(job, workers, splits, console, Clock(), self.cluster, repository)
 
 
 class QuietConsole(RunConsole):
