@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
-_REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
+_FIXES = {"Tensor": "call .numpy()", "NoneType": "without targets, repeat the inputs"}
 
 
 def data_of(workload: Workload) -> Data:
@@ -62,8 +62,7 @@ def splits_for(workload: Workload, data: Data, config: TrainConfig) -> Splits:
         strata = workload.strata(data)
 
     def of_fold(number: int) -> Splits:
-        fold = Fold(number - 1, num_folds, config.seed, strata)
-        return subset(splits_of(data, config.validation_size, fold), config)
+        return subset(splits_of(data, config.validation_size, Fold(number - 1, num_folds, config.seed, strata)), config)
 
     if config.fold is not None:
         return of_fold(config.fold)
@@ -124,15 +123,15 @@ def _checked_data(workload: Workload, data: object) -> Data:
 def _check_examples(where: str, examples: Any, *, may_stream: bool) -> None:
     if isinstance(examples, Streamed):
         if not may_stream:
-            raise UsageError(f"{where} is a stream without a length; only the training data may be one")
+            raise UsageError(f"{where} is a stream without a length", fix="only the training data may be one")
         if isinstance(examples.source, Iterator):
-            raise UsageError(f"{where} is an iterator, which can be read once; give the function that makes it")
+            raise UsageError(f"{where} is an iterator, which can be read once", fix="give the function that makes it")
         return
     if isinstance(examples, Arrays):
         _check_arrays(where, examples)
     elif isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
-        kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
-        raise UsageError(f"{where} is of type {type(examples).__name__}, {kinds}")
+        kind = type(examples).__name__
+        raise UsageError(f"{where} is of type {kind}, neither Arrays(inputs, targets) nor a Dataset with a length")
     if len(examples) == 0:
         raise UsageError(f"{where} holds no examples")
 
@@ -141,9 +140,11 @@ def _check_arrays(where: str, arrays: Arrays) -> None:
     for what, array in arrays.named.items():
         if not isinstance(array, np.ndarray) or array.ndim == 0:
             kind = type(array).__name__
-            raise UsageError(f"{where}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
+            raise UsageError(f"{where}: {what} must be a NumPy array (N, ...), not {kind}", fix=_FIXES.get(kind, ""))
         if isinstance(array, np.ma.MaskedArray):
-            raise UsageError(f"{where}: {what} are a masked array, whose mask would be ignored; call .filled(VALUE)")
+            raise UsageError(
+                f"{where}: {what} are a masked array, whose mask would be ignored", fix="call .filled(VALUE)"
+            )
         if array.dtype.kind not in "biuf":
             raise UsageError(f"{where}: {what} must be numbers, not of dtype {array.dtype}")
     (first, array), *others = arrays.named.items()

@@ -55,7 +55,7 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
         return load(saved)
     except UsageError as error:
         found = f"{error} (of {file})" if file else str(error)
-        raise UsageError(f"{found}; if the workload has moved, give its new location with --workload") from error
+        raise UsageError(found, fix="if the workload has moved, give its new location with --workload") from error
 
 
 def _check_class(workload_class: type[Workload]) -> None:
@@ -75,9 +75,9 @@ def _check_class(workload_class: type[Workload]) -> None:
             if metric.name == LOSS.name and metric != LOSS:
                 raise UsageError('the loss is named as Metric("loss", "min")')
             if metric.name in ("score", "s"):
-                raise UsageError(f"{metric.name} has another meaning in checkpoints; choose another name")
+                raise UsageError(f"{metric.name} has another meaning in checkpoints", fix="choose another name")
     if not dataclasses.is_dataclass(settings):
-        raise UsageError(f"{name}.Settings must be a dataclass: put @dataclass(frozen=True) above it")
+        raise UsageError(f"{name}.Settings must be a dataclass", fix="put @dataclass(frozen=True) above it")
     with _checking(workload_class, "Settings"):
         _check_settings(settings)
     known: list[type] = [config.TrainConfig, settings]
@@ -104,9 +104,9 @@ def _check_settings(settings: type) -> None:
     taken = {*declared(*config.CLASSES, config.EvaluationConfig), "run", "set", "help"}
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING:
-            raise UsageError(f"{field.name} needs a default: use setting(DEFAULT, HELP)")
+            raise UsageError(f"{field.name} needs a default", fix="use setting(DEFAULT, HELP)")
         if field.name in taken:
-            raise UsageError(f"{flag(field.name)} is already a flag; give it another name")
+            raise UsageError(f"{flag(field.name)} is already a flag", fix="give it another name")
     json.dumps(values_of(build(settings, {field.name: field.default for field in dataclasses.fields(settings)})))
 
 

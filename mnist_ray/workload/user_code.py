@@ -91,12 +91,12 @@ def find(reference: str, base: type[T]) -> type[T]:
     """
     flag, (code, name) = _flag(base), _split(reference)
     if not reference.strip():
-        raise UsageError(f"{flag} is empty; name a FILE.py or a module")
+        raise UsageError(f"{flag} is empty", fix="name a FILE.py or a module")
     if code.endswith(".py"):
         path = str(path_of(code, flag).resolve())
         if other := _other_module(path):
-            clash = f"Python has another module named {Path(code).stem}, {other}"
-            raise UsageError(f"{flag} {code}: {clash}; name that one, or rename one of the files")
+            problem = f"{flag} {code}: Python has another module named {Path(code).stem}, {other}"
+            raise UsageError(problem, fix="name that one, or rename one of the files")
         reference = path + (f":{name}" if name else "")
     else:
         path = inspect.getsourcefile(_pick(_import_module(code, flag), reference, base)) or ""
@@ -177,10 +177,8 @@ def check_trusted(reference: str, flag: str, file: str, folders: Iterable[Path])
     """Raise UsageError if the code that ``file`` names may have come with the file: see ``why_untrusted``."""
     path_of(_split(reference)[0], f"{file}: {flag}")
     if reason := why_untrusted(reference, folders):
-        raise UsageError(
-            f"{file} names {flag} {reference}, {reason}: the code may have come with the run; if you trust it, "
-            f"name it with {flag}"
-        )
+        problem = f"{file} names {flag} {reference}, {reason}: the code may have come with the run"
+        raise UsageError(problem, fix=f"if you trust it, name it with {flag}")
 
 
 def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
@@ -262,7 +260,7 @@ def _module_of(source: SourceCode, flag: str) -> types.ModuleType:
 def _run_file(source: SourceCode, flag: str) -> types.ModuleType:
     """Run a file's text as a module. Like a script, it can import the files next to it."""
     if source.path in _being_run:
-        raise UsageError('the file starts a job when it is loaded: put the call under if __name__ == "__main__":')
+        raise UsageError("the file starts a job when it is loaded", fix='put the call under if __name__ == "__main__":')
     _add_to_path(source.folder)
     name = _module_name(source.path)
     module = types.ModuleType(name)

@@ -86,23 +86,6 @@ def test_the_right_class_of_a_file_is_loaded(write: Write, text: str, name: str,
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "expected"),
-    [
-        (BOTH, "", " holds several workloads; add a name: :Digits, :Letters"),
-        (IMPORTS + "class Digits: ...", "", " holds no workload: no class derived from mnist_ray.workload.Workload"),
-        (BOTH, ":Numbers", ": there is no workload Numbers, only Digits, Letters"),
-        ("import math\nclass Digits(:\n", "", ": SyntaxError: invalid syntax (problem.py, line 2)"),
-        ("def fail(): return 1 / 0\nfail()\n", "", ": ZeroDivisionError: division by zero (problem.py, line 1)"),
-        ("raise KeyError", "", ": KeyError: KeyError (problem.py, line 1)"),
-        ("import sys\nsys.exit(3)", "", ": SystemExit: sys.exit(3) (problem.py, line 2)"),
-    ],
-)
-def test_an_error_in_a_file_is_reported_in_one_line(write: Write, text: str, name: str, expected: str) -> None:
-    reference = f"{write(text)}{name}"
-    assert message_of(reference) == f"--workload {reference}{expected}"
-
-
-@pytest.mark.parametrize(
     ("noun", "nouns"), [("image", "images"), ("series", "series"), ("class", "classes"), ("box", "boxes")]
 )
 def test_nouns_have_a_plural(noun: str, nouns: str) -> None:
@@ -213,89 +196,74 @@ def test_an_exception_in_a_module_is_named_with_its_line(bakery: Write) -> None:
     assert message_of("bakery.cakes") == f"--workload bakery.cakes: {expected}"
 
 
-# --- what every workload must have
+# --- mistakes
+
+OF_FILES = [  # a file's text, the class that is named, and the error after "--workload" and the file
+    (BOTH, "", " holds several workloads; add a name: :Digits, :Letters"),
+    (IMPORTS + "class Digits: ...", "", " holds no workload: no class derived from mnist_ray.workload.Workload"),
+    (BOTH, ":Numbers", ": there is no workload Numbers, only Digits, Letters"),
+    ("import math\nclass Digits(:\n", "", ": SyntaxError: invalid syntax (problem.py, line 2)"),
+    ("def fail(): return 1 / 0\nfail()\n", "", ": ZeroDivisionError: division by zero (problem.py, line 1)"),
+    ("raise KeyError", "", ": KeyError: KeyError (problem.py, line 1)"),
+    ("import sys\nsys.exit(3)", "", ": SystemExit: sys.exit(3) (problem.py, line 2)"),
+    ("from mnist_ray.workload import Choice\nChoice(range(3)); Choice(())", "",
+     ": Choice(()) needs a tuple of values, such as Choice((16, 32)) (problem.py, line 2)"),
+    ("from mnist_ray.workload import Choice\nChoice((16))", "",
+     ": Choice(16) needs a tuple of values, such as Choice((16, 32)) (problem.py, line 2)"),
+    (f"{DIGITS}from mnist_ray import train\ntrain(Digits, num_workers=0)\n", "",
+     ': the file starts a job when it is loaded; put the call under if __name__ == "__main__": (problem.py, line 7)'),
+]  # fmt: skip
+OF_CLASSES = [  # a line in the class, and the error after its name
+    ("load_data = Workload.load_data", "workload Digits has no method load_data"),
+    ("create_model = Workload.create_model", "workload Digits has no method create_model"),
+    ("loss = Workload.loss", "workload Digits has no method loss"),
+    ("noun = 5", "Digits.noun must be a text, not 5"),
+    ("recipes = {'default': {'num_epoch': 3}}",
+     "Digits.recipes: default has unknown settings: num_epoch; did you mean num_epochs?"),
+    ("recipes = {'num_epochs': 20}", "Digits.recipes: TypeError: 'int' object is not iterable"),
+    ("recipes = {'long': {'num_epochs': 0}}", "Digits.recipes: --num-epochs must be at least 1, not 0"),
+    ("recipe = {}", "Digits.recipe: did you mean recipes? If not, choose another name"),
+    ("search = {'lerning_rate': None}",
+     "Digits.search has unknown settings: lerning_rate; did you mean learning_rate?"),
+    ("def create_optimiser(self, model, config): ...",
+     "Digits.create_optimiser: did you mean create_optimizer? If not, choose another name"),
+    ("metrics = (Metric('score', 'min'),)",
+     "Digits.metrics: score has another meaning in checkpoints; choose another name"),
+    ("metrics = (Metric('f1', 'maximize'),)", "Digits.metrics: f1 has the mode 'maximize'; it must be max or min"),
+    ("metrics = (Metric('loss', 'max'),)", 'Digits.metrics: the loss is named as Metric("loss", "min")'),
+    ("metrics = (3)", "Digits.metrics: TypeError: 'int' object is not iterable"),
+    ("def __init__(self): pass", "Digits.__init__: TypeError: too many positional arguments"),
+]  # fmt: skip
+OF_SETTINGS = [  # fields of a workload's settings, and the error
+    ("width: int", "width needs a default; use setting(DEFAULT, HELP)"),
+    ("width: int = setting('a', 'units')", "--width must be of type int, not 'a'"),
+    ("width: bytes = setting(b'a', 'units')", "TypeError: Object of type bytes is not JSON serializable"),
+    ("batch_size: int = setting(1, 'units')", "--batch-size is already a flag; give it another name"),
+    ("num_trials: int = setting(1, 'units')", "--num-trials is already a flag; give it another name"),
+    ("help: int = setting(1, 'units')", "--help is already a flag; give it another name"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["load_data", "create_model", "loss"])
-def test_a_missing_method_is_named(write: Write, method: str) -> None:
-    file = write(DIGITS.replace(f"    def {method}(", "    def _its_own("))
-    assert message_of(file) == f"workload Digits has no method {method}"
+@pytest.mark.parametrize(("text", "name", "line"), OF_FILES)
+def test_a_mistake_in_a_file_is_one_line(write: Write, text: str, name: str, line: str) -> None:
+    reference = f"{write(text)}{name}"
+    assert message_of(reference) == f"--workload {reference}{line}"
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (
-            "recipes = {'default': {'num_epoch': 3}}",
-            "recipes: default has unknown settings: num_epoch; did you mean num_epochs?",
-        ),
-        ("search = {'lerning_rate': None}", "search has unknown settings: lerning_rate; did you mean learning_rate?"),
-        (
-            "def create_optimiser(self, model, config): ...",
-            "create_optimiser: did you mean create_optimizer? If not, choose another name",
-        ),
-        (
-            "metrics = (__import__('mnist_ray.workload').workload.Metric('score', 'min'),)",
-            "metrics: score has another meaning in checkpoints; choose another name",
-        ),
-        (
-            "metrics = (__import__('mnist_ray.workload').workload.Metric('f1', 'maximize'),)",
-            "metrics: f1 has the mode 'maximize'; it must be max or min",
-        ),
-        (
-            "metrics = (__import__('mnist_ray.workload').workload.Metric('loss', 'max'),)",
-            'metrics: the loss is named as Metric("loss", "min")',
-        ),
-        ("metrics = (3)", "metrics: TypeError: 'int' object is not iterable"),
-        ("recipes = {'num_epochs': 20}", "recipes: TypeError: 'int' object is not iterable"),
-        ("recipes = {'long': {'num_epochs': 0}}", "recipes: --num-epochs must be at least 1, not 0"),
-        ("def __init__(self): pass", "__init__: TypeError: too many positional arguments"),
-        ("recipe = {}", "recipe: did you mean recipes? If not, choose another name"),
-    ],
-)
-def test_unknown_names_are_refused_with_the_likely_ones(write: Write, line: str, expected: str) -> None:
-    assert message_of(write(f"{DIGITS}    {line}\n")) == f"Digits.{expected}"
+@pytest.mark.parametrize(("text", "line"), OF_CLASSES)
+def test_a_mistake_in_a_class_is_one_line(write: Write, text: str, line: str) -> None:
+    assert message_of(write(f"from mnist_ray.workload import Metric\n{DIGITS}    {text}\n")) == line
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ("class Settings:\n    width: int = 3", "Settings must be a dataclass: put @dataclass(frozen=True) above it"),
-        (
-            "@dataclass(frozen=True)\nclass Settings:\n    width: int",
-            "Settings: width needs a default: use setting(DEFAULT, HELP)",
-        ),
-        (
-            "@dataclass(frozen=True)\nclass Settings:\n    width: int = setting('a', 'units')",
-            "Settings: --width must be of type int, not 'a'",
-        ),
-        (
-            "@dataclass(frozen=True)\nclass Settings:\n    width: bytes = setting(b'a', 'units')",
-            "Settings: TypeError: Object of type bytes is not JSON serializable",
-        ),
-        *(
-            (
-                f"@dataclass(frozen=True)\nclass Settings:\n    {name}: int = setting(1, 'units')",
-                f"Settings: {flag} is already a flag; give it another name",
-            )
-            for name, flag in [("batch_size", "--batch-size"), ("num_trials", "--num-trials"), ("help", "--help")]
-        ),
-    ],
-)
-def test_settings_that_cannot_be_flags_are_refused(write: Write, settings: str, expected: str) -> None:
-    assert message_of(write(with_settings(settings))) == f"Digits.{expected}"
+@pytest.mark.parametrize(("field", "line"), OF_SETTINGS)
+def test_a_mistake_in_a_workloads_settings_is_one_line(write: Write, field: str, line: str) -> None:
+    text = with_settings(f"@dataclass(frozen=True)\nclass Settings:\n    {field}")
+    assert message_of(write(text)) == f"Digits.Settings: {line}"
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("Choice(range(3)); Choice(())", "Choice(()) needs a tuple of values, such as Choice((16, 32))"),
-        ("Choice((16))", "Choice(16) needs a tuple of values, such as Choice((16, 32))"),
-    ],
-)
-def test_a_wrong_search_space_has_its_line(write: Write, line: str, expected: str) -> None:
-    message = message_of(write(f"from mnist_ray.workload import Choice\n{line}\n"))
-    assert message.endswith(f"/problem.py: {expected} (problem.py, line 2)")
+def test_settings_must_be_a_dataclass(write: Write) -> None:
+    message = message_of(write(with_settings("class Settings:\n    width: int = 3")))
+    assert message == "Digits.Settings must be a dataclass; put @dataclass(frozen=True) above it"
 
 
 CHECKED = """
@@ -375,16 +343,3 @@ def test_a_workload_is_created_from_its_source_and_values_though_its_file_is_gon
     assert (workload.settings.width, workload.metadata) == (9, metadata)
     workload.metadata["more"] = 1
     assert "more" not in metadata
-
-
-def test_a_file_that_trains_when_it_is_loaded_is_one_line(write: Write) -> None:
-    file = write(f"{DIGITS}\nfrom mnist_ray import train\ntrain(Digits, num_workers=0)\n", "trains.py")
-    message = message_of(file)
-    assert "the file starts a job when it is loaded: put the call under if __name__ ==" in message
-    assert message.endswith(f"(trains.py, line {len(DIGITS.splitlines()) + 3})")
-
-
-def test_a_noun_that_is_no_text_is_refused(write: Write) -> None:
-    text = "from mnist_ray.mnist import MNIST\nclass Wrong(MNIST):\n    noun = 5\n"
-    with pytest.raises(UsageError, match=r"Wrong\.noun must be a text, not 5"):
-        load(str(write(text)))
