@@ -1,6 +1,6 @@
 """Writes what the docs take from the code: python docs/write_reference.py. A test compares it.
 
-These are pages of docs/reference, and the numbers of lines in the tour's tables.
+These are pages of docs/reference, the tables of files.md, and the numbers of lines in the tour's tables.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mnist_ray
-from mnist_ray import cli, config, errors, settings
+from mnist_ray import cli, config, errors, schema, settings
 from mnist_ray.flags import Parser, title_of
 from mnist_ray.job.rules import OF_DATA, OF_SETTINGS
 from mnist_ray.predictions.predictor import Prediction, Predictor
@@ -28,6 +30,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Arrays, Blocks, Classification, Data, Metric, Picture, Regression, Workload, sources
 
 FOLDER = Path(__file__).parent / "reference"
+FILES = FOLDER / "files.md"
 TOUR = Path(__file__).parent / "understand" / "tour.md"
 NOTE = "Written by `python docs/write_reference.py` from the code."
 TRAINING = (config.TrainConfig, config.WorkerConfig, config.OutputConfig, config.SourceConfig)
@@ -282,9 +285,30 @@ def tour() -> str:
     return re.sub(r"^\| (\[.+?) \| \d+ \|", counted, TOUR.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
+def files() -> str:
+    """Return the page of a run's files, with its tables as the schema has them."""
+    tables = {f"file of a {kind} | content": entries for kind, entries in schema.FILES.items()}
+    tables |= {f"key of `{file}` | meaning": keys for file, keys in schema.KEYS.items()}
+    tables |= {f"column of `{file}` | meaning": columns for file, columns in schema.COLUMNS.items()}
+    text = FILES.read_text(encoding="utf-8")
+    for header, entries in tables.items():
+        first = re.escape(f"| {header} |")
+        text = re.sub(rf"^{first}\n(\|.*\n)+", table_of(header, entries), text, flags=re.MULTILINE)
+    return text
+
+
+def table_of(header: str, entries: Mapping[str, schema.Entry]) -> str:
+    """Return a table, in which neighbours with the same entry share a row."""
+    lines = [f"| {header} |", "|---|---|"]
+    for entry, names in itertools.groupby(entries, entries.__getitem__):
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {entry.meaning} |")
+    return "\n".join([*lines, ""])
+
+
 PAGES = {
     **{FOLDER / f"{page.__name__}.md": page for page in (flags, rules, python, workload)},
     TOUR: tour,
+    FILES: files,
 }
 
 if __name__ == "__main__":

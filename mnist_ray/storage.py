@@ -24,16 +24,18 @@ import pyarrow
 from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError, about_limit, first_line
+from mnist_ray.schema import BEST_FILE as BEST_FILE
+from mnist_ray.schema import CHECKPOINT_NAME, flaw_of
+from mnist_ray.schema import CONFIG_FILE as CONFIG_FILE
+from mnist_ray.schema import INITIAL_FILE as INITIAL_FILE
+from mnist_ray.schema import MEMBERS_FILE as MEMBERS_FILE
+from mnist_ray.schema import MEMBERS_FOLDER as MEMBERS_FOLDER
+from mnist_ray.schema import ORIGIN_FILE as ORIGIN_FILE
+from mnist_ray.schema import REPORT_FILE as REPORT_FILE
+from mnist_ray.schema import RESULT_FILE as RESULT_FILE
 from mnist_ray.settings import path_of
 
 T = TypeVar("T")
-
-CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, REPORT_FILE = "config.json", "origin.json", "result.json", "report.html"
-MEMBERS_FILE, MEMBERS_FOLDER = "members.csv", "members"  # of a job of many runs
-BEST_FILE = "best.json"  # of a sweep
-INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
-_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d{1,18})_step-(\d{1,18})", re.ASCII)
-_RESULT_CHECKPOINT = re.compile(rf"({MEMBERS_FOLDER}/(?!\.\.?/)[^/\0]{{1,255}}/)?{_CHECKPOINT_NAME.pattern}", re.ASCII)
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
@@ -145,7 +147,7 @@ class RunFolder:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise self.damaged(file_name, error) from error
-        if flaw := _flaw_of(file_name, values):
+        if flaw := flaw_of(file_name, values):
             raise self.damaged(file_name, flaw)
         return dict(values)
 
@@ -230,21 +232,6 @@ class RunFolder:
         self.filesystem.delete_file(posixpath.join(self.path, file_name))
 
 
-def _flaw_of(file_name: str, values: Any) -> str:
-    """Return what is wrong with the content of a JSON file; an empty text if nothing is."""
-    if not isinstance(values, dict):
-        return "it is not a JSON object"
-    if not values:
-        return "it is empty"
-    if file_name == CONFIG_FILE and not isinstance(values.get("workload", ""), str):
-        return "its workload is not a text"
-    if file_name == RESULT_FILE and not isinstance(values.get("seconds"), dict):
-        return "its seconds are missing"
-    if file_name == RESULT_FILE and not _RESULT_CHECKPOINT.fullmatch(str(values.get("checkpoint"))):
-        return "its checkpoint is not one of this run"
-    return ""
-
-
 def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> RunFolder:
     """Return the folder ``name`` under a path or URI; it need not exist. Raises UsageError for an unusable path."""
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//)", storage_path):
@@ -281,7 +268,7 @@ def checkpoint_name(epoch: int, step: int) -> str:
 
 def position_of(name: str) -> tuple[int, ...]:
     """Return the epoch and step in a checkpoint's name, to sort by; for any other name, ``()``, which sorts first."""
-    found = _CHECKPOINT_NAME.fullmatch(name)
+    found = CHECKPOINT_NAME.fullmatch(name)
     return tuple(map(int, found.groups())) if found else ()
 
 

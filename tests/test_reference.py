@@ -3,15 +3,19 @@
 import ast
 import csv
 import json
+import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
-from mnist_ray.checkpoints.state_file import STATE_FILE
+from mnist_ray import schema
 from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.many.points import Space
 from mnist_ray.many.table import Table
+from mnist_ray.schema import STATE_FILE
 from mnist_ray.settings import declared
 from tests.conftest import ROOT, Digits
 
@@ -57,21 +61,29 @@ def test_quoted_errors_are_those_of_the_code() -> None:
             assert part in known, f"{part!r} of {error!r}"
 
 
-def test_keys_and_columns_of_a_run_are_in_the_reference(finished_run: Path) -> None:
-    named = {*CODE.findall(page("reference/files.md"))}
-    for file in finished_run.glob("*.csv"):
-        with file.open(encoding="utf-8") as lines:
-            assert {*next(csv.reader(lines))} <= named, file.name
-    for name in ("result.json", "origin.json"):
-        assert json.loads((finished_run / name).read_text()).keys() <= named, name
+def check(entries: Mapping[str, schema.Entry], found: Iterable[str], what: str) -> None:
+    """Check that a table has exactly what was found, except for optional entries; capitals stand for another word."""
+    patterns = {re.compile(re.sub(r"[A-Z]+", ".+", re.escape(name))): entry for name, entry in entries.items()}
+    found = [*found]
+    for name in found:
+        assert any(pattern.fullmatch(name) for pattern in patterns), f"{what} has {name}"
+    for pattern, entry in patterns.items():
+        assert entry.is_optional or any(map(pattern.fullmatch, found)), f"{what} has no {pattern.pattern}"
+
+
+def test_the_schema_has_the_files_keys_and_columns_of_a_run(finished_run: Path) -> None:
+    check(schema.FILES["run"], os.listdir(finished_run), "the run")
+    for name in (schema.RESULT_FILE, schema.ORIGIN_FILE):
+        check(schema.KEYS[name], json.loads((finished_run / name).read_text()), name)
+    for name in (schema.METRICS_FILE, schema.STEPS_FILE):
+        with (finished_run / name).open(encoding="utf-8") as lines:
+            check(schema.COLUMNS[name], next(csv.reader(lines)), name)
+    columns = parquet.read_schema(finished_run / schema.COLUMNS_FILE).names
+    check(schema.COLUMNS[schema.COLUMNS_FILE], columns, schema.COLUMNS_FILE)
     for folder in finished_run.glob("checkpoint_epoch*"):
-        assert json.loads((folder / STATE_FILE).read_text()).keys() <= named
-        assert {file.name for file in folder.iterdir()} <= named
-
-
-def test_columns_of_a_sweep_are_in_the_reference() -> None:
-    named = {*CODE.findall(page("reference/files.md"))}
-    assert {*Table(Digits, Space({}, {}, {})).columns} <= named
+        check(schema.FILES["checkpoint"], os.listdir(folder), folder.name)
+        check(schema.KEYS[STATE_FILE], json.loads((folder / STATE_FILE).read_text()), STATE_FILE)
+    check(schema.COLUMNS[schema.MEMBERS_FILE], Table(Digits, Space({}, {}, {})).columns, schema.MEMBERS_FILE)
 
 
 def test_settings_of_a_run_are_in_the_reference(finished_run: Path) -> None:

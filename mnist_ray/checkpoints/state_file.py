@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mnist_ray.checkpoints.tensor_files import files_of, read_tensors
 from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.schema import STATE_FILE as STATE_FILE
 from mnist_ray.storage import RunFolder, in_one_line, with_retries
 
-STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
+TRAINING_FILE = "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
 FORMAT = 4
 OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)

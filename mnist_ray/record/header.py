@@ -9,7 +9,7 @@ from mnist_ray.job.session import Session
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.report.run_files import number_of
-from mnist_ray.storage import RESULT_FILE
+from mnist_ray.schema import RESULT_FILE
 from mnist_ray.text import count, format_settings, size_of
 from mnist_ray.workload.base import Workload
 

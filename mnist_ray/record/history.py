@@ -17,12 +17,11 @@ import numpy as np
 from mnist_ray.checkpoints.find import checkpoints_of
 from mnist_ray.config import TrainConfig
 from mnist_ray.report.run_files import (
-    METRICS_FILE,
-    STEPS_FILE,
     csv_text,
     read_csv,
     read_numbers,
 )
+from mnist_ray.schema import METRICS_FILE, STEPS_FILE
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import (
     TIMES,

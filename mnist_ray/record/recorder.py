@@ -24,9 +24,9 @@ from mnist_ray.record.header import say_plan
 from mnist_ray.record.history import History
 from mnist_ray.record.time_spent import TimeSpent
 from mnist_ray.report.run_files import FORMAT_VERSION
+from mnist_ray.schema import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import defer_first_interrupt, if_ended
-from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.text import count
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, Validated

@@ -12,9 +12,9 @@ from pyarrow import parquet
 
 from mnist_ray.data.columns import check_kinds
 from mnist_ray.errors import UsageError
+from mnist_ray.schema import COLUMNS_FILE
 from mnist_ray.storage import RunFolder, in_one_line
 
-COLUMNS_FILE = "predictions.parquet"
 _MAX_BYTES = 2**28  # of all columns; larger ones are not written
 
 

@@ -18,8 +18,9 @@ from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.output import say
 from mnist_ray.report import plots
 from mnist_ray.report.run_files import ENDED, Run, number_of, settings_of, workload_of
+from mnist_ray.schema import REPORT_FILE
 from mnist_ray.settings import build, values_of
-from mnist_ray.storage import REPORT_FILE, RunFolder
+from mnist_ray.storage import RunFolder
 from mnist_ray.text import count, in_words, redact
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import data_of, splits_for

@@ -17,16 +17,18 @@ from mnist_ray import process, settings
 from mnist_ray.config import ExportConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.runs import untrusted_folders
-from mnist_ray.storage import (
+from mnist_ray.schema import (
     BEST_FILE,
     CONFIG_FILE,
     MEMBERS_FILE,
     MEMBERS_FOLDER,
+    METRICS_FILE,
     ORIGIN_FILE,
     REPORT_FILE,
     RESULT_FILE,
-    RunFolder,
+    STEPS_FILE,
 )
+from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import TIMES
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
     from mnist_ray.checkpoints.find import Found
 
-METRICS_FILE, STEPS_FILE = "metrics.csv", "steps.csv"
 FORMAT_VERSION = 2  # of the files
 DONE, STOPPED, FAILED, LOST, RUNNING, WAITING = "done", "stopped early", "failed", "lost", "running", "waiting"
 _REPORT_HEIGHT = 600  # pixels, in a notebook

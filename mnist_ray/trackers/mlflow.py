@@ -15,7 +15,8 @@ from typing import Any
 import mlflow
 from mlflow.entities import Metric, Param
 
-from mnist_ray.storage import ORIGIN_FILE, REPORT_FILE, RunFolder
+from mnist_ray.schema import ORIGIN_FILE, REPORT_FILE
+from mnist_ray.storage import RunFolder
 from mnist_ray.text import masked
 from mnist_ray.trackers import Ending, Tracker
 from mnist_ray.training.events import Event

@@ -15,7 +15,8 @@ from typing import Any
 import wandb
 from wandb.sdk.data_types._private import MEDIA_TMP
 
-from mnist_ray.storage import REPORT_FILE, RunFolder
+from mnist_ray.schema import REPORT_FILE
+from mnist_ray.storage import RunFolder
 from mnist_ray.text import masked
 from mnist_ray.trackers import Ending, Tracker
 from mnist_ray.training.events import Event

@@ -9,7 +9,8 @@ from mnist_ray.checkpoints.checkpoint import Snapshot
 from mnist_ray.checkpoints.state_file import FORMAT, CheckpointMetrics
 from mnist_ray.config import TrainConfig
 from mnist_ray.record.history import History, merged
-from mnist_ray.report.run_files import STEPS_FILE, read_csv
+from mnist_ray.report.run_files import read_csv
+from mnist_ray.schema import STEPS_FILE
 from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
 from mnist_ray.workload.figures import Figure

@@ -16,8 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.schema import ORIGIN_FILE
 from mnist_ray.settings import values_of
-from mnist_ray.storage import ORIGIN_FILE, RunFolder
+from mnist_ray.storage import RunFolder
 from mnist_ray.trackers import Ending, Tracker, Trackers, start
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.stopwatch import PARTS
