@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from mnist_ray.checkpoints.find import checkpoints_of
 from mnist_ray.config import TrainConfig
-from mnist_ray.report.run_files import (
-    csv_text,
-    read_csv,
-    read_numbers,
-)
+from mnist_ray.report.run_files import csv_text, joined, merged, read_csv, read_numbers
 from mnist_ray.schema import METRICS_FILE, STEPS_FILE
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import (
@@ -35,7 +29,7 @@ from mnist_ray.training.events import (
     seconds_of,
 )
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.figures import RATE, Figure, logged_figures
+from mnist_ray.workload.figures import RATE, logged_figures
 
 MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 
@@ -103,13 +97,14 @@ class History:
         self._note_logged(event.logged)
         self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event), **seconds_of(event)})
         if len(self._steps) > MAX_STEP_ROWS:
-            self._steps = merged(self._steps, MAX_STEP_ROWS // 2, self.figures)
+            # A power of 2, so that whole rows are merged next time.
+            width = 2 ** math.ceil(math.log2(event.total_step / (MAX_STEP_ROWS // 2)))
+            self._steps = merged(self._steps, width, self.figures)
 
     def write_steps(self) -> None:
         """Write steps.csv. Raises JobError."""
         columns = ["step", "epoch", *(figure.name for figure in self.figures if "step" in figure.at)]
-        of_groups = {name: None for row in self._steps for name in row if name not in columns}
-        self._run.write_text(STEPS_FILE, csv_text([*columns, *of_groups], self._steps, has_header=True))
+        self._run.write_text(STEPS_FILE, csv_text(columns, self._steps, has_header=True))
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate (a kill may lose one); None without any."""
@@ -117,24 +112,3 @@ class History:
         seconds = sum(float(row["epoch_s"]) for row in rated)
         examples = sum(float(row[RATE]) * float(row["epoch_s"]) for row in rated)
         return round(examples / seconds, 1) if rated else None
-
-
-def merged(rows: Sequence[Mapping[str, float]], max_rows: int, figures: Sequence[Figure]) -> list[Mapping[str, float]]:
-    """Merge neighbouring rows of steps.csv into about ``max_rows``, with similar numbers of steps; means skip NaN."""
-    names = [figure.name for figure in figures if figure.over == "mean" and "step" in figure.at]
-    values = np.array([[row.get(name, math.nan) for name in names] for row in rows])
-    steps = np.array([row["step"] for row in rows])
-    width = 2.0 ** math.ceil(math.log2(steps[-1] / max_rows))  # a power of 2, so that whole rows are merged next time
-    starts = np.flatnonzero(np.diff(steps // width, prepend=-1))  # of the merged rows
-    weights = np.diff(steps, prepend=0)[:, None] * ~np.isnan(values)
-    with np.errstate(invalid="ignore"):  # NaN if nothing is known
-        means = np.add.reduceat(np.where(weights, values, 0) * weights, starts) / np.add.reduceat(weights, starts)
-    groups = [rows[start:stop] for start, stop in itertools.pairwise([*starts, len(rows)])]
-    of_groups = zip(groups, means.tolist(), strict=True)
-    return [{**rows[-1], **dict(zip(names, mean, strict=True)), **joined(rows, figures)} for rows, mean in of_groups]
-
-
-def joined(rows: Sequence[Mapping[str, float]], figures: Sequence[Figure]) -> dict[str, float]:
-    """Return one value for these rows of steps.csv, for each figure that is not a mean."""
-    others = [figure for figure in figures if "step" in figure.at and figure.over != "mean"]
-    return {figure.name: figure.join(row.get(figure.name, math.nan) for row in rows) for figure in others}

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from mnist_ray.report.run_files import DONE, STOPPED, WAITING, Run
+from mnist_ray.report.run_files import DONE, STOPPED, WAITING, Run, merged
 from mnist_ray.text import count, in_words
 from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.base import Picture
@@ -25,7 +25,7 @@ from mnist_ray.workload.figures import Metric, formatted
 
 _MIN_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
 _LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values are above
-_MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps that a curve's point covers
+_MIN_POINTS = 30  # of a curve: each is the mean over the steps since the one before
 _MAX_BARS, _MIN_SHARE = 16, 0.002  # of the plot of the time; share of the time below which a part is not shown
 _TRAINING: dict[str, Any] = {"color": "C0", "linewidth": 1}
 _VALIDATION: dict[str, Any] = {"color": "C1", "linestyle": "--", "marker": "."}
@@ -41,13 +41,12 @@ def curves(record: Run, metric: Metric) -> list[Picture]:
     if not record.steps:
         return []
     epoch, total = record.steps_per_epoch, record.steps[-1]["step"]
-    min_steps = min(max(_MIN_EPOCH * epoch, _MIN_PART * total), epoch)
     ends = [min(number * epoch, total) for number in record.column("epoch")]
     figure, axes = _over_steps(epoch)
-    training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
-    steps, means = smoothed([row["step"] for row in record.steps], training, min_steps)
+    points = merged(record.steps, min(total / _MIN_POINTS, epoch), record.workload.all_figures)
+    means = [row.get(f"train_{metric.name}", math.nan) for row in points]
     validation = record.column(f"val_{metric.name}")
-    _draw(axes, metric, steps, means, label="training", **_TRAINING)
+    _draw(axes, metric, [row["step"] for row in points], means, label="training", **_TRAINING)
     _draw(axes, metric, ends, validation, label="validation", **_VALIDATION)
     parts = {"training": means, "validation": validation}
     last = "; ".join(f"{label} ends at {metric.format(values[-1])}" for label, values in parts.items() if values)
@@ -76,18 +75,6 @@ def over_steps(record: Run, column: Column) -> list[Picture]:
     _draw(axes, metric, [row["step"] for row in record.steps], values, label=column.label, **_TRAINING)
     alt = f"{title} over the steps. It ends at {formatted(values[-1], column.form)}"
     return [_finished(figure, axes, metric, alt, name=column.name, title=title)]
-
-
-def smoothed(steps: Sequence[float], values: Sequence[float], least: float) -> tuple[list[float], list[float]]:
-    """Join points until each covers at least ``least`` steps; a point is the mean over the steps since the last one."""
-    points = [point for point in zip(steps, values, strict=True) if math.isfinite(point[1])]
-    ends = [0.0]
-    for step, _ in points:
-        if step == points[-1][0] or min(step - ends[-1], points[-1][0] - step) >= least:
-            ends.append(step)
-    known, means = np.array([(0, 0), *points]).T
-    sums = np.interp(ends, known, np.cumsum(means * np.diff(known, prepend=0)))
-    return ends[1:], (np.diff(sums) / np.diff(ends)).tolist()
 
 
 def _over_steps(steps_per_epoch: float) -> tuple[Figure, Axes]:

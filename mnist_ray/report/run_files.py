@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import itertools
 import math
 import posixpath
 import sys
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2  # of the files
 DONE, STOPPED, FAILED, LOST, RUNNING, WAITING = "done", "stopped early", "failed", "lost", "running", "waiting"
+Row = Mapping[str, float]  # of steps.csv
 _REPORT_HEIGHT = 600  # pixels, in a notebook
 ENDED = (DONE, STOPPED, FAILED)  # a resumed job does not repeat these members; it resumes others from checkpoints
 
@@ -76,6 +78,30 @@ def read_numbers(run: RunFolder, file_name: str, *columns: str) -> list[dict[str
     if not all(math.isfinite(row[column]) for row in numbers for column in columns):
         raise run.damaged(file_name, f"a row has no {' or no '.join(columns)}")
     return numbers
+
+
+def merged(rows: Sequence[Row], width: float, figures: Sequence[Figure]) -> list[Row]:
+    """Merge neighbouring rows of steps.csv, so that each covers about ``width`` steps; means skip NaN."""
+    means = [figure.name for figure in figures if figure.over == "mean" and "step" in figure.at]
+    sizes = dict[float, float]()  # the steps that each row covers, by its last one
+    for before, step in itertools.pairwise([0.0, *(row["step"] for row in rows)]):
+        sizes[step] = step - before
+    found = list[Row]()
+    for _, group in itertools.groupby(rows, lambda row: math.ceil(row["step"] / width)):
+        joint = [*group]
+        values = {**joint[-1], **joined(joint, figures)}
+        for name in means:
+            known = [row for row in joint if not math.isnan(row.get(name, math.nan))]
+            total = math.fsum(row[name] * sizes[row["step"]] for row in known)
+            values[name] = total / math.fsum(sizes[row["step"]] for row in known) if known else math.nan
+        found.append(values)
+    return found
+
+
+def joined(rows: Sequence[Row], figures: Sequence[Figure]) -> dict[str, float]:
+    """Return one value for these rows of steps.csv, for each figure that is not a mean."""
+    others = [figure for figure in figures if "step" in figure.at and figure.over != "mean"]
+    return {figure.name: figure.join(row.get(figure.name, math.nan) for row in rows) for figure in others}
 
 
 def number_of(value: object) -> float:

@@ -115,7 +115,10 @@ class Trackers:
             left = []
             for name, tracker in trackers:
                 with self._warned(name):
-                    _pass_on(item, tracker)
+                    if isinstance(item, Ending):
+                        tracker.close(item)
+                    else:
+                        tracker.log(item)
                     left.append((name, tracker))
             trackers = left
 
@@ -125,13 +128,6 @@ class Trackers:
             yield
         except (Exception, SystemExit) as error:  # a tracker may be the user's code
             self._warn(f"{name} failed and is no longer used: {first_line(error)}")
-
-
-def _pass_on(item: Event | Ending, tracker: Tracker) -> None:
-    if isinstance(item, Ending):
-        tracker.close(item)
-    else:
-        tracker.log(item)
 
 
 def start(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.record.history import History, merged
+from mnist_ray.record.history import History
 from mnist_ray.record.time_spent import TimeSpent
-from mnist_ray.report.run_files import read_csv
+from mnist_ray.report.run_files import merged, read_csv
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import TIMES, Progress, Saved, Started
 from mnist_ray.training.stopwatch import PARTS
@@ -40,7 +40,7 @@ def test_the_mean_seconds_of_a_worker_are_columns_of_steps_csv(run: RunFolder) -
     first, second = TIMES[:2]
     rows = [(row[first.name], row[second.name]) for row in read_csv(run, "steps.csv")]
     assert rows == [("1.5", "0.25"), ("0.375", "1.5"), ("", "")]
-    joined = merged([{"step": 2, "epoch": 0.5, "data_s": 1.5}, {"step": 3, "epoch": 1.0, "data_s": 0.375}], 1, TIMES)
+    joined = merged([{"step": 2, "epoch": 0.5, "data_s": 1.5}, {"step": 3, "epoch": 1.0, "data_s": 0.375}], 4, TIMES)
     assert [row["data_s"] for row in joined] == [1.875]
 
 
