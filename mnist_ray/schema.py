@@ -23,12 +23,13 @@ class Entry:
     """A file, a key of a JSON file, or a column. Capitals in its name stand for another word."""
 
     meaning: str  # Markdown for the reference; links start in docs/reference
-    is_right: Callable[[Any], bool] = lambda value: True  # of a key's value; None if the key is missing
+    is_right: Callable[[Any], bool] = lambda value: True  # of a key's value; ... if the key is missing
+    flaw: str = ""  # what a damaged file's error says
     is_optional: bool = False  # whether some runs have none
 
 
 def _is_text_or_missing(value: Any) -> bool:
-    return value is None or isinstance(value, str)
+    return value is ... or isinstance(value, str)
 
 
 _JOB = Entry("of the job")
@@ -51,7 +52,9 @@ _TIME = Entry(
 _TIMES = ("data", "copies", "compute", "workers", "optimizer", "callbacks", "checkpoints", "storage", "validation")
 
 KEYS: Mapping[str, Mapping[str, Entry]] = {
-    CONFIG_FILE: {"workload": Entry("the workload's file or module", _is_text_or_missing)},
+    CONFIG_FILE: {
+        "workload": Entry("the workload's file or module", _is_text_or_missing, "its workload is not a text")
+    },
     RESULT_FILE: {
         "format_version": Entry("2"),
         "test_loss": _LOSS,
@@ -67,16 +70,19 @@ KEYS: Mapping[str, Mapping[str, Entry]] = {
             " [format of Python](https://docs.python.org/3/library/string.html#format-specification-mini-language)"
             " such as `,.0f`. With it, programs need not load the workload"
         ),
+        "seconds": Entry(
+            "of each phase, and `total`; of a resumed run, since its last start",
+            lambda seconds: isinstance(seconds, dict),
+            "its seconds are missing",
+        ),
         "checkpoint": Entry(
-            "the name of the tested checkpoint", lambda path: bool(_RESULT_CHECKPOINT.fullmatch(str(path)))
+            "the name of the tested checkpoint",
+            lambda path: bool(_RESULT_CHECKPOINT.fullmatch(str(path))),
+            "its checkpoint is not one of this run",
         ),
         "checkpoint_metrics": Entry("its [metrics](#a-checkpoint)"),
         "weights_sha256": Entry("the digest of its weights"),
         "examples_per_s": _RATE,
-        "seconds": Entry(
-            "of each phase, and `total`; of a resumed run, since its last start",
-            lambda seconds: isinstance(seconds, dict),
-        ),
         "is_resumed": Entry("whether the run was resumed"),
         "num_workers": Entry("the number of workers at the end"),
         "workers": Entry("their devices, threads, precision and hosts"),
@@ -218,6 +224,6 @@ def flaw_of(file_name: str, values: Any) -> str:
     if not values:
         return "it is empty"
     for name, entry in KEYS.get(file_name, {}).items():
-        if not entry.is_right(values.get(name)):
-            return f"its {name} is {'wrong' if name in values else 'missing'}"
+        if not entry.is_right(values.get(name, ...)):
+            return entry.flaw
     return ""
