@@ -42,7 +42,7 @@ MUTATIONS = [
         Fault("a pass begins with its second batch", TRAINER, "per_pass - first_step\n", "per_pass - first_step + 1\n"),
     ),
     (
-        "training/test_weights",
+        "training/test_step",
         Fault("a batch without weight has no gradient of zero", STEP, "torch.zeros_like(quotient)", "quotient"),
     ),
     (
@@ -50,15 +50,15 @@ MUTATIONS = [
         Fault("each step has the same dropout", STEP, ", number) + self._state.step", ", number)"),
     ),
     (
-        "training/test_weights",
+        "training/test_step",
         Fault("ranks divide by their own weights", STEP, "self._group.add_up(weight)", "weight.clone()"),
     ),
     (
-        "training/test_engine training/test_weights",
+        "training/test_engine training/test_step",
         Fault("a filler's loss counts", STEP, "factor = 0.0 if batch.is_filler else ", "factor = "),
     ),
     (
-        "training/test_engine training/test_weights",
+        "training/test_engine training/test_step",
         Fault(
             "a filler's sums count",
             STEP,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.batches import Batches, MicroBatch, batch_loader, to_device
+from mnist_ray.data.batches import Batches, batch_loader, to_device
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import Request, split_bounds
 from mnist_ray.parallel import sharding
@@ -99,23 +99,18 @@ def evaluate(
     with evaluating(model):
         for request, loaded in zip(requests, loader, strict=True):
             on_batch(int(request.indices[0]))
-            values, of_batch = _evaluated(workload, model, to_device(loaded, device))
+            batch = to_device(loaded, device)
+            outputs = forward(workload, model, batch)
+            loss = workload.loss(outputs, batch.targets)
+            check_per_example(f"{type(workload).__name__}.loss", loss, batch.num_examples)
+            values = {"loss": loss, **measured_of(workload, outputs, batch.targets, batch.num_examples)}
             sums.append({name: each.sum() for name, each in values.items()})
-            columns.append(of_batch)
+            columns.append(workload.predictions(outputs, batch.targets))
             losses.append({name: values[name] for name in ("loss", WEIGHT) if name in values})
     by_name = {name: torch.stack([one[name].double() for one in sums]).tolist() for name in (sums or [{}])[0]}
     batch_sums = [{name: values[number] for name, values in by_name.items()} for number in range(len(sums))]
     check_columns(columns)
     return Evaluation(tuple(batch_sums), len(split), _joined(columns), _joined(losses))
-
-
-def _evaluated(workload: Workload, model: nn.Module, batch: MicroBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return loss, measures and weights of a batch, and the columns of its predictions, (N, ...) each."""
-    outputs, targets = forward(workload, model, batch), batch.targets
-    loss = workload.loss(outputs, targets)
-    check_per_example(f"{type(workload).__name__}.loss", loss, batch.num_examples)
-    values = {"loss": loss, **measured_of(workload, outputs, targets, batch.num_examples)}
-    return values, workload.predictions(outputs, targets)
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:

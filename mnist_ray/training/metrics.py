@@ -32,6 +32,11 @@ LOGGED, COUNT = "logged ", "count "  # begin the names of a logged value's sum a
 MINIMIZED = "minimized_loss"  # the name by which a minimized loss is logged if it is not the reported one
 
 
+def missing_sum(name: str) -> float:
+    """Return the sum of steps without this name: what has not been logged has a count of 0; a measure is unknown."""
+    return 0.0 if name.startswith((LOGGED, COUNT)) else math.nan
+
+
 @dataclass(frozen=True)
 class MetricSums:
     """Sums over examples of all ranks."""
@@ -47,13 +52,11 @@ class MetricSums:
     def plus(self, steps: Mapping[str, np.ndarray], num_examples: int) -> MetricSums:
         """Add the sums of steps, (steps,) by name, one by one: the bits do not depend on how many come at a time.
 
-        A sum becomes NaN if the examples so far were counted before the workload had this measure, or the reverse; a
-        value that is logged has a count of its own.
+        A sum becomes NaN if the examples so far were counted before the workload had this measure, or the reverse.
         """
-        is_new = not self.num_examples
-        added = {name: total if name.startswith((LOGGED, COUNT)) else math.nan for name, total in self.sums.items()}
+        added = {name: total + missing_sum(name) for name, total in self.sums.items()}
         for name, values in steps.items():
-            missing = 0.0 if is_new or name.startswith((LOGGED, COUNT)) else math.nan
+            missing = missing_sum(name) if self.num_examples else 0.0
             added[name] = float(np.add.accumulate(np.append(self.sums.get(name, missing), values))[-1])
         return MetricSums(added, self.num_examples + num_examples)
 
@@ -61,8 +64,11 @@ class MetricSums:
         """Return the mean loss and the metrics that need no more than means; NaN if there are no examples."""
         if not self.weight > 0:
             return {metric.name: math.nan for metric in workload.all_metrics}
-        own = {name: value for name, value in self.sums.items() if not name.startswith((LOGGED, COUNT))}
-        means = {name: value / self.weight for name, value in own.items() if name != WEIGHT}
+        means = {
+            name: value / self.weight
+            for name, value in self.sums.items()
+            if name != WEIGHT and not name.startswith((LOGGED, COUNT))
+        }
         loss = means.pop("loss")
         metrics = workload.summarize(means) if means else {}  # a step of its own may measure nothing
         return {"loss": loss, **{name: float(value) for name, value in metrics.items()}}

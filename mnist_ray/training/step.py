@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -96,15 +95,14 @@ class Step:
         self.gradient_norm: Tensor | None = None  # the largest of the step's updates, before clipping
         self._workload, self._state, self._group, self._callbacks = workload, state, group, callbacks
         self._name = type(workload).__name__
-        in_optimizers = itertools.chain(*map(parameters_of, state.optimizers.values()))
+        in_optimizers = [p for each in state.optimizers.values() for p in parameters_of(each)]
         self._parameters = [*{*state.model.parameters(), *in_optimizers}]
         self._syncs: dict[str | None, tuple[list[bool], GradientSync]] = {}  # by optimizer, with what is trained
+        self._sync = GradientSync(state.model, group, self._on_ready)  # of the last ``backward``
         self._micro_batches: Sequence[MicroBatch] = ()
         self._micro_batch: MicroBatch | None = None  # whose losses are computed now
         self._found: dict[str, Tensor] = {}  # sums over its examples
-        self._on_ready = functools.partial(state.watch.turn, WORKERS)
-        self._sync = GradientSync(state.model, group, self._on_ready)  # of the last ``backward``
-        self._reported: Tensor | None = None  # the micro-batch's losses that ``measure`` has reported, (N,)
+        self._reported: Tensor | None = None  # its losses that ``measure`` has reported, (N,)
         self._minimized = torch.zeros(())  # sum of the losses of the last ``backward``
         self._weight: Tensor | None = None  # the global batch's sum of example weights, if there are any
         if len(self.optimizers) > 1:
@@ -113,17 +111,14 @@ class Step:
     @contextlib.contextmanager
     def on(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
         """Take a step on this rank's slice of a batch inside the block. Raises UsageError if it has no gradient."""
-        self.begin(micro_batches)
+        self._micro_batches = micro_batches
+        self.sums = {}
+        self.gradient_norm = None
         yield
         if not self.sums:
             raise UsageError(f"{self._name}.training_step must call step.backward")
         self.sums.setdefault("loss", self.sums.pop(_MINIMIZED))  # of the first ``backward``
         _clear(self._parameters)
-
-    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Prepare for the calls of a step with these micro-batches of this rank's slice."""
-        self._micro_batches = micro_batches
-        self.sums, self.gradient_norm = {}, None
 
     def take_logged(self) -> None:
         """Add to the step's sums what was logged outside of losses."""
@@ -154,7 +149,7 @@ class Step:
                     # even if slices are uneven. A filler adds zeros.
                     factor = 0.0 if batch.is_filler else sync.factor / batch.global_size
                     self._state.scaler.scale(losses * factor).backward()  # type: ignore[no-untyped-call]
-                total = _added(total, sync.collect(self._found)) if total else sync.collect(self._found)
+                total = _added(total, sync.collect(self._found))
             sync.finish()
         self._state.watch.turn(COMPUTE)
         self._minimized, self._weight = total[_MINIMIZED], None
@@ -200,8 +195,7 @@ class Step:
         """Return the mean over the global batch of the losses of the last ``backward``; all ranks must call this."""
         total = self._minimized.double().sum()[None]  # with --reproducible, over the chunks
         self._group.add_up(total)
-        size = self._micro_batches[0].global_size
-        return total[0] / size if self._weight is None else self._by_weight(total[0] / self._weight)
+        return total[0] / self._micro_batches[0].global_size if self._weight is None else self._by_weight(total[0])
 
     # --- for losses
 
@@ -224,11 +218,14 @@ class Step:
         workload, batch = self._workload, self._micro_batch
         assert batch is not None, "measure() is for losses"
         with self.in_fp32():
-            if workload.compares_examples:
-                losses = self._losses_of_all(outputs, targets, batch)
-            else:
+            if not workload.compares_examples or self._group.world_size == 1:
                 losses = workload.loss(outputs, targets)
                 check_per_example(f"{self._name}.loss", losses, batch.num_examples)
+            else:
+                of_all = of_all_ranks(outputs, targets, self._group, batch.num_examples, is_filler=batch.is_filler)
+                losses = workload.loss(*of_all[:2])
+                check_per_example(f"{self._name}.loss", losses, batch.global_size)
+                losses = losses[of_all[2]]
             measured = measured_of(workload, outputs, targets, batch.num_examples)
         self._found |= {name: values.sum() for name, values in measured.items()}
         self._reported = losses
@@ -257,36 +254,22 @@ class Step:
         if not total.requires_grad:
             place = f"{self._name}.{own_name}"
             raise UsageError(f"{place} does not depend on the model's parameters: nothing would be learned")
-        self._add_losses(losses, total.detach(), name, batch)
-        return total
-
-    def _add_losses(self, losses: Tensor, total: Tensor, name: str, batch: MicroBatch) -> None:
-        """Add the sums of the reported and of the minimized losses, ``total``, to what was found in a micro-batch."""
-        found, reported = self._found, self._reported
+        found, reported, minimized = self._found, self._reported, total.detach()
         if reported is None and (weights := self._workload.weights(batch.targets)) is not None:
             found[WEIGHT] = torch.where(weights >= 0, weights, math.nan).sum()
-        if reported is not None:
-            found["loss"] = total if reported is losses else reported.detach().sum()
-        elif name == "loss":
-            found["loss"] = total
-        if name != "loss" or (reported is not None and reported is not losses):
-            found |= logged(MINIMIZED if name == "loss" else name, total, found.get(WEIGHT, batch.num_examples))
-        found[_MINIMIZED] = total
-
-    def _losses_of_all(self, outputs: Any, targets: Any, batch: MicroBatch) -> Tensor:
-        """Return the losses of this rank's slice, (N,), which see the examples of all ranks."""
-        own = slice(None)
-        if self._group.world_size > 1:
-            whole = of_all_ranks(outputs, targets, self._group, batch.num_examples, is_filler=batch.is_filler)
-            outputs, targets, own = whole
-        losses = self._workload.loss(outputs, targets)
-        check_per_example(f"{self._name}.loss", losses, batch.global_size)
-        return losses[own]
+        is_reported = reported is losses or (reported is None and name == "loss")
+        if is_reported:
+            found["loss"] = minimized
+        elif reported is not None:
+            found["loss"] = reported.detach().sum()
+        if name != "loss" or not is_reported:
+            found |= logged(MINIMIZED if name == "loss" else name, minimized, found.get(WEIGHT, batch.num_examples))
+        found[_MINIMIZED] = minimized
+        return total
 
     def _sum_of(self, values: Tensor, place: str) -> Tensor:
-        batch = self._micro_batch
-        assert batch is not None
-        check_per_example(f"{self._name}.{place}", values, batch.num_examples)
+        assert self._micro_batch is not None
+        check_per_example(f"{self._name}.{place}", values, self._micro_batch.num_examples)
         return values.sum() if values.dtype == torch.float64 else values.float().sum()
 
     def _closed(self, closure: Callable[[], object], stepping: Optimizer) -> Tensor:
@@ -309,19 +292,22 @@ class Step:
     def _divide_by_weights(self, own: Iterable[Tensor], of_rank: Tensor) -> None:
         """Divide the gradients by the global batch's sum of example weights, instead of by its size.
 
-        If that sum is 0, so are the gradients. If a weight is negative, they are NaN, and closing the window raises an
-        error.
+        If a weight is negative, they are NaN, and closing the window raises an error.
         """
         weight = of_rank.clone()
         self._group.add_up(weight)
         self._weight = weight.sum()  # over the chunks
         gradients = [rows_here(p.grad) for p in own if p.grad is not None]
-        torch._foreach_mul_(gradients, self._by_weight(self._micro_batches[0].global_size / self._weight))
+        torch._foreach_mul_(gradients, self._by_weight(self._micro_batches[0].global_size))
 
-    def _by_weight(self, quotient: Tensor) -> Tensor:
-        """Return a number divided by the batch's sum of weights: 0 if that is 0, since nothing can be learned."""
+    def _by_weight(self, value: Tensor | int) -> Tensor:
+        """Return a value divided by the batch's sum of weights: 0 if that is 0, since nothing can be learned."""
         assert self._weight is not None
+        quotient = value / self._weight
         return torch.where(self._weight == 0, torch.zeros_like(quotient), quotient)
+
+    def _on_ready(self) -> None:
+        self._state.watch.turn(WORKERS)
 
     def _sync_for(self, optimizer: str | None) -> GradientSync:
         """Return the form that adds up the gradients of the parameters that are trained now."""
@@ -331,16 +317,15 @@ class Step:
             return sync
         if sync is not None:
             sync.close()
-        model, config, group, on_ready = self.model, self.config, self._group, self._on_ready
-        has_unused = self._workload.has_unused_parameters
-        if config.reproducible:
-            sync = Chunks(model, group, config.num_chunks, on_ready)
+        if self.config.reproducible:
+            sync = Chunks(self.model, self._group, self.config.num_chunks, self._on_ready)
         elif self._state.is_sharded:
-            sync = Sharded(model, group, on_ready)
-        elif group.world_size > 1 and optimizer is None:
-            sync = Bucketed(model, group, on_ready, has_unused_parameters=has_unused)
+            sync = Sharded(self.model, self._group, self._on_ready)
+        elif self._group.world_size > 1 and optimizer is None:
+            has_unused = self._workload.has_unused_parameters
+            sync = Bucketed(self.model, self._group, self._on_ready, has_unused_parameters=has_unused)
         else:
-            sync = GradientSync(model, group, on_ready)
+            sync = GradientSync(self.model, self._group, self._on_ready)
         self._syncs[optimizer] = trained, sync
         return sync
 

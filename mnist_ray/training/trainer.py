@@ -53,7 +53,13 @@ def create_state(
     other weights into the new model. Raises UsageError.
     """
     watch = Stopwatch(is_on_gpu=group.device.type == "cuda")
-    model, average = _create_models(workload, config, group, load_initial)
+    if sharding.is_wanted(config, group.world_size):
+        model, average = sharding.create_models(workload, config, group, load_initial)
+    else:
+        model = seeded_model(workload, config.seed)
+        load_initial(model)
+        model = with_fast_layout(model.to(group.device))
+        average = None if config.ema_decay is None else copy.deepcopy(model)
     total_steps = config.total_steps(num_examples)
     optimizers, schedulers = create_optimizers(workload, model, config, total_steps)
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers.values()):
@@ -69,18 +75,6 @@ def create_state(
         total_steps=total_steps,
         watch=watch,
     )
-
-
-def _create_models(
-    workload: Workload, config: TrainConfig, group: Group, load_initial: Callable[[nn.Module], object]
-) -> tuple[nn.Module, nn.Module | None]:
-    """Return the model and, with ``--ema-decay``, a copy of it for the EMA."""
-    if sharding.is_wanted(config, group.world_size):
-        return sharding.create_models(workload, config, group, load_initial)
-    model = seeded_model(workload, config.seed)
-    load_initial(model)
-    model = with_fast_layout(model.to(group.device))
-    return model, None if config.ema_decay is None else copy.deepcopy(model)
 
 
 def is_one_thread_enough(state: TrainingState, split: Split, config: TrainConfig, group: Group) -> bool:

@@ -18,7 +18,7 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import COUNT, LOGGED, WEIGHT, MetricSums, TrainingDivergedError, check_logged
+from mnist_ray.training.metrics import WEIGHT, MetricSums, TrainingDivergedError, check_logged, missing_sum
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.stopwatch import CALLBACKS, WORKERS
 from mnist_ray.workload.base import Workload
@@ -58,13 +58,10 @@ class LoggingWindow:
         self._workload, self._state, self._group = workload, state, group
         self._checkpoint_every = config.checkpoint_every
         self._interval_steps = _FIRST_INTERVAL_STEPS
-        self.restart_clock()
-        self._empty()
-
-    def _empty(self) -> None:
         self._sums: list[Mapping[str, Tensor]] = []  # of each step, on this rank
         self._sizes: list[int] = []  # of each step's global batch
         self._norms: list[Tensor] = []  # of the gradients, before clipping; all ranks have the same
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Do not count the time since the last window, which was spent on saving or between epochs."""
@@ -95,23 +92,24 @@ class LoggingWindow:
 
         Raises TrainingStoppedError for a wrong sum of weights, TrainingDivergedError if a loss is not finite.
         """
-        state = self._state
+        watch = self._state.watch
         if self._group.device.type == "cuda":
             torch.cuda.synchronize()  # otherwise unfinished kernels would be timed in the next window
         decision = self._decide(callbacks)
-        state.watch.turn(WORKERS)
-        parts = self._group.gathered(_Part(decision, self._sums_here(), state.watch.taken()))
-        state.watch.turn(CALLBACKS)
+        watch.turn(WORKERS)
+        parts = self._group.gathered(_Part(decision, self._sums_here(), watch.taken()))
+        watch.turn(CALLBACKS)
         decision = parts[0].decision
         self._interval_steps = decision.next_interval
         progress = self._progress(decision, _added_up([part.sums for part in parts]), [part.seconds for part in parts])
-        self._empty()
+        for of_steps in (self._sums, self._sizes, self._norms):
+            of_steps.clear()
         return progress
 
     def _decide(self, callbacks: Sequence[Callback]) -> Decision:
-        state, now = self._state, time.perf_counter()
-        elapsed_s = now - self._start
-        self._start = now
+        state = self._state
+        elapsed_s = time.perf_counter() - self._start
+        self.restart_clock()
         stops = state.total_step == state.last_step or any(callback.wants_stop() for callback in callbacks)
         saves = self._must_save() if self._checkpoint_every is not None else state.pace.is_due()
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
@@ -119,10 +117,8 @@ class LoggingWindow:
 
     def _sums_here(self) -> dict[str, np.ndarray]:
         """Return the steps' sums on this rank, by name, in double. A step that has not logged a value counts as 0."""
-        nothing = torch.zeros_like(self._sums[0]["loss"])
-        unknown = torch.full_like(nothing, math.nan)
         names = [*dict.fromkeys(name for step in self._sums for name in step)]
-        missing = {name: nothing if name.startswith((LOGGED, COUNT)) else unknown for name in names}
+        missing = {name: torch.full_like(self._sums[0]["loss"], missing_sum(name)) for name in names}
         rows = [step.get(name, missing[name]) for name in names for step in self._sums]
         values = torch.stack(rows).double().cpu().numpy()  # in one transfer
         return dict(zip(names, np.split(values, len(names)), strict=True))
@@ -132,12 +128,12 @@ class LoggingWindow:
     ) -> Progress:
         """Return the report of a window, whose ``sums`` over all ranks count in the epoch's from now on."""
         state, num_examples = self._state, sum(self._sizes)
-        check_logged(self._workload, [name.removeprefix(LOGGED) for name in sums if name.startswith(LOGGED)])
         losses = self._losses(sums)
         state.epoch_s += decision.elapsed_s
         state.sums = state.sums.plus(sums, num_examples)
         window = MetricSums().plus(sums, num_examples)
         others = window.logged
+        check_logged(self._workload, others)
         if self._norms:
             others[GRADIENT_NORM.name] = GRADIENT_NORM.join(torch.stack(self._norms).tolist())
         return Progress(

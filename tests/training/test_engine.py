@@ -196,12 +196,6 @@ def test_each_case_agrees_with_a_plain_loop_on_any_number_of_processes(
         assert min(norms) > 0.2, "each step is cut down"
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_thirty_steps_move_the_weights_far_beyond_the_tolerance(gloo_weights: Path, optimizer: str) -> None:
-    before = create_state(mnist(), CONFIG, 480, Group()).model.state_dict()
-    assert largest_difference(load_file(gloo_weights / f"{optimizer}-even-1"), before) > 1e-2
-
-
 # --- one process ---
 
 
@@ -238,29 +232,15 @@ def test_the_ema_is_that_of_torch_and_whole_numbers_are_copied(
     assert found["count"] == state.step + 600 // 20
 
 
-def test_the_random_numbers_of_each_step_are_others_and_depend_on_the_seed(few_images: Arrays) -> None:
-    class Drawing(MNIST):
-        def prepare(self, inputs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-            drawn.append(torch.rand(1, generator=generator).item())
-            return super().prepare(inputs, generator)
-
-    drawn, workload, config = list[float](), Drawing(metadata=mnist().metadata), replace(CONFIG, num_epochs=2)
-    for seed in (0, 1, 0):
-        state = create_state(workload, config, len(few_images), Group())
-        Trainer(workload, state, Split(few_images), replace(config, seed=seed), Group()).train()
-    assert drawn[:60] == drawn[120:]
-    assert len(set(drawn)) == 120
-
-
 def test_a_filler_adds_neither_to_gradients_nor_to_sums(few_images: Arrays) -> None:
     state, image = create_state(mnist(), CONFIG, 1, Group()), torch.tensor(few_images.inputs[:1])
     filler = MicroBatch(image, torch.tensor(few_images.targets[:1]), 1, global_size=20, is_filler=True)
     step, workload = Step(mnist(), state, CONFIG, Group()), mnist()
-    step.begin([filler])
-    step.backward(workload.batch_loss)
+    with step.on([filler]):
+        step.backward(workload.batch_loss)
+        assert not any(parameter.grad.any() for parameter in state.model.parameters() if parameter.grad is not None)
     assert {*step.sums} >= {"loss", "accuracy"}
     assert not any(step.sums.values())
-    assert not any(parameter.grad.any() for parameter in state.model.parameters() if parameter.grad is not None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -341,9 +321,9 @@ def test_generators_of_torch_numpy_and_python_draw_the_same_in_a_repeated_and_in
         def create_model(self) -> nn.Module:
             return nn.Linear(2, 1)
 
-    def run(first_epoch: int) -> list[float]:
+    def run(first_epoch: int, seed: int = 0) -> list[float]:
         drawn.clear()
-        config = replace(CONFIG, num_epochs=2, batch_size=4, lr_schedule="constant")
+        config = replace(CONFIG, num_epochs=2, batch_size=4, lr_schedule="constant", seed=seed)
         state = create_state(Noisy(), config, 12, Group())
         state.epoch = first_epoch
         Trainer(Noisy(), state, Split(Arrays(np.ones((12, 2), np.float32), np.zeros(12))), config, Group()).train()
@@ -353,6 +333,7 @@ def test_generators_of_torch_numpy_and_python_draw_the_same_in_a_repeated_and_in
     assert len({*whole}) == len(whole) == 2 * 3 * 4, "each step draws other numbers"
     assert run(0) == whole
     assert run(1) == whole[3 * 4 :]
+    assert set(run(0, seed=1)).isdisjoint(whole)
 
 
 def test_checkpoints_are_saved_every_n_steps_and_after_each_epoch(few_images: Arrays) -> None:
@@ -407,29 +388,6 @@ def test_progress_has_the_learning_rate_with_which_its_last_step_was_made(few_im
     weights_after(replace(CONFIG, lr_schedule="linear"), few_images, hooks)
     assert set(seen) == {0}
     assert (len(rates), len(set(rates))) == (30, 30)
-
-
-@pytest.mark.parametrize("clip_grad_norm", [None, 0.2])
-def test_progress_has_the_largest_gradient_norm_before_clipping(
-    few_images: Arrays, clip_grad_norm: float | None
-) -> None:
-    norms: list[float] = []
-    found: list[float | None] = []
-    expected: list[float] = []
-
-    def note(state: TrainingState, progress: Progress) -> None:
-        found.append(progress.others.get("gradient_norm"))
-        expected.append(max(norms[-len(progress.losses) :]))
-
-    hooks = Hooks(
-        on_gradients=lambda state: norms.append(
-            nn.utils.get_total_norm(p.grad for p in state.model.parameters()).item()
-        ),
-        on_progress=note,
-    )
-    weights_after(replace(CONFIG, clip_grad_norm=clip_grad_norm), few_images, hooks)
-    assert len(norms) == 30
-    assert found == (expected if clip_grad_norm else [None] * len(expected))
 
 
 @pytest.mark.parametrize(
@@ -596,11 +554,3 @@ def test_gradients_of_parameters_without_an_optimizer_are_not_clipped_and_do_not
     frozen, idle = (trained_head(few_images, is_frozen=is_frozen) for is_frozen in (True, False))
     assert largest_difference(frozen.state_dict(), idle.state_dict()) == 0
     assert all(parameter.grad is None for parameter in idle.parameters())
-
-
-@pytest.mark.parametrize("reproducible", [True, False])
-def test_a_layer_that_a_callback_freezes_at_the_start_does_not_move(few_images: Arrays, reproducible: bool) -> None:
-    config = replace(CONFIG, reproducible=reproducible, weight_decay=0.1)
-    hooks = Hooks(on_start=lambda state, group: state.model.get_submodule("conv1").requires_grad_(False))
-    before = create_state(mnist(), config, 600, Group()).model.get_parameter("conv1.weight")
-    assert torch.equal(trained(config, few_images, hooks).model.get_parameter("conv1.weight"), before)

@@ -25,7 +25,7 @@ from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.parallel.group import Group, of_all_ranks
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate
-from mnist_ray.training.events import figures_of
+from mnist_ray.training.events import Progress, figures_of
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import TrainingState
 from mnist_ray.training.step import Step, seed_of
@@ -109,6 +109,16 @@ class Experts(nn.Module):
         return outputs
 
 
+class Weighted(Numbers):
+    """Weights from 0 to 4 that differ much: a mean of the slices' means would be far off."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets) * self.weights(targets)
+
+    def weights(self, targets: Tensor) -> Tensor:
+        return targets.square().floor().clamp(max=4)
+
+
 class OfExperts(Numbers):
     has_unused_parameters = True
 
@@ -177,14 +187,6 @@ class ThawingByDefault(Numbers):
     """The default SGD: PyTorch's fused one fails if only some parameters have a momentum."""
 
     callbacks = (Thaw(),)
-
-
-class Moved(Numbers):
-    """Inputs and targets are moved together, without random numbers, so that slices do not matter."""
-
-    def batch_loss(self, model: nn.Module, batch: MicroBatch, step: Step) -> Tensor:
-        step.measure(step.forward(batch), batch.targets)
-        return self.loss(model(batch.inputs * 0.5), batch.targets * 0.25)
 
 
 class Mixup(Numbers):
@@ -344,10 +346,12 @@ CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
     "experts": (OfExperts, {"momentum": 0.9}),
     "experts in micro-batches": (OfExperts, {"micro_batch_size": 2}),
     "experts in chunks": (OfExperts, {"reproducible": True, "num_chunks": 4}),
+    "weights": (Weighted, {}),
+    "weights in micro-batches": (Weighted, {"micro_batch_size": 2}),
+    "weights, clipped": (Weighted, {"clip_grad_norm": 0.05}),
+    "weights in chunks": (Weighted, {"reproducible": True, "num_chunks": 3}),
     "whole batch": (Compared, {}),
     "whole batch, slices of one and two": (ComparedInRow, {"batch_size": 5}),
-    "moved": (Moved, {}),
-    "moved, in micro-batches": (Moved, {"micro_batch_size": 2}),
     "SAM": (Sharpness, {}),
     "SAM in chunks": (Sharpness, {"reproducible": True, "num_chunks": 4}),
     "gradient penalty": (Penalized, {}),
@@ -419,14 +423,15 @@ def step_plainly(
     workload: Workload, model: Any, optimizer: Any, inputs: Tensor, targets: Tensor, max_norm: float | None
 ) -> float:
     """Take a step; return the loss that is reported."""
-    reported = list[float]()
+    reported, weights = list[float](), workload.weights(targets)
+    total_weight = float(len(targets) if weights is None else weights.sum())
 
     def backward(minimized: Callable[[Any], Tensor] = lambda outputs: workload.loss(outputs, targets)) -> Tensor:
         model.zero_grad()
         outputs = model(inputs)
-        loss = minimized(outputs).mean()
+        loss = minimized(outputs).sum() / total_weight
         loss.backward()  # type: ignore[no-untyped-call]
-        reported.append(workload.loss(outputs, targets).mean().item())
+        reported.append(workload.loss(outputs, targets).sum().item() / total_weight)
         return loss
 
     def discriminated(values: Tensor) -> Tensor:
@@ -452,8 +457,6 @@ def step_plainly(
             backward()
             with at_a_worse_place(model):
                 backward()
-        case Moved():
-            backward(lambda outputs: workload.loss(model(inputs * 0.5), targets * 0.25))
         case Penalized():
             inputs.requires_grad_()
 
@@ -485,14 +488,14 @@ def test_the_losses_are_those_of_a_plain_loop(runs: Path, case: str, world_size:
     assert losses[-1] != losses[0]
 
 
-@pytest.mark.parametrize("case", ["gradient penalty", "VAE", "VAE in chunks", "GAN", "moved, in micro-batches"])
+@pytest.mark.parametrize("case", ["gradient penalty", "VAE", "VAE in chunks", "GAN"])
 def test_logged_means_are_those_of_all_examples_on_any_number_of_ranks(runs: Path, case: str) -> None:
-    names = {"gr": ["penalty"], "VA": ["kl"], "GA": ["discriminator_loss", "generator_loss"], "mo": []}[case[:2]]
+    names = {"gr": ["penalty"], "VA": ["kl"], "GA": ["discriminator_loss", "generator_loss"]}[case[:2]]
     found = [json.loads((runs / f"{case}-{world_size}-logged.json").read_text()) for world_size in WORLD_SIZES]
     assert {*found[0]} == {"loss", *names} | ({"minimized_loss"} if not case.startswith("GAN") else set())
     for logged in found[1:]:
         assert logged == (found[0] if "chunks" in case else pytest.approx(found[0], rel=1e-5))
-    if names and not case.startswith("GAN"):
+    if not case.startswith("GAN"):
         factor = 0.1 if names == ["penalty"] else 1
         assert found[0]["minimized_loss"] == pytest.approx(found[0]["loss"] + factor * found[0][names[0]], rel=1e-5)
 
@@ -562,28 +565,25 @@ def trained(workload: Workload, *callbacks: Callback, config: TrainConfig = CONF
     return state
 
 
-def test_the_gradient_norm_is_the_largest_of_all_optimizers_and_rates_are_there_without_weight() -> None:
-    reported = list[dict[str, float]]()
-    config = replace(CONFIG, num_steps=1, validate_every=1, clip_grad_norm=1e9)
-    for kind in (GAN, Weightless):
-        note = Hooks(on_progress=lambda state, progress: reported.append(figures_of(progress)))
-        trained(kind(), note, config=config)
-    torch.manual_seed(CONFIG.seed)
-    workload, norms = GAN(), list[float]()
-    model, (inputs, targets) = workload.create_model(), next(batches(CONFIG.batch_size))
-    optimizers: Any = workload.create_optimizer(model, config)
-    for optimizer in optimizers.values():
-        before = optimizer.step
+@pytest.mark.parametrize("kind", [Numbers, GAN])
+@pytest.mark.parametrize("clip_grad_norm", [None, 0.2])
+def test_progress_has_the_largest_gradient_norm_before_clipping(
+    kind: type[Workload], clip_grad_norm: float | None
+) -> None:
+    norms, found, expected = list[float](), list[float | None](), list[float | None]()
 
-        def noted(optimizer: Any = optimizer, step: Any = before) -> None:
-            gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
-            norms.append(nn.utils.get_total_norm(gradients).item())
-            step()
+    def note(state: TrainingState) -> None:
+        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients).item())
 
-        optimizer.step = noted
-    step_plainly(workload, model, optimizers, inputs, targets, None)
-    assert reported[0]["gradient_norm"] == pytest.approx(max(norms), rel=1e-4)
-    assert reported[1]["learning_rate"] == CONFIG.learning_rate
+    def compare(state: TrainingState, progress: Progress) -> None:
+        found.append(figures_of(progress).get("gradient_norm"))
+        expected.append(max(norms) if clip_grad_norm else None)
+        norms.clear()
+
+    config = replace(CONFIG, clip_grad_norm=clip_grad_norm)
+    trained(kind(), Hooks(on_gradients=note, on_progress=compare), config=config)
+    assert found == expected
 
 
 class WithConvolutions(ByLBFGS):
@@ -610,25 +610,9 @@ def test_of_several_optimizers_one_is_frozen_where_a_callback_sees_the_gradients
     assert not state.model.get_parameter("generator.bias").requires_grad
 
 
-def add_group(state: TrainingState) -> None:
-    state.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "message"),
-    [
-        (
-            GAN,
-            add_group,
-            r"^the run has several optimizers; choose one of state\.optimizers by its name$",
-        ),
-    ],
-)
-def test_a_callback_that_leaves_nothing_to_train_or_no_optimizer_for_a_group_is_one_line(
-    kind: type[Workload], change: Callable[[TrainingState], None], message: str
-) -> None:
-    with pytest.raises(TrainingStoppedError, match=message):
-        trained(kind(), Hooks(on_step=change))
+def test_a_callback_that_asks_for_the_only_one_of_several_optimizers_is_one_line() -> None:
+    with pytest.raises(TrainingStoppedError, match=r"^the run has several optimizers; choose one of state\.optimizers"):
+        trained(GAN(), Hooks(on_step=lambda state: state.optimizer))
 
 
 class Unlabelled(Numbers):

@@ -133,22 +133,7 @@ def test_the_batches_are_those_of_the_passes_orders() -> None:
     assert expected[:13] == SEEN
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stop_after", [1, 4, 6, 12])
-def test_a_training_that_ends_at_any_step_goes_on_with_the_same_batches(
-    kind: str, stop_after: int, tmp_path: Path
-) -> None:
-    whole = trained(kind).model.state_dict()
-    seen, run = list(SEEN), locate(str(tmp_path), "run")
-    SEEN.clear()
-    trained(kind, run, stop_after)
-    assert len(SEEN) == stop_after
-    resumed = trained(kind, run).model.state_dict()
-    assert seen == SEEN
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-
-
-STOPS, WORLDS = (1, 4, 6, 12), ((1, 3), (3, 2))
+STOPS, WORLDS = (1, 4, 6, 12), ((1, 1), (1, 3), (3, 2))
 
 
 def _train_in_two_parts(rank: int, folder: Path) -> None:
@@ -176,7 +161,7 @@ def in_two_parts(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("worlds", WORLDS)
 @pytest.mark.parametrize("stop_after", STOPS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_training_goes_on_with_another_number_of_workers_and_the_same_batches(
+def test_a_training_that_stops_at_any_step_goes_on_with_any_number_of_workers_and_the_same_batches(
     kind: str, stop_after: int, worlds: tuple[int, int], in_two_parts: Path
 ) -> None:
     name, seen = f"{kind}-{stop_after}-{worlds[0]}-{worlds[1]}", []
@@ -188,8 +173,9 @@ def test_a_training_goes_on_with_another_number_of_workers_and_the_same_batches(
     state = create_state(Numbers(), CONFIG, len(NUMBERS), Group())
     checkpoint.restore_newest(locate(str(in_two_parts), name), state)
     assert (state.epoch, state.step) == (4, 0)
+    tolerance = 0.0 if worlds == (1, 1) else 1e-5
     for key, value in state.model.state_dict().items():
-        torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, whole[key], rtol=tolerance, atol=0.1 * tolerance)
 
 
 def test_epochs_end_and_progress_counts_by_the_given_steps() -> None:
