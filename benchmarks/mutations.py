@@ -62,8 +62,8 @@ MUTATIONS = [
         Fault(
             "a filler's sums count",
             STEP,
-            "        if batch.is_filler:\n            self._found = {",
-            "        if False:\n            self._found = {",
+            "                if batch.is_filler:\n                    self._found = {",
+            "                if False:\n                    self._found = {",
         ),
     ),
     (

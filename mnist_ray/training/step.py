@@ -143,13 +143,19 @@ class Step:
             for seed_number, batch in sync.plan(self._micro_batches):
                 if seed_number is not None:
                     self._seed(seed_number)
-                with sync.accumulate(batch), self._computing(batch):
+                self._micro_batch = batch
+                self._found = {}
+                self._reported = None
+                with sync.accumulate(batch), buffers_kept(self.model) if batch.is_filler else _NOTHING:
                     losses = self._sum_of_losses(loss, name, batch)
                     # With this factor, the gradients of all slices add up to that of the global batch's mean loss,
                     # even if slices are uneven. A filler adds zeros.
                     factor = 0.0 if batch.is_filler else sync.factor / batch.global_size
                     self._state.scaler.scale(losses * factor).backward()  # type: ignore[no-untyped-call]
+                if batch.is_filler:
+                    self._found = {key: torch.zeros_like(value) for key, value in self._found.items()}
                 total = _added(total, sync.collect(self._found))
+            self._micro_batch = None
             sync.finish()
         self._state.watch.turn(COMPUTE)
         self._minimized, self._weight = total[_MINIMIZED], None
@@ -232,18 +238,6 @@ class Step:
         return losses
 
     # --- the parts of a step
-
-    @contextlib.contextmanager
-    def _computing(self, batch: MicroBatch) -> Iterator[None]:
-        """Find the sums over a micro-batch's examples inside the block; of a filler, they are 0."""
-        self._micro_batch, self._found, self._reported = batch, {}, None
-        try:
-            with buffers_kept(self.model) if batch.is_filler else _NOTHING:
-                yield
-        finally:
-            self._micro_batch = None
-        if batch.is_filler:
-            self._found = {key: torch.zeros_like(value) for key, value in self._found.items()}
 
     def _sum_of_losses(self, loss: Loss, name: str, batch: MicroBatch) -> Tensor:
         """Return the sum of a micro-batch's losses; add it to the sums. Raises UsageError if nothing can be learned."""

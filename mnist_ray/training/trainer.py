@@ -126,7 +126,9 @@ class Trainer:
         while not is_over(state, self.config):
             self.window.restart_clock()
             for micro_batches in state.watch.iterating(DATA, self._slices_of_epoch()):
-                self._step(micro_batches)
+                with self.step.on(micro_batches):
+                    self.workload.training_step(self.step)
+                self._end_step(micro_batches[0].global_size)
                 progress = self._report_if_due()
                 if progress is not None and progress.saves and state.step < state.epoch_steps:
                     self._save(progress)
@@ -152,14 +154,12 @@ class Trainer:
                 dist.broadcast(tensor.detach(), 0)  # a model may draw numbers that no seed makes the same
         self.step = Step(self.workload, state, self.config, self.group, self.callbacks)
 
-    def _step(self, micro_batches: list[MicroBatch]) -> None:
-        """Let the workload take a step; then move the EMA and the learning rates."""
-        state, step = self.state, self.step
+    def _end_step(self, batch_size: int) -> None:
+        """Move the EMA and the learning rates, and count the step."""
+        state = self.state
+        state.watch.turn(OPTIMIZER)
         for optimizer in [*state.optimizers.values()][:1]:  # a trial before the start may have none
             state.learning_rate = float(optimizer.param_groups[0]["lr"])
-        with step.on(micro_batches):
-            self.workload.training_step(step)
-        state.watch.turn(OPTIMIZER)
         if self.config.ema_decay is not None:
             move_average(state, self.config.ema_decay)
         for scheduler in state.schedulers.values():
@@ -170,8 +170,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_step(state)
         state.watch.end_start()
-        step.take_logged()
-        self.window.add(step.sums, micro_batches[0].global_size, step.gradient_norm)
+        self.step.take_logged()
+        self.window.add(self.step.sums, batch_size, self.step.gradient_norm)
 
     def _report_if_due(self) -> Progress | None:
         """If the window is full or a checkpoint is due, report, and return what to do next, on all ranks alike."""
