@@ -139,7 +139,7 @@ MUTATIONS = [
         Fault("a drawn example's number is that of its slice", SAMPLER, "draw += bounds[0]\n", "draw += 0\n"),
     ),
     (
-        "data/test_sampler training/test_engine",
+        "data/test_sampler training/test_step",
         Fault(
             "micro-batches are too few",
             SAMPLER,

@@ -1,4 +1,4 @@
-"""Trainings in a test: callbacks made of functions; one to three ranks, each a process, in shared memory or gloo."""
+"""Trainings in a test: callbacks made of functions; one to three ranks, each a process."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from mnist_ray.data.data import Arrays
-from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
 
 WORLD_SIZES = (1, 2, 3)  # with 3, slices are uneven, and some empty
-WAYS = ("memory", "gloo")
-Training = Callable[[Group, Arrays, Path], None]
 
 
 def call_on_ranks(pool: ProcessPoolExecutor, function: Callable[..., None], *args: Any) -> None:
@@ -37,27 +32,6 @@ def _called(function: Callable[..., None], rank: int, *args: Any) -> None:
     except BaseException:  # also pytest's Failed
         traceback.print_exc()
         os._exit(1)  # the other ranks wait for this one; a broken pool ends them
-
-
-def train_both_ways(pool: ProcessPoolExecutor, training: Training, split: Arrays, folder: Path) -> Path:
-    """Call ``training`` on each rank of each world size, with a folder for each way; return ``folder``."""
-    for way in WAYS:
-        (folder / way).mkdir()
-    call_on_ranks(pool, _train_as_rank, training, split, folder)
-    return folder
-
-
-def _train_as_rank(rank: int, training: Training, split: Arrays, folder: Path) -> None:
-    _train(rank, training, split, folder / "memory")
-    with mock.patch.object(shared_memory, "open_together", return_value=None):
-        _train(rank, training, split, folder / "gloo")
-
-
-def _train(rank: int, training: Training, split: Arrays, folder: Path) -> None:
-    for world_size in WORLD_SIZES:
-        if rank < world_size:
-            with joined(rank, world_size, folder / f"store-{world_size}") as group:
-                training(group, split, folder)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
-"""Steps that a usual loop does not have, on any number of ranks: as in a loop of plain PyTorch in one process."""
+"""Steps on any number of ranks, usual ones and others: as in a loop of plain PyTorch in one process."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,9 +24,10 @@ from mnist_ray.data.batches import MicroBatch
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.parallel import shared_memory
 from mnist_ray.parallel.group import Group, of_all_ranks
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.evaluation import evaluate
+from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress, figures_of
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import TrainingState
@@ -60,6 +63,28 @@ class Numbers(Workload):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs[:, 0] - targets) ** 2
+
+
+class ByAdam(Numbers):
+    """With the usual eps, Adam moves a weight by a whole step where a gradient is a mere rounding error."""
+
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-4)
+
+
+class AddsWeights(Callback):
+    def on_gradients(self, state: TrainingState) -> None:
+        add_weights_to_gradients(state.model)
+
+
+class WithWeightsAdded(Numbers):
+    callbacks = (AddsWeights(),)
+
+
+def add_weights_to_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad += 0.1 * parameter.detach()
 
 
 class ByLBFGS(Numbers):
@@ -340,6 +365,15 @@ class UnseededGAN(GAN):
 
 
 CASES: dict[str, tuple[type[Workload], dict[str, Any]]] = {
+    "plain": (Numbers, {"momentum": 0.9}),
+    "plain, by gloo": (Numbers, {}),
+    "some slices empty": (Numbers, {"batch_size": 2}),
+    "a smaller last batch": (Numbers, {"batch_size": 16}),
+    "micro-batches": (Numbers, {"batch_size": 16, "micro_batch_size": 3}),
+    "micro-batches, by gloo": (Numbers, {"batch_size": 16, "micro_batch_size": 3}),
+    "clipped": (Numbers, {"clip_grad_norm": 0.2, "micro_batch_size": 5}),
+    "changed gradients": (WithWeightsAdded, {}),
+    "Adam in micro-batches": (ByAdam, {"micro_batch_size": 2}),
     "LBFGS": (ByLBFGS, {"batch_size": NUM_EXAMPLES}),
     "LBFGS in chunks": (ByLBFGS, {"batch_size": NUM_EXAMPLES, "reproducible": True, "num_chunks": 3}),
     "a closure's loss": (ByItsLoss, {"clip_grad_norm": 10.0}),
@@ -382,11 +416,23 @@ def train_cases(rank: int, folder: Path) -> None:
                 of_epoch = list[Any]()
                 end = Hooks(on_epoch=lambda state, progress, seen=of_epoch: seen.append(progress))
                 own: list[Any] = [*workload.callbacks, note, end]
-                Trainer(workload, state, Split(numbers()), config, group, own).train()
+                without_memory = mock.patch.object(shared_memory, "open_together", return_value=None)
+                with without_memory if "gloo" in case else contextlib.nullcontext():
+                    Trainer(workload, state, Split(numbers()), config, group, own).train()
+                check_evaluation(workload, state, config, group)
                 logged = {"loss": of_epoch[0].so_far["loss"], **of_epoch[0].logged}
                 if rank == 0:
                     (folder / f"{case}-{world_size}.json").write_text(json.dumps(losses))
                     (folder / f"{case}-{world_size}-logged.json").write_text(json.dumps(logged))
+
+
+def check_evaluation(workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
+    """Ranks together evaluate as one rank does, to the bit, in batches of 10."""
+    split, config = Split(numbers()), replace(config, micro_batch_size=10)
+    together = evaluate_together(workload, state.result, split, config, group)
+    alone = evaluate(workload, state.result, split, config)
+    assert together.batch_sums == alone.batch_sums
+    assert all(np.array_equal(together.columns[name], values) for name, values in alone.columns.items())
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +445,7 @@ def runs(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -
 def batches(batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     examples = numbers()
     for number in range(NUM_STEPS):
-        pass_number, step = divmod(number, NUM_EXAMPLES // batch_size)
+        pass_number, step = divmod(number, math.ceil(NUM_EXAMPLES / batch_size))
         sampler = ShardedBatchSampler(NUM_EXAMPLES, batch_size, CONFIG.seed, pass_number, first_step=step)
         indices = next(iter(sampler)).indices
         yield torch.tensor(examples.inputs[indices]), torch.tensor(examples.targets[indices])
@@ -413,7 +459,7 @@ def train_plainly(case: str) -> list[float]:
     model, losses = workload.create_model(), []
     optimizer: Any = workload.create_optimizer(model, config)
     for number, (inputs, targets) in enumerate(batches(config.batch_size)):
-        if workload.callbacks:
+        if Thaw in map(type, workload.callbacks):
             next(model.children()).requires_grad_(number >= FIRST_STEP)
         losses.append(step_plainly(workload, model, optimizer, inputs, targets, config.clip_grad_norm))
     return losses
@@ -472,6 +518,8 @@ def step_plainly(
             backward(lambda outputs: workload.loss(outputs, targets) + 0.5 * (outputs - taught)[:, 0].square())
         case _:
             backward()
+    if isinstance(workload, WithWeightsAdded):
+        add_weights_to_gradients(model)
     if max_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer.step()
