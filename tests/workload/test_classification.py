@@ -98,8 +98,8 @@ def test_smoothing_is_refused_without_labels(kind: type[Workload]) -> None:
     model = nn.Linear(1, 1)
     step = Step(kind(), TrainingState(model, {}, {}), SMOOTHED, Group())
     batch = MicroBatch(torch.ones(2, 1), torch.ones(2), 2, 2)
-    step.begin([batch])
-    with pytest.raises(UsageError, match="label_smoothing is for a Classification that has no loss of its own"):
+    message = "label_smoothing is for a Classification that has no loss of its own"
+    with pytest.raises(UsageError, match=message), step.on([batch]):
         step.backward(kind().batch_loss)
 
 
