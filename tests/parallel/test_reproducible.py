@@ -57,7 +57,7 @@ class LargeTargets(Regression):
         return super().measure(outputs, targets + 1e4)
 
 
-class Weighted(LargeTargets):
+class Weighted(Noisy):
     """Some examples have no weight."""
 
     def weights(self, targets: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor
     figures: list[float] = []
     hooks = Hooks(
         on_progress=lambda state, progress: figures.extend(progress.losses),
-        on_checkpoint=lambda state, progress: figures.extend(progress.so_far.values()),
+        on_epoch=lambda state, progress: figures.extend(progress.so_far.values()),
     )
     Trainer(create(), state, Split(split), config, group, [hooks]).train()
     return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
