@@ -153,7 +153,7 @@ def test_a_call_trains_even_if_ray_was_imported_first(form: list[str], small_dat
 
 
 def test_a_job_trains_on_a_ray_that_lacks_all_private_names(small_data: Path, tmp_path: Path, trained: Path) -> None:
-    code = "from mnist_ray import cli, extras\nextras._is_there = lambda need: False\ncli.run(cli.train)"
+    code = "from mnist_ray import cli, extras\nextras.works = lambda name: False\ncli.run(cli.train)"
     paths = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2}
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     command = [sys.executable, "-c", code, *as_flags({**QUICK, **paths})]

@@ -1,12 +1,9 @@
-"""The next Ray, simulated: names that it no longer has, and methods with other parameters."""
+"""Another Ray, simulated: an older one, and a newer one without names that extras use."""
 
-import functools
-import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -18,12 +15,10 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from mnist_ray import extras, ray_versions
 from mnist_ray.cli import status_of
-from mnist_ray.extras import EXTRAS, is_on, listed, note, processes, small
+from mnist_ray.extras import EXTRAS, is_on, note, processes, small
 from mnist_ray.run.ray_train import WorkerGroupConfig
 from ray_fork import starting
 from tests.conftest import ROOT, Flags, run_main, weights
-
-NEEDS = sorted({(name, need) for name, extra in EXTRAS.items() for need in extra.needs})
 
 
 @pytest.fixture(autouse=True)
@@ -34,57 +29,22 @@ def _tried_again() -> Iterator[None]:
     extras.works.cache_clear()
 
 
-def remove(need: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove a name of Ray. Classes in Cython cannot change: one is replaced by another that lacks the name."""
-    owner, last = owner_of(need)
-    if isinstance(owner, type) and owner.__module__ == "ray._raylet":
-        monkeypatch.setattr(f"{need.partition(':')[0]}.{owner.__name__}", object)
-    else:
-        classes = owner.__mro__ if isinstance(owner, type) else (owner, type(owner))
-        monkeypatch.delattr(next(place for place in classes if last in vars(place)), last)
-
-
-def owner_of(need: str) -> tuple[Any, str]:
-    """Return the object that has a name of Ray, and the name's last part."""
-    module, _, path = need.partition("(")[0].partition(":")
-    *parts, last = path.split(".")
-    return functools.reduce(getattr, parts, importlib.import_module(module)), last
-
-
-def test_all_extras_are_on_with_the_newest_ray_that_was_tried() -> None:
-    assert listed(plain=False)["off"] == []
+def test_all_extras_are_on_with_the_newest_ray_that_was_tried_unless_a_job_is_plain() -> None:
     assert note() == ""
-    assert listed(plain=True)["on"] == []
+    assert all(is_on(name, plain=False) and not is_on(name, plain=True) for name in EXTRAS)
 
 
-@pytest.mark.parametrize(("name", "need"), NEEDS)
-def test_an_extra_is_off_without_one_of_its_names(name: str, need: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    remove(need, monkeypatch)
-    assert not is_on(name, plain=False)
-    assert note().startswith(f"Ray {ray.__version__}: without ")
-
-
-@pytest.mark.parametrize(("name", "need"), [pair for pair in NEEDS if "(" in pair[1] and "_raylet" not in pair[1]])
-def test_an_extra_is_off_if_a_method_has_lost_a_parameter(
-    name: str, need: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    owner, last = owner_of(need)
-    monkeypatch.setattr(owner, last, lambda self, another=None: None)
-    assert not is_on(name, plain=False)
-
-
-@pytest.mark.parametrize("off", [*EXTRAS])
-def test_an_extra_is_off_with_an_older_ray_than_its_tests_passed_with(
-    off: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extras_are_off_with_an_older_ray_than_their_tests_passed_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_versions, "ray_version", lambda: "2.50.1")
-    assert not is_on(off, plain=False)
+    assert not any(is_on(name, plain=False) for name in EXTRAS)
 
 
-def test_the_note_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("ray._private.node.Node.start_api_server")
-    monkeypatch.delattr("ray._private.parameter.RayParams.__init__")
-    assert note() == (f"Ray {ray.__version__}: without forked workers, a small local Ray")
+def test_an_extra_whose_name_of_ray_is_missing_is_off_and_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(services, "ConsolePopen")
+    monkeypatch.delattr(services, "RAY_PATH")
+    monkeypatch.delitem(sys.modules, "mnist_ray.extras.small")
+    assert extras.load("small", plain=False) is None
+    assert note() == f"Ray {ray.__version__}: without a small local Ray"
 
 
 @pytest.mark.parametrize("without", ["trainer", "processes"])
@@ -92,17 +52,8 @@ def test_a_job_trains_the_same_without_an_extra(
     without: str, finished_run: Path, quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, f"mnist_ray.extras.{without}", None)  # its import would fail
-    monkeypatch.setattr(extras, "_is_there", lambda need: need not in EXTRAS[without].needs)
     run_main("train", *quick(num_workers=2))
     assert weights(tmp_path / "run") == weights(finished_run)
-
-
-def test_the_names_of_extras_are_looked_up_in_a_twentieth_of_a_second() -> None:
-    """Imports nothing new: the modules are those that Ray itself has imported."""
-    before = {*sys.modules}
-    for name in EXTRAS:
-        is_on(name, plain=False)
-    assert {*sys.modules} == before
 
 
 def test_no_module_outside_of_the_extras_imports_a_private_name() -> None:
