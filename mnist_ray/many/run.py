@@ -185,14 +185,13 @@ def _of_folds(members: Sequence[Job], seed: int) -> dict[str, np.ndarray]:
 def _say(session: Session, result: Mapping[str, Any], kept: Job) -> None:
     """Print the means, the run that is kept, and the paths of the files."""
     job, console, run, metrics = session.job, session.console, session.job.run, session.job.workload.all_metrics
-    said, several = [], len(result["members"]) > 1
+    said = []
     for metric in (*metrics[1:], metrics[0]):
-        text = f"{metric.name} {metric.format(number_of(result[f'test_{metric.name}']))}"
-        if several:
+        said.append(f"{metric.name} {metric.format(number_of(result[f'test_{metric.name}']))}")
+        if "spread" in result:
             low, high = map(metric.format, result["spread"][f"test_{metric.name}"]["interval"])
-            text += f" (95 %: {low} to {high})"
-        said.append(text)
-    of = f": mean of {count(len(result['members']), 'run')}" if several else ""
+            said[-1] += f" (95 %: {low} to {high})"
+    of = f": mean of {count(len(result['members']), 'run')}" if "spread" in result else ""
     console.result("test", f"{', '.join(said)}{of} on {result['num_test_examples']:,} {job.workload.nouns}")
     if job.train.is_folded:
         console.say("", "the interval allows for the folds' common training examples (Nadeau and Bengio, 2003)")
