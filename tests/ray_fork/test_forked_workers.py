@@ -27,12 +27,12 @@ CONNECT = """\
 import json, os, signal, sys
 from ray_fork.starting import prepared_forking, runtime_env_to_fork
 
-def connect(forking, **options):
+def connect(forking):
     import ray
     from ray_fork.ray_internals import shim_in_local_ray
     if os.environ["RAY_ADDRESS"] == "local":
         with shim_in_local_ray(forking):
-            ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, **options)
+            ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     else:
         ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False, runtime_env=runtime_env_to_fork(forking))
 """
@@ -70,13 +70,6 @@ with prepared_forking("ray") as forking:
     print(json.dumps(report), flush=True)
     if sys.argv[1] == "stay":
         signal.pause()
-"""
-SPILLING = """\
-with prepared_forking("numpy") as forking:
-    connect(forking, object_store_memory=80 * 2**20)
-    import numpy, ray
-    kept = [ray.put(numpy.full(30 * 2**20, number, numpy.uint8)) for number in range(5)]
-    print([int(ray.get(one)[-1]) for one in kept])
 """
 
 
@@ -150,15 +143,6 @@ def test_when_the_driver_is_killed_the_server_its_workers_and_its_folder_go() ->
         wait_for(lambda: all(map(has_ended, [server, *forked])))
         assert not Path(content["folder"]).exists()
     end(everything)  # Ray's agents take their time
-
-
-@pytest.mark.long
-def test_objects_that_do_not_fit_into_memory_are_spilled_and_read_again() -> None:
-    environment = {**ENVIRONMENT, "RAY_ADDRESS": "local"}
-    done = subprocess.run(
-        [sys.executable, "-c", CONNECT + SPILLING], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
-    )
-    assert done.stdout == b"[0, 1, 2, 3, 4]\n"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -87,30 +86,6 @@ def test_a_worker_that_cannot_be_forked_is_started_as_ray_would_whatever_ray_pas
     assert complained.startswith(f"a worker is started as usual, not forked: {said}")
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (b"too cold", "too cold"),
-        (b"", "the fork server, or the process that it forked, has exited"),
-        (b"x\xc3", "x\ufffd"),
-    ],
-)
-def test_a_worker_is_started_if_the_server_refuses(answer: bytes, said: str, tmp_path: Path) -> None:
-    def refuse() -> None:
-        connection, _ = listener.accept()
-        with connection, connection.makefile("rb") as content:
-            content.read(int.from_bytes(content.read(4), "big"))
-            connection.sendall(answer)
-
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "fork"))
-        listener.listen()
-        threading.Thread(target=refuse, daemon=True).start()
-        command, complained = started(tmp_path, **{SOCKET_VARIABLE: str(tmp_path / "fork")})
-    assert command == [str(tmp_path / "default_worker.py")]
-    assert complained == f"a worker is started as usual, not forked: {said}\n"
-
-
 def test_a_worker_is_started_even_if_the_log_is_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "default_worker.py").write_text("print('started')")
     command = [sys.executable, "-S", "-E", str(starting.SHIM), str(tmp_path / "default_worker.py")]
@@ -184,16 +159,6 @@ def test_sockets_have_short_paths_whatever_tmpdir_and_the_users_id_are(
             assert forking.server
             paths.append(os.environ[SOCKET_VARIABLE] + ".silent")
     assert max(len(os.fsencode(path)) for path in paths) <= 107  # Linux has room for 108 bytes, the last of which is 0
-
-
-@pytest.mark.parametrize(("folder", "used"), [("/var/tmp", "/var/tmp"), ("relative", "/tmp"), ("", "/tmp")])
-def test_sockets_are_in_tmpdir_unless_it_would_be_another_folder_for_workers(
-    folder: str, used: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TMPDIR", folder)
-    assert shim.temporary_folder() == used
-    monkeypatch.delenv("TMPDIR")
-    assert shim.temporary_folder() == "/tmp"
 
 
 # --- other users of the machine
@@ -284,15 +249,14 @@ def program(path: Path) -> Path:
     return path
 
 
-def test_the_modules_are_in_a_variable_if_workers_are_forked() -> None:
+def test_a_cluster_forks_workers_if_that_is_wanted_unless_the_job_has_a_python_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert starting.runtime_env_to_fork(FORKING)["env_vars"] == {MODULES_VARIABLE: "torch ray.tune"}
     assert starting.runtime_env_to_fork(replace(FORKING, is_wanted=False)) == {}
-
-
-@pytest.mark.parametrize("name", ["pip", "conda", "py_executable", "image_uri", "uv"])
-def test_a_job_with_a_python_of_its_own_keeps_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    of_job(monkeypatch, working_dir="gcs://some.zip", **{name: "wine"})
-    assert starting.runtime_env_to_fork(FORKING) == {}
+    for name in ("pip", "conda", "py_executable", "image_uri", "uv"):
+        of_job(monkeypatch, working_dir="gcs://some.zip", **{name: "wine"})
+        assert starting.runtime_env_to_fork(FORKING) == {}, name
 
 
 def test_workers_are_started_as_usual_if_there_is_no_room_for_a_server(
