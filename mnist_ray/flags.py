@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,22 +21,31 @@ _WORDS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  # f
 class Parser(argparse.ArgumentParser):
     """An argument parser with a flag for each setting of some classes. It reports errors in one line.
 
-    ``--help`` shows ``defaults`` instead of the settings' own.
+    ``--help`` shows ``defaults`` instead of the settings' own, and first the flags of ``daily`` use.
     """
 
-    def __init__(self, description: str, *classes: type, defaults: Given | None = None, add_help: bool = True) -> None:
+    def __init__(
+        self,
+        description: str,
+        *classes: type,
+        defaults: Given | None = None,
+        daily: Collection[str] = (),
+        add_help: bool = True,
+    ) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, add_help=add_help)
         self._settings = declared(*classes)
         words = [f"[{one.word}]" if _form_of(one)["nargs"] else one.word for one in self._settings.values() if one.word]
         self.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
+        most_used = self.add_argument_group("Most used")  # argparse prints no title of an empty group
         for config_class in classes:
             group = self.add_argument_group(title_of(config_class))
             for name, about in declared(config_class).items():
                 if about.has_flag:
                     shown = name if about.word else flag(name)
                     help_text = _help_with(about, (defaults or {}).get(name, about.default)).replace("%", "%%")
-                    group.add_argument(shown, default=UNSET, help=help_text, **_form_of(about))
+                    of_flag = most_used if name in daily else group
+                    of_flag.add_argument(shown, default=UNSET, help=help_text, **_form_of(about))
         rare = [name for name, about in self._settings.items() if not about.has_flag]
         if "set" not in self._settings:
             set_help = f"set a setting by its name; these have no flag: {', '.join(rare)}" if rare else UNSET

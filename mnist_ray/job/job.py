@@ -48,6 +48,10 @@ Search settings with Ray Tune, and evaluate the best trial once on the test set:
 
 A trial has one worker with one CPU, unless --num-workers or --cpus-per-worker is given.""",
 }
+_DAILY = (
+    *("sweep", "num_trials", "workload", "config", "num_epochs", "batch_size", "learning_rate", "num_workers"),
+    *("use_gpu", "run_name", "storage_path", "resume", "dry_run", "callback", "tracker"),
+)
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def _read_flags(kind: str, workload_class: type[Workload], given: Given | None) 
     classes, recipes = classes_of_job(kind, workload_class.Settings), workload_class.recipes
     if given is None:
         about = f"{_DESCRIPTIONS[kind].format(command=command(kind))}\n\nRecipes: {', '.join(recipes) or 'none'}"
-        return Parser(about, *classes, defaults=recipes.get("default", {})).read_flags()
+        return Parser(about, *classes, defaults=recipes.get("default", {}), daily=_DAILY).read_flags()
     settings.check_known(given, {*declared(*classes)} - ONLY_FLAGS, "the call")
     return given
 
