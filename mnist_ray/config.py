@@ -66,7 +66,7 @@ class TrainConfig:
     label_smoothing: float = setting(0.0, "part of each class target to spread over all", **_RARE, **fraction())
     ema_decay: float | None = setting(None, "decay of the weights' EMA, which is evaluated", **fraction(with_one=False))
     early_stopping_patience: int | None = setting(None, "validations without improvement before a stop", **at_least(1))
-    precision: Precision = setting("auto", "number format of both passes; auto: bf16 if supported, else fp32")
+    precision: Precision = setting("auto", "number format of both passes; auto: bf16 if supported and fast, else fp32")
     validation_size: int | None = setting(
         None, "examples to hold out; 0: none; default: the data's own, or a tenth up to 5,000", **_SHARED, **at_least(0)
     )
@@ -79,7 +79,7 @@ class TrainConfig:
     micro_batch_size: int | None = setting(None, "examples per forward pass; gradients are accumulated", **at_least(1))
     strategy: Literal["ddp", "fsdp"] = setting("ddp", "fsdp: each worker holds a part of the training state", **_FREE)
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
-    callback: tuple[str, ...] = _code("your Callback", "mnist_ray.training.callback:Callback", **_SHARED)
+    callback: tuple[str, ...] = _code("your Callback, or profiler", "mnist_ray.training.callback:Callback", **_SHARED)
     limit: float = setting(
         1.0, "fraction of all data, at random", **_SHARED, **rule(lambda part: 0 < part <= 1, "must be in (0, 1]")
     )

@@ -34,7 +34,8 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS
-from mnist_ray.training.trainer import Trainer, create_state, is_one_thread_enough
+from mnist_ray.training.timing import is_bf16_slow, is_one_thread_enough
+from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import RATE
 
@@ -85,7 +86,7 @@ def train_worker(
         callbacks: list[Any] = copy.deepcopy([*job.workload.callbacks])  # checkpoints match them by position
         callbacks += [user_code.create(code, Callback) for code in job.callbacks]
         restored = checkpoints.restore_newest(job.run, state, callbacks, group)
-        _settle(job, state, split, config, group)
+        config = _settle(job, state, split, config, group, is_new=not restored.name)
         worker = Worker(spec, state, config, group, callbacks, sink, watchdog)
         trainer = Trainer(
             job.workload,
@@ -106,14 +107,24 @@ def train_worker(
         worker.end()
 
 
-def _settle(job: Job, state: TrainingState, split: Split, config: TrainConfig, group: Group) -> None:
-    """Choose threads, and how memory is freed. With ``--reproducible``, raise if processors differ."""
+def _settle(
+    job: Job, state: TrainingState, split: Split, config: TrainConfig, group: Group, *, is_new: bool
+) -> TrainConfig:
+    """Choose precision, threads, and how memory is freed; return the config with its precision.
+
+    A resumed run keeps the precision in ``state``. With ``--reproducible``, raises if processors differ.
+    """
     if config.reproducible:
         check_arithmetic(group)
+    if job.train.precision == "auto" and config.precision == "bf16":
+        if is_new:
+            state.bf16_is_slow = is_bf16_slow(job.workload, state, split, config, group)
+        config = replace(config, precision="fp32" if state.bf16_is_slow else "bf16")
     if job.workers.cpus_per_worker is None and is_one_thread_enough(state, split, config, group):
         torch.set_num_threads(1)
     # Not earlier: the memory of a whole model, or of a checkpoint that was read, should go back to the kernel.
     keep_freed_memory(is_sharded=state.is_sharded)
+    return config
 
 
 def _load_initial(job: Job, model: nn.Module) -> None:

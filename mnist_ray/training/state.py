@@ -44,6 +44,7 @@ class TrainingState:
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # scales the loss; for fp16 only
     average: nn.Module | None = None  # the weights' EMA, with --ema-decay
     scores: list[tuple[float, ...]] = field(default_factory=list)  # of each validated epoch; larger is better
+    bf16_is_slow: bool = False  # --precision auto is fp32
     ends: bool = False  # set by a callback: no further epoch
     read_to: dict[str, Any] | None = None  # of a stream: where a resumed run may go on reading
     steps_per_epoch: int = 0

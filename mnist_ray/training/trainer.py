@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,7 +35,6 @@ from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import seeded_model
 
-_MAX_SMALL_STEP = 2**28  # multiplications; a step of fewer takes half a millisecond, and two threads do not shorten it
 _MIN_LOSS_SCALE = 1e-4  # of fp16: it halves with each step that is skipped because gradients are not finite
 
 
@@ -75,21 +73,6 @@ def create_state(
         total_steps=total_steps,
         watch=watch,
     )
-
-
-def is_one_thread_enough(state: TrainingState, split: Split, config: TrainConfig, group: Group) -> bool:
-    """Return whether steps are so small that several threads would wait for each other longer than they compute.
-
-    The weights times the numbers in a slice's examples are an upper limit of the multiplications of dense layers and
-    convolutions. Only for arrays in memory, because reading a ``Dataset`` takes longer than such a step.
-    """
-    arrays = split.whole_arrays
-    if group.device.type != "cpu" or arrays is None or split.transforms:
-        return False
-    num_weights = sum(parameter.numel() for parameter in state.model.parameters())
-    numbers_per_example = sum(array[:1].size for array in arrays.named.values())
-    slice_size = math.ceil(config.batch_size / group.world_size)
-    return num_weights * numbers_per_example * slice_size <= _MAX_SMALL_STEP
 
 
 class Trainer:

@@ -82,21 +82,31 @@ def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, here: d
     assert weights(tmp_path / "run") == weights(run)
 
 
-def test_a_resumed_run_continues_in_fp32_if_the_processor_has_no_bf16(
-    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("is_slow", "chosen"), [(True, "fp32"), (False, "bf16")])
+def test_a_resumed_run_keeps_its_precision_unless_the_processor_has_no_bf16(
+    is_slow: bool,
+    chosen: str,
+    here: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stops = callback_at(tmp_path / "halts.py", "wants_stop(self)", "return not os.path.exists('go')")
+    stops = callback_at(tmp_path / f"halts_{chosen}.py", "wants_stop(self)", "return not os.path.exists('go')")
     settings = {**here, "callback": stops, "precision": "auto"}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", lambda *given: is_slow)
     with pytest.raises(JobError, match="a callback has stopped the training"):
         train(None, **settings)
     (tmp_path / "go").touch()
-    monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("mnist_ray.run.worker.is_bf16_slow", Mock(side_effect=AssertionError))
+    if chosen == "bf16":
+        monkeypatch.setattr("mnist_ray.parallel.group.cpu_has_bf16", lambda: False)
     run = train(None, **settings, resume=True)
     said = capsys.readouterr().out
-    assert [*re.findall(r"^started .+, (fp32|bf16)\b", said, re.MULTILINE)] == ["bf16", "fp32"]
-    assert "the run has trained in bf16, and continues in fp32 (--precision auto)" in said
+    assert [*re.findall(r"^started .+, (fp32|bf16)\b", said, re.MULTILINE)] == [chosen, "fp32"]
+    note = "the run has trained in bf16, and continues in fp32 (--precision auto)"
+    assert (note in said) == (chosen == "bf16")
     assert run.folder.read_json("origin.json")["precision"] == "fp32"  # type: ignore[index]
 
 

@@ -8,7 +8,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.parallel.group import Group
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.trainer import is_one_thread_enough
+from mnist_ray.training.timing import is_one_thread_enough
 
 TABLE = Split(Arrays(np.zeros((500, 54), np.float32), np.zeros(500)))
 
