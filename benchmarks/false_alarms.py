@@ -84,7 +84,7 @@ def trained(folder: RunFolder, flipped: float, seed: int) -> float:
     state = create_state(workload, config, NUM_TRAIN, Group())
     Trainer(workload, state, splits.train, config, Group(), []).train()
     tested = evaluate(workload, state.model, splits.test, config)
-    write_columns(folder, {"index": splits.test.all_places, **tested.losses, **tested.columns})
+    write_columns(folder, {"index": splits.test.all_indices, **tested.losses, **tested.columns})
     folder.write_text("config.json", json_lines({**values_of(config), "flipped": flipped}))
     folder.write_text("origin.json", json_lines({"data": digests_of(splits)}))
     formats = {"test_accuracy": "fraction"}

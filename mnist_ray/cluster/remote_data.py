@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -35,9 +34,7 @@ class RemoteSplit:
         if len(examples) != self.whole_size:
             differ = f"load_data has {len(examples):,} {origin} examples here, {self.whole_size:,} in the job"
             raise TrainingStoppedError(f"{differ}; it must return the same in every process")
-        split = copy.copy(self.split)
-        split.examples = examples
-        return split
+        return replace(self.split, examples=examples)
 
 
 def may_be_stored(split: Split) -> bool:
@@ -48,8 +45,4 @@ def may_be_stored(split: Split) -> bool:
 def share(workload: Workload, split: Split) -> RemoteSplit:
     """Share a split: put arrays in memory, and Blocks (without their examples), into the object store."""
     stored = ray.put(split.examples) if may_be_stored(split) else None
-    bare = copy.copy(split)
-    bare.examples = None
-    if split.draws is None:
-        bare.places = split.indices  # only weights need the places of copied rows
-    return RemoteSplit(workload, bare, len(split), len(split.examples), stored)
+    return RemoteSplit(workload, replace(split, examples=None), len(split), len(split.examples), stored)

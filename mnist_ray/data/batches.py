@@ -20,9 +20,18 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.data.data import Arrays, Split
 from mnist_ray.data.order import Drawn, InOrder, Order, Shuffled, StreamOrder, part_of
-from mnist_ray.data.readers import ArrayReader, BlockReader, FindFault, ItemReader, Pair, Reader, StreamReader
+from mnist_ray.data.readers import (
+    ArrayReader,
+    BlockReader,
+    FindFault,
+    ItemReader,
+    Pair,
+    Reader,
+    StreamReader,
+    naming,
+    seed_example,
+)
 from mnist_ray.data.sampler import Request
-from mnist_ray.data.splits import sizes_in
 from mnist_ray.data.tensors import map_tensors
 from mnist_ray.errors import ExampleError, first_line
 
@@ -49,7 +58,7 @@ def order_of(split: Split, config: TrainConfig, pass_number: int) -> Order:
     """
     if split.is_stream:
         return InOrder()
-    if split.is_in_blocks and (sizes := sizes_in(split)) is not None:
+    if (sizes := split.block_sizes) is not None:
         return StreamOrder(sizes, config.batch_size, config.num_streams, config.seed, pass_number)
     if (weights := split.weights) is not None:
         return Drawn(weights, (config.seed, pass_number))
@@ -79,14 +88,22 @@ class Batches(Dataset):
         return len(self.split)
 
     def __getitem__(self, request: Request) -> MicroBatch:
-        indices = self.split.indices_of(request.indices)
-        found = self.reader.read(indices, request, self.seed)
-        inputs, targets = self._joined(found, indices) if isinstance(found, list) else found
-        number, read_to = len(indices), self.reader.read_to if request.ends_step else None
-        return MicroBatch(inputs, targets, number, request.global_size, request.ends_step, request.is_filler, read_to)
+        found = self.reader.read(self.split.rows_of(request.indices), request, self.seed)
+        inputs, targets = found if isinstance(found, tuple) else self._joined(found, request)
+        return MicroBatch(
+            inputs,
+            targets,
+            len(request.indices),
+            request.global_size,
+            request.ends_step,
+            request.is_filler,
+            self.reader.read_to if request.ends_step else None,
+        )
 
-    def _joined(self, examples: list[Pair], indices: np.ndarray) -> Pair:
-        """Join examples into a batch; ``indices`` are theirs in the user's data."""
+    def _joined(self, items: Iterator[Pair], request: Request) -> Pair:
+        """Read and transform items, and join them into a batch."""
+        indices = self.split.indices_of(request.indices)
+        examples = self._examples(items, indices, request.first_draw)
         try:
             joined = None if self.collate is None else self.collate(examples)
         except StopIteration as error:  # a DataLoader would take it for the data's end
@@ -101,12 +118,32 @@ class Batches(Dataset):
             raise ExampleError(f"{self.split.origin} examples do not fit together: {reason}; {remedy}") from error
         return inputs, targets
 
+    def _examples(self, items: Iterator[Pair], indices: np.ndarray, first_draw: int | None) -> list[Pair]:
+        """Read and transform items; ``indices`` are theirs in the field of ``Data``.
+
+        Before each of them, the generators of Python, NumPy and torch are seeded. So an example's random numbers depend
+        only on the seed and its index, not on interruptions, splits, or the number of ranks, tasks and loader
+        processes. Of examples that are drawn by weight, the number of the draw counts instead of the index: one that is
+        drawn again gets other random numbers.
+        """
+        split = self.split
+        if not split.transforms and not self.reader.draws_numbers:
+            return list(items)
+        numbers = indices if first_draw is None else first_draw + np.arange(len(indices))
+        examples = []
+        for index, number in zip(indices.tolist(), numbers.tolist(), strict=True):
+            seed_example(self.seed, number)
+            with naming(split.origin, index):
+                item = next(items)
+                examples.append((split.transform(item[0]), item[1]) if split.transforms else item)
+        return examples
+
     def read_ahead(self, config: TrainConfig, first_step: int, rank: int, world_size: int) -> None:
         """Read a rank's blocks, if there are any, ahead of its steps; ``first_step``: counted over all epochs.
 
         Raises ExampleError if there are fewer streams than workers.
         """
-        if not isinstance(self.reader, BlockReader) or sizes_in(self.split) is None:
+        if not isinstance(self.reader, BlockReader) or self.split.block_sizes is None:
             return
         if world_size > config.num_streams:
             streams = f"the {config.num_streams} streams of blocks; start a run with more num_streams, or fewer workers"

@@ -7,7 +7,7 @@ import itertools
 import mmap
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,16 +153,11 @@ class Streamed:
 
 
 def as_streamed(examples: Any) -> Any:
-    """Return a stream as ``Streamed``, and other examples as they are."""
-    return Streamed(examples) if is_stream(examples) and not isinstance(examples, Streamed) else examples
-
-
-def is_stream(examples: Any) -> bool:
-    """Return whether these are examples of unknown length."""
-    if isinstance(examples, Streamed) or any(base.__name__ == "IterableDataset" for base in type(examples).__mro__):
-        return True
+    """Return examples of unknown length as ``Streamed``, and others as they are."""
     is_sized = hasattr(examples, "__getitem__") or hasattr(examples, "__len__")
-    return not is_sized and (hasattr(examples, "__iter__") or callable(examples))
+    is_stream = any(base.__name__ == "IterableDataset" for base in type(examples).__mro__)  # torch takes a second
+    is_stream |= not is_sized and (hasattr(examples, "__iter__") or callable(examples))
+    return Streamed(examples) if is_stream and not isinstance(examples, Streamed) else examples
 
 
 Transform = Callable[[Any], Any]
@@ -197,36 +192,31 @@ class Data:
 Origin = Literal["train", "validation", "test"]
 
 
+@dataclass(frozen=True, eq=False)
 class Split:
-    """Some examples of a field of ``Data``, in the order of ``indices``."""
+    """Some examples of a field of ``Data``, with a weight and a group for each if the data have them."""
 
-    def __init__(
-        self,
-        examples: Any,
-        indices: np.ndarray | AllBut | None = None,
-        origin: Origin = "train",
-        draws: np.ndarray | None = None,
-        places: np.ndarray | AllBut | None = None,
-        transforms: Sequence[Transform] = (),
-    ) -> None:
-        self.examples = examples
-        self.indices = indices  # of the chosen ``examples``; None: all of them
-        self.origin = origin  # the field of ``Data`` that has these examples
-        self.draws = draws  # weights of the field's examples, if training draws from them
-        self.places = indices if places is None else places  # of these examples in the field; None: all of them
-        self.transforms = transforms  # of the examples' inputs, one after another
+    examples: Any
+    indices: np.ndarray | AllBut | None = None  # of the split's examples in the field; None: all
+    origin: Origin = "train"  # the field
+    transforms: Sequence[Transform] = ()  # of the examples' inputs, one after another
+    weights: np.ndarray | None = None  # (N,): training draws the split's examples in these proportions
+    groups: np.ndarray | None = None  # (N,): examples with one value are held out together
+    is_copied: bool = False  # whether ``examples`` has only the split's, one after another
 
     def __len__(self) -> int:
         return len(self.examples) if self.indices is None else len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, position: int) -> tuple[Any, Any]:
         """Return one example's (input, target). Raises UsageError if a ``Dataset`` does not return pairs."""
-        example = self.examples[index if self.indices is None else int(self.indices[index])]
+        example = self.examples[int(self.rows_of(np.array([position]))[0])]
         if isinstance(example, (tuple, list)) and len(example) == 2:
             return self.transform(example[0]), example[1]
         got = count(len(example), "value") if isinstance(example, (tuple, list)) else type(example).__name__
-        remedy = "either may be a tuple or a dict; if there are no targets, repeat the input"
-        raise UsageError(f"{self.origin}: a Dataset's items must be pairs (input, target), not {got}; {remedy}")
+        raise UsageError(
+            f"{self.origin}: a Dataset's items must be pairs (input, target), not {got}",
+            fix="either may be a tuple or a dict; if there are no targets, repeat the input",
+        )
 
     def transform(self, inputs: Any) -> Any:
         """Return an example's input after the transforms."""
@@ -236,18 +226,20 @@ class Split:
 
     def transformed(self, *transforms: Transform | None) -> Split:
         """Return the same examples with these transforms instead."""
-        split = copy.copy(self)
-        split.transforms = [transform for transform in transforms if transform is not None]
-        return split
+        return replace(self, transforms=[transform for transform in transforms if transform is not None])
 
     def indices_of(self, positions: Any) -> Any:
-        """Turn positions in this split into indices in ``examples``."""
+        """Turn positions in this split into indices in the field of ``Data``."""
         return positions if self.indices is None else self.indices[positions]
 
+    def rows_of(self, positions: Any) -> Any:
+        """Turn positions in this split into those in ``examples``."""
+        return positions if self.is_copied else self.indices_of(positions)
+
     @property
-    def all_places(self) -> np.ndarray:
-        """The places of these examples in the field of ``Data``, (N,)."""
-        return np.arange(len(self)) if self.places is None else np.asarray(self.places)
+    def all_indices(self) -> np.ndarray:
+        """The indices of these examples in the field of ``Data``, (N,)."""
+        return np.arange(len(self)) if self.indices is None else np.asarray(self.indices)
 
     @property
     def is_stream(self) -> bool:
@@ -266,29 +258,34 @@ class Split:
 
     @property
     def whole_arrays(self) -> Arrays | None:
-        """The examples, if they are in memory and the split has all of them; else None."""
-        return self.examples if self.is_in_memory and self.indices is None else None
-
-    def take(self, positions: np.ndarray | AllBut | slice) -> Split:
-        """Return the examples at ``positions``. Arrays in memory are copied, but a slice of whole arrays is a view."""
-        indices = self.indices_of(positions)
-        if isinstance(positions, slice):
-            positions = np.arange(*positions.indices(len(self)))
-        places = positions if self.places is None else self.places[positions]
-        if self.is_in_memory:
-            arrays = Arrays(*self.examples[indices])
-            return Split(arrays, None, self.origin, self.draws, places, self.transforms)
-        return Split(self.examples, indices, self.origin, self.draws, transforms=self.transforms)
+        """The arrays in memory that have the split's examples and no others; else None."""
+        return self.examples if self.is_in_memory and (self.is_copied or self.indices is None) else None
 
     @property
-    def weights(self) -> np.ndarray | None:
-        """The weights by which training draws these examples, (N,); None if each comes once a pass."""
-        return None if self.draws is None else self.draws[self.all_places]
+    def block_sizes(self) -> np.ndarray | None:
+        """How many of the split's examples each block has, (blocks,); None without blocks, or if not in their order."""
+        if not self.is_in_blocks:
+            return None
+        ends, indices = np.cumsum(self.examples.sizes), self.indices
+        if isinstance(indices, AllBut):
+            ends = indices.rank(ends)
+        elif indices is not None:
+            if (np.diff(indices) <= 0).any():
+                return None
+            ends = np.searchsorted(indices, ends)
+        return np.diff(ends, prepend=0)
 
-    def between(self, start: int, stop: int) -> Split:
-        """Return the examples from ``start`` to ``stop - 1``; for whole arrays in memory, a view."""
-        is_view = self.whole_arrays is not None
-        return self.take(slice(start, stop) if is_view else np.arange(start, min(stop, len(self))))
+    def take(self, positions: np.ndarray | AllBut | slice) -> Split:
+        """Return the examples at ``positions``. Arrays in memory are copied; of a slice, they are a view."""
+        if isinstance(positions, slice) and not self.is_in_memory:
+            positions = np.arange(*positions.indices(len(self)))
+        columns = {"weights": self.weights, "groups": self.groups}
+        taken: dict[str, Any] = {name: column[positions] for name, column in columns.items() if column is not None}
+        if self.is_in_memory:
+            taken |= {"examples": Arrays(*self.examples[self.rows_of(positions)]), "is_copied": True}
+        if isinstance(positions, slice):
+            positions = np.arange(*positions.indices(len(self)))
+        return replace(self, indices=self.indices_of(positions), **taken)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def digests_of(splits: Splits) -> dict[str, str | None]:
     """
     named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     digests = {name: _digest_of(split) for name, split in named.items()}
-    if (draws := splits.train.draws) is not None:
-        digests["weights"] = hashlib.sha256(draws.tobytes()).hexdigest()
+    if (weights := splits.train.weights) is not None:
+        digests["weights"] = hashlib.sha256(weights.tobytes()).hexdigest()
     if not splits.files:
         return digests
     known = {name: digest for name, digest in digests.items() if digest is not None}

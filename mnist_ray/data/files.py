@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from mnist_ray.errors import UsageError
-from mnist_ray.storage import RunFolder, in_one_line, locate, split_query
+from mnist_ray.storage import in_one_line, locate, split_query
 
 
 def files_at(place: str, endings: tuple[str, ...], kind: str) -> tuple[fs.FileSystem, list[str]]:
@@ -34,39 +34,17 @@ def files_at(place: str, endings: tuple[str, ...], kind: str) -> tuple[fs.FileSy
         return not is_hidden and (fnmatchcase(path, pattern) if star else path.lower().endswith(endings))
 
     with in_one_line(f"{place} cannot be read"):
-        info = folder.info()
-        paths = [info.path] if info.type == fs.FileType.File else []
-        if info.type == fs.FileType.Directory:
-            paths = sorted(path for path in _files_below(folder) if is_wanted(path))
+        place_info = folder.info()
+        paths = [place_info.path] if place_info.type == fs.FileType.File else []
+        if place_info.type == fs.FileType.Directory:
+            found = folder.filesystem.get_file_info(fs.FileSelector(folder.path, recursive=True))
+            paths = sorted(info.path for info in found if info.type == fs.FileType.File and is_wanted(info.path))
+    if isinstance(folder.filesystem, fs.LocalFileSystem):  # a link may lead to a folder above
+        paths = sorted({os.path.realpath(path): path for path in reversed(paths)}.values())
     if not paths:
-        is_missing = info.type == fs.FileType.NotFound
+        is_missing = place_info.type == fs.FileType.NotFound
         raise UsageError(f"{place} does not exist" if is_missing else f"{place} has no {kind} files")
     return folder.filesystem, paths
-
-
-def _files_below(folder: RunFolder) -> Iterator[str]:
-    """Yield the paths of all files in a folder and below. Raises STORAGE_ERRORS."""
-    if not isinstance(folder.filesystem, fs.LocalFileSystem):
-        infos = folder.filesystem.get_file_info(fs.FileSelector(folder.path, recursive=True))
-        yield from (info.path for info in infos if info.type == fs.FileType.File)
-        return
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    seen = set[tuple[int, int]]()  # folders: Arrow would follow a link to a folder above without end
-    for place, folders, names in os.walk(folder.path, onerror=fail, followlinks=True):
-        found = os.stat(place)
-        if (found.st_dev, found.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((found.st_dev, found.st_ino))
-        folders.sort()
-        for path in (posixpath.join(place, name) for name in names):
-            if not path.isascii() and os.fsencode(path).decode(errors="replace") != path:
-                raise OSError(f"the name {path!a} is not UTF-8; rename the file")
-            if os.path.isfile(path):
-                yield path
 
 
 @contextlib.contextmanager

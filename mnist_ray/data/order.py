@@ -20,14 +20,25 @@ def part_of(length: int, number: int, num_parts: int) -> range:
     return range(length * number // num_parts, length * (number + 1) // num_parts)
 
 
-class InOrder:
+class Order:
+    """The order of a pass: a function of the seed, the pass and the position, and nothing else."""
+
+    num_streams: int | None = None  # of data in blocks, each with a part of every batch
+    is_drawn = False  # whether an example may come several times
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """Return the indices of the examples at the positions of a slice, (stop - start,)."""
+        raise NotImplementedError
+
+
+class InOrder(Order):
     """The numbers from 0 on, as the order of a stream."""
 
     def __getitem__(self, positions: slice) -> np.ndarray:
         return np.arange(positions.start, positions.stop)
 
 
-class Shuffled:
+class Shuffled(Order):
     """A permutation of the numbers below ``number``, decided by ``key``. Its slices are arrays.
 
     Each number is computed from its position alone, so memory does not grow with ``number``. A Feistel network permutes
@@ -61,11 +72,13 @@ class Shuffled:
         return high << np.uint64(low_bits) | low
 
 
-class Drawn:
+class Drawn(Order):
     """Numbers drawn with replacement, in proportion to ``weights`` (N,), decided by ``key``. Its slices are arrays.
 
     Each is computed from its position alone, like those of ``Shuffled``.
     """
+
+    is_drawn = True
 
     def __init__(self, weights: np.ndarray, key: Sequence[int]) -> None:
         self._edges = np.cumsum(weights, dtype=np.float64)
@@ -131,7 +144,7 @@ class Stream(NamedTuple):
     edges: list[int]  # the positions in the row where its windows begin, and where the last one ends
 
 
-class StreamOrder:
+class StreamOrder(Order):
     """The order of a split's examples in blocks, for one pass over the data. Its slices are arrays of indices.
 
     The blocks are permuted into a row, which is cut into ``num_streams`` almost equal streams; a block at a border
@@ -139,6 +152,8 @@ class StreamOrder:
     part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So batches do not depend on the number of
     workers, and a worker that always takes the same parts reads only its own streams.
     """
+
+    num_streams: int
 
     def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, pass_number: int) -> None:
         self.num_streams = num_streams
@@ -206,7 +221,3 @@ class StreamOrder:
         """Return the step, counted over all epochs, that needs a stream's example at a position of the row."""
         in_full = (position - stream.edges[0]) // stream.width if stream.width else self._num_full
         return int(self._first_step + min(in_full, self._num_full))
-
-
-Order = Shuffled | Drawn | StreamOrder | InOrder
-"""The order of a pass: a function of the seed, the pass and the position, and nothing else."""

@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from mnist_ray.data.data import Arrays, Split, map_arrays
 from mnist_ray.data.order import Read
 from mnist_ray.data.sampler import Request
-from mnist_ray.data.splits import sizes_in
 from mnist_ray.data.tensors import map_tensors
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, with_retries
@@ -40,28 +39,18 @@ class Reader:
 
     device = torch.device("cpu")  # where arrays are
     max_processes: int | None = 0  # that may read ahead; None: as many as there are
+    draws_numbers = False  # whether reading an example may draw random numbers
     read_to: dict[str, Any] | None = None  # of a stream: where a run that resumes after this step may go on reading
 
     def __init__(self, split: Split) -> None:
         self._split = split
 
-    def read(self, indices: np.ndarray, request: Request, seed: int) -> Pair | list[Pair]:
-        """Return the examples at some indices of the source: joined (inputs, targets), or a list of examples.
+    def read(self, rows: np.ndarray, request: Request, seed: int) -> Pair | Iterator[Pair]:
+        """Return the examples at some rows of the split's ``examples``: joined (inputs, targets), or one by one.
 
-        An example's random numbers follow from ``seed`` and its index. Raises ExampleError and JobError.
+        Raises ExampleError and JobError.
         """
         raise NotImplementedError
-
-    def _transformed(self, examples: list[Pair], indices: np.ndarray, seed: int) -> list[Pair]:
-        """Return examples, whose reading draws no random numbers of theirs, after the split's transforms."""
-        if not self._split.transforms:
-            return examples
-        found = []
-        for (inputs, targets), index in zip(examples, indices.tolist(), strict=True):
-            _seed_example(seed, index)
-            with _naming(self._split.origin, index):
-                found.append((self._split.transform(inputs), targets))
-        return found
 
 
 def seed_generators(seed: int) -> None:
@@ -71,12 +60,13 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
 
 
-def _seed_example(seed: int, number: int) -> None:
+def seed_example(seed: int, number: int) -> None:
+    """Seed the global generators for an example: by its index, or by the number of its draw."""
     seed_generators((seed * 2_147_483_647 + number) % 2**63)
 
 
 @contextlib.contextmanager
-def _naming(origin: str, index: int) -> Iterator[None]:
+def naming(origin: str, index: int) -> Iterator[None]:
     """Turn what the user's code raises into an ExampleError that names the example, unless a retry may succeed."""
     try:
         yield
@@ -104,17 +94,17 @@ class ArrayReader(Reader):
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)  # on the CPU, a view
 
-    def read(self, indices: np.ndarray, request: Request, seed: int) -> Pair:
+    def read(self, rows: np.ndarray, request: Request, seed: int) -> Pair:
         """Return the rows as tensors."""
         if not self.is_whole:
             # Into torch's memory, which always has the same alignment: the bits of a sum may depend on it. (np.take
             # would first copy an array whose rows overlap, or are not contiguous.)
-            inputs, targets = (map_arrays(lambda array: torch.tensor(array[indices]), part) for part in self._parts)
+            inputs, targets = (map_arrays(lambda array: torch.tensor(array[rows]), part) for part in self._parts)
             return inputs, targets
-        rows = torch.from_numpy(indices)
+        chosen = torch.from_numpy(rows)
         if self.device.type == "cuda":
-            rows = rows.pin_memory().to(self.device, non_blocking=True)
-        inputs, targets = (map_tensors(lambda tensor: tensor[rows], part) for part in self._parts)
+            chosen = chosen.pin_memory().to(self.device, non_blocking=True)
+        inputs, targets = (map_tensors(lambda tensor: tensor[chosen], part) for part in self._parts)
         return inputs, targets
 
 
@@ -124,26 +114,14 @@ def _free_bytes(device: torch.device) -> int:
 
 
 class ItemReader(Reader):
-    """A ``Dataset``, or arrays with transforms, read item by item.
-
-    Before each item is read and transformed, the generators of Python, NumPy and torch are seeded. So an example's
-    random numbers depend only on the seed and its index in the user's ``Dataset``, not on interruptions, splits, or the
-    number of ranks, tasks and loader processes. Of examples that are drawn by weight, the number of the draw counts
-    instead of the index: one that is drawn again gets other random numbers.
-    """
+    """A ``Dataset``, or arrays with transforms, read item by item."""
 
     max_processes = None
+    draws_numbers = True
 
-    def read(self, indices: np.ndarray, request: Request, seed: int) -> list[Pair]:
-        """Return the items."""
-        numbers = indices if request.first_draw is None else request.first_draw + np.arange(len(indices))
-        items = []
-        for index, number in zip(indices.tolist(), numbers.tolist(), strict=True):
-            _seed_example(seed, number)
-            with _naming(self._split.origin, index):
-                item = self._split.examples[index]
-                items.append((self._split.transform(item[0]), item[1]) if self._split.transforms else item)
-        return items
+    def read(self, rows: np.ndarray, request: Request, seed: int) -> Iterator[Pair]:
+        """Read the items one by one."""
+        return map(self._split.examples.__getitem__, rows.tolist())
 
 
 class StreamReader(Reader):
@@ -159,24 +137,24 @@ class StreamReader(Reader):
         self._next = self._rounds = 0  # the index of the next example; how often the stream has begun again
         self._noted_s = 0.0
 
-    def read(self, indices: np.ndarray, request: Request, seed: int) -> list[Pair]:
+    def read(self, rows: np.ndarray, request: Request, seed: int) -> Iterator[Pair]:
         """Return the examples, after reading all before them."""
         size = request.global_size
-        first = int(indices[0]) // size * size  # of the whole batch
+        first = int(rows[0]) // size * size  # of the whole batch
         if self._items is None:
             self._begin()
         while self._next <= first:
             self._read_batch(size, seed)
         if request.ends_step:
             self._note_place()
-        return self._transformed([self._batch[index - first] for index in indices.tolist()], indices, seed)
+        return iter([self._batch[row - first] for row in rows.tolist()])
 
     def _read_batch(self, size: int, seed: int) -> None:
         """Read the next batch, also what other ranks compute of it: a stream may draw random numbers on its way."""
-        _seed_example(seed, self._next)
+        seed_example(seed, self._next)
         self._batch = []
         for index in range(self._next, self._next + size):
-            with _naming(self._split.origin, index):
+            with naming(self._split.origin, index):
                 self._batch.append(self._next_item())
         self._next += size
 
@@ -216,7 +194,7 @@ class BlockReader(Reader):
     def __init__(self, split: Split, max_mib: int, find_fault: FindFault) -> None:
         super().__init__(split)
         self._max_mib, self._find_fault = max_mib, find_fault
-        self._sizes = sizes_in(split)  # None if the indices are not sorted, with --overfit-batches
+        self._sizes = split.block_sizes  # None if the indices are not sorted, with --overfit-batches
         self._edges = np.append(0, np.cumsum(split.examples.sizes))
         self._threads = ThreadPoolExecutor(_NUM_THREADS)
         self._reads: Iterator[Read] = iter(())
@@ -231,10 +209,10 @@ class BlockReader(Reader):
         """Read ahead from now on; requests are those of all steps from ``first_step`` on."""
         self._reads, self._next, self._step = reads, next(reads, None), first_step
 
-    def read(self, indices: np.ndarray, request: Request, seed: int) -> Pair | list[Pair]:
+    def read(self, rows: np.ndarray, request: Request, seed: int) -> Pair | Iterator[Pair]:
         """Return the examples: joined, if the blocks have arrays and there are no transforms."""
-        blocks = np.searchsorted(self._edges, indices, side="right") - 1
-        rows = indices - self._edges[blocks]
+        blocks = np.searchsorted(self._edges, rows, side="right") - 1
+        rows = rows - self._edges[blocks]
         wanted = np.unique(blocks).tolist()
         if self._step is None:
             self._hold_with_next(wanted)
@@ -246,8 +224,7 @@ class BlockReader(Reader):
         are_arrays = all(isinstance(examples, Arrays) for examples in examples_of.values())
         if are_arrays and not self._split.transforms:
             return _rows_of_blocks(examples_of, blocks, rows)
-        examples = [examples_of[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
-        return self._transformed(examples, indices, seed)
+        return iter([examples_of[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)])
 
     def _hold_with_next(self, wanted: list[int]) -> None:
         following = wanted[-1] + 1

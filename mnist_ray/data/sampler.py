@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_ray.data.order import Drawn, Order, Shuffled, StreamOrder, part_of
+from mnist_ray.data.order import Order, Shuffled, part_of
 
 _DRAWN_AT_ONCE = 2**13  # examples of a pass's order; drawing one at a time takes 100 times as long
 
@@ -64,11 +64,11 @@ class ShardedBatchSampler:
 
     def __iter__(self) -> Iterator[Request]:
         # A rank's slice is one of world_size parts or, for data in blocks, its streams' parts. Chunks stay separate.
-        num_streams = self.order.num_streams if isinstance(self.order, StreamOrder) else None
-        num_parts = self.num_chunks or num_streams or self.world_size
+        order = self.order or Shuffled(self.num_examples, [self.seed, self.pass_number])
+        num_parts = self.num_chunks or order.num_streams or self.world_size
         own = part_of(num_parts, self.rank, self.world_size)
         edges = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
-        for draw, batch in self._batches():
+        for draw, batch in self._batches(order):
             bounds = [len(batch) * number // num_parts for number in edges]
             slices = [batch[first:last] for first, last in pairwise(bounds)]
             num_cuts = self._num_micro_batches(len(batch), num_parts)
@@ -79,7 +79,7 @@ class ShardedBatchSampler:
             for number, indices in enumerate(micro_batches, start=1):
                 is_filler = len(indices) == 0
                 ends_step = number == len(micro_batches)
-                first_draw = draw if isinstance(self.order, Drawn) else None
+                first_draw = draw if order.is_drawn else None
                 yield Request(batch[:1] if is_filler else indices, len(batch), ends_step, is_filler, first_draw)
                 draw += len(indices)
 
@@ -90,9 +90,8 @@ class ShardedBatchSampler:
         largest = math.ceil(size * math.ceil(num_parts / self.world_size) / num_parts)
         return math.ceil(largest / self.micro_batch_size)
 
-    def _batches(self) -> Iterator[tuple[int, np.ndarray]]:
+    def _batches(self, order: Order) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each batch, with the number of its first example in the pass."""
-        order = self.order or Shuffled(self.num_examples, [self.seed, self.pass_number])
         length = math.ceil(_DRAWN_AT_ONCE / self.batch_size) * self.batch_size
         for start in range(self.first_step * self.batch_size, self.num_examples, length):
             drawn = order[start : start + length]

@@ -40,50 +40,57 @@ def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None)
 
 def _divided(data: Data, validation_size: int | None, fold: Fold | None) -> Splits:
     name = data.name if data.weights is None else f"{data.name} (drawn by weight)"
-    train = Split(data.train, draws=data.weights)
+    train = Split(data.train, weights=data.weights, groups=data.groups)
     test = Split(data.test, origin="test")
     if fold is not None:
         name = f"fold {fold.number + 1} of {fold.num_folds} of {name}"
-        held_out = _positions_of(fold, data, train)
+        held_out = _positions_of(fold, train)
         train, test = train.take(AllBut(len(train), held_out)), train.take(held_out)
     if train.is_stream and data.validation is None and validation_size is None:
         validation_size = 0
     if validation_size == 0:
-        return Splits(name, train, train.between(0, 0), test, data.files)
+        return Splits(name, train, train.take(slice(0)), test, data.files)
     if data.validation is not None and validation_size is None:
         return Splits(name, train, Split(data.validation, origin="validation"), test, data.files)
     if train.is_stream:
-        raise UsageError("--validation-size: nothing can be held out from a stream; give Data.validation instead")
+        raise UsageError("--validation-size: nothing can be held out from a stream", fix="give Data.validation instead")
     size = min(_MAX_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
     if size >= len(train):
         raise UsageError(
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
     # At random, since files may be sorted by label; the same examples for every run and seed, to compare runs.
-    validation = _drawn(train, size, _HOLD_OUT_SEED, _groups_of(data, train))
+    if (groups := _groups_of(train)) is not None:
+        validation = np.flatnonzero(random_groups(np.bincount(groups), size, _HOLD_OUT_SEED)[groups])
+    else:
+        validation = np.sort(Shuffled(len(train), [_HOLD_OUT_SEED])[:size])
     if len(validation) == len(train):
-        kind = "block" if data.groups is None else "group"
-        raise UsageError(f"all training examples are in one {kind}: set --validation-size 0, or give Data.validation")
+        kind = "block" if train.is_in_blocks else "group"
+        raise UsageError(
+            f"all training examples are in one {kind}", fix="set --validation-size 0, or give Data.validation"
+        )
     return Splits(name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
 
 
-def _positions_of(fold: Fold, data: Data, train: Split) -> np.ndarray:
+def _positions_of(fold: Fold, train: Split) -> np.ndarray:
     """Return the sorted positions of a fold's examples. Raises UsageError."""
     if train.is_stream:
         raise UsageError("--folds: nothing can be held out from a stream")
-    if train.is_in_blocks:
-        sizes = np.asarray(train.examples.sizes)
-        folds = np.repeat(folds_of_groups(sizes, fold.num_folds, fold.seed), sizes)
-    elif (groups := _groups_of(data, train)) is not None:
+    if (groups := _groups_of(train)) is not None:
         folds = folds_of_groups(np.bincount(groups), fold.num_folds, fold.seed)[groups]
     else:
         folds = folds_of_examples(len(train), fold.num_folds, fold.seed, fold.strata)
     return np.flatnonzero(folds == fold.number)
 
 
-def _groups_of(data: Data, train: Split) -> np.ndarray | None:
-    """Return the number of each example's group, (N,); None if the data name no groups."""
-    return None if data.groups is None else np.unique(data.groups[train.all_places], return_inverse=True)[1]
+def _groups_of(split: Split) -> np.ndarray | None:
+    """Return the number of each example's group, (N,); None if examples may be held out one by one.
+
+    The examples of a block are a group: a block whose examples were divided would be read by both sides.
+    """
+    if (sizes := split.block_sizes) is not None:
+        return np.repeat(np.arange(len(sizes)), sizes)
+    return None if split.groups is None else np.unique(split.groups, return_inverse=True)[1]
 
 
 def subset(splits: Splits, config: TrainConfig) -> Splits:
@@ -91,57 +98,39 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
     if splits.train.is_stream and (config.limit < 1 or config.overfit_batches):
         raise UsageError("--limit and --overfit-batches do not work with a stream; yield fewer examples instead")
     if config.limit < 1:
-        whole = splits.train, splits.validation, splits.test
-        train, validation, test = (_part(split, config.limit) for split in whole)
-        splits = Splits(f"{config.limit:.3g} of {splits.name}", train, validation, test, splits.files)
+        splits = dataclasses.replace(
+            splits,
+            name=f"{config.limit:.3g} of {splits.name}",
+            train=_part(splits.train, config.limit),
+            validation=_part(splits.validation, config.limit),
+            test=_part(splits.test, config.limit),
+        )
     if config.overfit_batches is None:
         return splits
     size = min(len(splits.train), config.overfit_batches * config.batch_size)
-    few = splits.train.take(_drawn(splits.train, size, _SUBSET_SEED)[:size])
+    few = splits.train.take(_some(splits.train, size)[:size])
     times = max(1, len(splits.train) // len(few))
     return dataclasses.replace(
         splits,
         name=f"{count(config.overfit_batches, 'batch', 'batches')} of {splits.name}, {count(times, 'time')}",
         train=few.take(np.tile(np.arange(len(few)), times)),
-        validation=few.between(0, 0),
+        validation=few.take(slice(0)),
         test=few.transformed(*splits.test.transforms),
     )
 
 
 def _part(split: Split, limit: float) -> Split:
-    size = max(1, round(limit * len(split)))
-    return split.take(_drawn(split, size, _SUBSET_SEED)) if len(split) else split
+    return split.take(_some(split, max(1, round(limit * len(split))))) if len(split) else split
 
 
-def _drawn(split: Split, size: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """Return the sorted indices of ``size`` random examples; with groups or ``Blocks``, those of whole ones."""
-    if split.is_in_blocks:
-        return whole_blocks(split, size, seed)
-    if groups is not None:
-        return np.flatnonzero(random_groups(np.bincount(groups), size, seed)[groups])
-    return np.sort(Shuffled(len(split), [seed])[:size])
-
-
-def sizes_in(split: Split) -> np.ndarray | None:
-    """Return how many of a split's examples each block has, (blocks,); None if their indices are not sorted."""
-    ends, indices = np.cumsum(split.examples.sizes), split.indices
-    if isinstance(indices, AllBut):
-        ends = indices.rank(ends)
-    elif indices is not None:
-        if (np.diff(indices) <= 0).any():
-            return None
-        ends = np.searchsorted(indices, ends)
-    return np.diff(ends, prepend=0)
-
-
-def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
-    """Return the sorted indices of the examples in random blocks: as many blocks as ``size`` holds, at least one."""
-    sizes = sizes_in(split)
-    assert sizes is not None
-    # The first that fit, as in all versions: a resumed run must have its split. (Groups pass over what does not fit.)
-    order = [block for block in Shuffled(len(sizes), [seed])[:].tolist() if sizes[block]]
-    number = max(1, int(np.searchsorted(np.cumsum(sizes[order]), size, side="right")))
-    return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))
+def _some(split: Split, size: int) -> np.ndarray:
+    """Return the sorted positions of ``size`` random examples; of data in blocks, those of whole ones, at least one."""
+    if not split.is_in_blocks:
+        return np.sort(Shuffled(len(split), [_SUBSET_SEED])[:size])
+    blocks = _groups_of(split)
+    assert blocks is not None
+    sizes = np.bincount(blocks)
+    return np.flatnonzero(random_groups(sizes, max(size, sizes.max()), _SUBSET_SEED)[blocks])
 
 
 _FOLD_SEED = 53
@@ -182,11 +171,11 @@ def folds_of_groups(sizes: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
 def random_groups(sizes: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Return whether each group is chosen, (groups,): at random, groups of at most ``size`` examples in all.
 
-    A group that does not fit is passed over; if none fits, the smallest is chosen.
+    A group that does not fit is passed over; if none fits, the smallest is chosen. Groups may be empty.
     """
     chosen, num_left = list[int](), size
     for group in Shuffled(len(sizes), [seed])[:].tolist():
-        if sizes[group] <= num_left:
+        if 0 < sizes[group] <= num_left:
             chosen.append(group)
             num_left -= int(sizes[group])
-    return np.isin(np.arange(len(sizes)), chosen or [sizes.argmin()])
+    return np.isin(np.arange(len(sizes)), chosen or [np.where(sizes, sizes, sizes.sum()).argmin()])

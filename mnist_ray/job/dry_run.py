@@ -140,16 +140,16 @@ class _Trial:
         """Return the first and the last examples, each of which is read only once, and as often as the others."""
         first = np.arange(number - number // 2)
         few = self.train.take(np.append(first, np.arange(len(self.train) - number // 2, len(self.train))))
+        few = dataclasses.replace(few, weights=None)
         if isinstance(few.examples, Arrays) and not few.transforms:
-            return Split(few.examples, few.indices, few.origin)
+            return few
         seed_generators(self.config.seed)
         if isinstance(few.examples, Blocks) and not few.transforms:
             blocks = copy.copy(few.examples)
             vars(blocks)["read"] = functools.cache(blocks.read)
-            return Split(blocks, few.indices, few.origin)
-        indices = np.arange(number) if few.indices is None else np.asarray(few.indices)
-        read = {int(index): few[position] for position, index in enumerate(indices)}
-        return Split(read, indices, few.origin)
+            return dataclasses.replace(few, examples=blocks)
+        read = {int(index): few[position] for position, index in enumerate(few.all_indices)}
+        return dataclasses.replace(few, examples=read, indices=few.all_indices, transforms=(), is_copied=False)
 
     def batch(self, split: Split) -> MicroBatch:
         """Return all examples of a split as a batch."""
@@ -266,7 +266,7 @@ class _Trial:
     def check_rows(self, outputs: Any) -> None:
         """Raise UsageError unless each output has a row per example, or is one for any batch, like a temperature."""
         number, fewer = len(self.few), len(self.few) // 2
-        few = forward(self.workload, self.model, self.batch(self.few.between(0, fewer)), self.config.precision)
+        few = forward(self.workload, self.model, self.batch(self.few.take(slice(fewer))), self.config.precision)
         for leaf, of_few in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(few), strict=False):
             if not isinstance(leaf, Tensor):
                 continue
@@ -308,7 +308,7 @@ class _Trial:
     def check_independence(self, evaluation: Evaluation) -> None:
         """Raise UsageError if an example's loss or measure changes if the batch has other examples, or none."""
         cuts = [0, 1, len(self.few) // 2 + 1, len(self.few)]
-        parts = [self.few.between(*ends) for ends in itertools.pairwise(cuts)]
+        parts = [self.few.take(slice(*ends)) for ends in itertools.pairwise(cuts)]
         in_parts = Evaluation.merge([self.evaluated(part) for part in parts if len(part)])
         changed = _differing(evaluation, in_parts)
         if changed and not _differing(evaluation, self.evaluated(self.few)):  # else, it changes anyway

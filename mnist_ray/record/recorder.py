@@ -171,7 +171,7 @@ class Recorder:
         if tested.columns:
             from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
 
-            if note := write_columns(job.run, {"index": test.all_places, **tested.losses, **tested.columns}):
+            if note := write_columns(job.run, {"index": test.all_indices, **tested.losses, **tested.columns}):
                 self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
         self._console.show_evaluation(tested)

@@ -139,7 +139,7 @@ def _evaluate_split(
     """Yield None when the task begins; then the evaluation."""
     yield None
     torch.set_num_threads(min(cpus, usable_cores()))
-    split = shared.open().between(start, stop)
+    split = shared.open().take(slice(start, stop))
     yield evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here())
 
 

@@ -40,10 +40,10 @@ def evaluate_together(
     bounds = split_bounds(len(split), group.world_size, size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
     with sharding.resharded(model) as has_units:
-        own = evaluate(workload, model, split.between(start, stop), config, num_loader_processes, on_batch)
+        own = evaluate(workload, model, split.take(slice(start, stop)), config, num_loader_processes, on_batch)
         num_passes = [math.ceil((last - first) / size) for first, last in bounds]
         for _ in range(math.ceil((stop - start) / size), max(num_passes) if has_units else 0):
-            evaluate(workload, model, split.between(0, 1), config)  # all ranks together gather the units
+            evaluate(workload, model, split.take(slice(1)), config)  # all ranks together gather the units
     return Evaluation.merge(group.gathered(own)[: len(bounds)])
 
 

@@ -120,7 +120,7 @@ class Evaluation:
         positions = np.flatnonzero(~np.isfinite(self.losses.get("loss", np.zeros(0))))
         if len(positions) == 0:
             return []
-        which = f"the first has index {split.all_places[positions[0]]} in {split.origin}"
+        which = f"the first has index {split.all_indices[positions[0]]} in {split.origin}"
         return [f"the loss is NaN or infinite for {len(positions):,} of {len(split):,} {nouns}; {which}"]
 
     def to_dict(self, workload: Workload) -> dict[str, Any]:

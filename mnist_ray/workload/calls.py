@@ -68,8 +68,8 @@ def splits_for(workload: Workload, data: Data, config: TrainConfig) -> Splits:
         return of_fold(config.fold)
     tested = Split(data.train).transformed(data.transform)
     if config.limit < 1:
-        places = [of_fold(number).test.all_places for number in range(1, num_folds + 1)]
-        tested = tested.take(np.sort(np.concatenate(places)))
+        indices = [of_fold(number).test.all_indices for number in range(1, num_folds + 1)]
+        tested = tested.take(np.sort(np.concatenate(indices)))
     return dataclasses.replace(of_fold(1), name=data.name, test=tested)
 
 

@@ -10,7 +10,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
 from mnist_ray.data.order import StreamOrder, part_of
 from mnist_ray.data.sampler import ShardedBatchSampler
-from mnist_ray.data.splits import sizes_in, splits_of, subset, whole_blocks
+from mnist_ray.data.splits import splits_of, subset
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Data
 from tests.conftest import SIZES, Numbers
@@ -79,7 +79,7 @@ def test_examples_of_far_blocks_meet_in_a_batch() -> None:
 
 def test_whole_blocks_are_held_out_and_the_rest_is_trained_on() -> None:
     splits = splits_of(Data(Numbers(), Numbers([9])), 60)
-    train, validation = sizes_in(splits.train), sizes_in(splits.validation)
+    train, validation = splits.train.block_sizes, splits.validation.block_sizes
     assert train is not None
     assert validation is not None
     assert (train + validation).tolist() == SIZES
@@ -91,14 +91,14 @@ def test_whole_blocks_are_held_out_and_the_rest_is_trained_on() -> None:
 
 
 def test_one_block_cannot_be_divided() -> None:
-    with pytest.raises(UsageError, match="all training examples are in one block: set --validation-size 0"):
+    with pytest.raises(UsageError, match="all training examples are in one block; set --validation-size 0"):
         splits_of(Data(Numbers([100]), Numbers([9])), 10)
     assert len(splits_of(Data(Numbers([100]), Numbers([9])), 0).train) == 100
 
 
 def test_a_fraction_has_whole_blocks_and_overfitting_some_of_their_examples() -> None:
     whole = splits_of(Data(Numbers(), Numbers()), 0)
-    half = sizes_in(subset(whole, TrainConfig(limit=0.5)).train)
+    half = subset(whole, TrainConfig(limit=0.5)).train.block_sizes
     assert half is not None
     assert {*zip(half.tolist(), SIZES, strict=True)} <= {
         *zip(SIZES, SIZES, strict=True),
@@ -107,16 +107,15 @@ def test_a_fraction_has_whole_blocks_and_overfitting_some_of_their_examples() ->
     assert 0 < half.sum() <= sum(SIZES) / 2
     few = subset(whole, TrainConfig(overfit_batches=2, batch_size=8)).train
     assert len({few[index][0] for index in range(len(few))}) == 16
-    assert sizes_in(few) is None
+    assert few.block_sizes is None
     in_small_blocks = splits_of(Data(Numbers([5] * 20), Numbers()), 0)
     few = subset(in_small_blocks, TrainConfig(overfit_batches=2, batch_size=8)).train
     assert len({few[index][0] for index in range(len(few))}) == 15, "three whole blocks"
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_small_fraction_of_large_blocks_is_one_block_and_never_one_that_is_held_out(seed: int) -> None:
-    train = splits_of(Data(Numbers([100] * 4), Numbers()), 200).train  # two of four blocks are left
-    assert len(whole_blocks(train, 38, seed)) == 100
+def test_a_small_fraction_of_large_blocks_is_one_block_and_never_one_that_is_held_out() -> None:
+    whole = splits_of(Data(Numbers([100] * 4), Numbers()), 200)  # two of four blocks are left
+    assert len(subset(whole, TrainConfig(limit=0.19)).train) == 100
 
 
 def test_the_last_block_is_kept_for_the_next_example_but_not_sent_to_other_processes() -> None:

@@ -151,7 +151,7 @@ def test_a_subset_is_loaded_by_its_own_indices(examples: Any) -> None:
 
 
 def test_random_draws_are_the_same_in_any_part() -> None:
-    whole, part = Split(Noisy()), Split(Noisy()).between(4, 8)
+    whole, part = Split(Noisy()), Split(Noisy()).take(slice(4, 8))
     expected = Batches(whole, CPU)[Request(np.arange(4, 8))]
     assert Batches(part, CPU)[Request(np.arange(4))].inputs.equal(expected.inputs)
 

@@ -61,7 +61,7 @@ def test_the_weights_are_those_of_the_examples_that_are_left_to_train_on() -> No
         split = splits.train
         assert split.weights is not None
         assert split.weights.tolist() == [split[index][1] for index in range(len(split))]
-        assert splits.validation.draws is not None, "it is held out from the same examples"
+        assert splits.validation.weights is not None, "it is held out from the same examples"
 
 
 def test_the_name_of_the_data_says_what_the_metrics_of_the_training_are_over() -> None:

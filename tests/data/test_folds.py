@@ -92,7 +92,7 @@ def test_folds_of_blocks_have_whole_blocks() -> None:
     blocks = Numbers([10] * 6)
     splits = splits_for(Labelled(None), Data(blocks, Arrays(np.zeros(1), np.zeros(1))), TrainConfig(folds=3, fold=1))
     assert len(splits.test) == 20
-    assert {index // 10 for index in splits.test.indices.tolist()}.isdisjoint(splits.train.all_places // 10)  # type: ignore[union-attr]
+    assert {index // 10 for index in splits.test.indices.tolist()}.isdisjoint(splits.train.all_indices // 10)  # type: ignore[union-attr]
 
 
 def test_folds_without_a_fold_leave_the_splits_as_they_are() -> None:

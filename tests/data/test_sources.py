@@ -157,12 +157,6 @@ def test_what_spark_has_not_finished_is_passed_over(tmp_path: Path) -> None:
     assert [*arrays_of(tmp_path).targets] == [0]
 
 
-def test_a_name_that_is_not_utf_8_is_one_line(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.parquet")).touch()
-    with pytest.raises(JobError, match=r"cannot be read: the name '.*a\\udcff.parquet' is not UTF-8; rename the file"):
-        Parquet(tmp_path)
-
-
 def test_a_pattern_may_be_in_a_folder_with_brackets(tmp_path: Path) -> None:
     written(tmp_path / "x[1]" / "a[2]-b.parquet", image=LABELS, label=LABELS)
     assert list(Parquet(f"{tmp_path}/x[1]/a[2]-*.parquet").sizes) == [4, 4, 2]

@@ -79,8 +79,8 @@ def test_some_examples_of_a_split_are_a_split(ten: Any) -> None:
 def test_examples_between_two_places_are_a_split(
     ten: Any, start: int, stop: int, expected: list[int], of_some: list[int]
 ) -> None:
-    assert inputs_of(Split(ten).between(start, stop)) == list(expected)
-    assert inputs_of(Split(ten).take(np.array([7, 2, 5])).between(start, stop)) == of_some
+    assert inputs_of(Split(ten).take(slice(start, stop))) == list(expected)
+    assert inputs_of(Split(ten).take(np.array([7, 2, 5])).take(slice(start, stop))) == of_some
 
 
 def test_arrays_in_memory_are_shared_and_copied_by_take_and_all_else_stays_where_it_is(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_arrays_in_memory_are_shared_and_copied_by_take_and_all_else_stays_where
     assert not part.is_in_memory
     assert isinstance(part.examples.inputs, np.memmap)
     assert not np.shares_memory(splits[0].take(np.array([0, 1])).examples.inputs, in_memory.inputs)
-    assert np.shares_memory(splits[0].between(0, 2).examples.inputs, in_memory.inputs)
+    assert np.shares_memory(splits[0].take(slice(0, 2)).examples.inputs, in_memory.inputs)
 
 
 @pytest.mark.parametrize(

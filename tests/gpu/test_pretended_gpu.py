@@ -122,7 +122,7 @@ def test_an_evaluation_waits_as_often_for_many_batches_as_for_few() -> None:
         model = trained_on("cuda").model
         for size in (50, 200):
             gpu.waits.clear()
-            evaluate(mnist(), model, Split(SPLIT).between(0, size), TrainConfig())
+            evaluate(mnist(), model, Split(SPLIT).take(slice(0, size)), TrainConfig())
             waits.append(len([wait for wait in gpu.waits if not wait.is_in({"_reader_of"})]))
     assert waits[0] == waits[1]
 

@@ -41,7 +41,7 @@ def test_an_evaluation_computes_no_more_at_a_time_than_a_micro_batch(
 ) -> None:
     workload, measure = mnist(), Mock(return_value={})
     monkeypatch.setattr(workload, "measure", measure)
-    images, model = Split(few_images).between(0, 120), workload.create_model()
+    images, model = Split(few_images).take(slice(0, 120)), workload.create_model()
     evaluate_together(workload, model, images, TrainConfig(micro_batch_size=micro_batch_size), Group())
     assert [len(call.args[1]) for call in measure.call_args_list] == [size] * (120 // size) + [20] * (size > 20)
 

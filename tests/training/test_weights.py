@@ -55,7 +55,7 @@ def few_words(number: int = 63) -> Arrays:
 def test_an_evaluation_is_the_mean_over_all_tokens_however_it_is_cut() -> None:
     words, model = few_words(251), Words().create_model()
     whole = evaluate(Words(), model, Split(words), CONFIG)
-    parts = [evaluate(Words(), model, Split(words).between(start, start + 100), CONFIG) for start in (0, 100, 200)]
+    parts = [evaluate(Words(), model, Split(words).take(slice(start, start + 100)), CONFIG) for start in (0, 100, 200)]
     logits = model(torch.tensor(words.inputs))
     expected = F.cross_entropy(logits.transpose(1, 2), torch.tensor(words.targets), ignore_index=-1).item()
     right = (logits.argmax(2) == torch.tensor(words.targets)).sum() / (words.targets >= 0).sum()
