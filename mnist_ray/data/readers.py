@@ -8,7 +8,7 @@ import copy
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -197,9 +197,10 @@ class BlockReader(Reader):
         self._sizes = split.block_sizes  # None if the indices are not sorted, with --overfit-batches
         self._edges = np.append(0, np.cumsum(split.examples.sizes))
         self._threads = ThreadPoolExecutor(_NUM_THREADS)
+        self._is_announced = False
         self._reads: Iterator[Read] = iter(())
         self._next: Read | None = None
-        self._step: int | None = None  # the next one; None: no order is announced
+        self._step = 0  # the next one
         self._needed = dict[int, Read]()  # by held block: from which step to which
         self._held = dict[int, Future[tuple[Any, int]]]()  # by block: its examples, and their size in bytes
         self._largest = 0  # block so far, in bytes
@@ -207,66 +208,49 @@ class BlockReader(Reader):
 
     def announce(self, reads: Iterator[Read], first_step: int) -> None:
         """Read ahead from now on; requests are those of all steps from ``first_step`` on."""
-        self._reads, self._next, self._step = reads, next(reads, None), first_step
+        self._is_announced, self._step = True, first_step
+        self._reads, self._next = reads, next(reads, None)
 
     def read(self, rows: np.ndarray, request: Request, seed: int) -> Pair | Iterator[Pair]:
         """Return the examples: joined, if the blocks have arrays and there are no transforms."""
         blocks = np.searchsorted(self._edges, rows, side="right") - 1
         rows = rows - self._edges[blocks]
         wanted = np.unique(blocks).tolist()
-        if self._step is None:
-            self._hold_with_next(wanted)
-        else:
-            self._hold_ahead(wanted, self._step)
-            self._step += request.ends_step
-        examples_of = {block: self._examples(block) for block in wanted}
+        self._hold(wanted)
+        self._step += request.ends_step
+        found = {block: self._held[block].result() for block in wanted}
+        self._largest = max(self._largest, *(num_bytes for _, num_bytes in found.values()))
+        examples_of = {block: examples for block, (examples, _) in found.items()}
         # Rows of several arrays are joined at once, unless a transform needs them one by one.
         are_arrays = all(isinstance(examples, Arrays) for examples in examples_of.values())
         if are_arrays and not self._split.transforms:
             return _rows_of_blocks(examples_of, blocks, rows)
         return iter([examples_of[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)])
 
-    def _hold_with_next(self, wanted: list[int]) -> None:
-        following = wanted[-1] + 1
-        if self._sizes is not None and self._sizes[following : following + 1].any():
-            wanted = [*wanted, following]
-        self._forget_all_but(wanted)
-        for block in wanted:
-            self._start(block)
-
-    def _hold_ahead(self, wanted: list[int], step: int) -> None:
-        self._needed = {block: read for block, read in self._needed.items() if read.last_step >= step}
-        self._forget_all_but(self._needed)
-        self._check_memory(step)
-        while self._next is not None and (self._next.first_step <= step or self._has_room()):
+    def _hold(self, wanted: list[int]) -> None:
+        """Forget what no later step needs, and begin to read what is wanted now and what comes next."""
+        self._needed = {block: read for block, read in self._needed.items() if read.last_step >= self._step}
+        self._check_memory()
+        while self._next is not None and (self._next.first_step <= self._step or self._has_room()):
             before = self._needed.get(self._next.block, self._next)  # two streams may share a block
             self._needed[self._next.block] = before._replace(last_step=max(before.last_step, self._next.last_step))
-            self._start(self._next.block)
             self._next = next(self._reads, None)
-        for block in wanted:
-            if block not in self._needed:  # of a filler, from another rank's stream
-                self._needed[block] = Read(step, step, block)
-                self._start(block)
-
-    def _start(self, block: int) -> None:
-        if block not in self._held:
-            self._held[block] = self._threads.submit(self._read_block, block)
-
-    def _forget_all_but(self, blocks: Iterable[int]) -> None:
-        self._held = {block: self._held[block] for block in blocks if block in self._held}
-
-    def _examples(self, block: int) -> Any:
-        examples, num_bytes = self._held[block].result()
-        self._largest = max(self._largest, num_bytes)
-        return examples
+        following = wanted[-1] + 1
+        if not self._is_announced and self._sizes is not None and self._sizes[following : following + 1].any():
+            wanted = [*wanted, following]
+        for block in wanted:  # unless announced, as those of a filler, from another rank's stream
+            self._needed.setdefault(block, Read(self._step, self._step, block))
+        held = {block: self._held[block] for block in self._needed if block in self._held}
+        self._held = held  # frees the others, before new ones are read
+        self._held = {block: held.get(block) or self._threads.submit(self._read_block, block) for block in self._needed}
 
     def _has_room(self) -> bool:
         """Return whether one more block, as large as the largest so far, fits into the memory."""
-        return 0 < (len(self._held) + 1) * self._largest <= self._max_mib * 2**20
+        return 0 < (len(self._needed) + 1) * self._largest <= self._max_mib * 2**20
 
-    def _check_memory(self, step: int) -> None:
+    def _check_memory(self) -> None:
         """Raise ExampleError if the blocks that one step needs exceed the memory."""
-        used = [self._held[block] for block, read in self._needed.items() if read.first_step < step]
+        used = [self._held[block] for block, read in self._needed.items() if read.first_step < self._step]
         if sum(held.result()[1] for held in used if held.done()) > self._max_mib * 2**20:
             num_mib = sum(held.result()[1] for held in used) / 2**20  # also of those that are still being read
             mib = f"{num_mib:,.0f} MiB in all, more than read_ahead_mib {self._max_mib}"

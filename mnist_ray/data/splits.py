@@ -60,10 +60,7 @@ def _divided(data: Data, validation_size: int | None, fold: Fold | None) -> Spli
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
     # At random, since files may be sorted by label; the same examples for every run and seed, to compare runs.
-    if (groups := _groups_of(train)) is not None:
-        validation = np.flatnonzero(random_groups(np.bincount(groups), size, _HOLD_OUT_SEED)[groups])
-    else:
-        validation = np.sort(Shuffled(len(train), [_HOLD_OUT_SEED])[:size])
+    validation = _drawn(train, size, _HOLD_OUT_SEED, are_grouped=True)
     if len(validation) == len(train):
         kind = "block" if train.is_in_blocks else "group"
         raise UsageError(
@@ -108,7 +105,7 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
     if config.overfit_batches is None:
         return splits
     size = min(len(splits.train), config.overfit_batches * config.batch_size)
-    few = splits.train.take(_some(splits.train, size)[:size])
+    few = splits.train.take(_drawn(splits.train, size, _SUBSET_SEED)[:size])
     times = max(1, len(splits.train) // len(few))
     return dataclasses.replace(
         splits,
@@ -120,17 +117,19 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
 
 
 def _part(split: Split, limit: float) -> Split:
-    return split.take(_some(split, max(1, round(limit * len(split))))) if len(split) else split
+    return split.take(_drawn(split, max(1, round(limit * len(split))), _SUBSET_SEED)) if len(split) else split
 
 
-def _some(split: Split, size: int) -> np.ndarray:
-    """Return the sorted positions of ``size`` random examples; of data in blocks, those of whole ones, at least one."""
-    if not split.is_in_blocks:
-        return np.sort(Shuffled(len(split), [_SUBSET_SEED])[:size])
-    blocks = _groups_of(split)
-    assert blocks is not None
-    sizes = np.bincount(blocks)
-    return np.flatnonzero(random_groups(sizes, max(size, sizes.max()), _SUBSET_SEED)[blocks])
+def _drawn(split: Split, size: int, seed: int, *, are_grouped: bool = False) -> np.ndarray:
+    """Return the sorted positions of ``size`` random examples; of data in blocks, or in groups, of whole ones."""
+    if (sizes := split.block_sizes) is not None:
+        # The first that fit, at least one. (Of groups, one that does not fit is passed over.)
+        order = [block for block in Shuffled(len(sizes), [seed])[:].tolist() if sizes[block]]
+        number = max(1, int(np.searchsorted(np.cumsum(sizes[order]), size, side="right")))
+        return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))
+    if are_grouped and (groups := _groups_of(split)) is not None:
+        return np.flatnonzero(random_groups(np.bincount(groups), size, seed)[groups])
+    return np.sort(Shuffled(len(split), [seed])[:size])
 
 
 _FOLD_SEED = 53
@@ -171,11 +170,11 @@ def folds_of_groups(sizes: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
 def random_groups(sizes: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Return whether each group is chosen, (groups,): at random, groups of at most ``size`` examples in all.
 
-    A group that does not fit is passed over; if none fits, the smallest is chosen. Groups may be empty.
+    A group that does not fit is passed over; if none fits, the smallest is chosen.
     """
     chosen, num_left = list[int](), size
     for group in Shuffled(len(sizes), [seed])[:].tolist():
-        if 0 < sizes[group] <= num_left:
+        if sizes[group] <= num_left:
             chosen.append(group)
             num_left -= int(sizes[group])
-    return np.isin(np.arange(len(sizes)), chosen or [np.where(sizes, sizes, sizes.sum()).argmin()])
+    return np.isin(np.arange(len(sizes)), chosen or [sizes.argmin()])
