@@ -163,6 +163,7 @@ def python() -> str:
     lines += [line for a_class in (Data, Arrays, Blocks) for line in about_class(a_class)]
     lines += about_member(sources.pictures, "sources.pictures")
     lines += about_member(sources.Parquet, "sources.Parquet")
+    lines += about_member(sources.huggingface, "sources.huggingface")
     lines += ["", "## Settings of a workload"]
     for name in ("setting", "Choice", "Range", "at_least", "within", "positive", "fraction"):
         lines += about_member(getattr(settings, name), name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from mnist_ray.data.data import Arrays, Blocks, Split, Splits, owner_of, span_of
+from mnist_ray.data.data import Arrays, Split, Splits, owner_of, span_of
 
 _MAX_STATS = 1000  # of files, evenly spaced: file servers may be slow
 
@@ -35,8 +35,8 @@ def _digest_of(split: Split) -> str | None:
     try:
         if isinstance(examples, Arrays):
             return _digest_of_arrays(examples)
-        if isinstance(examples, Blocks) and examples.identity is not None:
-            return hashlib.sha256(examples.identity.encode()).hexdigest()
+        if (identity := getattr(examples, "identity", None)) is not None:  # of Blocks and of Hugging Face
+            return hashlib.sha256(identity.encode()).hexdigest()
         return digest_of_files([path for path, _ in examples.samples])  # torchvision's folders: pairs (file, class)
     except (AttributeError, TypeError, ValueError, OSError):
         return None

@@ -1,8 +1,9 @@
-"""Ready-made data for ``load_data``: folders of images, a folder per class; Parquet in blocks."""
+"""Ready-made data for ``load_data``: folders of images, a folder per class; Parquet in blocks; Hugging Face."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pyarrow import fs
 from pyarrow import parquet as pq
 
 from mnist_ray.data.columns import arrays_of, check_kinds, of_rows
-from mnist_ray.data.data import Arrays, Blocks, Data, Transform
+from mnist_ray.data.data import Arrays, Blocks, Data, Streamed, Transform, as_streamed
 from mnist_ray.data.files import files_at, identity_of, opened, version_of
 from mnist_ray.data.images import open_picture
 from mnist_ray.data.order import Shuffled
@@ -24,7 +25,7 @@ from mnist_ray.errors import UsageError
 from mnist_ray.settings import path_of
 from mnist_ray.storage import STORAGE_ERRORS, in_one_line
 
-__all__ = ["Parquet", "open_picture", "pictures"]
+__all__ = ["Parquet", "huggingface", "open_picture", "pictures"]
 
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 _MAX_NAMED = 5  # classes
@@ -119,6 +120,50 @@ def _images_in(folder: Path) -> Iterator[str]:
         if f"{os.sep}." not in place[len(str(folder)) :]:
             images = [name for name in sorted(names) if name.lower().endswith(_SUFFIXES) and name[0] != "."]
             yield from (os.path.join(place, name) for name in images)
+
+
+def huggingface(dataset: Any, inputs: str | Sequence[str], targets: str | Sequence[str]) -> Any:
+    """Return examples whose items are dicts, such as those of a Hugging Face ``datasets.Dataset``, as pairs.
+
+    ``inputs`` and ``targets`` name a key each; several keys become a dict of their values. A ``Dataset`` of Hugging
+    Face keeps the names of its classes, and a run is not resumed if it has changed. One with ``streaming=True`` becomes
+    a stream. Raises UsageError if it has no such column.
+    """
+    columns = getattr(dataset, "column_names", None) or ()  # a stream may not know its own
+    for name in [*_names(inputs), *_names(targets)]:
+        if columns and name not in columns:
+            raise UsageError(f"the data set has no column {name}, only {', '.join(columns)}")
+    pair_of = functools.partial(_pair_of, inputs=inputs, targets=targets)
+    if isinstance(as_streamed(dataset), Streamed):
+        return Streamed(dataset, decode=pair_of)
+    features = getattr(dataset, "features", None) or {}
+    feature = features.get(targets) if isinstance(targets, str) else None
+    return _Pairs(dataset, pair_of, getattr(feature, "names", None))
+
+
+def _names(keys: str | Sequence[str]) -> Sequence[str]:
+    return [keys] if isinstance(keys, str) else keys
+
+
+def _pair_of(item: Any, inputs: str | Sequence[str], targets: str | Sequence[str]) -> tuple[Any, Any]:
+    found = [item[keys] if isinstance(keys, str) else {key: item[key] for key in keys} for keys in (inputs, targets)]
+    return found[0], found[1]
+
+
+class _Pairs:
+    """A ``Dataset`` whose items become pairs."""
+
+    def __init__(self, dataset: Any, pair_of: Callable[[Any], tuple[Any, Any]], classes: list[str] | None) -> None:
+        self.dataset, self.pair_of = dataset, pair_of
+        self.identity = getattr(dataset, "_fingerprint", None)  # of Hugging Face: it changes with the data
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.pair_of(self.dataset[index])
 
 
 class Parquet(Blocks):

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -447,3 +448,31 @@ def test_folders_that_hold_no_pictures_by_class_are_refused(
         write_pictures(tmp_path / part, 1, names)
     with pytest.raises(UsageError, match=message):
         sources.pictures(tmp_path)
+
+
+class Rows(list):  # type: ignore[type-arg]
+    """Dicts with what a ``datasets.Dataset`` knows of its columns."""
+
+    column_names = ("image", "mask", "label")
+    _fingerprint = "1234"
+    features = {"label": SimpleNamespace(names=["cat", "dog"])}
+
+
+ROWS = [{"image": number, "mask": -number, "label": number % 2} for number in range(3)]
+
+
+def test_items_that_are_dicts_become_pairs_and_several_keys_a_dict() -> None:
+    found = sources.huggingface(Rows(ROWS), "image", "label")
+    assert [found[index] for index in range(len(found))] == [(0, 0), (1, 1), (2, 0)]
+    assert found.classes == ["cat", "dog"]
+    both = sources.huggingface(ROWS, ["image", "mask"], "label")
+    assert (both[2], hasattr(both, "classes")) == (({"image": 2, "mask": -2}, 0), False)
+    digest = [digests_of(splits_of(Data(data, data), 0))["training"] for data in (found, found, both)]
+    assert digest[0] == digest[1] != digest[2] is None
+    with pytest.raises(UsageError, match=r"^the data set has no column img, only image, mask, label$"):
+        sources.huggingface(Rows(ROWS), "img", "label")
+
+
+def test_a_stream_of_dicts_stays_a_stream() -> None:
+    stream = sources.huggingface(lambda: iter(ROWS), "image", "label")
+    assert stream.first(9) == [(0, 0), (1, 1), (2, 0)]
