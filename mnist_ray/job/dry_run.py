@@ -52,6 +52,7 @@ from mnist_ray.workload.user_code import check_members
 NUM_EXAMPLES = 16  # in a batch of the trial, or fewer if they are slow
 _MAX_S = 1.0  # for all passes together
 _NUM_PASSES = 11  # of that batch, if a backward pass counts as two
+_NUM_REREAD = 8  # examples of the validation set; a transform may leave half of them as they are
 _REMEDIES = {  # by the text of errors that PyTorch raises
     "Error: .*'closure'": "override training_step: step.update(closure=lambda: step.backward(self.batch_loss))",
     "Error: .*(BFloat16|Half)": "create one of the tensors with the other's new_zeros(…), or use --precision fp32",
@@ -362,3 +363,21 @@ def _differing(one: Evaluation, other: Evaluation) -> set[str]:
 def _sums_of(evaluation: Evaluation) -> dict[str, float]:
     """Return the sums of loss, measures and weights over all examples."""
     return {name: sum(batch[name] for batch in evaluation.batch_sums) for name in evaluation.batch_sums[0]}
+
+
+def notes_of_transforms(workload: Workload, validation: Split) -> list[str]:
+    """Return a note if the validation set is held out from a ``Dataset`` whose examples change from read to read."""
+    is_plain = isinstance(validation.examples, Arrays) and not validation.transforms
+    if validation.origin != "train" or validation.is_in_blocks or is_plain:
+        return []
+    read = list[list[Any]]()
+    for seed in (0, 1):  # of the random numbers that examples draw
+        seed_generators(seed)
+        with placed(workload, "an example for validation"):
+            examples = [validation[position] for position in range(min(_NUM_REREAD, len(validation)))]
+        arrays = map(np.asarray, pytree.tree_leaves(examples))
+        read.append([np.nan_to_num(array) for array in arrays if array.dtype.kind in "biuf"])
+    if len(read[0]) == len(read[1]) and all(map(np.array_equal, *read)):
+        return []
+    problem = "the validation set is held out from a Dataset whose examples change from read to read"
+    return [f"{problem}: validation gets them, too; pass random transforms as Data(train_transform=…)"]

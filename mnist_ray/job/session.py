@@ -100,10 +100,15 @@ def opened(
     if too_large:
         say(f"skipping the trial batch: {too_large}")
 
+    notes = list[str]()
+
     def meanwhile() -> None:
         with process.without_collector():
             if not too_large:
+                from mnist_ray.job.dry_run import notes_of_transforms  # imports torch
+
                 _try_batch(job, data.train, batch_sizes)
+                notes.extend(notes_of_transforms(job.workload, data.validation))
             importlib.import_module(preload)  # with Ray Train, which ray.init does not import
 
     with owned(job.run, console.waiting):
@@ -116,6 +121,8 @@ def opened(
 
         connection = Connection(job.workers, forking, verbose=job.output.verbose)
         with connection.opened(say, meanwhile) as cluster:
+            for note in notes:
+                say(note)
             yield Session(job, job.workers, data, console, clock, cluster, repository, connection.leave)
 
 

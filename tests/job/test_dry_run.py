@@ -1,3 +1,4 @@
+import random
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -7,12 +8,13 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.data.data import Arrays, Split
+from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.data.splits import splits_of
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.job.dry_run import try_batch
+from mnist_ray.job.dry_run import notes_of_transforms, try_batch
 from mnist_ray.workload.calls import data_of
 from mnist_ray.workload.loading import load
 from tests.conftest import mnist
@@ -567,3 +569,26 @@ def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exce
     line = f"from mnist_ray.errors import {error.__name__}; raise {error.__name__}('the file is damaged')"
     with pytest.raises(error, match=r"^the file is damaged$"):
         tried(write, f"\n    def load_data(self): {line}\n")
+
+
+class Turned(torch.utils.data.Dataset[Any]):
+    """Examples whose inputs a random transform changes, or those of one without it."""
+
+    def __init__(self, *, is_random: bool) -> None:
+        self.is_random = is_random
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((2,), -1.0 if self.is_random and random.random() < 0.5 else 1.0), index % 10
+
+
+@pytest.mark.parametrize("is_random", [True, False])
+def test_a_note_says_that_the_held_out_validation_set_gets_random_transforms(is_random: bool) -> None:
+    data, own = Turned(is_random=is_random), Turned(is_random=True)
+    held_out, given = (splits_of(Data(data, data, validation), None).validation for validation in (None, own))
+    assert ["validation gets them, too" in note for note in notes_of_transforms(mnist(), held_out)] == [
+        True
+    ] * is_random
+    assert notes_of_transforms(mnist(), given) == []
