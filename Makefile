@@ -54,9 +54,10 @@ test-browser: $(VENV)/installed-dev  ## test reports in Chromium, which must be 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
-check: $(VENV)/installed-dev  ## check lint, format and types
+check: $(VENV)/installed-dev  ## check lint, format, also of the code in the docs, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: $(VENV)/installed-dev  ## fix lint and format
