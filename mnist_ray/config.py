@@ -117,11 +117,6 @@ class TrainConfig:
         """The number of chunks per batch with --reproducible; else None, as each rank has a slice."""
         return self.num_chunks if self.reproducible else None
 
-    @property
-    def unused(self) -> set[str]:
-        """The settings that the chosen optimizer of torch.optim does not use."""
-        return {"sgd": {"beta1", "beta2"}, "adam": {"momentum"}, "adamw": {"momentum"}}[self.optimizer]
-
     def steps_per_pass(self, num_examples: int) -> int:
         """Return the number of steps in one pass over the examples; the last batch may be smaller."""
         return math.ceil(num_examples / self.batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, REPORT_FILE = "config.json", "origin.json", "result.json", "report.html"
@@ -15,6 +15,7 @@ INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with
 STATE_FILE = "state.json"  # of a checkpoint
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d{1,18})_step-(\d{1,18})", re.ASCII)
+_MEMBER = re.compile(rf"{MEMBERS_FOLDER}/(?!\.\.?$)[^/\0]{{1,255}}", re.ASCII)
 _RESULT_CHECKPOINT = re.compile(rf"({MEMBERS_FOLDER}/(?!\.\.?/)[^/\0]{{1,255}}/)?{CHECKPOINT_NAME.pattern}", re.ASCII)
 
 
@@ -30,6 +31,11 @@ class Entry:
 
 def _is_text_or_missing(value: Any) -> bool:
     return value is ... or isinstance(value, str)
+
+
+def _are_members_or_missing(value: Any) -> bool:
+    """Return whether all are folders of this job: a run of somebody else may name any."""
+    return value is ... or (isinstance(value, list) and all(_MEMBER.fullmatch(str(path)) for path in value))
 
 
 _JOB = Entry("of the job")
@@ -63,7 +69,7 @@ KEYS: Mapping[str, Mapping[str, Entry]] = {
         "notes": Entry("how many of its examples have NaN in their loss, and which is the first"),
         "test_accuracy_per_class": _CLASSES,
         "confusion_matrix": _CLASSES,
-        "members": _MANY,
+        "members": replace(_MANY, is_right=_are_members_or_missing, flaw="its members are not runs of this job"),
         "spread": _MANY,
         "formats": Entry(
             "how to show each figure, by its name: `fraction` (from 0 to 1, shown as a percentage), `number`, or a"

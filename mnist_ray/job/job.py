@@ -85,7 +85,9 @@ class Job:
     @property
     def unused(self) -> set[str]:
         """The settings that the optimizer does not use; none are known of a workload's own optimizer."""
-        return self.train.unused if type(self.workload).create_optimizer is Workload.create_optimizer else set()
+        if type(self.workload).create_optimizer is not Workload.create_optimizer:
+            return set()
+        return {"beta1", "beta2"} if self.train.optimizer == "sgd" else {"momentum"}
 
     @property
     def by_place(self) -> dict[str, dict[str, Any]]:

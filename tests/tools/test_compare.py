@@ -226,7 +226,7 @@ def test_misuse_is_one_line(tmp_path: Path) -> None:
         compare(run, tmp_path / "none")
     with pytest.raises(UsageError, match=r"is not finished: it has no result\.json yet"):
         compare(run, tmp_path / "unfinished")
-    with pytest.raises(JobError, match=r"members is \["):
+    with pytest.raises(JobError, match="its members are not runs of this job"):
         compare(run, tmp_path / "forged")
 
 
