@@ -28,8 +28,8 @@ from mnist_ray.output import one_object, prepare_output, say, writing
 from mnist_ray.process import usable_cores
 from mnist_ray.report.run_files import settings_of
 from mnist_ray.runs import find_run
+from mnist_ray.schema import RESULT_FILE
 from mnist_ray.settings import build, values_of
-from mnist_ray.storage import RESULT_FILE
 from mnist_ray.text import PROGRAM, VERSION
 
 Command = Callable[..., Mapping[str, Any] | None]

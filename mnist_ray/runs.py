@@ -12,16 +12,9 @@ from typing import Any
 from pyarrow import fs
 
 from mnist_ray.errors import UsageError, first_line
+from mnist_ray.schema import CONFIG_FILE, MEMBERS_FOLDER, RESULT_FILE
 from mnist_ray.settings import path_of
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    MEMBERS_FOLDER,
-    RESULT_FILE,
-    STORAGE_ERRORS,
-    RunFolder,
-    locate,
-    split_query,
-)
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, locate, split_query
 from mnist_ray.text import command
 
 

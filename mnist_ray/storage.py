@@ -24,15 +24,7 @@ import pyarrow
 from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError, about_limit, first_line
-from mnist_ray.schema import BEST_FILE as BEST_FILE
 from mnist_ray.schema import CHECKPOINT_NAME, flaw_of
-from mnist_ray.schema import CONFIG_FILE as CONFIG_FILE
-from mnist_ray.schema import INITIAL_FILE as INITIAL_FILE
-from mnist_ray.schema import MEMBERS_FILE as MEMBERS_FILE
-from mnist_ray.schema import MEMBERS_FOLDER as MEMBERS_FOLDER
-from mnist_ray.schema import ORIGIN_FILE as ORIGIN_FILE
-from mnist_ray.schema import REPORT_FILE as REPORT_FILE
-from mnist_ray.schema import RESULT_FILE as RESULT_FILE
 from mnist_ray.settings import path_of
 
 T = TypeVar("T")

@@ -34,7 +34,6 @@ from mnist_ray.checkpoints.state_file import (
     MODEL,
     OF_THE_MACHINE,
     OPTIMIZER,
-    STATE_FILE,
     TRAINED,
     TRAINING_FILE,
     CheckpointMetrics,
@@ -48,6 +47,7 @@ from mnist_ray.checkpoints.tensor_files import Rows, check_held, content_of, fil
 from mnist_ray.data.tensors import is_sharded, map_tensors
 from mnist_ray.errors import TrainingStoppedError, UsageError, first_line
 from mnist_ray.parallel.group import Group
+from mnist_ray.schema import STATE_FILE
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, in_one_line, with_retries
 from mnist_ray.training.callback import Callback

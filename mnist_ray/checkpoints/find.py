@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mnist_ray.checkpoints.checkpoint import load_weights
 from mnist_ray.checkpoints.state_file import (
     MODEL,
-    STATE_FILE,
     CheckpointMetrics,
     DamagedCheckpointError,
     read_state,
@@ -28,8 +27,9 @@ from mnist_ray.checkpoints.state_file import (
 from mnist_ray.checkpoints.tensor_files import Rows, files_of
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import find_run, untrusted_folders
+from mnist_ray.schema import CONFIG_FILE, RESULT_FILE, STATE_FILE
 from mnist_ray.settings import build, check_known, declared
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, in_one_line, position_of, with_retries
+from mnist_ray.storage import RunFolder, in_one_line, position_of, with_retries
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import placed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mnist_ray.checkpoints.tensor_files import files_of, read_tensors
 from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.schema import STATE_FILE as STATE_FILE
+from mnist_ray.schema import STATE_FILE
 from mnist_ray.storage import RunFolder, in_one_line, with_retries
 
 TRAINING_FILE = "training.pt"

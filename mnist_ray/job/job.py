@@ -20,15 +20,9 @@ from mnist_ray.job import rules
 from mnist_ray.job.lease import remove_dead_owner
 from mnist_ray.layers import FLAGS, ONLY_FLAGS, Place, Placed
 from mnist_ray.runs import find_run, is_sweep
+from mnist_ray.schema import CONFIG_FILE, MEMBERS_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.settings import Given, Setting, declared, flag, split_call
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    MEMBERS_FILE,
-    ORIGIN_FILE,
-    REPORT_FILE,
-    RESULT_FILE,
-    RunFolder,
-)
+from mnist_ray.storage import RunFolder
 from mnist_ray.text import PROGRAM, command, masked
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload

@@ -20,8 +20,9 @@ from mnist_ray.job.job import Job, check_free
 from mnist_ray.job.lease import owned
 from mnist_ray.provenance import Repository, state_of
 from mnist_ray.report.console import RunConsole
+from mnist_ray.schema import RESULT_FILE
 from mnist_ray.signals import if_ended
-from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
+from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.text import size_of
 from mnist_ray.training.events import EpochFinished, Event, Started, Validated
 from ray_fork.starting import Forking

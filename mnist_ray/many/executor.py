@@ -37,7 +37,8 @@ from mnist_ray.report.console import RunConsole
 from mnist_ray.report.run_files import DONE, ENDED, FAILED, LOST, RUNNING, STOPPED, WAITING
 from mnist_ray.run.failures import code_failures_placed
 from mnist_ray.run.fit import train_run
-from mnist_ray.storage import MEMBERS_FOLDER, STORAGE_ERRORS, in_one_line
+from mnist_ray.schema import MEMBERS_FOLDER
+from mnist_ray.storage import STORAGE_ERRORS, in_one_line
 from mnist_ray.text import count, masked
 from mnist_ray.training.events import Event, Saved
 from mnist_ray.workload.calls import data_of, splits_for

@@ -32,8 +32,8 @@ from mnist_ray.report.columns import read_columns, write_columns
 from mnist_ray.report.intervals import mean_interval
 from mnist_ray.report.run_files import DONE, number_of
 from mnist_ray.run import fit
+from mnist_ray.schema import BEST_FILE, MEMBERS_FILE, MEMBERS_FOLDER, REPORT_FILE, RESULT_FILE
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import BEST_FILE, MEMBERS_FILE, MEMBERS_FOLDER, REPORT_FILE, RESULT_FILE
 from mnist_ray.text import count, format_settings
 from mnist_ray.workload.calls import splits_for
 from mnist_ray.workload.figures import NOT_PREDICTED, RATE

@@ -15,8 +15,9 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job
 from mnist_ray.many.points import Configuration, Point, Space, propose
 from mnist_ray.report.run_files import FAILED, LOST, RUNNING, csv_text, read_members
+from mnist_ray.schema import MEMBERS_FILE, MEMBERS_FOLDER
 from mnist_ray.settings import Choice, values_of
-from mnist_ray.storage import MEMBERS_FILE, MEMBERS_FOLDER, RunFolder
+from mnist_ray.storage import RunFolder
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import RATE
 

@@ -26,9 +26,10 @@ from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
+from mnist_ray.schema import RESULT_FILE
 from mnist_ray.settings import build
 from mnist_ray.signals import if_ended
-from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.text import count
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.metrics import Evaluation

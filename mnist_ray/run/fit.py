@@ -33,8 +33,9 @@ from mnist_ray.run.event_queue import open_event_queue
 from mnist_ray.run.failures import error_of
 from mnist_ray.run.ray_train import create_trainer
 from mnist_ray.run.worker import LoopSpec, Sink, train_worker
+from mnist_ray.schema import INITIAL_FILE
 from mnist_ray.signals import InterruptFlag, defer_first_interrupt
-from mnist_ray.storage import INITIAL_FILE, in_one_line
+from mnist_ray.storage import in_one_line
 from mnist_ray.text import count, format_settings
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkersLost
 from mnist_ray.training.state import StopWantedError

@@ -29,7 +29,7 @@ from mnist_ray.parallel.reproducible import check_arithmetic
 from mnist_ray.process import Watchdog, keep_freed_memory, usable_cores
 from mnist_ray.provenance import arithmetic
 from mnist_ray.run.policies import Checkpointer, Validator
-from mnist_ray.storage import INITIAL_FILE
+from mnist_ray.schema import INITIAL_FILE
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over

@@ -18,7 +18,8 @@ from mnist_ray.output import say
 from mnist_ray.report.console import LOG_WIDTH
 from mnist_ray.report.run_files import Run, number_of
 from mnist_ray.runs import is_sweep
-from mnist_ray.storage import CONFIG_FILE, RunFolder, in_one_line, locate
+from mnist_ray.schema import CONFIG_FILE
+from mnist_ray.storage import RunFolder, in_one_line, locate
 from mnist_ray.text import clock_time, count, redact
 from mnist_ray.workload.figures import formatted
 

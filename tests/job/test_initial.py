@@ -22,8 +22,9 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.job.job import Job, read_job
 from mnist_ray.parallel.group import Group
+from mnist_ray.schema import INITIAL_FILE
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import INITIAL_FILE, RunFolder
+from mnist_ray.storage import RunFolder
 from mnist_ray.training.trainer import create_state
 from tests.conftest import METADATA, folder_at, mnist
 

@@ -240,7 +240,7 @@ def check_failure(folder: RunFolder, group: Group) -> None:
     with pytest.raises(IsADirectoryError) if group.rank == 0 else contextlib.nullcontext():
         taken.write(folder, dist.group.WORLD)
     dist.barrier()
-    assert not folder.exists(state_file.STATE_FILE)
+    assert not folder.exists("state.json")
 
 
 def check_scale(group: Group) -> None:
