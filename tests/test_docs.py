@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "deploy" / "README.md",
