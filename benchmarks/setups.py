@@ -13,7 +13,7 @@ from pyarrow import parquet as pq
 
 SMALL = Path(small.__file__)
 ONE_CPU = ["--cpus-per-worker", "1"]
-"""Without it, a job measures whether one thread is faster, and its bits depend on the answer."""
+"""Without it, the number of threads depends on the machine, and bits on the number of threads."""
 TABLE = ["--workload", f"{SMALL}:Table"]
 ONE_EPOCH = ["--num-epochs", "1"]
 MNIST = ["--limit", "0.2", *ONE_EPOCH]

@@ -225,7 +225,9 @@ def train(group: Group, size: Size, config: TrainConfig, num_steps: int, storage
     hooks.finish()
     model = sharding.on_meta(workload)[0]
     assert model is not None
-    held = sharding.held_bytes(model, workload, config, group.world_size)
+    held = 16 * sum(parameter.numel() for parameter in model.parameters())  # weights, gradients and Adam's state
+    if state.is_sharded:
+        held //= group.world_size
     unit = sum(parameter.nbytes for parameter in model.blocks[0].parameters())  # type: ignore[index,union-attr]
     root = sum(parameter.nbytes for parameter in model.parameters()) - size.depth * unit
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)

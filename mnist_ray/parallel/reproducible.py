@@ -31,16 +31,10 @@ def check_arithmetic(group: Group) -> None:
     """Raise TrainingStoppedError, on every rank, if results could depend on which rank computes them."""
     (first_host, first), *others = group.gathered((socket.gethostname(), arithmetic()))
     for host, own in others:
-        for name, values in own.items():
-            if values != first[name]:
-                raise TrainingStoppedError(
-                    f"--reproducible needs machines with the same versions, processor and caches: "
-                    f"{first_host} has {_but(first[name], values)}, {host} has {_but(values, first[name])}"
-                )
-
-
-def _but(values: Sequence[str], others: Sequence[str]) -> str:
-    return " ".join(value for value in values if value not in others) or "nothing extra"
+        differing = [name for name, values in own.items() if values != first[name]]
+        if differing:
+            found = f"{first_host} and {host} differ in {' and '.join(differing)}"
+            raise TrainingStoppedError(f"--reproducible needs machines that are alike: {found}")
 
 
 class Subtree(NamedTuple):

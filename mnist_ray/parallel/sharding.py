@@ -21,8 +21,6 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import seeded_model
 
-_STATES = {"adam": 2, "adamw": 2, "sgd": 1}  # tensors that an optimizer keeps per parameter
-
 
 def create_models(
     workload: Workload, config: TrainConfig, group: Group, load_initial: Callable[[nn.Module], object]
@@ -115,15 +113,3 @@ def units_of(workload: Workload, model: nn.Module) -> list[nn.Module]:
 def is_wanted(config: TrainConfig, num_workers: int) -> bool:
     """Return whether this many workers shard the model; a single one holds all of it."""
     return config.strategy == "fsdp" and num_workers > 1
-
-
-def held_bytes(model: nn.Module, workload: Workload, config: TrainConfig, num_workers: int) -> int:
-    """Return the size of the weights, gradients, optimizer state and EMA that each worker holds.
-
-    A workload's own optimizer is assumed to keep as much state as Adam.
-    """
-    is_own = type(workload).create_optimizer is not Workload.create_optimizer
-    is_divided, copies = is_wanted(config, num_workers), 0 if config.ema_decay is None else 1
-    of_trained = 2 + (2 if is_own else _STATES[config.optimizer]) + copies
-    total = sum(p.nbytes * (of_trained if p.requires_grad else 1 + copies) for p in model.parameters())
-    return total // num_workers if is_divided else total

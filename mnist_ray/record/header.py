@@ -81,11 +81,9 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
     place = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
     console.say("workers", f"{plan.num_workers}, each with {resources}, on {place}")
     if sharding.is_wanted(job.train, plan.num_workers):
-        units, ends = sharding.units_of(job.workload, model), (plan.num_workers, 1)
+        units = sharding.units_of(job.workload, model)
         largest = size_of(max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units))
-        held, whole = (sharding.held_bytes(model, job.workload, job.train, number) for number in ends)
-        state = f"{size_of(held)} of weights, gradients and optimizer state, not {size_of(whole)}"
-        console.say("sharding", f"{count(len(units), 'unit')} of up to {largest}; each worker holds {state}")
+        console.say("sharding", f"{count(len(units), 'unit')} of up to {largest}")
         if why_whole:
             console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")
     cores = usable_cores()

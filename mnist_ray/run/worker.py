@@ -34,7 +34,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS
-from mnist_ray.training.timing import is_bf16_slow, is_one_thread_enough
+from mnist_ray.training.timing import is_bf16_slow
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import user_code
 from mnist_ray.workload.figures import RATE
@@ -110,7 +110,7 @@ def train_worker(
 def _settle(
     job: Job, state: TrainingState, split: Split, config: TrainConfig, group: Group, *, is_new: bool
 ) -> TrainConfig:
-    """Choose precision, threads, and how memory is freed; return the config with its precision.
+    """Choose precision and how memory is freed; return the config with its precision.
 
     A resumed run keeps the precision in ``state``. With ``--reproducible``, raises if processors differ.
     """
@@ -120,8 +120,6 @@ def _settle(
         if is_new:
             state.bf16_is_slow = is_bf16_slow(job.workload, state, split, config, group)
         config = replace(config, precision="fp32" if state.bf16_is_slow else "bf16")
-    if job.workers.cpus_per_worker is None and is_one_thread_enough(state, split, config, group):
-        torch.set_num_threads(1)
     # Not earlier: the memory of a whole model, or of a checkpoint that was read, should go back to the kernel.
     keep_freed_memory(is_sharded=state.is_sharded)
     return config

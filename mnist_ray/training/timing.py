@@ -1,4 +1,4 @@
-"""Choices that depend on how fast a processor computes the model: one thread, and fp32 in place of bf16."""
+"""Whether a processor computes the model more slowly in bf16 than in fp32."""
 
 from __future__ import annotations
 
@@ -21,26 +21,10 @@ from mnist_ray.training.step import Step
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import seeded_model
 
-_MAX_SMALL = 2**28  # multiplications; a step of fewer takes half a millisecond, and two threads do not shorten it
-
 # A pass in bf16 must take longer than one in fp32 by this factor and by these seconds: less is noise, or is cheap.
 _MIN_RATIO, _MIN_LOSS_S = 1.5, 5e-3
 _NUM_PASSES = 3  # in each precision, after one to warm up
 _MAX_MODEL_BYTES = 2**28  # a second model of this size fits beside the first
-
-
-def is_one_thread_enough(state: TrainingState, split: Split, config: TrainConfig, group: Group) -> bool:
-    """Return whether steps are so small that several threads would wait for each other longer than they compute.
-
-    The weights times the numbers in a slice's examples are an upper limit of the multiplications of dense layers and
-    convolutions. Only for arrays in memory, because reading a ``Dataset`` takes longer than such a step.
-    """
-    arrays = split.whole_arrays
-    if group.device.type != "cpu" or arrays is None or split.transforms:
-        return False
-    num_weights = sum(parameter.numel() for parameter in state.model.parameters())
-    numbers_per_example = sum(array[:1].size for array in arrays.named.values())
-    return num_weights * numbers_per_example * math.ceil(config.batch_size / group.world_size) <= _MAX_SMALL
 
 
 def is_bf16_slow(workload: Workload, state: TrainingState, split: Split, config: TrainConfig, group: Group) -> bool:

@@ -466,14 +466,3 @@ def test_what_cannot_be_sharded_is_one_line(create: Callable[[], nn.Module], mes
     with pytest.raises(UsageError, match=message) as raised:
         sharding.units_of(workload, workload.create_model())
     assert "\n" not in str(raised.value)
-
-
-def test_a_worker_holds_its_part_of_weights_gradients_and_optimizer(tmp_path: Path) -> None:
-    model = Stack()
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    assert sharding.held_bytes(model, Words(), CONFIG, 4) == size * 4 // 4
-    assert sharding.held_bytes(model, Words(), replace(CONFIG, strategy="ddp"), 4) == size * 4
-    assert sharding.held_bytes(model, Words(), replace(CONFIG, ema_decay=0.9, optimizer="sgd"), 1) == size * 4
-    frozen = Frozen().create_model()
-    trained_size = sum(parameter.nbytes for parameter in frozen.parameters() if parameter.requires_grad)
-    assert sharding.held_bytes(frozen, Frozen(), CONFIG, 1) == size + 3 * trained_size
