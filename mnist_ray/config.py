@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mnist_ray.settings import Choice, Range, at_least, declared, flag, fraction, positive, rule, setting, within
+from mnist_ray.errors import UsageError, first_line
+from mnist_ray.settings import (
+    Choice,
+    Range,
+    at_least,
+    declared,
+    flag,
+    fraction,
+    positive,
+    rule,
+    setting,
+    split_call,
+    within,
+)
+from mnist_ray.text import did_you_mean
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _PLAIN = "use only Ray's public API; starts more slowly; try it if Ray misbehaves"
 _JSON = "print the result as one JSON object on stdout, and all else on stderr"
 _RUN = "a run's name, or the folder or URI of a run or a checkpoint; default: the newest run"
 READ_AHEAD_MIB = 512  # of each worker
+OPTIMIZERS = {"adam": "torch.optim.Adam", "adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD"}
+SCHEDULES = ("constant", "one-cycle", "cosine", "linear")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _RARE: Any = {"has_flag": False}  # a settings file, a keyword or --set NAME=VALUE sets it
 _SHARED: Any = {"is_searchable": False}  # by all trials of a sweep
@@ -28,6 +47,45 @@ def _ending(suffix: str) -> dict[str, Any]:
 def _code(description: str, base: str, **more: Any) -> Any:
     description += ": FILE.py[:NAME][(KEY=VALUE, …)] or package.module…; may be repeated"
     return setting((), description, code=base, is_repeated=True, **_FILE, **more)
+
+
+def of_torch(text: str, module_name: str) -> tuple[Any, dict[str, Any]]:
+    """Return the class that a text such as ``torch.optim.RAdam(eps=1e-6)`` names, and its arguments.
+
+    Only classes of the module are found: a settings file cannot name other code. Raises UsageError.
+    """
+    name, arguments = split_call(text)
+    module, own_name = importlib.import_module(module_name), name.removeprefix(f"{module_name}.")
+    found = getattr(module, own_name, None)
+    if not isinstance(found, type) or name == own_name:
+        raise UsageError(f"{module_name} has no class {own_name}{did_you_mean(own_name, dir(module))}")
+    try:
+        inspect.signature(found).bind_partial(None, **arguments)
+    except TypeError as error:
+        raise UsageError(f"{text}: {first_line(error)}") from error
+    return found, arguments
+
+
+def _named(names: Sequence[str], module_name: str, example: str) -> dict[str, Any]:
+    """Allow some names, and classes of a module of PyTorch."""
+
+    def is_known(text: str) -> bool:
+        return text in names or ("." in text and bool(of_torch(text, module_name)))
+
+    of_rule = rule(is_known, f"must be {', '.join(names)} or a class such as {example}")
+    return of_rule | {"metavar": "{" + ",".join(names) + "}"}
+
+
+def lr_scales_in(text: str) -> dict[str, float]:
+    """Return the factors in ``backbone.*:0.1 head.*:2``, by pattern. Raises ValueError."""
+    return {pattern: float(factor) for pattern, _, factor in (part.rpartition(":") for part in text.split())}
+
+
+def _has_scales(text: str) -> bool:
+    try:
+        return all(pattern and 0 <= factor < math.inf for pattern, factor in lr_scales_in(text).items())
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +112,22 @@ class TrainConfig:
     learning_rate: float = setting(
         1e-3, "peak of the schedule; not scaled by the worker count", search=Range(1e-4, 1e-2, log=True), **positive()
     )
-    lr_schedule: Literal["constant", "one-cycle", "cosine", "linear"] = setting("constant", "learning-rate schedule")
+    lr_schedule: str = setting(
+        "constant",
+        "learning-rate schedule, or torch.optim.lr_scheduler.NAME(KEY=VALUE, …)",
+        **_named(SCHEDULES, "torch.optim.lr_scheduler", "torch.optim.lr_scheduler.StepLR(step_size=100)"),
+    )
+    lr_scales: str = setting(
+        "",
+        "factors of the learning rate by parameters' names: PATTERN:FACTOR …",
+        **_RARE,
+        **rule(_has_scales, "must be PATTERN:FACTOR, such as backbone.*:0.1, separated by spaces"),
+    )
     warmup_steps: int = setting(0, "steps in which the learning rate rises; not for one-cycle", **_RARE, **at_least(0))
-    optimizer: Literal["adam", "adamw", "sgd"] = setting(
-        "adam", "optimizer from torch.optim; adamw differs from adam only with --weight-decay (PyTorch's default: 0.01)"
+    optimizer: str = setting(
+        "adam",
+        "optimizer, or torch.optim.NAME(KEY=VALUE, …); adamw differs from adam only with --weight-decay",
+        **_named([*OPTIMIZERS], "torch.optim", "torch.optim.RAdam(eps=1e-6)"),
     )
     beta1: float = setting(0.9, "decay of Adam's mean of the gradients", **_RARE, **fraction(with_one=False))
     beta2: float = setting(0.999, "decay of Adam's mean of the squared gradients", **_RARE, **fraction(with_one=False))

@@ -21,9 +21,10 @@ class TrainKeywords(TypedDict, total=False):
     validate_every: int | None
     batch_size: int
     learning_rate: float
-    lr_schedule: Literal["constant", "one-cycle", "cosine", "linear"]
+    lr_schedule: str
+    lr_scales: str
     warmup_steps: int
-    optimizer: Literal["adam", "adamw", "sgd"]
+    optimizer: str
     beta1: float
     beta2: float
     momentum: float

@@ -81,7 +81,8 @@ class Job:
         """The settings that the optimizer does not use; none are known of a workload's own optimizer."""
         if type(self.workload).create_optimizer is not Workload.create_optimizer:
             return set()
-        return {"beta1", "beta2"} if self.train.optimizer == "sgd" else {"momentum"}
+        used = {"adam": {"beta1", "beta2"}, "adamw": {"beta1", "beta2"}, "sgd": {"momentum"}}
+        return {"beta1", "beta2", "momentum"} - used.get(self.train.optimizer, set())
 
     @property
     def by_place(self) -> dict[str, dict[str, Any]]:

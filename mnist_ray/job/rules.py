@@ -84,8 +84,8 @@ OF_SETTINGS = (
     ),
     Rule(
         ("lr_schedule", "warmup_steps"),
-        lambda job, _: job.train.lr_schedule == "one-cycle" and job.train.warmup_steps > 0,
-        "--set warmup_steps: one-cycle has its own warm-up",
+        lambda job, _: job.train.lr_schedule not in ("constant", "cosine", "linear") and job.train.warmup_steps > 0,
+        "--set warmup_steps: {lr_schedule} has a warm-up of its own, or none",
         "choose another --lr-schedule",
     ),
     Rule(

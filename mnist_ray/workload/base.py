@@ -5,7 +5,6 @@ A workload must load the data and create the model; the rest has defaults. Torch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -181,35 +180,16 @@ class Workload(UserClass):
 
     def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer | Any:
         """Return the optimizer that ``config`` names; or several by name, for a ``training_step`` of your own."""
-        from torch import optim
+        from mnist_ray.workload.optimizers import optimizer_of  # imports torch
 
-        fused = all(parameter.is_floating_point() for parameter in model.parameters()) or None  # None: PyTorch chooses
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": fused}
-        if config.optimizer == "sgd":
-            # Fused SGD fails if only some parameters have a momentum yet, and never initializes it if fp16's loss scale
-            # skips the first step. PyTorch has none for sharded parameters.
-            may_lack_gradients = self.has_unused_parameters or self.callbacks or config.callback
-            is_plain = not may_lack_gradients and config.precision != "fp16" and config.strategy == "ddp"
-            options["fused"] = fused if is_plain else None
-            return optim.SGD(model.parameters(), momentum=config.momentum, **options)
-        kinds = {"adam": optim.Adam, "adamw": optim.AdamW}
-        return kinds[config.optimizer](model.parameters(), betas=(config.beta1, config.beta2), **options)
+        may_lack_gradients = bool(self.has_unused_parameters or self.callbacks or config.callback)
+        return optimizer_of(config, model, may_lack_gradients=may_lack_gradients)
 
     def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
         """Return the learning rate's schedule, of each optimizer; training steps it ``total_steps`` times."""
-        from torch.optim import lr_scheduler
+        from mnist_ray.workload.optimizers import scheduler_of  # imports torch
 
-        if config.lr_schedule == "one-cycle":  # https://arxiv.org/abs/1708.07120
-            # Betas and momentum stay as configured.
-            return lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
-        warmup = config.warmup_steps
-
-        def part_of_peak(step: int) -> float:  # steps are counted from 0
-            left = 1 - max(0, step - warmup) / max(1, total_steps - warmup)
-            after = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.lr_schedule]
-            return min((step + 1) / max(1, warmup), after)
-
-        return lr_scheduler.LambdaLR(optimizer, part_of_peak)
+        return scheduler_of(config, optimizer, total_steps)
 
     def shard_units(self, model: nn.Module) -> Sequence[nn.Module]:
         """Return the parts of the model that ``--strategy fsdp`` gathers one at a time; none is in two of them.
