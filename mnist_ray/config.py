@@ -77,8 +77,8 @@ def _named(names: Sequence[str], module_name: str, example: str) -> dict[str, An
 
 
 def lr_scales_in(text: str) -> dict[str, float]:
-    """Return the factors in ``backbone.*:0.1 head.*:2``, by pattern. Raises ValueError."""
-    return {pattern: float(factor) for pattern, _, factor in (part.rpartition(":") for part in text.split())}
+    """Return the factors in ``backbone.*=0.1 head.*=2``, by pattern. Raises ValueError."""
+    return {pattern: float(factor) for pattern, _, factor in (part.rpartition("=") for part in text.split())}
 
 
 def _has_scales(text: str) -> bool:
@@ -119,9 +119,9 @@ class TrainConfig:
     )
     lr_scales: str = setting(
         "",
-        "factors of the learning rate by parameters' names: PATTERN:FACTOR …",
+        "factors of the learning rate by parameters' names: PATTERN=FACTOR …",
         **_RARE,
-        **rule(_has_scales, "must be PATTERN:FACTOR, such as backbone.*:0.1, separated by spaces"),
+        **rule(_has_scales, "must be PATTERN=FACTOR, such as backbone.*=0.1, separated by spaces"),
     )
     warmup_steps: int = setting(0, "steps in which the learning rate rises; not for one-cycle", **_RARE, **at_least(0))
     optimizer: str = setting(

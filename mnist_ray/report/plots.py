@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import statistics
@@ -171,8 +170,10 @@ def _draw_over(axes: Axes, metric: Metric, rows: Sequence[Row], best: Sequence[R
     """Draw all trials against a setting, whose ``space`` is a text of ``--sweep``: a range, or a list of values."""
     low, is_range, high = space.removeprefix("log:").partition(":")
     options = [*dict.fromkeys(row[name] for row in rows)]
-    with contextlib.suppress(ValueError):  # words stay in the order of the trials
+    try:
         options.sort(key=float)
+    except ValueError:  # words, which may contain colons, stay in the order of the trials
+        is_range = ""
     for row in rows:
         x = float(row[name]) if is_range else options.index(row[name])
         y = on_axis(metric, float(row[f"val_{metric.name}"]))

@@ -67,7 +67,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"fold": 4, "folds": 3}, "--set fold=4 needs at least as many folds; set --folds"),
     ({"folds": 2, "overfit_batches": 1}, "--overfit-batches tests on the training examples; leave --folds out"),
     ({"lr_schedule": "one-cycle", "warmup_steps": 1},
-     "--set warmup_steps: one-cycle has its own warm-up; choose another --lr-schedule"),
+     "--set warmup_steps: one-cycle has a warm-up of its own, or none; choose another --lr-schedule"),
     ({"strategy": "fsdp", "compile": True},
      f"--strategy fsdp does not work with --compile, which cannot trace how units are gathered; {ONE_OF_BOTH}"),
     ({"strategy": "fsdp", "workload": Experts},

@@ -311,7 +311,7 @@ MOMENTUM = "momentum=0.5,0.9"
         ({"validation_size": 0}, "a sweep chooses by validation accuracy, but no examples are held out: leave"),
         (
             {"sweep": ["lr_schedule=one-cycle,cosine", "warmup_steps=0,5"]},
-            "warmup_steps: one-cycle has its own warm-up",
+            "warmup_steps: one-cycle has a warm-up of its own",
         ),
         ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not work with --compile"),
         (

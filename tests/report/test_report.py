@@ -246,6 +246,17 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     assert columns[7 : 7 + len(more)] == more
 
 
+def test_trials_of_texts_with_colons_are_drawn(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "sweep")
+    run = folder_at(tmp_path / "sweep")
+    table_of(trial(1, 0.91), trial(2, 0.92)).write(run)
+    header, *rows = (run.read_text("members.csv") or "").splitlines()
+    named = [f"{header},mix", *(f"{row},{text}" for row, text in zip(rows, ("a:b", "c:d"), strict=True))]
+    run.write_text("members.csv", "\n".join(named))
+    run.write_text("config.json", json_lines({**run.require_json("config.json"), "sweep": ["mix=a:b,c:d"]}))
+    assert "sweep" in write(run)
+
+
 @pytest.fixture
 def tested_run(run: RunFolder) -> RunFolder:
     """The files of a run of one epoch, tested on two images."""

@@ -52,7 +52,7 @@ def test_any_schedule_of_torch_gets_the_number_of_steps_if_it_takes_it() -> None
 @pytest.mark.parametrize("schedule", ["linear", "one-cycle", "torch.optim.lr_scheduler.OneCycleLR"])
 def test_learning_rates_by_name_scale_the_whole_schedule(schedule: str) -> None:
     (whole,) = rates(lr_schedule=schedule)
-    backbone, head, others = rates(lr_schedule=schedule, lr_scales="backbone.weight:0.1 head.*:2")
+    backbone, head, others = rates(lr_schedule=schedule, lr_scales="backbone.weight=0.1 head.*=2")
     assert others == pytest.approx(whole)
     assert backbone == pytest.approx([0.1 * rate for rate in whole])
     assert head == pytest.approx([2 * rate for rate in whole])
@@ -73,9 +73,9 @@ def test_learning_rates_by_name_scale_the_whole_schedule(schedule: str) -> None:
             {"lr_schedule": "torch.optim.lr_scheduler.StepLR"},
             "--lr-schedule .*StepLR: .*missing 1 .*'step_size'",
         ),
-        ({"lr_scales": "head.*"}, r"--set lr_scales must be PATTERN:FACTOR, such as backbone\.\*:0\.1"),
+        ({"lr_scales": "head.*"}, r"--set lr_scales must be PATTERN=FACTOR, such as backbone\.\*=0\.1"),
         (
-            {"lr_scales": "haed.weight:2"},
+            {"lr_scales": "haed.weight=2"},
             r"lr_scales: no parameter is called haed\.weight; did you mean head\.weight",
         ),
     ],
