@@ -11,11 +11,10 @@ import numpy as np
 
 from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.settings import is_no_file, path_of
+from mnist_ray.settings import path_of
 
 IMAGE_SHAPE = (28, 28)
 _MAX_CLASSES = 10
-_MAX_BYTES = 2**30  # of a file's content
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -65,10 +64,7 @@ def _content_of(path: Path) -> bytes:
         if path.is_file():
             return path.read_bytes()
         path = path.with_name(f"{path.name}.gz")
-        if is_no_file(path):
-            raise JobError(f"{path} is not a file")
-        with gzip.open(path) as file:
-            return file.read(_MAX_BYTES)
+        return gzip.decompress(path.read_bytes())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise JobError(f"{path} is a damaged gzip file: {error}") from error
     except OSError as error:

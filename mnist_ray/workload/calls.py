@@ -21,7 +21,6 @@ from mnist_ray.workload.base import Workload
 if TYPE_CHECKING:
     from torch import nn
 
-TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
 _FIXES = {"Tensor": "call .numpy()", "NoneType": "without targets, repeat the inputs"}
 
 
@@ -100,6 +99,15 @@ def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
     """Return whether a workload inherits ``loss``, ``measure`` or ``predictions`` unchanged from ``base``."""
     methods = ("loss", "measure", "predictions")
     return any(getattr(type(workload), method) is getattr(base, method) for method in methods)
+
+
+def check_tensors(name: str, outputs: Any, targets: Any) -> None:
+    """Raise UsageError unless a model's outputs and a batch's targets are tensors."""
+    if not hasattr(outputs, "ndim"):
+        raise UsageError(f"{name}: the model returns a {type(outputs).__name__}, not a tensor")
+    if not hasattr(targets, "ndim"):
+        fix = "return torch.tensor(targets) from collate, or numbers from the Dataset"
+        raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}", fix=fix)
 
 
 def _checked_data(workload: Workload, data: object) -> Data:

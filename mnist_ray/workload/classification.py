@@ -11,7 +11,7 @@ import numpy as np
 from mnist_ray.data.data import Arrays, Data, Split
 from mnist_ray.errors import ExampleError, UsageError
 from mnist_ray.workload.base import Picture, Workload
-from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
+from mnist_ray.workload.calls import check_tensors, uses_outputs
 from mnist_ray.workload.figures import ACCURACY, Metric
 
 if TYPE_CHECKING:
@@ -91,19 +91,14 @@ class Classification(Workload):
         if not uses_outputs(self, Classification) or not (is_whole or type(self).collate is Workload.collate):
             return ""
         targets = np.asarray(examples.targets if is_whole else [target for _, target in examples])
-        rows = np.flatnonzero((targets < 0) | (targets >= self.num_classes))
-        last = self.num_classes - 1
-        return f"has target {targets[rows[0]]} in row {rows[0]}, but the classes are 0 to {last}" if len(rows) else ""
+        return self._wrong_class(targets)
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise UsageError if the logits or the targets do not fit the classes, unless no method here uses them."""
         name = type(self).__name__
         if not uses_outputs(self, Classification):
             return
-        if not hasattr(outputs, "ndim"):
-            raise UsageError(f"{name}: the model returns a {type(outputs).__name__}, not a tensor of logits")
-        if not hasattr(targets, "ndim"):
-            raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}; {TARGETS_REMEDY}")
+        check_tensors(name, outputs, targets)
         if outputs.ndim != 2 or outputs.shape[1] != self.num_classes:
             raise UsageError(
                 f"{name}: the model returns {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits per example, "
@@ -114,9 +109,13 @@ class Classification(Workload):
     def _check_targets(self, where: str, targets: np.ndarray) -> None:
         if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
             raise UsageError(f"{where}: targets must be integers (N,), not {targets.dtype} {targets.shape}")
-        wrong = targets[(targets < 0) | (targets >= self.num_classes)]
-        if len(wrong):
-            raise UsageError(f"{where} has target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
+        if fault := self._wrong_class(targets):
+            raise UsageError(f"{where} {fault}")
+
+    def _wrong_class(self, targets: np.ndarray) -> str:
+        rows = np.flatnonzero((targets < 0) | (targets >= self.num_classes))
+        last = self.num_classes - 1
+        return f"has target {targets[rows[0]]} in row {rows[0]}, but the classes are 0 to {last}" if len(rows) else ""
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return each example's label, its prediction, that one's probability, and the probabilities of all classes."""
@@ -169,10 +168,9 @@ class Classification(Workload):
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""
-        # Of equal ones, the first is the best, as for ``max``; ``topk`` would return any.
-        probabilities, classes = outputs.softmax(1).sort(dim=1, descending=True, stable=True)
-        best = zip(classes[:, :_NUM_TOP].tolist(), probabilities[:, :_NUM_TOP].tolist(), strict=True)
-        return [[(self.class_names[number], value) for number, value in zip(*row, strict=True)] for row in best]
+        best = outputs.softmax(1).topk(min(_NUM_TOP, self.num_classes))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[(self.class_names[number], value) for number, value in zip(*row, strict=True)] for row in rows]
 
     def _cross_entropy(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         from torch.nn import functional as F

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from mnist_ray.data.data import Split
-from mnist_ray.text import escaped
 from mnist_ray.workload.base import Picture, Workload
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
@@ -25,24 +22,13 @@ _RIGHT, _WRONG, _CAPTION = "#2e8b57", "#e0483f", "#777777"  # readable on white 
 _MIN_SIDE = 336  # pixels of the longer side of an image that is drawn alone
 _MIN_TILE, _MIN_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
 _MAX_FONT, _CHARACTER = 26, 0.62  # pixels; a character's width as a fraction of the font size
-_NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 8, 32  # fill rows of eight
+_NUM_SHOWN = 32  # fill rows of eight
 _MAX_COUNTED = 20  # with more classes, a confusion matrix has no counts
 
 
-@functools.cache
-def _characters() -> frozenset[str]:
-    return frozenset(map(chr, FT2Font(_FONT).get_charmap()))
-
-
-def drawable(text: object) -> str:
-    """Return a text with escapes for characters that the plots' font lacks, or that are invisible."""
-    known = _characters()
-    return escaped(str(text), lambda letter: letter == "\n" or (letter in known and letter.isprintable()))
-
-
 def plain(text: object) -> str:
-    """Return a drawable text for matplotlib, with ``$`` escaped: text between two of them would be a formula."""
-    return drawable(text).replace("$", r"\$")
+    """Return a text for matplotlib, with ``$`` escaped: text between two of them would be a formula."""
+    return str(text).replace("$", r"\$")
 
 
 def new_plot(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
@@ -75,7 +61,7 @@ def of_classification(
 
 
 def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
-    names, counts = list(map(drawable, classes)), np.array(result["confusion_matrix"])
+    names, counts = list(map(str, classes)), np.array(result["confusion_matrix"])
     mistakes = counts * ~np.eye(len(counts), dtype=bool)
     label, prediction = map(int, np.unravel_index(mistakes.argmax(), mistakes.shape))
     worst = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
@@ -94,11 +80,9 @@ def _examples(
     names = np.array([*map(str, classes)])
     labels, predicted = names[columns["label"].astype(int)], names[columns["prediction"].astype(int)]
     probabilities, is_right = columns["probability"], columns["label"] == columns["prediction"]
-    rng = np.random.default_rng(0)
-    drawn = rng.choice(len(labels), min(_NUM_RANDOM, len(labels)), replace=False)
+    chosen = np.random.default_rng(0).choice(len(labels), min(_NUM_SHOWN, len(labels)), replace=False)
     wrong = np.flatnonzero(~is_right)
-    chosen = np.concatenate([drawn, rng.permutation(np.setdiff1d(wrong, drawn))[:_NUM_WRONG]])
-    surest = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_NUM_MISTAKES]
+    surest = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_NUM_SHOWN]
 
     def draw(name: str, title: str, alt: str, indices: np.ndarray, caption: str) -> Picture:
         images = [workload.as_picture(test[int(i)][0]) for i in indices]
@@ -108,7 +92,7 @@ def _examples(
 
     said = "; ".join(labels[i] if is_right[i] else f"{labels[i]} taken for {predicted[i]}" for i in chosen)
     alt = f"{len(chosen)} test {workload.nouns} with their predictions: {said}"
-    caption = f"{len(drawn)} test {workload.nouns} drawn at random, then mistakes. ✓ right, ✗ wrong."
+    caption = f"{len(chosen)} test {workload.nouns} drawn at random. ✓ right, ✗ wrong."
     pictures = [draw("predictions", "Predictions", alt, chosen, caption)]
     if len(surest):
         said = "; ".join(f"{labels[i]} taken for {predicted[i]} at {probabilities[i]:.0%}" for i in surest)
@@ -119,30 +103,21 @@ def _examples(
 
 
 def of_regression(columns: Mapping[str, np.ndarray]) -> list[Picture]:
-    """Plot predictions against targets, and the distribution of the errors."""
+    """Plot predictions against targets."""
     if not {"target", "prediction"} <= columns.keys():
         return []
     pairs = np.stack([columns["target"], columns["prediction"]], 1).astype(float)
     targets, predictions = pairs[np.isfinite(pairs).all(1)].T
     if not len(targets):
         return []
-    errors = predictions - targets
-    scatter, axes = new_plot("target", "prediction")
+    figure, axes = new_plot("target", "prediction")
     ends = [min(targets.min(), predictions.min()), max(targets.max(), predictions.max())]
     axes.plot(ends, ends, color="grey", linewidth=1)
     axes.plot(targets, predictions, ".", color="C0", alpha=max(0.1, min(1.0, 30 / math.sqrt(len(targets)))))
     axes.grid(alpha=0.3)
-    histogram, axes = new_plot("error", "examples")
-    axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color="C0")
-    axes.axvline(0, color="grey", linewidth=1)
     title, caption = "Predictions against targets on the test set", "Points on the line are right predictions."
     alt = f"{len(targets):,} predictions against their targets, from {targets.min():g} to {targets.max():g}"
-    low, high = np.quantile(errors, (0.25, 0.75))
-    about_errors = f"Errors: half of them lie between {low:.4g} and {high:.4g}"
-    return [
-        Picture("predictions", title, alt, png_of(scatter), caption),
-        Picture("errors", "Errors on the test set", about_errors, png_of(histogram), "Prediction minus target."),
-    ]
+    return [Picture("predictions", title, alt, png_of(figure), caption)]
 
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
@@ -187,7 +162,6 @@ def image_grid(
     num_columns = min(num_columns, len(images))
     tile = max(_MIN_TILE, _MIN_GRID // num_columns)
     margin = tile // 12
-    captions = list(map(drawable, captions))
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
     font_size = max(1, min(_MAX_FONT, round(tile / (_CHARACTER * (2 + longest)))))
     font = ImageFont.truetype(_FONT, font_size)

@@ -64,8 +64,6 @@ def _check_class(workload_class: type[Workload]) -> None:
     for method in ("load_data", "create_model", "loss"):
         if getattr(workload_class, method) is getattr(Workload, method):
             raise UsageError(f"workload {name} has no method {method}")
-    if not isinstance(workload_class.noun, str):
-        raise UsageError(f"{name}.noun must be a text, not {workload_class.noun!r:.40}")
     with _checking(workload_class, "__init__"):
         inspect.signature(workload_class).bind(None, None)  # settings and metadata
     with _checking(workload_class, "metrics"):
@@ -74,8 +72,6 @@ def _check_class(workload_class: type[Workload]) -> None:
                 raise UsageError(f"{metric.name} has the mode {metric.mode!r}; it must be max or min")
             if metric.name == LOSS.name and metric != LOSS:
                 raise UsageError('the loss is named as Metric("loss", "min")')
-            if metric.name in ("score", "s"):
-                raise UsageError(f"{metric.name} has another meaning in checkpoints", fix="choose another name")
     if not dataclasses.is_dataclass(settings):
         raise UsageError(f"{name}.Settings must be a dataclass", fix="put @dataclass(frozen=True) above it")
     with _checking(workload_class, "Settings"):

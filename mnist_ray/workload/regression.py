@@ -11,7 +11,7 @@ import numpy as np
 from mnist_ray.data.data import Split
 from mnist_ray.errors import UsageError
 from mnist_ray.workload.base import Picture, Workload
-from mnist_ray.workload.calls import TARGETS_REMEDY, uses_outputs
+from mnist_ray.workload.calls import check_tensors, uses_outputs
 from mnist_ray.workload.figures import Metric
 
 if TYPE_CHECKING:
@@ -52,10 +52,7 @@ class Regression(Workload):
         name = type(self).__name__
         if not uses_outputs(self, Regression):
             return
-        if not hasattr(outputs, "shape"):
-            raise UsageError(f"{name}: the model returns a {type(outputs).__name__}, not a tensor")
-        if not hasattr(targets, "shape"):
-            raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}; {TARGETS_REMEDY}")
+        check_tensors(name, outputs, targets)
         if targets.ndim != 1 or tuple(outputs.shape) not in ((len(targets),), (len(targets), 1)):
             shapes = f"{tuple(outputs.shape)} for targets {tuple(targets.shape)}"
             raise UsageError(f"{name}: the model returns {shapes}; both must be one number per example")
@@ -71,7 +68,7 @@ class Regression(Workload):
     def pictures(
         self, result: Mapping[str, Any], test: Split | None, columns: Mapping[str, np.ndarray]
     ) -> list[Picture]:
-        """Plot predictions against targets, and the distribution of the errors."""
+        """Plot predictions against targets."""
         from mnist_ray.workload import drawing  # imports matplotlib
 
         return drawing.of_regression(columns)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from mnist_ray.errors import UsageError, with_place
-from mnist_ray.settings import is_no_file, path_of, split_call
+from mnist_ray.settings import path_of, split_call
 from mnist_ray.storage import is_foreign, others_can_write
 
 
@@ -48,16 +48,6 @@ class SourceCode:
         """The file's folder; of a module or a class without a file, the current folder."""
         code, _ = _split(self.reference)
         return self.folder if code.endswith(".py") else Path.cwd()
-
-    @property
-    def home(self) -> Path:
-        """The folder of all modules that belong to the code: the file's or, of a module, its outermost package's."""
-        code, _ = _split(self.reference)
-        package = code.partition(".")[0]
-        if code.endswith(".py") or package == __name__.partition(".")[0]:  # this package is no part of a workload
-            return self.folder
-        file = getattr(sys.modules.get(package), "__file__", None)
-        return Path(file).parent if file else self.folder
 
     @property
     def sha256(self) -> str:
@@ -100,8 +90,6 @@ def find(reference: str, base: type[T]) -> type[T]:
         reference = path + (f":{name}" if name else "")
     else:
         path = inspect.getsourcefile(_pick(_import_module(code, flag), reference, base)) or ""
-    if is_no_file(path):
-        raise UsageError(f"{flag} {path} is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # as Python reads it
     except (OSError, UnicodeDecodeError) as error:

@@ -158,7 +158,7 @@ OWN_OUTPUTS = """
 def test_outputs_are_a_workloads_own_matter_if_it_overrides_what_uses_them(write: Write) -> None:
     tried(write, OWN_OUTPUTS)
     some = OWN_OUTPUTS.replace("def predictions(", "def _unused(")
-    assert message_of(write, some) == "Wrong: the model returns a tuple, not a tensor of logits"
+    assert message_of(write, some) == "Wrong: the model returns a tuple, not a tensor"
 
 
 def test_a_regressions_outputs_are_its_own_matter_if_it_overrides_what_uses_them(write: Write) -> None:
@@ -271,7 +271,7 @@ MISTAKES = [  # "[…]" stands for what depends on versions
     ("def create_model(self): return nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))",
      "Wrong: the model returns no logits per example, but the data have 10 classes"),
     ("def create_model(self): return Formed(lambda outputs: SimpleNamespace(logits=outputs))",
-     "Wrong: the model returns a SimpleNamespace, not a tensor of logits"),
+     "Wrong: the model returns a SimpleNamespace, not a tensor"),
     ("def create_model(self): return Formed(lambda outputs: outputs @ torch.ones(7, 10))",
      "Wrong, the model: RuntimeError: […]mat1 and mat2 shapes cannot be multiplied (1x10 and 7x10) (problem.py, "
      "line 71)"),
@@ -363,7 +363,7 @@ MISTAKES = [  # "[…]" stands for what depends on versions
      "((4,), ()); make them alike in the Dataset, or join them in the workload's collate()"),
     ("def load_data(self): return Data([(np.ones(4, 'f'), row) for row in range(20)], examples(3), "
      "metadata=NAMES)",
-     "Wrong has target 12, but the classes are 0 to 9"),
+     "Wrong has target 12 in row 8, but the classes are 0 to 9"),
     ("def as_picture(self, inputs): return inputs",
      "Wrong.as_picture must return uint8 (H, W) or (H, W, 3), not float32 (4,)"),
     ("callbacks = [5]",
@@ -422,13 +422,13 @@ MISTAKES = [  # "[…]" stands for what depends on versions
      "Wrong: an output is (10,) for 16 examples and (10,) for 8; with compares_examples, return a row per "
      "example, such as its views (N, 2, …), or one number"),
     ("def load_data(self): part = of_arrays(np.arange(20)); return Data(part, part, metadata=ABC)",
-     "Wrong.load_data: train has target 3, but the classes are 0 to 2"),
+     "Wrong.load_data: train has target 3 in row 3, but the classes are 0 to 2"),
     ("def load_data(self): part = of_pairs(np.arange(20)); return Data(part, part, metadata=ABC)",
-     "Wrong has target 3, but the classes are 0 to 2"),
+     "Wrong has target 3 in row 3, but the classes are 0 to 2"),
     ("def load_data(self): part = of_arrays(np.full(20, -1)); return Data(part, part, metadata=ABC)",
-     "Wrong.load_data: train has target -1, but the classes are 0 to 2"),
+     "Wrong.load_data: train has target -1 in row 0, but the classes are 0 to 2"),
     ("def load_data(self): part = of_pairs(np.full(20, -1)); return Data(part, part, metadata=ABC)",
-     "Wrong has target -1, but the classes are 0 to 2"),
+     "Wrong has target -1 in row 0, but the classes are 0 to 2"),
     ("def load_data(self): part = of_arrays(np.zeros((20, 1), np.int64)); return Data(part, part, metadata=ABC)",
      "Wrong.load_data: train: targets must be integers (N,), not int64 (20, 1)"),
     ("def load_data(self): part = of_pairs(np.zeros((20, 1), np.int64)); return Data(part, part, metadata=ABC)",

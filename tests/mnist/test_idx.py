@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +37,6 @@ def test_a_data_set_is_read_gzipped_or_not(tmp_path: Path, gzipped: bool) -> Non
         np.testing.assert_array_equal(found.targets, expected.targets)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"/train-images-idx3-ubyte\.gz cannot be read: No such file or directory$"):
-        idx.load("train", tmp_path)
-
-
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
@@ -58,11 +52,6 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
         (LABELS, idx_bytes(np.array([0, 1, 10], np.uint8)), "has label 10; the classes are 0 to 9"),
         (f"{LABELS}.gz", gzip.compress(idx_bytes(tiny().targets), mtime=0)[:-9], "is a damaged gzip file"),
         (f"{LABELS}.gz", b"no gzip at all", "is a damaged gzip file"),
-        (
-            f"{LABELS}.gz",
-            gzip.compress(idx_bytes(tiny().targets), mtime=0)[:10] + b"\xff" * 30,
-            "is a damaged gzip file",
-        ),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -71,22 +60,6 @@ def test_a_bad_file_is_refused(tmp_path: Path, name: str, content: bytes, messag
     (tmp_path / name).write_bytes(content)
     with pytest.raises(JobError, match=message):
         idx.load("train", tmp_path)
-
-
-def test_a_packed_file_is_not_unpacked_beyond_a_limit_and_a_fifo_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_data_set(tmp_path, tiny(), tiny(), gzipped=True)
-    monkeypatch.setattr(idx, "_MAX_BYTES", 100)
-    with pytest.raises(JobError, match="should have 2,368 bytes according to its header, but has 100"):
+    (tmp_path / name).unlink()
+    with pytest.raises(JobError, match=r"\.gz cannot be read: No such file or directory$"):
         idx.load("train", tmp_path)
-    (tmp_path / f"{IMAGES}.gz").unlink()
-    os.mkfifo(tmp_path / f"{IMAGES}.gz")
-    with pytest.raises(JobError, match=r"\.gz is not a file$"):
-        idx.load("train", tmp_path)
-
-
-def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
-    write_data_set(tmp_path, tiny(), tiny(0))
-    with pytest.raises(JobError, match="holds no images"):
-        idx.load("test", tmp_path)
