@@ -4,6 +4,7 @@ import importlib
 import re
 import site
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -82,3 +83,22 @@ def test_the_reference_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> N
     reference = importlib.import_module("write_reference")
     for path, page in reference.PAGES.items():
         assert path.read_text(encoding="utf-8") == page(), "run: python docs/write_reference.py"
+
+
+def test_the_recorded_kill_and_resume_ends_with_the_weights_of_an_undisturbed_run() -> None:
+    lines = [
+        text.text or "" for text in ElementTree.parse(ROOT / "docs" / "kill.svg").iter() if text.tag.endswith("text")
+    ]
+    of_killed, of_undisturbed = (line.partition(":")[2] for line in lines[-2:])
+    assert "weights_sha256" in of_killed
+    assert of_killed == of_undisturbed
+    assert [line for line in lines if line.startswith(("$", "Killed"))][1] == "Killed"
+
+
+def test_a_recording_shows_each_line_once_and_dots_for_a_hidden_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    cast = importlib.import_module("write_cast")
+    moments = iter([0.0, 0.5, 0.5, 30.0])
+    found = cast.recorded(["run <1>", "confusion 1", "            2", "test"], 1.0, now=lambda: next(moments, 30.0))
+    assert [line.text for line in found] == ["run <1>", "…", "test"]
+    assert ElementTree.fromstring(cast.drawn(found)) is not None
