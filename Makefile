@@ -9,7 +9,7 @@ JOB ?= train
 # If there is a token, clusters require it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune new tensorboard submit test test-processes test-long test-ray test-browser test-gpu bench bench-quick chaos check format docs docs-serve clean
+.PHONY: train tune new tensorboard submit test test-docs test-examples test-deploy test-processes test-long test-ray test-browser test-gpu bench bench-quick chaos check format docs docs-serve clean
 
 train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
@@ -26,8 +26,19 @@ tensorboard: $(VENV)/installed  ## follow runs at http://localhost:6006
 submit: $(VENV)/installed  ## run a job on a cluster: make submit ADDRESS=http://HEAD:8265 JOB=tune ARGS='--num-trials 16'
 	RAY_AUTH_MODE=$(AUTH) $(BIN)/ray job submit --address $(ADDRESS) --working-dir . $(SUBMIT_ARGS) -- python jobs/$(JOB).py $(ARGS)
 
-test: $(VENV)/installed-dev  ## run the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
+test: $(VENV)/installed-dev  ## run the tests of the packages, in five minutes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(AROUND:%=--ignore=tests/%) $(ARGS)
+
+# What is around the packages.
+AROUND := docs examples deploy gpu
+test-docs: $(VENV)/installed-dev  ## run the code and the commands of the guides
+	$(BIN)/python -m pytest tests/docs $(ARGS)
+
+test-examples: $(VENV)/installed-dev  ## train the examples, also on a pretended GPU
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/examples tests/gpu $(ARGS)
+
+test-deploy: $(VENV)/installed-dev  ## check the files in deploy/
+	$(BIN)/python -m pytest tests/deploy $(ARGS)
 
 test-processes: $(VENV)/installed-dev  ## run the tests that start a Ray or a job in processes of their own
 	$(BIN)/python -m pytest -m 'processes and not long and not browser' --numprocesses 2 --dist loadfile --durations=25 $(ARGS)

@@ -10,7 +10,7 @@ import torch
 
 import mnist_ray
 from mnist_ray.errors import JobError
-from tests.conftest import as_flags, callback_at, run_main, weights
+from tests.conftest import callback_at, weights
 from tests.gpu.conftest import Train, losses
 
 NUM_GPUS = torch.cuda.device_count()
@@ -92,13 +92,6 @@ def test_a_run_is_resumed_on_the_other_device(devices: tuple[str, str], train: T
     assert losses(resumed) == pytest.approx(losses(undisturbed), rel=FP32)
 
 
-def test_trials_share_the_gpus(small_data: Path, ray_address: str, tmp_path: Path) -> None:
-    flags = {"data_dir": small_data, "limit": 0.1, "num_trials": 2, "num_epochs": 1, "num_confirmed": 0}
-    run_main("tune", *as_flags({**flags, "use_gpu": "yes", "storage_path": tmp_path, "run_name": "sweep"}))
-    rows = (tmp_path / "sweep" / "members.csv").read_text().splitlines()
-    assert len(rows) == 3
-
-
 def test_an_evaluation_gives_the_gpus_memory_back(train: Train, ray_address: str) -> None:
     run = train("mnist", "run", "yes", num_workers=1)
     free, _ = torch.cuda.mem_get_info()
@@ -140,39 +133,6 @@ def test_an_error_of_the_gpu_is_one_line(
     with pytest.raises(JobError, match=said) as raised:
         train("mnist", "fails", "yes", num_workers=1, micro_batch_size=20, workload=workload(tmp_path, name, loss))
     assert "\n" not in str(raised.value)
-
-
-DATASET = """
-from torch.utils.data import Dataset
-from mnist_ray.mnist import MNIST
-from mnist_ray.workload import Data
-
-
-class Images(Dataset):
-    def __init__(self, arrays):
-        self.arrays = arrays
-
-    def __len__(self):
-        return len(self.arrays)
-
-    def __getitem__(self, place):
-        return self.arrays[place]
-
-
-class OneByOne(MNIST):
-    def load_data(self):
-        data = super().load_data()
-        return Data(Images(data.train), Images(data.test), metadata={"class_names": list("0123456789")})
-"""
-
-
-def test_loader_processes_and_pinned_memory_change_nothing(train: Train, tmp_path: Path) -> None:
-    file = tmp_path / "one_by_one.py"
-    file.write_text(DATASET)
-    flags: dict[str, Any] = {"workload": file, "limit": 0.1}
-    on_cpu = train("mnist", "cpu", "no", **flags)
-    on_gpu = train("mnist", "gpu", "yes", loader_workers=2, **flags)
-    assert losses(on_gpu) == pytest.approx(losses(on_cpu), rel=FP32)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -97,15 +97,6 @@ def test_with_fp16_sgd_waits_at_each_step_to_learn_whether_the_gradients_are_fin
     assert all(wait.is_in({"_maybe_opt_step"}) for wait in of_steps)
 
 
-def test_no_step_waits_for_the_norm_of_its_gradients() -> None:
-    norms = list[float]()
-    hooks = Hooks(on_progress=lambda state, progress: norms.append(progress.others["gradient_norm"]))
-    with pretended_gpu() as gpu:
-        trained_on("cuda", replace(CONFIG, clip_grad_norm=0.1), SPLIT, hooks)
-    assert [wait for wait in gpu.waits if not wait.is_in(NOT_AT_EACH_STEP)] == []
-    assert min(norms) > 0.1
-
-
 def test_chunks_are_added_up_on_the_gpu() -> None:
     config = replace(CONFIG, reproducible=True)
     expected = trained_on("cpu", config).model.state_dict()
@@ -125,16 +116,3 @@ def test_an_evaluation_waits_as_often_for_many_batches_as_for_few() -> None:
             evaluate(mnist(), model, Split(SPLIT).take(slice(0, size)), TrainConfig())
             waits.append(len([wait for wait in gpu.waits if not wait.is_in({"_reader_of"})]))
     assert waits[0] == waits[1]
-
-
-def test_a_pretended_gpus_tensors_do_not_mix_with_the_cpus_and_their_values_are_waited_for() -> None:
-    with pretended_gpu() as gpu:
-        tensor = torch.ones(2, device="cuda")
-        with pytest.raises(RuntimeError, match="on the same device"):
-            tensor + torch.ones(2)
-        with pytest.raises(TypeError, match="is no array"):
-            np.asarray(tensor)
-        assert not gpu.waits
-        for value in (tensor.sum().item(), tensor.tolist()[0], tensor[tensor > 0].cpu(), f"{tensor}"):
-            assert value is not None
-        assert len(gpu.waits) == 5  # the mask's number of ones is needed, too

@@ -112,12 +112,6 @@ def test_a_worker_inherits_all_from_the_process_that_asks_and_nothing_from_the_s
     assert worker["threads of PyTorch"] == 3
 
 
-def test_a_worker_handles_signals_as_a_new_python_does(seen: dict[str, Any]) -> None:
-    code = "import signal; print(signal.getsignal(signal.SIGINT))"
-    handler = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert (seen["SIGINT"], seen["SIGCHLD"]) == (handler.strip(), str(signal.SIG_DFL))
-
-
 @pytest.mark.parametrize("name", ["MKL_NUM_THREADS", "OMP_SCHEDULE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "RAY_JOB_ID"])
 def test_a_variable_that_a_library_has_read_must_have_the_servers_value(name: str) -> None:
     said = f"{name} differs from the fork server's value"
@@ -220,13 +214,6 @@ def forking_when(folder: Path, outcome: str) -> Iterator[tuple[Server, Path]]:
         yield running, flag
 
 
-def test_a_server_that_cannot_fork_now_refuses_and_can_later(tmp_path: Path) -> None:
-    with forking_when(tmp_path, "fail()") as (running, flag):
-        assert refusal(tmp_path, running.environment) == "BlockingIOError: [Errno 11] too many processes"
-        flag.unlink()
-        assert parent_of_worker(tmp_path, env=running.environment) == running.process.pid
-
-
 def test_a_kill_during_a_fork_costs_only_the_killed_process(tmp_path: Path) -> None:
     for name, is_server in (("server", True), ("fork", False)):
         (folder := tmp_path / name).mkdir()
@@ -262,18 +249,6 @@ def test_a_request_of_another_user_is_not_answered(server: Server, tmp_path: Pat
     assert subprocess.run(command, input=request, stdout=subprocess.PIPE, check=True).stdout == b"b''\n"
 
 
-def test_a_request_during_an_import_is_answered_afterwards_unless_the_client_has_hung_up(tmp_path: Path) -> None:
-    slow = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)"
-    with serving(tmp_path, slow=slow) as server:
-        with socket.socket(socket.AF_UNIX) as connection:
-            send(connection, server, request_of(tmp_path, server))
-        with socket.socket(socket.AF_UNIX) as connection:
-            send(connection, server, request_of(tmp_path, server))
-            (tmp_path / "go").touch()
-            answer = int(connection.recv(100))
-        assert [child.pid for child in psutil.Process(server.process.pid).children()] == [answer]
-
-
 def test_a_worker_ends_with_pythons_exit_functions_and_without_those_of_libraries(
     server: Server, tmp_path: Path
 ) -> None:
@@ -299,16 +274,6 @@ def test_a_server_ends_with_its_owner_and_leaves_its_workers_but_no_file(tmp_pat
         finally:
             worker.kill()
         wait_for(lambda: has_ended(worker))
-
-
-def test_a_server_ends_with_its_owner_also_during_an_import(tmp_path: Path) -> None:
-    endless = f"import pathlib, time\npathlib.Path({str(tmp_path / 'importing')!r}).touch()\nwhile True: time.sleep(1)"
-    with serving(tmp_path, endless=endless) as running:
-        wait_for((tmp_path / "importing").exists)
-        assert running.process.stdin is not None
-        running.process.stdin.close()
-        assert running.process.wait(60) == 0
-        assert not running.address.parent.exists()
 
 
 @pytest.mark.long

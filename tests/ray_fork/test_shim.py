@@ -86,14 +86,6 @@ def test_a_worker_that_cannot_be_forked_is_started_as_ray_would_whatever_ray_pas
     assert complained.startswith(f"a worker is started as usual, not forked: {said}")
 
 
-def test_a_worker_is_started_even_if_the_log_is_on_a_full_disk(tmp_path: Path) -> None:
-    (tmp_path / "default_worker.py").write_text("print('started')")
-    command = [sys.executable, "-S", "-E", str(starting.SHIM), str(tmp_path / "default_worker.py")]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=full, check=True)
-    assert done.stdout == b"started\n"
-
-
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """This process's folder for temporary files; servers that listen below it are killed at the end."""
@@ -122,14 +114,6 @@ def parents_of_workers(temporary: Path, count: int) -> set[int]:
 def test_of_workers_that_start_at_once_one_starts_the_server_for_all(temporary: Path) -> None:
     (server,) = parents_of_workers(temporary, 4)
     wait_for(lambda: [one.pid for one in processes_of(temporary)] == [server])  # once the workers have ended
-
-
-def test_a_killed_servers_socket_is_replaced(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in OF_JOB.items():
-        monkeypatch.setenv(name, value)
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(node_address())
-    assert parents_of_workers(temporary, 1) <= {one.pid for one in processes_of(temporary)}
 
 
 @pytest.mark.parametrize(
@@ -257,19 +241,6 @@ def test_a_cluster_forks_workers_if_that_is_wanted_unless_the_job_has_a_python_o
     for name in ("pip", "conda", "py_executable", "image_uri", "uv"):
         of_job(monkeypatch, working_dir="gcs://some.zip", **{name: "wine"})
         assert starting.runtime_env_to_fork(FORKING) == {}, name
-
-
-def test_workers_are_started_as_usual_if_there_is_no_room_for_a_server(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.delenv(SOCKET_VARIABLE, raising=False)
-    monkeypatch.setenv("TMPDIR", "/no/folder")
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    with prepared_forking("json") as forking:
-        assert forking.server is None
-        assert SOCKET_VARIABLE not in os.environ
-    assert "workers are started as usual, not forked: [Errno 2]" in caplog.text
 
 
 @pytest.mark.parametrize("lacking", ["RayParams", "setup_worker_path"])

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import mnist_ray
-from mnist_ray.data.data import Arrays, owner_of
+from mnist_ray.data.data import Arrays
 from mnist_ray.errors import JobError
 from mnist_ray.report.columns import read_columns
 from mnist_ray.report.run_files import read_numbers
@@ -92,7 +92,7 @@ def test_it_learns_and_writes_its_files(run: Path, example: str) -> None:
         assert result["test_accuracy"] > 0.3
         assert len(result["confusion_matrix"]) == 6
     own, report = (
-        ["rmse", "Errors on"] if example == "diabetes" else ["The most confident mistakes"],
+        ["rmse"] if example == "diabetes" else ["The most confident mistakes"],
         (run / "report.html").read_text(),
     )
     assert [title for title in ("loss", "Predictions", *own) if f"<h2>{title}" not in report] == []
@@ -194,16 +194,6 @@ def test_a_gpt_is_searched_by_steps(
     said = capsys.readouterr().out
     assert "after 0.25/2 epochs" in said
     assert result_of(tmp_path / "runs" / "swept")["test_bits_per_byte"] < 6
-
-
-def test_a_gpts_windows_are_views_of_a_mapped_file(texts: Path) -> None:
-    kind = load(str(ROOT / "examples" / "gpt.py"))
-    train = kind(kind.Settings(text_folder=texts, length=16)).load_data().train
-    assert isinstance(train, Arrays)
-    assert isinstance(owner_of(train.inputs), np.memmap)
-    assert bytes(train.inputs[0]) == b"the mouse ran up"
-    assert bytes(train.targets[0]) == b"he mouse ran up "
-    assert bytes(train.inputs[1]) == b" the clock, the "
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
