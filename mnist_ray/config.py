@@ -153,6 +153,7 @@ class TrainConfig:
     limit: float = setting(
         1.0, "fraction of all data, at random", **_SHARED, **rule(lambda part: 0 < part <= 1, "must be in (0, 1]")
     )
+    no_test: bool = setting(False, "leave the test set alone: results are those of the validation set", **_SHARED)
     overfit_batches: int | None = setting(None, "train and test only on this many batches", **_SHARED, **at_least(1))
     checkpoint_every: int | None = setting(
         None,

@@ -45,6 +45,7 @@ class TrainKeywords(TypedDict, total=False):
     compile: bool
     callback: UserCode
     limit: float
+    no_test: bool
     overfit_batches: int | None
     checkpoint_every: int | None
     keep_checkpoints: int | None

@@ -63,11 +63,12 @@ KEYS: Mapping[str, Mapping[str, Entry]] = {
     },
     RESULT_FILE: {
         "format_version": Entry("2"),
+        "evaluated": Entry("`test`, or `val` without a test set: then, names begin with `val_` instead of `test_`"),
         "test_loss": _LOSS,
         "test_METRIC": _LOSS,
         "num_test_examples": Entry("the size of the test set"),
         "notes": Entry("how many of its examples have NaN in their loss, and which is the first"),
-        "test_accuracy_per_class": _CLASSES,
+        "accuracy_per_class": _CLASSES,
         "confusion_matrix": _CLASSES,
         "members": replace(_MANY, is_right=_are_members_or_missing, flaw="its members are not runs of this job"),
         "spread": _MANY,
@@ -157,7 +158,7 @@ COLUMNS: Mapping[str, Mapping[str, Entry]] = {
         **{f"{part}_s": _TIME for part in (*_TIMES, "start")},
     },
     COLUMNS_FILE: {
-        "index": Entry("the example's place in the test data"),
+        "index": Entry("the example's place in its data"),
         "loss": Entry("the example's loss"),
         "label": Entry("of a `Classification`: the class, by its number", is_optional=True),
         "prediction": Entry("the predicted class, by its number; of a `Regression`, the value", is_optional=True),

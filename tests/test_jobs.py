@@ -30,7 +30,7 @@ def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text())
     assert result["test_accuracy"] > 0.8
     assert result["num_test_examples"] == sum(map(sum, result["confusion_matrix"])) == 1100
-    assert len(result["test_accuracy_per_class"]) == 10
+    assert len(result["accuracy_per_class"]) == 10
     assert result["num_workers"] == 2
     seconds = result["seconds"]
     assert seconds.keys() == {"start", "data", "training", "validation", "saving", "evaluation", "total"}

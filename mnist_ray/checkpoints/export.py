@@ -42,19 +42,19 @@ def export(found: Found, config: ExportConfig) -> Path:
     Raises UsageError, also if PyTorch cannot export the model, and JobError.
     """
     path, workload, model = path_of(config.output, "--output"), found.workload, found.load_model()
-    test = test_batches(workload)
-    examples = [inputs_of(workload, test, 3 * number, size) for number, size in enumerate(_BATCH_SIZES)]
+    batches = batches_of(workload)
+    examples = [inputs_of(workload, batches, 3 * number, size) for number, size in enumerate(_BATCH_SIZES)]
     if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(examples)):
         remedy = "to be exported, a model must take tensors, alone or in dicts, lists and tuples"
         raise UsageError(f"{type(workload).__name__}: {remedy}")
-    number, content = min(_NUM_COMPARED, len(test)), io.BytesIO()
+    number, content = min(_NUM_COMPARED, len(batches)), io.BytesIO()
     with _explained(workload):
         sizes = pytree.tree_map(_sizes, *examples)
         free = pytree.tree_map(lambda size: Dim.AUTO if isinstance(size, str) else size, sizes)
         torch.export.save(torch.export.export(model, (examples[0],), dynamic_shapes=(free,)), content)
         program = torch.export.load(io.BytesIO(content.getvalue())).module()
         outputs = [program(example) for example in examples]
-        difference = largest_difference(model, program, inputs_of(workload, test, 0, number))
+        difference = largest_difference(model, program, inputs_of(workload, batches, 0, number))
     if not difference <= _TOLERANCE:  # also true for NaN
         raise JobError(f"the program does not match the checkpoint: outputs differ by up to {difference:.1e}")
     write_file(path, content.getvalue())
@@ -65,15 +65,18 @@ def export(found: Found, config: ExportConfig) -> Path:
     say(f"checkpoint {found.checkpoint.path}")
     say(f"program    {path}: {_described(workload.nouns, examples)} to {_described('outputs', outputs)}")
     say(f"weights    {weights}")
-    say(f"checked    on {number:,} test {workload.nouns}: outputs differ by at most {difference:.1e}")
+    say(f"checked    on {number:,} {workload.nouns}: outputs differ by at most {difference:.1e}")
     return path
 
 
-def test_batches(workload: Workload) -> Batches:
-    """Return the data set of batches of the workload's test set. Raises UsageError and JobError."""
+def batches_of(workload: Workload) -> Batches:
+    """Return the batches of the workload's test set or, without one, of its training set.
+
+    Raises UsageError and JobError.
+    """
     data = data_of(workload)
-    test = Split(data.test, origin="test").transformed(data.transform)
-    return Batches(test, torch.device("cpu"), workload.collate)
+    examples = Split(data.train) if data.test is None else Split(data.test, origin="test")
+    return Batches(examples.transformed(data.transform), torch.device("cpu"), workload.collate)
 
 
 def inputs_of(workload: Workload, batches: Batches, start: int, number: int) -> Any:

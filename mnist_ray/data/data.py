@@ -174,7 +174,7 @@ class Data:
     """
 
     train: Arrays | Dataset | Blocks | Iterable[Any] | Callable[[], Iterable[Any]]  # or a stream to train on
-    test: Arrays | Dataset | Blocks  # to evaluate the trained model, once
+    test: Arrays | Dataset | Blocks | None = None  # to evaluate the trained model, once; None: on the validation set
     validation: Arrays | Dataset | Blocks | None = None  # None: held out from ``train``
     name: str = ""  # shown to users; default: the workload's name
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -190,6 +190,7 @@ class Data:
 
 
 Origin = Literal["train", "validation", "test"]
+Evaluated = Literal["test", "val"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,5 +296,6 @@ class Splits:
     name: str
     train: Split
     validation: Split  # empty if nothing is held out
-    test: Split
+    test: Split  # what the trained model is evaluated on; without a test set, the validation set
     files: Sequence[str | Path] = ()  # of the examples, if the workload names them
+    evaluated: Evaluated = "test"  # the set that ``test`` is; results have it in the names of their figures

@@ -45,31 +45,29 @@ def pictures(
 
     ``train_transform`` is called on each image to train on, and ``transform`` then on every image: Pillow's, in RGB. By
     default, ``transform`` scales and crops to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may
-    have train/ and test/ (or val/) with these folders; with all three, val/ is for validation. Without them, a random
-    fifth is the test set. Hidden files and folders are ignored. Raises UsageError.
+    have train/ with these folders, and test/ and val/, for validation, or one of them. Without them, a random fifth is
+    the test set. Hidden files and folders are ignored. Raises UsageError.
     """
     place = path_of(place, "the data's path")
-    roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()]
-    if roots and (roots[0].name != "train" or len(roots) < 2):
-        raise UsageError(f"{place} has {' and '.join(f'{root.name}/' for root in roots)}; it needs train/ and test/")
-    folders: list[Any] = [_ImageFolder.at(root) for root in roots or [place]]
-    classes = folders[0].classes
-    for root, other in zip(roots, folders, strict=False):
-        if other.classes != classes:
-            raise UsageError(f"{place}: train/ and {root.name}/ differ in classes")
-    if not roots:
-        samples = folders[0].samples
-        order, num_test = Shuffled(len(samples), [_TEST_SEED])[:], max(1, len(samples) // _TEST_PART)
-        parts = (np.sort(order[num_test:]), np.sort(order[:num_test]))
-        folders = [_ImageFolder(classes, [samples[index] for index in part]) for part in parts]
+    parts: dict[str, Any] = {
+        name: _ImageFolder.at(place / name) for name in ("train", "test", "val") if (place / name).is_dir()
+    }
+    if parts and "train" not in parts:
+        raise UsageError(f"{place} has {' and '.join(f'{name}/' for name in parts)}; it needs train/")
+    if not parts:
+        parts = _ImageFolder.at(place).divided()
+    classes = parts["train"].classes
+    for name, folder in parts.items():
+        if folder.classes != classes:
+            raise UsageError(f"{place}: train/ and {name}/ differ in classes")
     return Data(
-        train=folders[0],
-        test=folders[1],
-        validation=folders[2] if len(folders) == 3 else None,
+        train=parts["train"],
+        test=parts.get("test"),
+        validation=parts.get("val"),
         name=f"{place.name}, pictures of {len(classes)} classes"
         + (f" ({', '.join(classes)})" if len(classes) <= _MAX_NAMED else ""),
         metadata={"class_names": classes},
-        files=[file for folder in folders for file, _ in folder.samples],
+        files=[file for folder in parts.values() for file, _ in folder.samples],
         train_transform=train_transform,
         transform=transform or _to_square(size, is_grey=is_grey),
     )
@@ -105,6 +103,12 @@ class _ImageFolder:
         if not classes:
             raise UsageError(f"{root} has no folder with images, one for each class")
         return cls(classes, samples)
+
+    def divided(self) -> dict[str, Any]:
+        """Return the images to train on, and a random fifth for the test."""
+        order, num_test = Shuffled(len(self), [_TEST_SEED])[:], max(1, len(self) // _TEST_PART)
+        parts = {"train": np.sort(order[num_test:]), "test": np.sort(order[:num_test])}
+        return {name: _ImageFolder(self.classes, [self.samples[i] for i in part]) for name, part in parts.items()}
 
     def __len__(self) -> int:
         return len(self.samples)

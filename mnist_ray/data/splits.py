@@ -39,9 +39,16 @@ def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None)
 
 
 def _divided(data: Data, validation_size: int | None, fold: Fold | None) -> Splits:
+    splits = _held_out(data, validation_size, fold)
+    if data.test is None and fold is None:
+        return dataclasses.replace(splits, test=splits.validation, evaluated="val")
+    return splits
+
+
+def _held_out(data: Data, validation_size: int | None, fold: Fold | None) -> Splits:
     name = data.name if data.weights is None else f"{data.name} (drawn by weight)"
     train = Split(data.train, weights=data.weights, groups=data.groups)
-    test = Split(data.test, origin="test")
+    test = train.take(slice(0)) if data.test is None else Split(data.test, origin="test")
     if fold is not None:
         name = f"fold {fold.number + 1} of {fold.num_folds} of {name}"
         held_out = _positions_of(fold, train)

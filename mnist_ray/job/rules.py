@@ -152,6 +152,7 @@ OF_SETTINGS = (
         lambda job, _: job.workers.num_workers != 0,
         " with --num-workers 0, which trains without Ray",
     ),
+    _no_effect(("no_test",), lambda job, _: job.train.folds is None, " with --folds: each run is tested on its part"),
     _no_effect(("num_chunks",), lambda job, _: job.train.reproducible, " without --reproducible"),
     *map(_no_effect_in_optimizer, ("beta1", "beta2", "momentum")),
     _no_effect(
@@ -166,6 +167,12 @@ OF_DATA = (
         lambda job, data: data.train.is_stream and job.train.num_steps is None,
         "{workload} trains on a stream without a length",
         "set --num-steps",
+    ),
+    Rule(
+        ("no_test", "validation_size"),
+        lambda _, data: len(data.test) == 0,
+        "there is neither a test nor a validation set, so nothing evaluates the trained model",
+        "give Data.test or Data.validation, or leave --no-test and --validation-size 0 out",
     ),
     Rule(
         ("limit", "validation_size", "folds", "overfit_batches"),

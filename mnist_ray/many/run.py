@@ -36,7 +36,7 @@ from mnist_ray.schema import BEST_FILE, MEMBERS_FILE, MEMBERS_FOLDER, REPORT_FIL
 from mnist_ray.settings import json_lines
 from mnist_ray.text import count, format_settings
 from mnist_ray.workload.calls import splits_for
-from mnist_ray.workload.figures import NOT_PREDICTED, RATE
+from mnist_ray.workload.figures import IN_WORDS, NOT_PREDICTED, RATE
 
 Results = Mapping[str, Mapping[str, Any]]  # result.json of each member, by the name of its folder
 _LARGE_ERROR = 0.01  # of the validation, as a fraction: smaller ones need no words
@@ -128,6 +128,7 @@ def _write(session: Session, many: Many, members: Sequence[Job]) -> None:
     Raises JobError.
     """
     job, run, console, config, test = many.job, many.job.run, session.console, many.job.train, session.data.test
+    evaluated = session.data.evaluated
     results = {member.run.name: member.run.require_json(RESULT_FILE) for member in members}
     kept = max(members, key=lambda member: _metrics_of(results[member.run.name]).score)
     columns = _of_folds(members, config.seed) if config.is_folded else read_columns(kept.run)
@@ -137,8 +138,8 @@ def _write(session: Session, many: Many, members: Sequence[Job]) -> None:
     session.clock.mark("test" if many.is_sweep else "runs")
     result = {
         **results[kept.run.name],
-        **_summary(config, results, [f"test_{metric.name}" for metric in job.workload.all_metrics]),
-        **({"num_test_examples": len(test)} if config.is_folded else {}),
+        **_summary(config, results, [f"{evaluated}_{metric.name}" for metric in job.workload.all_metrics]),
+        **({f"num_{evaluated}_examples": len(test)} if config.is_folded else {}),
         **(job.workload.details(predictions) if "fold" in columns else {}),
         "members": [f"{MEMBERS_FOLDER}/{name}" for name in results],
         "checkpoint": f"{MEMBERS_FOLDER}/{kept.run.name}/{results[kept.run.name]['checkpoint']}",
@@ -185,14 +186,15 @@ def _of_folds(members: Sequence[Job], seed: int) -> dict[str, np.ndarray]:
 def _say(session: Session, result: Mapping[str, Any], kept: Job) -> None:
     """Print the means, the run that is kept, and the paths of the files."""
     job, console, run, metrics = session.job, session.console, session.job.run, session.job.workload.all_metrics
-    said = []
+    said, evaluated = [], session.data.evaluated
     for metric in (*metrics[1:], metrics[0]):
-        said.append(f"{metric.name} {metric.format(number_of(result[f'test_{metric.name}']))}")
+        said.append(f"{metric.name} {metric.format(number_of(result[f'{evaluated}_{metric.name}']))}")
         if "spread" in result:
-            low, high = map(metric.format, result["spread"][f"test_{metric.name}"]["interval"])
+            low, high = map(metric.format, result["spread"][f"{evaluated}_{metric.name}"]["interval"])
             said[-1] += f" (95 %: {low} to {high})"
     of = f": mean of {count(len(result['members']), 'run')}" if "spread" in result else ""
-    console.result("test", f"{', '.join(said)}{of} on {result['num_test_examples']:,} {job.workload.nouns}")
+    number = f"{result[f'num_{evaluated}_examples']:,} {job.workload.nouns}"
+    console.result(IN_WORDS[evaluated], f"{', '.join(said)}{of} on {number}")
     if job.train.is_folded:
         console.say("", "the interval allows for the folds' common training examples (Nadeau and Bengio, 2003)")
     why = "the best by validation" if _metrics_of(result).is_validated else "the first, as nothing is held out"

@@ -8,10 +8,11 @@ from mnist_ray.job.job import Job, report_command
 from mnist_ray.job.session import Session
 from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
-from mnist_ray.report.run_files import number_of
+from mnist_ray.report.run_files import Run
 from mnist_ray.schema import RESULT_FILE
 from mnist_ray.text import count, format_settings, size_of
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import IN_WORDS
 
 _PRINTED = {"num_epochs", "num_steps", "validate_every", "batch_size", "lr_schedule", "learning_rate", "precision"}
 
@@ -42,14 +43,15 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
     nouns, is_stream = job.workload.nouns, data.train.is_stream
     to_train_on = f"a stream of {nouns}" if is_stream else f"{len(data.train):,} {nouns}"
     counts = f"{to_train_on} to train on, {len(data.validation):,} for validation"
-    console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
+    to_test = f"{len(data.test):,} to test" if data.evaluated == "test" else "none to test"
+    console.say("data", f"{data.name}: {counts}, {to_test}")
 
 
 def say_result(console: RunConsole, job: Job) -> None:
     """Print the result of a run that is finished."""
-    result, metrics = job.run.require_json(RESULT_FILE), job.workload.all_metrics
+    record = Run(job.run, job.workload)
     console.say("run", f"{job.run.name} is finished")
-    console.result("test", job.workload.format({m.name: number_of(result.get(f"test_{m.name}")) for m in metrics}))
+    console.result(IN_WORDS[record.evaluated], job.workload.format(record.metrics))
     console.result("result", job.run.inside(RESULT_FILE).uri)
     if missing := report_command(job.run):
         console.say("report", f"to write it: {missing}")

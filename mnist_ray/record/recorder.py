@@ -31,7 +31,7 @@ from mnist_ray.text import count
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.figures import RATE
+from mnist_ray.workload.figures import DONE_ON, RATE
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this fraction of the first loss
 
@@ -164,7 +164,7 @@ class Recorder:
             self._console.say("testing", f"the checkpoint of epoch {fitted.metrics.epoch}, {why}")
 
     def add_test(self, fitted: Fitted, tested: Evaluation) -> None:
-        """Write and show the result on the test set."""
+        """Write and show the result on the test set; without one, on the validation set."""
         self._clock.mark("evaluation")
         job, test = self._job, self._session.data.test
         self._result = self._result_of(fitted, tested)
@@ -174,7 +174,7 @@ class Recorder:
             if note := write_columns(job.run, {"index": test.all_indices, **tested.losses, **tested.columns}):
                 self._warn(note)
         job.run.write_text(RESULT_FILE, json_lines(self._result))
-        self._console.show_evaluation(tested)
+        self._console.show_evaluation(tested, self._session.data.evaluated)
         for note in self._result["notes"]:
             self._warn(note)
         if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
@@ -185,7 +185,7 @@ class Recorder:
         """Return the content of result.json."""
         workload = self._job.workload
         rate = self._history.mean_rate() or fitted.metrics.values.get(RATE, math.nan)
-        values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload)} | {
+        values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload, self._session.data.evaluated)} | {
             "formats": {figure.name: figure.form for figure in self._history.figures},
             "notes": tested.notes(self._session.data.test, workload.nouns),
             "checkpoint": fitted.checkpoint.name,
@@ -228,7 +228,8 @@ class Recorder:
         for note in self._times.new_notes():
             self._warn(note)
         of_parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
-        console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {of_parts}")
+        done = DONE_ON[self._session.data.evaluated]
+        console.say("seconds", f"{tested:.1f} until {done}, {total:.1f} in all: {of_parts}")
         if self._job.train.reproducible:
             console.say("weights", f"SHA-256 {self._result['weights_sha256']}")
         console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)

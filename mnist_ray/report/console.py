@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mnist_ray.data.data import Evaluated
 from mnist_ray.output import Output
 from mnist_ray.text import clock_time, count, redact
 from mnist_ray.training import events
 from mnist_ray.training.events import Event, Progress, Started
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.figures import IN_WORDS
 
 _PLAIN_INTERVAL_S = 10.0
 LOG_WIDTH = 240
@@ -117,7 +119,7 @@ class RunConsole:
                 self.say("stopped", f"after epoch {epoch}{best}")
 
     def testing(self, num_examples: int) -> Callable[[int], None]:
-        """Return a function that shows, from the third second on, how many examples of the test set are done."""
+        """Return a function that shows, from the third second on, how many examples are evaluated."""
         begun = shown = self._last_plain = time.monotonic()
 
         def show(num_done: int) -> None:
@@ -130,19 +132,19 @@ class RunConsole:
             shown, rate = now, num_done / (now - begun)
             left = clock_time((num_examples - num_done) / rate)
             line = f"{num_done:,}/{num_examples:,}  {rate:,.0f} {self._workload.nouns}/s  {left} left"
-            self.show_now("test", line)
+            self.show_now("evaluating", line)
 
         return show
 
-    def show_evaluation(self, tested: Evaluation) -> None:
-        """Print the result on the test set."""
+    def show_evaluation(self, tested: Evaluation, evaluated: Evaluated = "test") -> None:
+        """Print the result on a set."""
         workload = self._workload
         for label, line in workload.lines(tested.columns):
             self.say(label, line)
         values = tested.values(workload)
         own_first = sorted(workload.all_metrics, key=lambda metric: metric not in workload.metrics)
         metrics = ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in own_first)
-        self.result("test", f"{metrics} on {tested.num_examples:,} {workload.nouns}")
+        self.result(IN_WORDS[evaluated], f"{metrics} on {tested.num_examples:,} {workload.nouns}")
 
     def _started(self, event: Started) -> None:
         self._last_plain = time.monotonic()

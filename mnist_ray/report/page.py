@@ -24,7 +24,7 @@ from mnist_ray.storage import RunFolder
 from mnist_ray.text import count, in_words, redact
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import data_of, splits_for
-from mnist_ray.workload.figures import LOSS, RATE, Metric, formatted
+from mnist_ray.workload.figures import DONE_ON, IN_WORDS, LOSS, RATE, Metric, formatted
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def write(
     result, columns = record.result, record.predictions
     num_predicted = len(next(iter(columns.values()), ()))
     if test is not None and columns and len(test) != num_predicted:
-        notes.append(f"no {workload.nouns} are shown: the test set had {num_predicted:,} and now has {len(test):,}")
+        notes.append(f"no {workload.nouns} are shown: the set had {num_predicted:,} and now has {len(test):,}")
         test = None
     drawn = functools.partial(_drawn, workload, notes)
     pictures = drawn("plot of the trials", lambda: plots.trials(record))
     for metric in workload.all_metrics:
         pictures += drawn(f"curve of {metric.name}", functools.partial(plots.curves, record, metric))
     if result:
-        pictures += drawn("images of the test", lambda: workload.pictures(result, test, columns))
+        pictures += drawn("images of the predictions", lambda: workload.pictures(result, test, columns))
     others = [figure for figure in workload.all_figures if "step" in figure.at and figure.over != "mean"]
     for figure in (*record.logged, *others):  # curves of metrics have their validation, too
         pictures += drawn(f"curve of the {figure.label}", functools.partial(plots.over_steps, record, figure))
@@ -113,23 +113,25 @@ def _status(record: Run, resume_with: str) -> str:
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
     if not record.result:
         return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}\n{about}"
-    tested = formatted(number_of(record.result.get("num_test_examples")), ",.0f")
-    return f"finished: {epochs}, tested on {tested} {record.workload.nouns}\n{about}"
+    number = formatted(number_of(record.result.get(f"num_{record.evaluated}_examples")), ",.0f")
+    return f"finished: {epochs}, {DONE_ON[record.evaluated]} on {number} {record.workload.nouns}\n{about}"
 
 
 def _headlines(record: Run) -> dict[str, str]:
     """Return the most important values of a run, formatted."""
     workload, result, lines = record.workload, record.result, dict[str, str]()
     for metric in (*workload.metrics, LOSS) if result else ():
-        lines[f"test {metric.name}"] = metric.format(record.metrics[metric.name])
-        if spread := result.get("spread", {}).get(f"test_{metric.name}"):
+        lines[f"{IN_WORDS[record.evaluated]} {metric.name}"] = metric.format(record.metrics[metric.name])
+        if spread := result.get("spread", {}).get(f"{record.evaluated}_{metric.name}"):
             low, high = (metric.format(number_of(value)) for value in spread["interval"])
             lines[f"mean {metric.name}, 95 %"] = f"{low} to {high}"
-    if not math.isnan(record.best_validation):
+    if not math.isnan(record.best_validation) and (record.evaluated == "test" or not result):
         lines[f"best validation {workload.monitor.name}"] = workload.monitor.format(record.best_validation)
     if result:
         lines[f"{workload.nouns}/s in training"] = formatted(number_of(result.get(RATE)), ",.0f")
-        lines["seconds until tested"] = formatted(number_of(result["seconds"].get("total")), ".1f")
+        lines[f"seconds until {DONE_ON[record.evaluated]}"] = formatted(
+            number_of(result["seconds"].get("total")), ".1f"
+        )
         lines["workers"] = str(result.get("num_workers", "-"))
     return lines
 

@@ -33,7 +33,7 @@ from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import TIMES
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.figures import Figure, logged_figures
+from mnist_ray.workload.figures import IN_WORDS, Figure, logged_figures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,9 +229,15 @@ class Run:
         return [by_name[name] for name in names or by_name if name in by_name]
 
     @property
+    def evaluated(self) -> str:
+        """The set that the result is about: ``test``, or ``val`` without a test set."""
+        return "val" if self.result.get("evaluated") == "val" else "test"
+
+    @property
     def metrics(self) -> dict[str, float]:
-        """Loss and metrics on the test set; NaN for a metric added to the workload since."""
-        return {metric.name: number_of(self.result.get(f"test_{metric.name}")) for metric in self.workload.all_metrics}
+        """Loss and metrics on the evaluated set; NaN for a metric added to the workload since."""
+        names = [metric.name for metric in self.workload.all_metrics]
+        return {name: number_of(self.result.get(f"{self.evaluated}_{name}")) for name in names}
 
     @property
     def checkpoint(self) -> str:
@@ -293,7 +299,7 @@ class Run:
         return (max if monitor.mode == "max" else min)(known, default=math.nan)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.workload.format(self.metrics)} on the test set"
+        return f"{self.name}: {self.workload.format(self.metrics)} on the {IN_WORDS[self.evaluated]} set"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self}>"

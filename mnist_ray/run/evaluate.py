@@ -20,8 +20,9 @@ from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import WorkerPlan, cpus_for_each, plan_workers
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, TrainConfig, WorkerConfig
-from mnist_ray.data.data import Split
+from mnist_ray.data.data import Data, Evaluated, Split
 from mnist_ray.data.sampler import split_bounds
+from mnist_ray.data.splits import splits_of
 from mnist_ray.data.tensors import with_fast_layout
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.process import usable_cores
@@ -35,6 +36,7 @@ from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import data_of, placed
+from mnist_ray.workload.figures import IN_WORDS
 from ray_fork.starting import Forking
 
 _TASK_PAYS_S = 2.0  # of work: a process of its own takes about as long to start
@@ -48,7 +50,7 @@ if TYPE_CHECKING:  # the process of an evaluation does not need these
 def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
     """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, data_of(found.workload)
-    test = Split(data.test, origin="test").transformed(data.transform)
+    test, evaluated = _set_of(found, data)
     workers = WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu)
     console = RunConsole(workload, 0, quiet=False)
     note = functools.partial(console.say, "note")
@@ -57,22 +59,33 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         for text in found.notes:
             note(text)
         console.say("checkpoint", found.checkpoint.path)
-        console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
+        console.say("data", f"{data.name}: {len(test):,} {IN_WORDS[evaluated]} {workload.nouns}")
         number = config.num_tasks or num_paying(found.metrics, len(test), plan.num_workers)
         free = int(ray.available_resources().get("CPU", 0)) // number  # another job may have the others
         cpus = max(1, min(cpus_for_each(cluster.nodes, number, None, plan.use_gpu) or 1, free))
         of_tasks = replace(plan, num_workers=number, cpus_per_worker=cpus)
         tested = evaluate_in_tasks(workload, found.checkpoint, test, of_tasks, 0, console)
-        console.show_evaluation(tested)
+        console.show_evaluation(tested, evaluated)
         for text in tested.notes(test, workload.nouns):
             note(text)
         return tested
 
 
+def _set_of(found: Found, data: Data) -> tuple[Split, Evaluated]:
+    """Return the test set or, without one, the validation set. Raises UsageError."""
+    if data.test is not None:
+        return Split(data.test, origin="test").transformed(data.transform), "test"
+    config = build(TrainConfig, read_state(found.checkpoint).get("config", {}))
+    validation = splits_of(data, config.validation_size).validation
+    if len(validation) == 0:
+        raise UsageError(f"{data.name} has neither a test nor a validation set")
+    return validation, "val"
+
+
 def evaluate_fitted(
     session: Session, plan: WorkerPlan, record: Recorder, fitted: Fitted, *, is_last: bool = True
 ) -> None:
-    """Evaluate the fitted checkpoint on the test set, and record the result.
+    """Evaluate the fitted checkpoint on the test set or, without one, on the validation set; record the result.
 
     ``is_last``: nothing needs the cluster afterwards; disconnect while the report is written.
     """
@@ -101,7 +114,7 @@ def num_paying(metrics: CheckpointMetrics, num_examples: int, most: int) -> int:
 def evaluate_in_tasks(
     workload: Workload, checkpoint: RunFolder, test: Split, plan: WorkerPlan, loader_workers: int, console: RunConsole
 ) -> Evaluation:
-    """Evaluate a checkpoint on the test set in a task for each worker of ``plan``, with a worker's CPUs and GPU.
+    """Evaluate a checkpoint on a set in a task for each worker of ``plan``, with a worker's CPUs and GPU.
 
     The result does not depend on the number of tasks, because each evaluates whole batches. Raises a task's exception,
     or JobError if a task's node or the storage is lost.

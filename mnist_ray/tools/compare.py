@@ -15,7 +15,7 @@ from mnist_ray.report.intervals import mcnemar, mean_interval, seeds_interval
 from mnist_ray.report.run_files import Run, number_of
 from mnist_ray.text import count, in_words, redact
 from mnist_ray.training.metrics import WEIGHT
-from mnist_ray.workload.figures import RATE, formatted
+from mnist_ray.workload.figures import IN_WORDS, RATE, formatted
 
 _MAX_P = 0.05
 _SAME = "the same"
@@ -87,11 +87,10 @@ class Comparison:
 
     @property
     def forms(self) -> dict[str, str]:
-        """How to show each figure in result.json that is compared: those of the test, and the speed."""
+        """How to show each figure in result.json that is compared: those of the evaluation, and the speed."""
         result = self.members[0][0].run.result
-        figures = [
-            name for name, value in result.items() if name[:5] == "test_" and not isinstance(value, (list, dict))
-        ]
+        prefix = f"{self.members[0][0].run.evaluated}_"
+        figures = [name for name in result if name.startswith(prefix)]
         return {**{name: result.get("formats", {}).get(name, "number") for name in figures}, RATE: ",.0f"}
 
     def __str__(self) -> str:
@@ -181,6 +180,7 @@ def _judge(first: Sequence[Member], second: Sequence[Member]) -> Verdict:
 
     gains, p = (after - before).tolist(), None
     alone = " and ".join(letter for letter, members in (("A", first), ("B", second)) if len(members) == 1)
+    examples = f"{IN_WORDS[first[0].run.evaluated]} examples"
     unknown = f"the spread between seeds of {alone} is unknown: train with --num-seeds 6"
     if first[0].is_fold:
         num_tested = len(_indices(first)) / len(first)
@@ -189,13 +189,15 @@ def _judge(first: Sequence[Member], second: Sequence[Member]) -> Verdict:
         method = f"{len(gains)} folds, whose overlap in training is counted"
     elif not alone:
         low, high = seeds_interval(*(np.stack([member.scores for member in members]) for members in (first, second)))
-        method = f"Welch's interval over {len(first)} and {len(second)} seeds, and the spread over the test examples"
+        method = f"Welch's interval over {len(first)} and {len(second)} seeds, and the spread over the {examples}"
     else:
         low, high = mean_interval(gains)
-        method = f"Student's interval over the test examples; {unknown}"
+        method = f"Student's interval over the {examples}; {unknown}"
     if has_classes and len(first) == len(second) == 1:
         p = mcnemar(len(won), len(lost))
         method = f"McNemar's exact test, p = {p:.2g}; {unknown}"
+    if first[0].run.evaluated == "val":
+        method += "; the validation examples also chose each checkpoint"
     gain = float(np.mean(gains))
     is_sure = (low > 0 or high < 0) if p is None else p < _MAX_P
     sentence = _sentence(gain, low, high, is_sure=is_sure, unit="points" if has_classes else "in loss")
@@ -227,7 +229,7 @@ def _why_not(first: Sequence[Member], second: Sequence[Member]) -> str:
         return "only one of them predicts classes"
     pairs = zip(first, second, strict=True) if has_folds else ((first[0], member) for member in (*first, *second))
     if not all(_is_same_test(one, two) for one, two in pairs):
-        return "their test sets differ"
+        return "the sets that they were evaluated on differ"
     if not all(np.isfinite(member.scores).all() for member in (*first, *second)):
         return "some losses are not finite"
     return ""
@@ -235,6 +237,8 @@ def _why_not(first: Sequence[Member], second: Sequence[Member]) -> str:
 
 def _is_same_test(one: Member, two: Member) -> bool:
     """Return whether digests, places and targets are the same; data may have no digest."""
+    if one.run.evaluated != two.run.evaluated:
+        return False
     data = [member.run.origin.get("data") or {} for member in (one, two)]
     names = {"index", "label", "target"} & one.columns.keys()
     return all(data[0].get(name) == data[1].get(name) for name in ("test", "files")) and all(

@@ -79,8 +79,8 @@ def _described(folder: RunFolder) -> dict[str, Any]:
 
 
 def _metrics(run: Run) -> dict[str, float]:
-    """Return the metrics of the test or, without one, of the last validation."""
-    values, prefix = run.result, "test_"
+    """Return the metrics of the result or, without one, of the last validation."""
+    values, prefix = run.result, f"{run.evaluated}_"
     if not values and (rows := [row for row in run.history if not math.isnan(row.get("val_loss", math.nan))]):
         values, prefix = rows[-1], "val_"
     numbers = {name: number_of(value) for name, value in values.items() if name.startswith(prefix) and name != "val_s"}

@@ -26,13 +26,13 @@ _FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}
 def view(workload: Workload, config: ViewConfig) -> None:
     """Print the size of the data, and draw the chosen examples. Raises UsageError and JobError."""
     data = data_of(workload)
-    train, test = Split(data.train), Split(data.test)
-    splits = {
-        "train": train.transformed(data.train_transform, data.transform),
-        "test": test.transformed(data.transform),
-    }
+    splits = {"train": Split(data.train).transformed(data.train_transform, data.transform)}
+    if data.test is not None:
+        splits["test"] = Split(data.test).transformed(data.transform)
     for name, split in splits.items():
         say(f"{name:<7} {count(len(split), workload.noun)}")
+    if config.split not in splits:
+        raise UsageError("--split test: the data have no test set")
     chosen = splits[config.split]
     if config.index >= len(chosen):
         known = f"{config.split} {workload.nouns} are 0 to {len(chosen) - 1}"

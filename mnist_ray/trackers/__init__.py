@@ -73,10 +73,12 @@ class Tracker(user_code.UserClass):
         return []
 
     def final(self, ending: Ending) -> dict[str, float]:
-        """Return the loss and metrics on the test set, such as ``test/loss``; empty if the run did not finish."""
+        """Return the evaluation's loss and metrics, such as ``test/loss``; empty if the run did not finish."""
         result = ending.result or {}
-        known = (name for name in result.get("formats", ()) if name.startswith("test_"))
-        return {_named("test", name): result[name] for name in known if result.get(name) is not None}
+        evaluated = result.get("evaluated", "test")  # the best checkpoint's, of which curves do not show the validation
+        known = (name for name in result.get("formats", ()) if name.startswith(f"{evaluated}_"))
+        part = "test" if evaluated == "test" else "best"
+        return {_named(part, name): result[name] for name in known if result.get(name) is not None}
 
 
 def _named(part: str, figure: str) -> str:

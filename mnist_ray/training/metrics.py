@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_ray.data.data import Split
+from mnist_ray.data.data import Evaluated, Split
 from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.training.events import TIMES
 from mnist_ray.workload.base import Workload
@@ -123,10 +123,11 @@ class Evaluation:
         which = f"the first has index {split.all_indices[positions[0]]} in {split.origin}"
         return [f"the loss is NaN or infinite for {len(positions):,} of {len(split):,} {nouns}; {which}"]
 
-    def to_dict(self, workload: Workload) -> dict[str, Any]:
-        """Return the test results for result.json."""
-        tested = {f"test_{name}": value for name, value in self.values(workload).items()}
-        return {**tested, "num_test_examples": self.num_examples, **workload.details(self.columns)}
+    def to_dict(self, workload: Workload, evaluated: Evaluated = "test") -> dict[str, Any]:
+        """Return the results on a set for result.json."""
+        values = {f"{evaluated}_{name}": value for name, value in self.values(workload).items()}
+        about = {"evaluated": evaluated, f"num_{evaluated}_examples": self.num_examples}
+        return {**about, **values, **workload.details(self.columns)}
 
 
 def check_logged(workload: Workload, names: Iterable[str]) -> None:

@@ -217,17 +217,17 @@ class Workload(UserClass):
         return {}
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return entries about the test set for result.json, as values that JSON can hold."""
+        """Return entries about the evaluated set for result.json, as values that JSON can hold."""
         return {}
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
-        """Return lines about the test set for the console, as pairs (label, text)."""
+        """Return lines about the evaluated set for the console, as pairs (label, text)."""
         return []
 
     def pictures(
         self, result: Mapping[str, Any], test: Split | None, columns: Mapping[str, np.ndarray]
     ) -> list[Picture]:
-        """Draw the report's plots from result.json, the test set and the columns of ``predictions``, (N, ...) each.
+        """Draw the report's plots from result.json, the evaluated set, and the columns of ``predictions``, (N, ...).
 
         Columns may be missing, or too large to be kept; ``test`` is None if its examples cannot be shown.
         """

@@ -52,9 +52,12 @@ def seeded_model(workload: Workload, seed: int) -> nn.Module:
 def splits_for(workload: Workload, data: Data, config: TrainConfig) -> Splits:
     """Return a run's splits of its workload's ``data``. Raises UsageError.
 
-    A whole cross-validation has the first fold's training and validation set, and the examples of all folds to test.
+    With ``--no-test``, the test set is left out. A whole cross-validation has the first fold's training and validation
+    set, and the examples of all folds to test.
     """
     num_folds = config.folds
+    if config.no_test:
+        data = dataclasses.replace(data, test=None)
     if num_folds is None:
         return subset(splits_of(data, config.validation_size), config)
     with placed(workload, "strata"):
@@ -116,7 +119,7 @@ def _checked_data(workload: Workload, data: object) -> Data:
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
     train, files = as_streamed(data.train), tuple(data.files)
     for part, examples in {"train": train, "validation": data.validation, "test": data.test}.items():
-        if examples is not None or part != "validation":
+        if examples is not None or part == "train":
             _check_examples(f"{name}.load_data: {part}", as_streamed(examples), may_stream=part == "train")
     digest_of_files(files)  # raises OSError if one is missing
     if data.weights is not None:

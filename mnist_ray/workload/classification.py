@@ -136,7 +136,7 @@ class Classification(Workload):
         hits = labels[labels == predictions]
         totals, right = (np.bincount(numbers, minlength=self.num_classes).tolist() for numbers in (labels, hits))
         accuracies = [part / total if total else None for part, total in zip(right, totals, strict=True)]
-        found: dict[str, Any] = {"test_accuracy_per_class": accuracies}
+        found: dict[str, Any] = {"accuracy_per_class": accuracies}
         if self.num_classes <= _MAX_ROWS:
             counts = np.zeros((self.num_classes, self.num_classes), int)
             np.add.at(counts, (labels, predictions), 1)
@@ -152,7 +152,7 @@ class Classification(Workload):
         width = max(5, *map(len, names))
         cell = 1 + max(width, *(len(str(count)) for row in counts for count in row))
         lines = [("confusion", "label".rjust(width) + "".join(f"{name:>{cell}}" for name in names) + "  accuracy")]
-        for name, row, accuracy in zip(names, counts, details["test_accuracy_per_class"], strict=True):
+        for name, row, accuracy in zip(names, counts, details["accuracy_per_class"], strict=True):
             cells = "".join(f"{count or '·':>{cell}}" for count in row)
             percent = ACCURACY.format(math.nan if accuracy is None else accuracy)
             lines.append(("", f"{name:>{width}}{cells}{percent:>10}"))

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mnist_ray.data.data import Split
 from mnist_ray.workload.base import Picture, Workload
+from mnist_ray.workload.figures import IN_WORDS
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
 _SIZE = (4.8, 4.0)  # inches: fits on a phone; plots side by side on a page have the same height
@@ -68,7 +69,13 @@ def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
     alt = f"Confusion matrix: {mistakes.sum()} mistakes among {counts.sum():,}"
     alt += f"; {worst}" if mistakes.any() else ""
     caption = "Shade: the fraction of the label's examples with this prediction. Right predictions are not shaded."
-    return Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
+    return Picture(
+        "confusion", f"Confusion matrix of the {_set_of(result)} set", alt, confusion_matrix(counts, names), caption
+    )
+
+
+def _set_of(result: Mapping[str, Any]) -> str:
+    return IN_WORDS[result.get("evaluated", "test")]
 
 
 def _examples(
@@ -91,8 +98,8 @@ def _examples(
         return Picture(name, title, alt, png, caption, is_photo=True)
 
     said = "; ".join(labels[i] if is_right[i] else f"{labels[i]} taken for {predicted[i]}" for i in chosen)
-    alt = f"{len(chosen)} test {workload.nouns} with their predictions: {said}"
-    caption = f"{len(chosen)} test {workload.nouns} drawn at random. ✓ right, ✗ wrong."
+    alt = f"{len(chosen)} {workload.nouns} with their predictions: {said}"
+    caption = f"{len(chosen)} {workload.nouns} drawn at random. ✓ right, ✗ wrong."
     pictures = [draw("predictions", "Predictions", alt, chosen, caption)]
     if len(surest):
         said = "; ".join(f"{labels[i]} taken for {predicted[i]} at {probabilities[i]:.0%}" for i in surest)
@@ -102,7 +109,7 @@ def _examples(
     return pictures
 
 
-def of_regression(columns: Mapping[str, np.ndarray]) -> list[Picture]:
+def of_regression(result: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> list[Picture]:
     """Plot predictions against targets."""
     if not {"target", "prediction"} <= columns.keys():
         return []
@@ -115,7 +122,10 @@ def of_regression(columns: Mapping[str, np.ndarray]) -> list[Picture]:
     axes.plot(ends, ends, color="grey", linewidth=1)
     axes.plot(targets, predictions, ".", color="C0", alpha=max(0.1, min(1.0, 30 / math.sqrt(len(targets)))))
     axes.grid(alpha=0.3)
-    title, caption = "Predictions against targets on the test set", "Points on the line are right predictions."
+    title, caption = (
+        f"Predictions against targets on the {_set_of(result)} set",
+        "Points on the line are right predictions.",
+    )
     alt = f"{len(targets):,} predictions against their targets, from {targets.min():g} to {targets.max():g}"
     return [Picture("predictions", title, alt, png_of(figure), caption)]
 

@@ -66,6 +66,8 @@ def logged_figures(names: Iterable[str], known: Iterable[Figure]) -> list[Figure
     return [Figure(name, ("step", "epoch"), "mean", label=name.replace("_", " ")) for name in logged]
 
 
+IN_WORDS = {"test": "test", "val": "validation"}  # the set that a trained model is evaluated on
+DONE_ON = {"test": "tested", "val": "validated"}
 NOT_PREDICTED = ("index", "fold", "loss", "weight")  # columns of predictions.parquet that a workload does not define
 RATE = "examples_per_s"  # of training, over all ranks
 LEARNING_RATE = Figure("learning_rate", ("step",), "last", "g", "learning rate")

@@ -71,7 +71,7 @@ class Regression(Workload):
         """Plot predictions against targets."""
         from mnist_ray.workload import drawing  # imports matplotlib
 
-        return drawing.of_regression(columns)
+        return drawing.of_regression(result, columns)
 
 
 def _flat(outputs: Tensor) -> Tensor:

@@ -340,9 +340,11 @@ def test_pictures_are_read_by_class_from_two_folders(tmp_path: Path, other: str)
     write_pictures(tmp_path / other, 1)
     data = sources.pictures(tmp_path, size=8)
     assert data.metadata == {"class_names": ["blue", "red"]}
-    assert (len(data.train), len(data.test), len(data.files)) == (6, 2, 8)  # type: ignore[arg-type]
+    assert (len(data.train), len(data.files)) == (6, 8)  # type: ignore[arg-type]
+    splits = splits_of(data, None)
+    assert (len(splits.test), splits.evaluated) == (2, other)
     for number, colour in enumerate(COLOURS.values()):
-        pixels, target = splits_of(data, 0).test[number]
+        pixels, target = splits.test[number]
         assert target == number
         np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(colour)[:, None, None], (3, 8, 8)))
 
@@ -434,8 +436,7 @@ def test_photos_are_upright(tmp_path: Path) -> None:
     ("parts", "message"),
     [
         ({}, "has no folder with images, one for each class$"),
-        ({"train": ("red",)}, "has train/; it needs train/ and test/"),
-        ({"test": ("red",), "val": ("red",), "training": ("red",)}, "has test/ and val/; it needs train/ and test/"),
+        ({"test": ("red",), "val": ("red",), "training": ("red",)}, "has test/ and val/; it needs train/"),
         ({"train": ("red",), "test": ("green",)}, "train/ and test/ differ in classes"),
         ({"train": ("red",), "test/red": ()}, "test/red has no images$"),
     ],

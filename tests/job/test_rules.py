@@ -90,6 +90,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"min_workers": 1}, "--set min_workers needs Ray 2.55 or later, not 2.52.1; leave it out, or upgrade Ray"),
     *(({"num_workers": 0, name: value}, f"{shown(name)} {WITHOUT_RAY}")
       for name, value in {"autoscaling": True, "max_failures": 0, "fork_workers": "no", "hang_timeout_s": 60}.items()),
+    ({"no_test": True, "folds": 2},
+     "--no-test has no effect with --folds: each run is tested on its part; leave it out"),
     ({"num_chunks": 4}, "--set num_chunks has no effect without --reproducible; leave it out"),
     *(({name: 0.5, "optimizer": optimizer}, f"--set {name} has no effect: {optimizer} does not use it; leave it out")
       for name, optimizer in (("beta1", "sgd"), ("beta2", "sgd"), ("momentum", "adam"), ("momentum", "adamw"))),
@@ -97,6 +99,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "--num-confirmed has no effect: each configuration already has several runs, of --num-seeds or --folds; leave it "
      "out"),
     ({"workload": Stream}, "Stream trains on a stream without a length; set --num-steps"),
+    ({"no_test": True, "validation_size": 0},
+     "there is neither a test nor a validation set, so nothing evaluates the trained model; give Data.test or "
+     "Data.validation, or leave --no-test and --validation-size 0 out"),
     ({"workload": Weighted, "limit": 0.1},
      "Data(weights=…): the examples to train on all have weight 0; use more of the data, or other weights"),
     ({"lr_schedule": "linear", "warmup_steps": 12},

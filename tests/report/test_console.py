@@ -136,8 +136,8 @@ def test_a_long_test_shows_how_far_it_is_and_a_short_one_nothing(
             show(num_done)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "test       550/1,000  50 images/s  0:09 left",
-        "test       1,000/1,000  48 images/s  0:00 left",
+        "evaluating 550/1,000  50 images/s  0:09 left",
+        "evaluating 1,000/1,000  48 images/s  0:00 left",
     ]
 
 

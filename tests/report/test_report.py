@@ -350,7 +350,7 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     notes: list[str] = []
     monkeypatch.setattr(type(mnist()), "pictures", drawn)
     assert list(page.write(tested_run, mnist(), "", None, notes.append)) == OF_TRAINING
-    assert [note.partition(" (")[0] for note in notes] == [f"no images of the test: {said}"]
+    assert [note.partition(" (")[0] for note in notes] == [f"no images of the predictions: {said}"]
     assert said in (tested_run.read_text("report.html") or "")
 
 

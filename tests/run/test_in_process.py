@@ -71,6 +71,24 @@ def test_its_weights_equal_those_of_one_worker_and_its_files_are_those_of_any_ru
     assert read_csv(folder_at(run), "steps.csv")[-1]["step"] == "96"
 
 
+def test_without_a_test_set_results_are_those_of_the_validation_set_and_nothing_claims_a_test(
+    here: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(None, **here, no_test=True)
+    said = capsys.readouterr().out
+    assert "for validation, none to test\n" in said
+    assert [*re.findall(r"^(test|validation)\b", said, re.MULTILINE)] == ["validation"]
+    result = run.result
+    assert not [name for name in result if "test" in name and name != "formats"]
+    best = max(run.history, key=lambda row: row["val_accuracy"])
+    assert (result["val_loss"], result["val_accuracy"]) == (best["val_loss"], best["val_accuracy"])
+    assert len(run.predictions["index"]) == result["num_val_examples"] == 600
+    assert run.metrics["accuracy"] == best["val_accuracy"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Confusion matrix of the validation set" in report
+    assert not re.search(r"\btest(ed)? (set|accuracy|loss|on)\b", report)
+
+
 @pytest.mark.long
 def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, here: dict[str, Any], tmp_path: Path) -> None:
     acts = {"started": lambda job: job.send_signal(2)}

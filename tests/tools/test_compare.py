@@ -92,6 +92,18 @@ method     McNemar's exact test, p = 0.00019; the spread between seeds of A and 
     assert comparison.to_dict()["runs"]["B"]["test_accuracy"] == [0.975]
 
 
+def test_runs_without_a_test_set_are_compared_on_their_validation_sets_which_is_said(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", classes([1])), write_run(tmp_path / "b", classes([2, 3]))]
+    for run in runs:
+        result = (run / "result.json").read_text().replace("test_", "val_").replace("{", '{"evaluated": "val", ', 1)
+        (run / "result.json").write_text(result)
+    said = str(compare(*runs))
+    assert "val loss" in said
+    assert said.endswith("; the validation examples also chose each checkpoint")
+    tested = write_run(tmp_path / "c", classes([2, 3]))
+    assert "the sets that they were evaluated on differ" in str(compare(runs[0], tested))
+
+
 def test_a_commit_that_one_run_does_not_know_is_no_difference(tmp_path: Path) -> None:
     known: list[dict[str, Any] | None] = [
         {"commit": "1"},
@@ -183,9 +195,9 @@ def test_losses_with_weights_are_compared_by_their_weighted_mean(tmp_path: Path)
 @pytest.mark.parametrize(
     ("columns", "changes", "reason"),
     [
-        (classes([]), {"data": "other"}, "their test sets differ"),
-        ({**classes([]), "index": np.arange(NUM_TEST) + 1}, {}, "their test sets differ"),
-        ({**classes([]), "label": LABELS[::-1]}, {}, "their test sets differ"),
+        (classes([]), {"data": "other"}, "the sets that they were evaluated on differ"),
+        ({**classes([]), "index": np.arange(NUM_TEST) + 1}, {}, "the sets that they were evaluated on differ"),
+        ({**classes([]), "label": LABELS[::-1]}, {}, "the sets that they were evaluated on differ"),
         ({"loss": np.zeros(NUM_TEST)}, {}, "only one of them predicts classes"),
         ({**classes([]), "weight": np.ones(NUM_TEST)}, {}, "only one of them predicts classes"),
         ({**classes([]), "loss": [[1.0]] * NUM_TEST}, {}, "B has no predictions.parquet with the loss of each example"),

@@ -156,13 +156,13 @@ def test_very_many_classes_have_no_confusion_matrix_but_their_accuracies() -> No
     assert workload([*range(13)]).lines({"label": np.array([4, 0]), "prediction": np.array([1, 0])}) == []
     many = workload([*range(100_000)])
     details = many.details({"label": np.array([7, 7]), "prediction": np.array([7, 99_999])})
-    assert (details["test_accuracy_per_class"][7], len(details["test_accuracy_per_class"])) == (0.5, 100_000)
+    assert (details["accuracy_per_class"][7], len(details["accuracy_per_class"])) == (0.5, 100_000)
     assert many.pictures(details, None, {}) == []
 
 
 def test_details_are_json() -> None:
     details = workload().details(COLUMNS)
-    assert details["test_accuracy_per_class"] == [2 / 3, 1 / 2, None, 3 / 4, 1]
+    assert details["accuracy_per_class"] == [2 / 3, 1 / 2, None, 3 / 4, 1]
     assert details["confusion_matrix"] == [[2, 1, *[0] * 3], [1, 1, *[0] * 3], [0] * 5, [1, 0, 0, 3, 0], [*[0] * 4, 1]]
     assert json.loads(json.dumps(details, allow_nan=False)) == details
 
