@@ -65,7 +65,8 @@ def write(
     result, columns = record.result, record.predictions
     num_predicted = len(next(iter(columns.values()), ()))
     if test is not None and columns and len(test) != num_predicted:
-        notes.append(f"no {workload.nouns} are shown: the set had {num_predicted:,} and now has {len(test):,}")
+        name = f"the {IN_WORDS[record.evaluated]} set"
+        notes.append(f"no {workload.nouns} are shown: {name} had {num_predicted:,} and now has {len(test):,}")
         test = None
     drawn = functools.partial(_drawn, workload, notes)
     pictures = drawn("plot of the trials", lambda: plots.trials(record))
