@@ -63,7 +63,7 @@ class Validator:
 class Checkpointer:
     """Copies the state; a thread writes the copy into the run's folder, and then deletes checkpoints.
 
-    The last one and the best ``--keep-checkpoints`` by validation are kept; for None, all.
+    The last one and the best ``keep_checkpoints`` by validation are kept; for None, all.
     """
 
     def __init__(self, job: Job, config: TrainConfig, group: Group, callbacks: Sequence[Callback]) -> None:
