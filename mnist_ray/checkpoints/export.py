@@ -42,7 +42,7 @@ def export(found: Found, config: ExportConfig) -> Path:
     Raises UsageError, also if PyTorch cannot export the model, and JobError.
     """
     path, workload, model = path_of(config.output, "--output"), found.workload, found.load_model()
-    batches = batches_of(workload)
+    batches, part = batches_of(workload)
     examples = [inputs_of(workload, batches, 3 * number, size) for number, size in enumerate(_BATCH_SIZES)]
     if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(examples)):
         remedy = "to be exported, a model must take tensors, alone or in dicts, lists and tuples"
@@ -65,18 +65,18 @@ def export(found: Found, config: ExportConfig) -> Path:
     say(f"checkpoint {found.checkpoint.path}")
     say(f"program    {path}: {_described(workload.nouns, examples)} to {_described('outputs', outputs)}")
     say(f"weights    {weights}")
-    say(f"checked    on {number:,} {workload.nouns}: outputs differ by at most {difference:.1e}")
+    say(f"checked    on {number:,} {part} {workload.nouns}: outputs differ by at most {difference:.1e}")
     return path
 
 
-def batches_of(workload: Workload) -> Batches:
-    """Return the batches of the workload's test set or, without one, of its training set.
+def batches_of(workload: Workload) -> tuple[Batches, str]:
+    """Return the batches of the workload's test set or, without one, of its training set, and the set's name.
 
     Raises UsageError and JobError.
     """
     data = data_of(workload)
-    examples = Split(data.train) if data.test is None else Split(data.test, origin="test")
-    return Batches(examples.transformed(data.transform), torch.device("cpu"), workload.collate)
+    examples, part = (Split(data.train), "training") if data.test is None else (Split(data.test, origin="test"), "test")
+    return Batches(examples.transformed(data.transform), torch.device("cpu"), workload.collate), part
 
 
 def inputs_of(workload: Workload, batches: Batches, start: int, number: int) -> Any:
