@@ -104,7 +104,7 @@ def runs(choice: config.RunsConfig) -> dict[str, Any]:
     """List the runs in the storage: state, metrics, age, and how to resume."""
     from mnist_ray.tools.runs import runs as list_runs
 
-    return list_runs(layers.storage_path(choice.storage_path), choice.count)
+    return list_runs(layers.storage_path(choice.storage_path), choice)
 
 
 def export(run: RunConfig, changes: ChangesConfig, output: config.ExportConfig) -> None:

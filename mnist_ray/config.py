@@ -322,7 +322,15 @@ class ScaleConfig:
 class RunsConfig(StorageConfig):
     """List of runs."""
 
-    count: int = setting(20, "number of runs, the newest first", **within(1, 10**6))
+    count: int = setting(20, "number of runs", **within(1, 10**6))
+    where: tuple[str, ...] = setting(
+        (), "only runs with this value of a setting", metavar="NAME=VALUE", is_repeated=True
+    )
+    sort: str | None = setting(
+        None,
+        "a metric, best first; NAME:min or NAME:max says what is best; default: the newest first",
+        metavar="NAME",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -86,11 +86,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
 
 
-def setting_in(text: str) -> tuple[str, Any]:
+def setting_in(text: str, given_as: str = "--set") -> tuple[str, Any]:
     """Return the name and the value of ``NAME=VALUE``; lists and ``true`` are written as in JSON. Raises UsageError."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise UsageError(f"--set {text} must be NAME=VALUE")
+        raise UsageError(f"{given_as} {text} must be NAME=VALUE")
     try:
         return name, json.loads(value)
     except (ValueError, RecursionError):  # no JSON

@@ -48,6 +48,45 @@ def test_runs_are_listed_with_state_metrics_and_how_to_resume(
     assert last == f"4 runs of 4 in {storage}"
 
 
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("--where", "batch_size=50"), ["interrupted", "better", "finished"]),
+        (("--where", "batch_size=50", "--where", "learning_rate=1e-2"), []),
+        (("--sort", "accuracy", "--count", "2"), ["better", "finished"]),
+        (("--sort", "test_loss:max", "--count", "1"), ["better"]),
+        (("--sort", "loss", "--where", "num_epochs=2"), ["finished", "interrupted", "better"]),
+    ],
+)
+def test_runs_are_chosen_by_settings_and_sorted_by_a_metric_best_first(
+    flags: tuple[str, ...], names: list[str], storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(storage / "finished", storage / "better")
+    result = json.loads((storage / "better" / "result.json").read_text())
+    (storage / "better" / "result.json").write_text(json.dumps({**result, "test_accuracy": 1.0, "test_loss": 9.0}))
+    (storage / "damaged" / "config.json").write_text("[]")
+    os.utime(storage / "better" / "config.json", (10**9 - 3, 10**9 - 3))
+    run_main("runs", "--storage-path", str(storage), "--json", *flags)
+    listed = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["name"] for run in listed][: len(names)] == names
+    assert names or not listed
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--where", "batch_siz=50"), "--where: no run has a setting batch_siz; did you mean batch_size?"),
+        (("--where", "batch_size"), "--where batch_size must be NAME=VALUE"),
+        (("--sort", "test_acuracy"), "--sort test_acuracy: no run has this metric; did you mean test_accuracy?"),
+        (("--sort", "accuracy:best"), "--sort accuracy:best: write NAME:min or NAME:max"),
+    ],
+)
+def test_a_setting_or_metric_that_no_run_has_is_one_line(flags: tuple[str, ...], said: str, storage: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        run_main("runs", "--storage-path", str(storage), *flags)
+    assert str(raised.value) == said
+
+
 def test_a_storage_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="nowhere does not exist; name the folder or URI of your runs with --storage-path"
