@@ -337,7 +337,10 @@ class RunsConfig(StorageConfig):
 class ExportConfig:
     """Exported file."""
 
-    output: str = setting("model.pt2", "file to write", **_ending(".pt2"))
+    format: Literal["pt2", "onnx", "safetensors"] | None = setting(
+        None, "a program of torch.export, one for ONNX, or the weights; default: by the ending of --output, or pt2"
+    )
+    output: str | None = setting(None, "file to write; default: model.FORMAT", metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

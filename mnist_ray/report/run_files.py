@@ -257,10 +257,10 @@ class Run:
         return model
 
     @process.left_as_found()
-    def export(self, output: str | Path) -> Path:
-        """Write the model as a program of ``torch.export`` to a ``.pt2`` file; return its path.
+    def export(self, output: str | Path = "model.pt2") -> Path:
+        """Write the model like ``mnist-ray export``, by the ending: ``.pt2``, ``.onnx`` or ``.safetensors``.
 
-        Raises UsageError, also if PyTorch cannot export the model, and JobError.
+        Returns the path. Raises UsageError, also if PyTorch cannot export the model, and JobError.
         """
         from mnist_ray.checkpoints.export import export
 

@@ -2,9 +2,13 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import onnxruntime
 import pytest
+import safetensors.torch
 import torch
+from transformers import ViTForImageClassification
 
+from mnist_ray import load_run
 from mnist_ray.checkpoints import export
 from mnist_ray.checkpoints.checkpoint import snapshot
 from mnist_ray.checkpoints.find import Found, find
@@ -48,6 +52,88 @@ def test_an_exported_program_computes_the_same_as_the_checkpoint(
         images = prepared(few_images, size)
         with torch.inference_mode():
             torch.testing.assert_close(program(images), model(images), rtol=0, atol=1e-4)
+
+
+def test_a_model_is_exported_for_onnx_with_any_batch_size(
+    finished_run: Path,
+    model: torch.nn.Module,
+    few_images: Arrays,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "digits.onnx"
+    run_main("export", str(finished_run), "--output", str(file))
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert f"program    {file}: images (N, 1, 28, 28) float32 to outputs[0] (N, 10) float32\n" in said.out
+    session = onnxruntime.InferenceSession(file)
+    (given,) = session.get_inputs()
+    for size in (1, 3, 600):
+        images = prepared(few_images, size)
+        (outputs,) = session.run(None, {given.name: images.numpy()})
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.from_numpy(outputs), model(images), rtol=0, atol=1e-4)
+
+
+def test_weights_are_exported_also_by_a_run_in_python(finished_run: Path, model: torch.nn.Module) -> None:
+    file = load_run(finished_run).export(finished_run.parent / "digits.safetensors")
+    weights = safetensors.torch.load_file(file)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_onnx_without_its_packages_says_what_to_install(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else True)
+    with pytest.raises(UsageError, match=r"^--format onnx needs onnxscript; pip install 'mnist_ray\[onnx\]'$"):
+        run_main("export", str(finished_run), "--output", str(tmp_path / "digits.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--output", "model.pth"), "--output model.pth must end in .pt2, .onnx, .safetensors"),
+        (("--format", "onnx", "--output", "model.pt2"), "--output model.pt2 must end in .onnx"),
+    ],
+)
+def test_a_file_of_another_format_is_one_line(flags: tuple[str, ...], said: str, finished_run: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        run_main("export", str(finished_run), *flags)
+    assert str(raised.value) == said
+
+
+TRANSFORMER = """
+import numpy as np
+from transformers import ViTConfig, ViTForImageClassification
+
+from mnist_ray.workload import Arrays, Classification, Data
+
+class Transformer(Classification):
+    def load_data(self):
+        arrays = Arrays(np.random.default_rng(0).random((40, 1, 8, 8), np.float32), np.arange(40) % 2)
+        return Data(arrays, arrays)
+    def create_model(self):
+        return ViTForImageClassification(ViTConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+            image_size=8, patch_size=4, num_channels=1, num_labels=2,
+        ))
+    def loss(self, outputs, targets): return super().loss(outputs.logits, targets)
+    def measure(self, outputs, targets): return super().measure(outputs.logits, targets)
+    def predictions(self, outputs, targets): return {}
+"""
+
+
+def test_a_model_with_save_pretrained_is_saved_beside_for_from_pretrained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = found_of(tmp_path, "Transformer", TRANSFORMER)
+    export.export(found, ExportConfig(output=str(tmp_path / "vit.safetensors")))
+    assert f"pretrained {tmp_path}/vit/: for ViTForImageClassification.from_pretrained" in capsys.readouterr().out
+    images = torch.rand(3, 1, 8, 8)
+    with torch.inference_mode():
+        loaded = ViTForImageClassification.from_pretrained(tmp_path / "vit").eval()(images).logits
+        torch.testing.assert_close(loaded, found.load_model()(images).logits, rtol=0, atol=0)
 
 
 def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays) -> None:
@@ -131,11 +217,11 @@ class Text(Many):
 """
 
 
-def found_of(folder: Path, name: str) -> Found:
-    """Return a checkpoint, as made before the first step, of a workload in NETS."""
+def found_of(folder: Path, name: str, text: str = NETS) -> Found:
+    """Return a checkpoint, as made before the first step, of a workload in a text."""
     (folder / "code").mkdir()
     code = folder / "code" / f"nets_{folder.name}.py"  # another name for each test: Python keeps modules
-    code.write_text(NETS)
+    code.write_text(text)
     given = {"workload": f"{code}:{name}", "storage_path": str(folder), "precision": "fp32", "batch_size": 30}
     job, data = with_data(read_job(given))
     try_batch(job.workload, data.train, job.train, [job.train.batch_size], Fraction(1))
@@ -165,7 +251,7 @@ def test_a_model_that_fails_on_zeros_is_exported_with_examples_of_the_test_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export.export(found_of(tmp_path, "Last"), ExportConfig(output=str(tmp_path / "last.pt2")))
-    line, _, checked = capsys.readouterr().out.splitlines()[1:]
+    line, checked = capsys.readouterr().out.splitlines()[1:]
     assert "pairs['words'] (N, 9) int64, pairs['lengths'] (N) int64, pairs['joined'] (any) int64 to" in line
     assert checked.startswith("checked    on 40 test pairs: ")
 

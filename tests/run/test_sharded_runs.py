@@ -46,7 +46,7 @@ def test_a_sharded_run_is_tested_exported_and_the_start_of_another(
     parts = {f"{kind}-0000{n}-of-00002.safetensors" for kind in ("model", "trained", "optimizer") for n in (1, 2)}
     assert names == {*parts, "training.pt", "state.json"}
 
-    run_main("export", str(tmp_path / "run"), "--output", str(tmp_path / "digits.pt2"))
+    run_main("export", str(tmp_path / "run"), "--output", str(tmp_path / "digits.safetensors"))
     exported = load_file(tmp_path / "digits.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in weights_of(tmp_path / "run").items())
 
