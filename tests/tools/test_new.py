@@ -1,6 +1,7 @@
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -8,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.models import ResNet18_Weights, resnet18
 
 from mnist_ray import layers, train
 from mnist_ray.errors import UsageError
 from mnist_ray.text import VERSION
 from mnist_ray.tools.new import requirement_here
+from mnist_ray.workload import loading
 from tests.conftest import ROOT, copy_tracked_files, run_main
 
 KINDS = ("images", "table", "text", "blank")
@@ -66,29 +72,61 @@ def test_a_new_projects_files_are_valid_and_pass_the_linter(kind: str, place: Pa
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_images_start_from_the_weights_of_a_file_or_name_the_file_that_does_not_fit(place: Path) -> None:
-    import torch
-    from torchvision.models import resnet18
-
-    from mnist_ray.workload import loading
-
+@pytest.fixture
+def birds(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of images; files with weights of ResNet-18, one of them in torchvision's cache; and one of others."""
     run_main("new", "birds", "--kind", "images")
-    workload_class = loading.load(str(place / "birds" / "workload.py"))
+    cache = place / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(place / "hub"))
     torch.save(resnet18().state_dict(), "resnet18.pt")
+    shutil.copy("resnet18.pt", cache / Path(ResNet18_Weights.DEFAULT.url).name)
     torch.save({"conv1.weight": torch.zeros(3)}, "other.pt")
-    metadata = {"class_names": ["circle", "square", "triangle"]}
+    return place / "birds"
 
-    def model(file: str) -> torch.nn.Module:
-        settings = workload_class.Settings(weights=Path(file))
-        return workload_class(settings, metadata).create_model()
 
-    loaded = model("resnet18.pt")
-    saved = torch.load("resnet18.pt")
-    assert torch.equal(loaded.state_dict()["layer4.1.conv2.weight"], saved["layer4.1.conv2.weight"])
-    assert loaded.get_submodule("fc").out_features == 3
-    for file in ("other.pt", "gone.pt"):
-        with pytest.raises(ValueError, match=f"^--weights {file} cannot be read as the state_dict of .* resnet18$"):
-            model(file)
+@pytest.mark.parametrize("weights", ["resnet18.pt", "ResNet18_Weights.DEFAULT"])
+def test_images_start_from_pretrained_weights_with_their_transforms_and_a_head_of_their_own(
+    weights: str, birds: Path
+) -> None:
+    workload_class = loading.load(str(birds / "workload.py"))
+    workload = workload_class(workload_class.Settings(pretrained=weights), {"class_names": ["circle", "square"]})
+    model, saved = workload.create_model(), torch.load("resnet18.pt")
+    assert torch.equal(model.state_dict()["layer4.1.conv2.weight"], saved["layer4.1.conv2.weight"])
+    assert model.get_submodule("fc").out_features == 2
+    picture = Image.linear_gradient("L").resize((300, 240))
+    prepared = workload.prepare(torch.as_tensor(workload.read_picture(picture))[None], None)
+    torch.testing.assert_close(prepared[0], ResNet18_Weights.DEFAULT.transforms()(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("other.pt", r"/other.pt cannot be read as weights of resnet18: size mismatch .*; get_weight\(NAME\)"),
+        ("gone.pth", r"^gone.pth cannot be read as weights of resnet18: .*No such file"),
+        ("ResNet50_Weights.DEFAULT", r"hub/checkpoints/resnet50-\w+.pth cannot be read as weights of resnet50: "),
+        ("ResNet18", r"^ResNet18 is neither a .pt or .pth file nor the name of weights; write a name such as"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_one_line(weights: str, said: str, birds: Path) -> None:
+    workload_class = loading.load(str(birds / "workload.py"))
+    workload = workload_class(workload_class.Settings(pretrained=weights), {"class_names": ["circle", "square"]})
+    with pytest.raises(UsageError, match=said):
+        workload.create_model()
+
+
+def test_the_backbone_is_frozen_in_the_first_epochs(birds: Path, place: Path) -> None:
+    settings: dict[str, Any] = {"pretrained": "resnet18.pt", "frozen_epochs": 1, "limit": 0.3, "num_workers": 0}
+    run = train(birds / "workload.py", **settings, num_epochs=2, keep_checkpoints=None, storage_path=place, quiet=True)
+    given = torch.load("resnet18.pt")
+    first, second = (
+        load_file(place / run.name / f"checkpoint_epoch-00{epoch}_step-000000" / "model.safetensors")
+        for epoch in (1, 2)
+    )
+    backbone = [name for name in given if not name.startswith("fc.")]
+    assert all(torch.equal(first[name], given[name]) for name in backbone)
+    assert not torch.equal(second["conv1.weight"], given["conv1.weight"])
+    assert not torch.equal(first["fc.weight"], second["fc.weight"])
 
 
 def test_names_and_places_that_cannot_be_used_are_errors_and_leave_nothing_behind(place: Path) -> None:
