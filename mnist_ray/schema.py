@@ -191,9 +191,7 @@ FILES: Mapping[str, Mapping[str, Entry]] = {
         COLUMNS_FILE: Entry(
             "the columns of `predictions` as arrays; above 256 MiB, the largest columns are left out", is_optional=True
         ),
-        STEPS_FILE: Entry(
-            "a row about every half second; beyond 10,000 rows, neighbours are merged into rows of about as many steps"
-        ),
+        STEPS_FILE: Entry("a row about every half second; beyond 10,000 rows, neighbours are merged in pairs"),
         "events.out.tfevents.N": Entry("for TensorBoard"),
         INITIAL_FILE: Entry("with `--init-from`: the weights that the run starts from", is_optional=True),
         RESULT_FILE: Entry("the [result](#the-result), once the run is tested"),

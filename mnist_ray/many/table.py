@@ -94,7 +94,7 @@ class Table:
 
     def write(self, run: RunFolder) -> None:
         """Write members.csv. Raises JobError."""
-        run.write_text(MEMBERS_FILE, csv_text(self.columns, self.rows, has_header=True))
+        run.write_text(MEMBERS_FILE, csv_text(self.columns, self.rows))
 
     def read(self, run: RunFolder) -> None:
         """Add the members in a job's folder. Raises JobError."""

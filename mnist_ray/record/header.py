@@ -6,11 +6,10 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.data import Splits
 from mnist_ray.job.job import Job, report_command
 from mnist_ray.job.session import Session
-from mnist_ray.process import usable_cores
 from mnist_ray.report.console import RunConsole
 from mnist_ray.report.run_files import Run
 from mnist_ray.schema import RESULT_FILE
-from mnist_ray.text import count, format_settings, size_of
+from mnist_ray.text import count, format_settings
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import IN_WORDS
 
@@ -59,8 +58,6 @@ def say_result(console: RunConsole, job: Job) -> None:
 
 def say_plan(session: Session, plan: WorkerPlan) -> int:
     """Print the model and the workers that train it; return the number of parameters."""
-    from torch import nn
-
     from mnist_ray.parallel import sharding  # imports torch
 
     job, console, cluster = session.job, session.console, session.cluster
@@ -71,27 +68,14 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
     console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters{trained}")
-    size, kinds = job.train.micro_batch_size, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    is_cut = size is not None and size < job.train.batch_size / max(1, plan.num_workers)
-    if is_cut and any(isinstance(module, kinds) for module in model.modules()):
-        said = f"--micro-batch-size {size}: batch normalization normalizes each {size} examples separately"
-        console.say("note", f"{said}, so results differ from those without it")
     if session.is_here:
         console.say("workers", "none: this process trains, without Ray")
         return num_parameters
     resources = count(plan.cpus_per_worker, "CPU") + (" and 1 GPU" if plan.use_gpu else "")
     place = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
     console.say("workers", f"{plan.num_workers}, each with {resources}, on {place}")
-    if sharding.is_wanted(job.train, plan.num_workers):
-        units = sharding.units_of(job.workload, model)
-        largest = size_of(max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units))
-        console.say("sharding", f"{count(len(units), 'unit')} of up to {largest}")
-        if why_whole:
-            console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")
-    cores = usable_cores()
-    if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
-        shared = f"{plan.num_workers} workers share {cores} cores"
-        console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
+    if why_whole and plan.num_workers > 1:
+        console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")
     if plan.must_scale_up:
         console.say("note", "the cluster is too small now; waiting for it to start nodes")
     console.waiting("starting workers …")

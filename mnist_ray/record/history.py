@@ -2,13 +2,12 @@
 
 metrics.csv  a row per epoch, written at once
 steps.csv    a row about every half second of training: means over the steps since the previous row, and where the
-             workers' time went; in a long run, rows are merged, since all are written at each checkpoint
+             workers' time went; in a long run, rows are merged in pairs, since all are written at each checkpoint
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -90,21 +89,19 @@ class History:
         rounded = {name: round(values[name], number) for name, number in places.items() if name in values}
         self.rows.setdefault(epoch, {"epoch": epoch}).update({**values, **rounded})
         rows = [self.rows[epoch] for epoch in sorted(self.rows)]
-        self._run.write_text(METRICS_FILE, csv_text(self._columns, rows, has_header=True))
+        self._run.write_text(METRICS_FILE, csv_text(self._columns, rows))
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.epoch_steps, 5)
         self._note_logged(event.logged)
         self._steps.append({"step": event.total_step, "epoch": epochs, **figures_of(event), **seconds_of(event)})
         if len(self._steps) > MAX_STEP_ROWS:
-            # A power of 2, so that whole rows are merged next time.
-            width = 2 ** math.ceil(math.log2(event.total_step / (MAX_STEP_ROWS // 2)))
-            self._steps = merged(self._steps, width, self.figures)
+            self._steps = merged(self._steps, 2, self.figures)
 
     def write_steps(self) -> None:
         """Write steps.csv. Raises JobError."""
         columns = ["step", "epoch", *(figure.name for figure in self.figures if "step" in figure.at)]
-        self._run.write_text(STEPS_FILE, csv_text(columns, self._steps, has_header=True))
+        self._run.write_text(STEPS_FILE, csv_text(columns, self._steps))
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate (a kill may lose one); None without any."""

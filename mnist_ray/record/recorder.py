@@ -33,8 +33,6 @@ from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Save
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.figures import DONE_ON, RATE
 
-_LEARNED = 0.1  # examples count as learned if the loss falls to this fraction of the first loss
-
 
 @contextlib.contextmanager
 def recorded(session: Session, plan: WorkerPlan, *, is_end: bool = True) -> Iterator[Recorder]:
@@ -110,12 +108,10 @@ class Recorder:
         self._origin = {**run.require_json(ORIGIN_FILE), "parameters": f"{num_parameters:,}"}
         self._result: dict[str, Any] = {}
         self._has_report = False
-        self._first_loss = math.nan
         self._validated = set[int]()  # epochs whose validation is recorded; restarted workers report the last one again
         self._warn = functools.partial(self._console.say, "note")
         self._history, self._times = History(run, workload, job.train), TimeSpent()
         self._trackers = start(run, workload, job.values, job.output.tracker, self._warn)
-        self._views = (self._clock.note, self._history.add, self._times.add, self._console.show, self._trackers.log)
 
     def on_event(self, event: Event) -> None:
         """Record an event from a worker or a task, and show it."""
@@ -124,9 +120,6 @@ class Recorder:
             case Started():
                 self._validated = {epoch for epoch in self._validated if epoch <= event.epoch}
                 notes = self._describe_workers(event)
-            case Progress():
-                if event.total_step == len(event.losses):
-                    self._first_loss = event.losses[0]
             case EpochFinished(last) if last.epoch == self._job.train.num_epochs:
                 # Imports matplotlib while the last validation and the workers finish.
                 threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
@@ -136,8 +129,11 @@ class Recorder:
                 self._validated.add(event.epoch)
             case Saved(epoch) if epoch == 1 < self._job.train.num_epochs:
                 notes = self._times.new_notes()
-        for view in self._views:
-            view(event)
+        self._clock.note(event)
+        self._history.add(event)
+        self._times.add(event)
+        self._console.show(event)
+        self._trackers.log(event)
         if isinstance(event, Progress) and (event.saves or event.step == event.epoch_steps):
             self._history.write_steps()  # a checkpoint follows, from which a killed run continues
         for note in notes:
@@ -177,9 +173,6 @@ class Recorder:
         self._console.show_evaluation(tested, self._session.data.evaluated)
         for note in self._result["notes"]:
             self._warn(note)
-        if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
-            verdict = overfit_verdict(self._first_loss, tested.values(job.workload)["loss"])
-            self._console.result("overfit", verdict)
 
     def _result_of(self, fitted: Fitted, tested: Evaluation) -> dict[str, Any]:
         """Return the content of result.json."""
@@ -223,7 +216,7 @@ class Recorder:
             return
         console, run, parts = self._console, self._job.run, self._clock.seconds()
         total, tested = parts.pop("total"), self._result["seconds"]["total"]
-        if self._times.of_workers:
+        if self._times.shares:
             console.say("time", self._times.shares)
         for note in self._times.new_notes():
             self._warn(note)
@@ -236,12 +229,3 @@ class Recorder:
         console.result("result", run.inside(RESULT_FILE).uri)
         if self._has_report:
             console.result("report", run.inside(REPORT_FILE).uri)
-
-
-def overfit_verdict(loss_before: float, loss_after: float) -> str:
-    """Return the verdict of ``--overfit-batches``, from the first and the final loss on the same examples."""
-    losses = f"the loss went from {loss_before:.4g} to {loss_after:.4g}"
-    if loss_after <= _LEARNED * loss_before:
-        return f"{losses}: the model can learn these examples"
-    remedy = "either something is broken (the targets, prepare, the loss, a layer), or training needs more --num-epochs"
-    return f"{losses}: the model has not learned even these examples; {remedy} or a different --learning-rate"

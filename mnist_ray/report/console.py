@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Self, TextIO, cast
 
@@ -24,7 +23,6 @@ from mnist_ray.workload.figures import IN_WORDS
 
 _PLAIN_INTERVAL_S = 10.0
 LOG_WIDTH = 240
-_SHOWN_AFTER_S, _SHOWN_EVERY_S = 2.0, 0.5
 
 
 class RunConsole:
@@ -53,7 +51,6 @@ class RunConsole:
         self._last_plain = 0.0
         self._has_started, self._is_lost = False, False
         self._last_progress: Progress | None = None
-        self._num_skipped = 0  # steps of the epoch
 
     def __enter__(self) -> Self:
         if (self._console.is_terminal or self._console.is_jupyter) and not self._quiet:
@@ -106,9 +103,6 @@ class RunConsole:
                 done = f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s)"
                 values = f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}"
                 self.say(f"epoch {last.epoch}/{self._num_epochs}", f"{done}: {values}")
-                if self._num_skipped:
-                    self.say("note", f"skipped {count(self._num_skipped, 'step')}: all weights of the batch are 0")
-                self._num_skipped = 0
             case events.Validated():
                 values = self._workload.format(event.values)
                 self.say("", f"validation after epoch {event.epoch}: {values} ({event.seconds:.1f} s)")
@@ -117,24 +111,6 @@ class RunConsole:
             case events.StoppedEarly(epoch, best_epoch):
                 best = f": validation was best after epoch {best_epoch}" if best_epoch else ""
                 self.say("stopped", f"after epoch {epoch}{best}")
-
-    def testing(self, num_examples: int) -> Callable[[int], None]:
-        """Return a function that shows, from the third second on, how many examples are evaluated."""
-        begun = shown = self._last_plain = time.monotonic()
-
-        def show(num_done: int) -> None:
-            nonlocal begun, shown
-            now = time.monotonic()
-            if num_done == 0:
-                begun = now
-            if now - begun < _SHOWN_AFTER_S or now - shown < _SHOWN_EVERY_S:
-                return
-            shown, rate = now, num_done / (now - begun)
-            left = clock_time((num_examples - num_done) / rate)
-            line = f"{num_done:,}/{num_examples:,}  {rate:,.0f} {self._workload.nouns}/s  {left} left"
-            self.show_now("evaluating", line)
-
-        return show
 
     def show_evaluation(self, tested: Evaluation, evaluated: Evaluated = "test") -> None:
         """Print the result on a set."""
@@ -169,7 +145,6 @@ class RunConsole:
 
     def _progress(self, event: Progress) -> None:
         self._last_progress = event
-        self._num_skipped += sum(map(math.isnan, event.losses))
         known = [metric for metric in self._workload.all_metrics[1:] if metric.name in event.window]
         metrics = "".join(f"  {metric.name} {metric.format(event.window[metric.name], 1)}" for metric in known)
         steps_left = (self._num_epochs - event.epoch + 1) * event.epoch_steps - event.step

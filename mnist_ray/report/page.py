@@ -22,9 +22,11 @@ from mnist_ray.schema import REPORT_FILE
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.text import count, in_words, redact
+from mnist_ray.training.events import TIMES
+from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.calls import data_of, splits_for
-from mnist_ray.workload.figures import DONE_ON, IN_WORDS, LOSS, RATE, Metric, formatted
+from mnist_ray.workload.figures import DONE_ON, IN_WORDS, LOSS, RATE, formatted
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,6 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
-    num_bold: int = 0  # of the first rows
 
 
 def page_of(**content: Any) -> str:
@@ -69,22 +70,21 @@ def write(
         notes.append(f"no {workload.nouns} are shown: {name} had {num_predicted:,} and now has {len(test):,}")
         test = None
     drawn = functools.partial(_drawn, workload, notes)
-    pictures = drawn("plot of the trials", lambda: plots.trials(record))
+    pictures = drawn("plots of the trials", lambda: plots.trials(record))
     for metric in workload.all_metrics:
-        pictures += drawn(f"curve of {metric.name}", functools.partial(plots.curves, record, metric))
+        pictures += drawn(f"curve of {metric.name}", functools.partial(plots.of_metric, record, metric))
     if result:
         pictures += drawn("images of the predictions", lambda: workload.pictures(result, test, columns))
     others = [figure for figure in workload.all_figures if "step" in figure.at and figure.over != "mean"]
     for figure in (*record.logged, *others):  # curves of metrics have their validation, too
-        pictures += drawn(f"curve of the {figure.label}", functools.partial(plots.over_steps, record, figure))
-    pictures += drawn("plot of the time", lambda: plots.time_spent(record))
+        pictures += drawn(f"curve of the {figure.label}", functools.partial(plots.of_figure, record, figure))
     page = page_of(
         title=run.name,
         status=_status(record, resume_with),
         headlines=_headlines(record),
         notes=[*result.get("notes", []), *notes],
         pictures=pictures,
-        tables=[*_members(record), *_epochs(record), *_settings(record)],
+        tables=[*_members(record), *_epochs(record), *_time_spent(record), *_settings(record)],
     )
     run.write_text(REPORT_FILE, page)
     for note in notes:
@@ -138,33 +138,28 @@ def _headlines(record: Run) -> dict[str, str]:
 
 
 def _members(record: Run) -> list[Table]:
-    """Return the rows of members.csv, best first, with the tests of those that are tested."""
+    """Return the rows of members.csv, best first, each with its metrics on the evaluated set."""
     if not record.table:
         return []
-    monitor = record.workload.monitor
-    forms = {figure.name: figure for figure in record.workload.all_figures if figure.at != ("step",)}
-    tests = [Metric(f"test_{metric.name}", metric.mode, metric.is_fraction) for metric in record.workload.all_metrics]
-    tests = [test for test in tests if any(test.name in member.result for member in record.all_members)]
+    metrics, monitor = record.workload.all_metrics, record.workload.monitor
 
     def rank(member: Run) -> tuple[bool, float]:
         value = float(member.row.get(f"val_{monitor.name}") or math.nan)
         return math.isnan(value), -value if monitor.mode == "max" else value
 
-    members = sorted(record.all_members, key=rank)
-    known = [name for name in members[0].row if any(member.row[name] for member in members)]
-    names = [name for name in known if name not in ("run", "reports")]
+    names = [name for name in record.table[0] if name not in ("run", "reports")]
     rows = []
-    for member in members:
-        cells = [_cell(member.row[name], forms[name].form if name in forms else ".9g") for name in names]
-        rows.append([*cells, *(test.format(number_of(member.result.get(test.name))) for test in tests)])
-    labels = [forms[name].label if name in forms else in_words(name) for name in names]
-    return [Table("Runs, best first", [*labels, *(in_words(test.name) for test in tests)], rows)]
+    for member in sorted(record.all_members, key=rank):
+        tested = [metric.format(member.metrics[metric.name]) for metric in metrics]
+        rows.append([*(_cell(member.row[name]) for name in names), *tested])
+    columns = [*map(in_words, names), *(f"{IN_WORDS[record.evaluated]} {metric.name}" for metric in metrics)]
+    return [Table("Runs, best first", columns, rows)]
 
 
-def _cell(text: str, form: str) -> str:
-    """Return a text from a CSV file; a number in its form."""
+def _cell(text: str) -> str:
+    """Return a text from a CSV file; a number with five digits."""
     try:
-        return formatted(float(text or math.nan), form)
+        return f"{float(text):.5g}"
     except ValueError:
         return text
 
@@ -181,17 +176,30 @@ def _epochs(record: Run) -> list[Table]:
     return [Table("Epochs", ["epoch", *(figure.label for figure in shown)], rows)] if rows else []
 
 
+def _time_spent(record: Run) -> list[Table]:
+    """Return the mean seconds of a worker by part."""
+    seconds = {
+        part: figure.join(row.get(figure.name, math.nan) for row in record.steps)
+        for part, figure in zip(PARTS.values(), TIMES, strict=True)
+    }
+    total = math.fsum(value for value in seconds.values() if value > 0)
+    rows = [(part, f"{value:.1f}", f"{value / total:.1%}") for part, value in seconds.items() if value > 0]
+    return [Table("Where the time went", ("part", "seconds of a worker", "share"), rows)] if rows else []
+
+
 def _settings(record: Run) -> list[Table]:
     """Return the settings, those that differ from the workload's defaults first, and the origin."""
     defaults = {**values_of(WorkerConfig()), **record.workload.defaults}
     defaults = json.loads(json.dumps(defaults))  # tuples are lists in config.json
     used = {name: record.config[name] for name in record.config if name not in record.origin.get("unused_settings", ())}
     changed = {name: value for name, value in used.items() if value != defaults.get(name, value)}
-    rows = [(name, f"{value} (default: {defaults[name]})") for name, value in changed.items()]
-    rows += [(name, f"{value}") for name, value in used.items() if name not in changed]
     origin = {**record.origin, **record.origin.get("versions", {})}
     said = [(name, str(value)) for name, value in origin.items() if not isinstance(value, (dict, list))]
-    return [Table("Settings", (), rows, num_bold=len(changed)), Table("Origin", (), said)]
+    return [
+        Table("Changed settings", (), [(name, f"{changed[name]} (default: {defaults[name]})") for name in changed]),
+        Table("Other settings", (), [(name, str(value)) for name, value in used.items() if name not in changed]),
+        Table("Origin", (), said),
+    ]
 
 
 def write_again(run: RunFolder, reference: str | None, storage_path: str, resume_with: str) -> None:

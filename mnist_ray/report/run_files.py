@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import itertools
 import math
 import posixpath
 import sys
@@ -80,20 +79,19 @@ def read_numbers(run: RunFolder, file_name: str, *columns: str) -> list[dict[str
     return numbers
 
 
-def merged(rows: Sequence[Row], width: float, figures: Sequence[Figure]) -> list[Row]:
-    """Merge neighbouring rows of steps.csv, so that each covers about ``width`` steps; means skip NaN."""
+def merged(rows: Sequence[Row], number: int, figures: Sequence[Figure]) -> list[Row]:
+    """Join each ``number`` neighbouring rows of steps.csv; means weigh a row by its steps, and skip NaN."""
     means = [figure.name for figure in figures if figure.over == "mean" and "step" in figure.at]
-    sizes = dict[float, float]()  # the steps that each row covers, by its last one
-    for before, step in itertools.pairwise([0.0, *(row["step"] for row in rows)]):
-        sizes[step] = step - before
+    sizes = [row["step"] - before for before, row in zip([0.0, *(row["step"] for row in rows)], rows, strict=False)]
     found = list[Row]()
-    for _, group in itertools.groupby(rows, lambda row: math.ceil(row["step"] / width)):
-        joint = [*group]
+    for start in range(0, len(rows), number):
+        joint = rows[start : start + number]
         values = {**joint[-1], **joined(joint, figures)}
         for name in means:
-            known = [row for row in joint if not math.isnan(row.get(name, math.nan))]
-            total = math.fsum(row[name] * sizes[row["step"]] for row in known)
-            values[name] = total / math.fsum(sizes[row["step"]] for row in known) if known else math.nan
+            parts = [(row.get(name, math.nan), size) for row, size in zip(joint, sizes[start:], strict=False)]
+            known = [(mean, size) for mean, size in parts if not math.isnan(mean)]
+            total = math.fsum(size for _, size in known)
+            values[name] = math.fsum(mean * size for mean, size in known) / total if known else math.nan
         found.append(values)
     return found
 
@@ -105,19 +103,15 @@ def joined(rows: Sequence[Row], figures: Sequence[Figure]) -> dict[str, float]:
 
 
 def number_of(value: object) -> float:
-    """Return a value of a JSON file as a number; NaN if it is null, missing, too large or not a number."""
-    try:
-        return float(value) if isinstance(value, (int, float)) else math.nan
-    except OverflowError:
-        return math.nan
+    """Return a value of a JSON file as a number; NaN if it is null, missing or not a number."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_header: bool = False) -> str:
-    """Return the lines of a CSV file; values that belong to no column are left out."""
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a CSV file; values that belong to no column are left out."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    if has_header:
-        writer.writeheader()
+    writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
@@ -282,14 +276,6 @@ class Run:
     def column(self, name: str) -> list[float]:
         """Return a column of metrics.csv; all NaN if there is no such column."""
         return [row.get(name, math.nan) for row in self.history]
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Training steps per epoch (the last epoch may have fewer); 1 if there was no step."""
-        *_, last = self.steps or [{"step": 1.0, "epoch": 1.0}]
-        whole = [row for row in self.steps if row["epoch"] <= math.ceil(last["epoch"]) - 1]
-        end = [last, *whole][-1]
-        return end["step"] / end["epoch"]
 
     @property
     def best_validation(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +91,11 @@ def evaluate_fitted(
     """
     job, test = session.job, session.data.test
     record.begin_test(fitted)
+    session.console.waiting("evaluating …")
     loader_workers = job.workers.loader_workers
     if session.is_here:
-        device, show = "cuda" if plan.use_gpu else "cpu", session.console.testing(len(test))
-        tested = evaluate_here(fitted.checkpoint, job.workload, test, loader_workers, device, show)
+        device = "cuda" if plan.use_gpu else "cpu"
+        tested = evaluate_here(fitted.checkpoint, job.workload, test, loader_workers, device)
     else:
         of_tasks = replace(plan, num_workers=num_paying(fitted.metrics, len(test), plan.num_workers))
         tested = evaluate_in_tasks(job.workload, fitted.checkpoint, test, of_tasks, loader_workers, session.console)
@@ -119,7 +120,7 @@ def evaluate_in_tasks(
     The result does not depend on the number of tasks, because each evaluates whole batches. Raises a task's exception,
     or JobError if a task's node or the storage is lost.
     """
-    shared, show = share(workload, test), console.testing(len(test))
+    shared = share(workload, test)
     # Ray ends the process after such a GPU task; with options(num_gpus=1), the process would keep the GPU's memory.
     options = {"num_cpus": plan.cpus_per_worker, "num_gpus": int(plan.use_gpu)}
     # DEFAULT: not among the resources that Tune has reserved for the process of a trial.
@@ -138,7 +139,6 @@ def evaluate_in_tasks(
                 evaluation = ray.get(next(stream))
                 if evaluation is not None:
                     parts[stream] = evaluation
-            show(sum(part.num_examples for part in parts.values()))
         return Evaluation.merge([parts[stream] for stream in streams])
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
@@ -163,16 +163,15 @@ def evaluate_here(
     split: Split,
     loader_workers: int,
     device: str | torch.device = "cpu",
-    on_batch: Callable[[int], object] = lambda num_done: None,
 ) -> Evaluation:
-    """Evaluate a checkpoint in this process. Calls ``on_batch`` like ``evaluate``."""
+    """Evaluate a checkpoint in this process."""
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     try:
         with placed(workload, "an evaluation"):
             model: torch.nn.Module = load_model(checkpoint, workload)
             model = with_fast_layout(model.to(device))
             config = build(TrainConfig, read_state(checkpoint).get("config", {}))
-            return evaluate(workload, model, split, config, loader_workers, on_batch)
+            return evaluate(workload, model, split, config, loader_workers)
     except UsageError as error:
         if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the user may fix the data
             raise JobError(str(error)) from error

@@ -46,7 +46,6 @@ class Picture:
     alt: str  # describes it for those who cannot see it
     png: bytes
     caption: str = ""  # below it
-    is_wide: bool = False  # takes the page's whole width
     is_photo: bool = False  # shows images from the data, so dark mode must not invert it
 
 

@@ -79,7 +79,7 @@ def test_a_written_table_is_read_back_also_if_the_workload_has_more_metrics_sinc
     assert repr(again.rows) == repr(table.rows)
     assert [*again.by_point] == [first.point, second.point]
     columns = [name for name in table.columns if name != "val_r2"]
-    run.write_text("members.csv", csv_text(columns, table.rows, has_header=True))
+    run.write_text("members.csv", csv_text(columns, table.rows))
     again.read(run)
     assert math.isnan(again.rows[0]["val_r2"])
     restarted = again.start(first.point)

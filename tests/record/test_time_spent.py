@@ -9,7 +9,7 @@ from mnist_ray.record.history import History
 from mnist_ray.record.time_spent import TimeSpent
 from mnist_ray.report.run_files import merged, read_csv
 from mnist_ray.storage import RunFolder
-from mnist_ray.training.events import TIMES, Progress, Saved, Started
+from mnist_ray.training.events import TIMES, Progress, Saved
 from mnist_ray.training.stopwatch import PARTS
 from tests.conftest import mnist
 
@@ -40,23 +40,12 @@ def test_the_mean_seconds_of_a_worker_are_columns_of_steps_csv(run: RunFolder) -
     first, second = TIMES[:2]
     rows = [(row[first.name], row[second.name]) for row in read_csv(run, "steps.csv")]
     assert rows == [("1.5", "0.25"), ("0.375", "1.5"), ("", "")]
-    joined = merged([{"step": 2, "epoch": 0.5, "data_s": 1.5}, {"step": 3, "epoch": 1.0, "data_s": 0.375}], 4, TIMES)
+    joined = merged([{"step": 2, "epoch": 0.5, "data_s": 1.5}, {"step": 3, "epoch": 1.0, "data_s": 0.375}], 2, TIMES)
     assert [row["data_s"] for row in joined] == [1.875]
-
-
-def test_the_seconds_of_each_worker_are_added() -> None:
-    times = TimeSpent()
-    for parts in ([in_parts(1.0, 0.5), in_parts(2.0)], [in_parts(4.0)]):
-        times.add(progress(1, *parts))
-    times.add(Saved(1, {}, [in_parts(0.0, 1.0), in_parts(0.0, 1.0)]))
-    assert [(seconds["data"], seconds["copies"]) for seconds in times.of_workers] == [(5.0, 1.5), (2.0, 1.0)]
 
 
 def spent(*workers: dict[str, float]) -> TimeSpent:
     times = TimeSpent()
-    times.add(
-        Started(len(workers), tuple(f"host{number}" for number in range(len(workers))), 1, "cpu", "fp32", 0, 0, 0)
-    )
     times.add(progress(1, *([(HEALTHY | seconds)[part] for part in PARTS] for seconds in workers)))
     return times
 
@@ -86,13 +75,7 @@ def test_a_short_training_has_no_note() -> None:
         ([{"data": 150.0}], "waiting for data took 61% of the time (150.0 s)", "--loader-workers"),
         ([{"storage": 50.0}], "checkpoints took 34% of the time (50.0 s)", "the storage is slow"),
         ([{"checkpoints": 50.0}], "checkpoints took 34% of the time (50.0 s)", "the state is large"),
-        ([{"workers": 99.0}] * 4, "all workers wait for gradients 52% of the time", "a larger --batch-size"),
         ([{"callbacks": 40.0}], "callbacks took 29% of the time (40.0 s)", "less often"),
-        (
-            [{"workers": 90.0}, {"compute": 170.0, "workers": 1.0}, {"workers": 92.0}],
-            "the other workers wait 50% of the time for worker 1 on host1",
-            "2.1 times as slow",
-        ),
     ],
 )
 def test_what_has_slowed_a_training_is_noted_once(workers: list[dict[str, float]], cause: str, remedy: str) -> None:

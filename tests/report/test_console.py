@@ -29,16 +29,6 @@ def show_a_run(quiet: bool) -> None:
         printer.result("test", "done")
 
 
-def test_steps_without_weight_are_counted_once_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
-    skipping = dataclasses.replace(PROGRESS, losses=[math.nan, 0.5, math.nan])
-    with RunConsole(mnist(), 2, quiet=False) as printer:
-        for event in (PROGRESS, skipping, EpochFinished(skipping), EpochFinished(PROGRESS)):
-            printer.show(event)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "note" in line] == ["note       skipped 2 steps: all weights of the batch are 0"]
-    assert skipping.loss == 0.5
-
-
 def test_without_a_stream_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", None)
     show_a_run(quiet=False)
@@ -121,23 +111,6 @@ def test_texts_are_escaped_and_redacted(capsys: pytest.CaptureFixture[str]) -> N
         r"note       a\x1b[31m\n[red]:smile: s3://***@bucket",
         r"no\nte     b\x1b[31m",
         r"lost       c\r; replacing the workers …",
-    ]
-
-
-def test_a_long_test_shows_how_far_it_is_and_a_short_one_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("mnist_ray.report.console.time.monotonic", lambda: now[0])
-    with RunConsole(mnist(), 2, quiet=False) as printer:
-        show = printer.testing(1000)
-        for second, num_done in ((5, 0), (6, 100), (16, 550), (17, 600), (26, 1000)):  # it begins in the fifth second
-            now[0] = 100.0 + second
-            show(num_done)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "evaluating 550/1,000  50 images/s  0:09 left",
-        "evaluating 1,000/1,000  48 images/s  0:00 left",
     ]
 
 
