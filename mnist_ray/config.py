@@ -149,7 +149,7 @@ class TrainConfig:
     micro_batch_size: int | None = setting(None, "examples per forward pass; gradients are accumulated", **at_least(1))
     strategy: Literal["ddp", "fsdp"] = setting("ddp", "fsdp: each worker holds a part of the training state", **_FREE)
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler and takes a minute")
-    callback: tuple[str, ...] = _code("your Callback, or profiler", "mnist_ray.training.callback:Callback", **_SHARED)
+    callback: tuple[str, ...] = _code("your Callback", "mnist_ray.training.callback:Callback", **_SHARED)
     limit: float = setting(
         1.0, "fraction of all data, at random", **_SHARED, **rule(lambda part: 0 < part <= 1, "must be in (0, 1]")
     )
@@ -157,7 +157,7 @@ class TrainConfig:
     overfit_batches: int | None = setting(None, "train and test only on this many batches", **_SHARED, **at_least(1))
     checkpoint_every: int | None = setting(
         None,
-        "steps between checkpoints within an epoch; auto: as often as the storage and 1 % of the time allow",
+        "steps between checkpoints within an epoch; auto: one each minute",
         unset="auto",
         **_FREE,
         **at_least(1),

@@ -92,11 +92,6 @@ class RunConsole:
                 self._is_lost = True
             case events.Note(text):
                 self.say("note", text)
-            case events.NodeLeaving(in_s):
-                when = "soon" if in_s == math.inf else f"in {max(0, in_s):.0f} s"
-                self.say("note", f"a worker's node will be preempted {when}; saving a checkpoint")
-            case events.Stopping():
-                self.say("note", "interrupted: saving a checkpoint (Ctrl-C again to stop at once)")
             case Progress():
                 self._progress(event)
             case events.EpochFinished(last):
@@ -108,9 +103,6 @@ class RunConsole:
                 self.say("", f"validation after epoch {event.epoch}: {values} ({event.seconds:.1f} s)")
                 if math.isnan(event.values[(monitor := self._workload.monitor.name)]):
                     self.say("note", f"{monitor} is NaN, so the checkpoint of epoch {event.epoch} counts as the worst")
-            case events.StoppedEarly(epoch, best_epoch):
-                best = f": validation was best after epoch {best_epoch}" if best_epoch else ""
-                self.say("stopped", f"after epoch {epoch}{best}")
 
     def show_evaluation(self, tested: Evaluation, evaluated: Evaluated = "test") -> None:
         """Print the result on a set."""

@@ -92,8 +92,7 @@ class FailureCallback(UserCallback):
         for error in worker_exceptions.values():
             if isinstance(error, TrainingStoppedError):
                 raise error  # to Ray, this is an error of its own controller, so it does not retry
-        is_failure = not any(getattr(error, "preempted", False) for error in worker_exceptions.values())
-        self._event_queue.put.remote(WorkersLost(describe(worker_exceptions), is_failure=is_failure))
+        self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
 
     def _show_life(self) -> None:
         controller = ray.get_runtime_context().current_actor

@@ -37,7 +37,7 @@ from mnist_ray.schema import INITIAL_FILE
 from mnist_ray.signals import InterruptFlag, defer_first_interrupt
 from mnist_ray.storage import in_one_line
 from mnist_ray.text import count, format_settings
-from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkersLost
+from mnist_ray.training.events import STOPPING, ControllerAlive, Event, Note, Outcome, Started, WorkersLost
 from mnist_ray.training.state import StopWantedError
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
@@ -125,7 +125,7 @@ class LocalSink(Sink):
         """Return whether Ctrl-C was pressed, and report that once."""
         if self._interrupted.is_set and not self._is_stopping:
             self._is_stopping = True
-            self.send(Stopping())
+            self.send(STOPPING)
         return self._is_stopping
 
 
@@ -204,7 +204,7 @@ class _Listener:
             if interrupted.is_set and self._is_training and not self._is_stopping:
                 self._is_stopping = True
                 self._event_queue.request_stop.remote()
-                self._on_event(Stopping())
+                self._on_event(STOPPING)
 
     def _taken(self) -> list[Event]:
         """Return the new events. Raises RaySilentError if the queue or the controller shows no life for too long."""

@@ -82,8 +82,6 @@ class Checkpointer:
                 callback.state_dict()
             return
         self.wait(state)
-        with state.watch.on(STORAGE):
-            state.pace.wait()
         about = {"config": asdict(self._job.train), "workload": self._job.workload.identity}
         about |= {"metrics": metrics.to_dict(), "versions": versions()}
         if self._config.reproducible:
@@ -92,7 +90,7 @@ class Checkpointer:
         folder = self._job.run.inside(checkpoint_name(state.epoch, state.step))
 
         def write() -> None:
-            with in_one_line("the storage has failed"), state.pace.writing():
+            with in_one_line("the storage has failed"):
                 copied.write(folder, self._writers)
                 if self._group.rank == 0 and self._config.keep_checkpoints is not None:
                     drop_worse(self._job.run, self._config.keep_checkpoints)

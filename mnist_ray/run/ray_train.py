@@ -25,7 +25,7 @@ from mnist_ray.ray_versions import preemption_info
 from mnist_ray.run.failures import FailureCallback, code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Sink, train_worker
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.events import Event, NodeLeaving, Outcome, Progress
+from mnist_ray.training.events import Event, Note, Outcome, Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError, TrainingState
 
@@ -183,5 +183,7 @@ class Preemption(Callback):
         if info is None or self._saved_for.issuperset(info.preempted_node_ids):
             return False
         self._saved_for.update(info.preempted_node_ids)
-        self._sink.send(NodeLeaving(math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()))
+        left_s = math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()
+        when = f"in {max(0, left_s):.0f} s" if math.isfinite(left_s) else "soon"
+        self._sink.send(Note(f"a worker's node will be preempted {when}; saving a checkpoint"))
         return True

@@ -31,7 +31,7 @@ from mnist_ray.provenance import arithmetic
 from mnist_ray.run.policies import Checkpointer, Validator
 from mnist_ray.schema import INITIAL_FILE
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, StoppedEarly, Validated
+from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, Validated
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.training.stopwatch import CHECKPOINTS
 from mnist_ray.training.timing import is_bf16_slow
@@ -185,7 +185,8 @@ class Worker(Callback):
         self.wait()
         state = self.state
         if state.epoch < self.config.num_epochs:
-            self.sink.send(StoppedEarly(state.epoch, best_epoch(state.scores) if state.scores else None))
+            best = f": validation was best after epoch {best_epoch(state.scores)}" if state.scores else ""
+            self.sink.send(Note(f"training stopped after epoch {state.epoch}{best}"))
 
     def on_step(self, state: TrainingState) -> None:
         """Show that this worker does not hang."""
@@ -209,10 +210,9 @@ class Worker(Callback):
             self._after_validation(state, metrics)
         metrics = replace(metrics, is_over=is_over(state, self.config))
         self.watchdog.heartbeat(STORAGE_LIMIT_S)
-        with state.pace.saving():
-            self._checkpointer.save(state, metrics)
-            if metrics.is_validated and math.isfinite(self.spec.until_epoch):  # a sweep does not train it again
-                self._checkpointer.wait(state)
+        self._checkpointer.save(state, metrics)
+        if metrics.is_validated and math.isfinite(self.spec.until_epoch):  # a sweep does not train it again
+            self._checkpointer.wait(state)
         self.watchdog.heartbeat()
         if metrics.is_validated or state.step == 0:
             state.watch.turn(CHECKPOINTS)

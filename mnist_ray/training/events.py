@@ -50,24 +50,14 @@ class Note(Event):
     text: str  # one line
 
 
+STOPPING = Note("interrupted: saving a checkpoint (Ctrl-C again to stop at once)")
+
+
 @dataclass(frozen=True)
 class WorkersLost(Event):
     """Workers died or failed; Ray stops the others and resumes from the last checkpoint."""
 
     reason: str  # one line
-    is_failure: bool = True  # False: a node was preempted, which does not count as one of ``max_failures``
-
-
-@dataclass(frozen=True)
-class NodeLeaving(Event):
-    """A worker's node will be preempted; a checkpoint is saved first."""
-
-    in_s: float  # seconds until then; infinite if nobody knows
-
-
-@dataclass(frozen=True)
-class Stopping(Event):
-    """The user has interrupted the run; a checkpoint is saved before it stops."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +131,6 @@ class Outcome(Event):
 
     diverged: Exception | None = None  # a TrainingDivergedError
     is_stopped: bool = False  # as requested, before its last epoch
-
-
-@dataclass(frozen=True)
-class StoppedEarly(Event):
-    """Training has ended before its last epoch: by early stopping, or by a callback."""
-
-    epoch: int  # the last epoch, counted from 1
-    best_epoch: int | None  # None without validation
 
 
 def seconds_of(event: Progress | Saved) -> dict[str, float]:

@@ -17,7 +17,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.tensors import is_sharded
 from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.training.metrics import MetricSums
-from mnist_ray.training.stopwatch import Pace, Stopwatch
+from mnist_ray.training.stopwatch import Stopwatch
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.calls import placed
 
@@ -53,7 +53,6 @@ class TrainingState:
     learning_rate: float = math.nan  # of the last step, in the first parameter group
     logged: dict[str, list[Tensor]] = field(default_factory=dict)  # outside of losses, since the last report
     watch: Stopwatch = field(default_factory=Stopwatch)
-    pace: Pace = field(default_factory=Pace)
 
     @property
     def optimizer(self) -> Optimizer:

@@ -1,11 +1,10 @@
-"""Where a worker's time goes, and when a checkpoint is worth its cost."""
+"""Where a worker's time goes."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -25,8 +24,6 @@ PARTS = {  # with their names on the console and in the report
 }
 
 Item = TypeVar("Item")
-_MAX_COST = 0.01  # of the time since the last checkpoint
-_FIRST_S = 5.0  # of training before the first checkpoint, whose cost is not known yet
 
 
 class Stopwatch:
@@ -94,44 +91,3 @@ class Stopwatch:
             seconds[part] += start.elapsed_time(end) / 1000 if self.is_on_gpu else end - start
         self._turns = self._turns[-1:]
         return list(seconds.values())
-
-
-class Pace:
-    """Decides when to save within an epoch: if a checkpoint costs at most 1 % of the time since the last one.
-
-    The cost is the time for which training stands still, plus the processor time of the thread that writes it.
-    """
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now, self._saved_at = now, now()
-        self._stall_s, self._write_s = _FIRST_S * _MAX_COST, 0.0
-        self._written = threading.Event()
-        self._written.set()
-
-    def is_due(self) -> bool:
-        """Return whether to save now. Only one checkpoint is written at a time."""
-        is_cheap = self._now() - self._saved_at > (self._stall_s + self._write_s) / _MAX_COST
-        return self._written.is_set() and is_cheap
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Measure the block in which training stands still for a checkpoint."""
-        began_at = self._now()
-        yield
-        self._saved_at = self._now()
-        self._stall_s = self._saved_at - began_at
-
-    def wait(self) -> None:
-        """Wait until no checkpoint is being written, and announce the next one."""
-        self._written.wait()
-        self._written.clear()
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Measure the block, in a thread of its own, that writes the announced checkpoint."""
-        start = time.thread_time()
-        try:
-            yield
-        finally:
-            self._write_s = time.thread_time() - start
-            self._written.set()

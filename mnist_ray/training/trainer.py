@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -21,10 +19,8 @@ from mnist_ray.data.batches import Batches, MicroBatch, batch_loader, order_of, 
 from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import ShardedBatchSampler
 from mnist_ray.data.tensors import rows_here, with_fast_layout
-from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.parallel import sharding
 from mnist_ray.parallel.group import Group
-from mnist_ray.storage import others_can_write
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
@@ -230,18 +226,8 @@ def _prepare_compilation(model: nn.Module) -> None:
     """Let a model be compiled for each shape of its inputs.
 
     A resumed run does not see earlier batches, so kernels must not depend on them. By default, PyTorch compiles only
-    the first eight shapes, and runs others as they are; this fails instead. Raises TrainingStoppedError if others can
-    write where PyTorch caches programs.
+    the first eight shapes, and runs others as they are; this fails instead.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imports much of inductor
-
-    folder = default_cache_dir()  # has precompiled headers, whatever TORCHINDUCTOR_CACHE_DIR is
-    with contextlib.suppress(OSError):
-        os.mkdir(folder, 0o700)
-    if others_can_write(folder):
-        raise TrainingStoppedError(
-            f"--compile would execute programs from {folder}, where others can write: remove it, or set TMPDIR"
-        )
     torch.compiler.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     model.compile(dynamic=False)

@@ -26,6 +26,7 @@ from mnist_ray.workload.figures import GRADIENT_NORM
 
 _FIRST_INTERVAL_STEPS = 10
 _REPORT_INTERVAL_S = 0.5
+_SAVE_INTERVAL_S = 60.0  # without --checkpoint-every
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class LoggingWindow:
 
     def restart_clock(self) -> None:
         """Do not count the time since the last window, which was spent on saving or between epochs."""
-        self._start = time.perf_counter()
+        self._start = self._saved_at = time.perf_counter()
 
     def add(self, sums: Mapping[str, Tensor], global_size: int, gradient_norm: Tensor | None) -> None:
         """Add a step: its sums on this rank, one number or a row of the chunks' each, and its global batch size."""
@@ -108,10 +109,10 @@ class LoggingWindow:
 
     def _decide(self, callbacks: Sequence[Callback]) -> Decision:
         state = self._state
-        elapsed_s = time.perf_counter() - self._start
-        self.restart_clock()
+        now = time.perf_counter()
+        elapsed_s, self._start = now - self._start, now
         stops = state.total_step == state.last_step or any(callback.wants_stop() for callback in callbacks)
-        saves = self._must_save() if self._checkpoint_every is not None else state.pace.is_due()
+        saves = now - self._saved_at > _SAVE_INTERVAL_S if self._checkpoint_every is None else self._must_save()
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
         return Decision(saves or stops, stops, elapsed_s, next_interval)
 

@@ -66,9 +66,8 @@ _BUILT_IN = {
     "tensorboard": "mnist_ray.trackers.tensorboard",
     "wandb": "mnist_ray.trackers.wandb",
     "mlflow": "mnist_ray.trackers.mlflow",
-    "profiler": "mnist_ray.training.profiler",
 }
-"""Modules of this package by the names that ``--tracker`` and ``--callback`` take."""
+"""Modules of this package by the names that ``--tracker`` takes."""
 _being_run = set[str]()  # files that are loaded now
 alone = threading.RLock()
 """Held while a user's code is loaded or creates a model: it may not be thread-safe."""

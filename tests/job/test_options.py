@@ -23,7 +23,7 @@ def test_a_run_stops_early(quick: Flags, tmp_path: Path, capsys: pytest.CaptureF
     more |= {"learning_rate": 1e-9, "limit": 0.5, "lr_schedule": "constant"}
     run_main("train", *quick(**more))
     said = capsys.readouterr().out
-    assert "stopped    after epoch 2: validation was best after epoch 1" in said
+    assert "note       training stopped after epoch 2: validation was best after epoch 1" in said
     changed = (
         "optimizer sgd, label smoothing 0.1, ema decay 0.9, early stopping patience 1, validation size 600, limit 0.5"
     )
@@ -92,7 +92,7 @@ def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers_with_its_best_tw
     (tmp_path / "counts.py").write_text(COUNTS)
     flags = quick(num_epochs=9, num_workers=2, callback=callback)
     run_main("train", *flags, "--callback", f"{tmp_path}/counts.py:Counts(num_ranks=2)")
-    assert "stopped    after epoch 5: validation was best after epoch " in capsys.readouterr().out
+    assert "note       training stopped after epoch 5: validation was best after epoch " in capsys.readouterr().out
     run = tmp_path / "run"
     callbacks = [f"{callback}:Written", f"{tmp_path}/counts.py:Counts(num_ranks=2)"]
     assert json.loads((run / "config.json").read_text())["callback"] == callbacks

@@ -56,12 +56,12 @@ from mnist_ray.signals import InterruptFlag
 from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import (
+    STOPPING,
     ControllerAlive,
     Event,
     Note,
     Outcome,
     Started,
-    Stopping,
     Validated,
     WorkersLost,
 )
@@ -213,7 +213,7 @@ def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monke
     queue = queue_of([[started], [], [lost], [], [ControllerAlive("its actor")], []], threading.Event())
     with pytest.raises(KeyboardInterrupt):
         fit.fit_and_listen(Mock(fit=over.wait), queue, note)
-    assert events == [started, Stopping(), lost]
+    assert events == [started, STOPPING, lost]
     queue.request_stop.remote.assert_called_once()
 
 
@@ -431,7 +431,6 @@ def test_a_hung_workers_time_limit_is_for_a_step_and_longer_for_the_storage(
     saved: list[float] = []
     monkeypatch.setattr(Checkpointer, "save", lambda *given: saved.append(limits[-1]))
     state = Mock(step=1, steps_per_epoch=10, epoch=0, scores=[], ends=False, epoch_s=0.1, finished_s=0)
-    state.pace.saving = contextlib.nullcontext
     with Watchdog(600) as watchdog:
         training = worker_of(watchdog)
         for now[0] in (0, 0.01, 9, 20):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,9 +20,8 @@ from mnist_ray.data.data import Arrays, Split
 from mnist_ray.errors import UsageError
 from mnist_ray.job.job import read_job
 from mnist_ray.parallel.group import Group
-from mnist_ray.training.events import Progress
 from mnist_ray.training.state import TrainingState
-from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, DATA, PARTS, START, WORKERS, Pace, Stopwatch
+from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, DATA, PARTS, START, WORKERS, Stopwatch
 from mnist_ray.training.trainer import Trainer, create_state
 from tests.conftest import mnist
 from tests.ranks import Hooks, call_on_ranks, joined
@@ -134,69 +133,25 @@ def test_a_worker_waits_for_a_slower_one(ranks: ProcessPoolExecutor, few_images:
 # --- checkpoints within an epoch
 
 
-class Moments:
-    """A clock that is set by hand."""
+def weights_and_saves(images: Arrays, config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Train for 75 steps of a second each; return the weights, and the steps at which a checkpoint was saved."""
+    now, saves, workload, split = [0.0], list[int](), mnist(), Split(images)
 
-    now = 100.0
+    def pass_time(state: TrainingState) -> None:
+        now[0] += 1.0
 
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_a_checkpoint_is_due_once_it_costs_a_hundredth_of_the_time() -> None:
-    clock = Moments()
-    pace = Pace(clock)
-    clock.now += 4.9
-    assert not pace.is_due(), "nobody knows the cost of the first one"
-    clock.now += 0.2
-    assert pace.is_due()
-    with pace.saving():
-        clock.now += 0.3
-    clock.now += 29.9
-    assert not pace.is_due()
-    clock.now += 0.2
-    assert pace.is_due()
-
-
-def test_no_checkpoint_is_due_while_one_is_written() -> None:
-    clock = Moments()
-    pace = Pace(clock)
-    with pace.saving():
-        pace.wait()
-    clock.now += 1000
-    assert not pace.is_due()
-    with pace.writing():
-        pass
-    clock.now += 1000
-    assert pace.is_due()
-
-
-class Eager(Pace):
-    """Finds that each moment is a good one."""
-
-    def is_due(self) -> bool:
-        return True
-
-
-def weights_and_saves(
-    images: Arrays, config: TrainConfig, pace: Pace, **hooks: Callable
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    def save(state: TrainingState, progress: Progress) -> None:
-        with state.pace.saving():
-            saves.append(state.total_step)
-
-    saves, workload, split = list[int](), mnist(), Split(images)
+    hooks = Hooks(on_step=pass_time, on_checkpoint=lambda state, progress: saves.append(state.total_step))
     state = create_state(workload, config, len(split), Group())
-    state.pace = pace
-    Trainer(workload, state, split, config, Group(), [Hooks(on_checkpoint=save, **hooks)]).train()
+    with mock.patch("mnist_ray.training.window.time", mock.Mock(perf_counter=lambda: now[0])):
+        Trainer(workload, state, split, config, Group(), [hooks]).train()
     return state.model.state_dict(), saves
 
 
-def test_checkpoints_are_saved_at_good_moments_and_change_no_weight(few_images: Arrays) -> None:
-    expected, none = weights_and_saves(few_images, replace(CONFIG, checkpoint_every=10**6), Eager())
+def test_checkpoints_are_saved_each_minute_and_change_no_weight(few_images: Arrays) -> None:
+    expected, none = weights_and_saves(few_images, replace(CONFIG, checkpoint_every=10**6))
     assert none == [75], "the end of the epoch"
-    found, saves = weights_and_saves(few_images, replace(CONFIG, checkpoint_every=None), Eager())
-    assert (saves[0], saves[-1]) == (10, 75), "the first window ends after ten steps"
+    found, saves = weights_and_saves(few_images, replace(CONFIG, checkpoint_every=None))
+    assert saves == [61, 75]
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
