@@ -363,7 +363,9 @@ class ProjectConfig:
 class EvaluationConfig:
     """Evaluation on Ray."""
 
-    num_tasks: int | None = setting(None, "Ray tasks for the test; default: one, or more if it is long", **at_least(1))
+    num_tasks: int | None = setting(
+        None, "Ray tasks for the test; default: one per GPU, else one per node", **at_least(1)
+    )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
     plain_ray: bool = setting(False, _PLAIN)
 

@@ -133,9 +133,6 @@ KEYS: Mapping[str, Mapping[str, Entry]] = {
             " (metric, −loss) by which checkpoints are compared, and `is_over`, whether the training ends here"
         ),
         "versions": Entry("of Python, PyTorch, Ray, NumPy and this package"),
-        "arithmetic": Entry(
-            "with `--reproducible`: what the last bits depend on, the processor and the versions", is_optional=True
-        ),
         "sha256": Entry("the digest of each file, and of `state.json` without this entry"),
     },
 }

@@ -21,7 +21,6 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,22 +53,8 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.state import TrainingState, parameters_of
 
-_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "bf16_is_slow", "ends")
+_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "bf16_is_slow", "ends", "read_to")
 """Fields of a TrainingState, stored unchanged."""
-
-
-class OtherModelError(TrainingStoppedError):
-    """A checkpoint does not fit the model or optimizer that the workload creates now."""
-
-
-@dataclass(frozen=True)
-class Restored:
-    """The checkpoint from which a run resumes."""
-
-    name: str = ""  # its folder; empty if there is no checkpoint
-    metrics: CheckpointMetrics = dataclasses.field(default_factory=CheckpointMetrics)
-    arithmetic: dict[str, Any] | None = None  # of the machine that wrote the checkpoint, with --reproducible
-    damaged: tuple[str, ...] = ()  # newer checkpoints that were skipped: damaged, or from another version
 
 
 @dataclass(frozen=True)
@@ -137,10 +122,10 @@ def snapshot(
         name: _split_state(name, optimizer, of_optimizers) for name, optimizer in state.optimizers.items()
     }
     training["schedulers"] = {name: scheduler.state_dict() for name, scheduler in state.schedulers.items()}
-    training["callbacks"] = [_state_of(callback) for callback in callbacks]
-    if state.read_to is not None:
-        _check_state(state.read_to, "the training stream's state_dict")
-        training["read_to"] = state.read_to
+    training["callbacks"] = [callback.state_dict() for callback in callbacks]
+    for callback, values in zip(callbacks, training["callbacks"], strict=True):
+        check_kept(values, f"{type(callback).__name__}.state_dict")
+    check_kept(state.read_to, "the training stream's state_dict")
     trained = {} if state.average is None else state.model.state_dict()
     tensors = {}
     for kind, of_kind in ((MODEL, state.result.state_dict()), (TRAINED, trained), (OPTIMIZER, of_optimizers)):
@@ -156,27 +141,14 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
-def check_kept(values: object) -> None:
-    """Raise torch's error if a checkpoint cannot hold these values, since it is read with ``weights_only``."""
+def check_kept(values: object, what: str) -> None:
+    """Raise UsageError if a checkpoint cannot hold these values, since it is read with ``weights_only``."""
     saved = io.BytesIO()
-    torch.save(values, saved)
-    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-
-
-def _check_state(values: object, what: str, place: str = "") -> None:
-    """Raise TrainingStoppedError if a checkpoint cannot hold these values."""
     try:
-        check_kept(values)
+        torch.save(values, saved)
+        torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
     except Exception as error:  # torch's own message would advise running code
-        found = f"{what} returns more than numbers, strings, lists, dicts and tensors{place}"
-        raise TrainingStoppedError(found) from error
-
-
-def _state_of(callback: Callback) -> dict[str, Any]:
-    values, code = callback.state_dict(), callback.state_dict.__code__
-    place = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    _check_state(values, f"{type(callback).__name__}.state_dict", place)
-    return values
+        raise UsageError(f"{what} has more than numbers, strings, lists, dicts and tensors") from error
 
 
 def _split_state(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -207,7 +179,7 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
     """Load a checkpoint into a newly created ``state``; return its state.json.
 
     Raises UsageError if there is no checkpoint, JobError if it is damaged or cannot be read; both leave ``state``
-    intact. OtherModelError, if the checkpoint does not fit, may leave it half loaded.
+    intact. TrainingStoppedError, if the checkpoint does not fit, may leave it half loaded.
     """
     document, saved = _read(folder, state)
     _load(saved, state, callbacks, folder)
@@ -244,7 +216,7 @@ def _read(folder: RunFolder, state: TrainingState) -> tuple[dict[str, Any], dict
 
 
 def _load(saved: dict[str, Any], state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
-    """Put what was read from a checkpoint into a newly created ``state``. Raises OtherModelError."""
+    """Put what was read from a checkpoint into a newly created ``state``. Raises TrainingStoppedError."""
     load_weights(state.result, saved[MODEL], folder)
     try:
         if state.average is not None:
@@ -259,34 +231,36 @@ def _load(saved: dict[str, Any], state: TrainingState, callbacks: Sequence[Callb
         raise
     except Exception as error:  # the digest is right, so the file is whole: the code must have changed
         reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
-        raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}", fix="restore the code") from error
+        raise TrainingStoppedError(f"checkpoint {folder.uri} does not fit {reason}", fix="restore the code") from error
     for name in ("sums", *_COUNTERS):
         setattr(state, name, saved[name])
-    state.read_to = saved.get("read_to")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFolder) -> None:
-    """Load weights into a model. Raises OtherModelError."""
+    """Load weights into a model. Raises TrainingStoppedError."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         problem = f"checkpoint {folder.uri} does not fit the model: {str(error).splitlines()[-1].strip()}"
         fix = "restore the code and the settings (the run's origin.json has the commit)"
-        raise OtherModelError(problem, fix=fix) from error
+        raise TrainingStoppedError(problem, fix=fix) from error
 
 
 def restore_newest(
     run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = (), group: Group | None = None
-) -> Restored:
+) -> tuple[CheckpointMetrics, tuple[str, ...]]:
     """Load the newest intact checkpoint in a run's folder into ``state``; if there is none, leave ``state`` unchanged.
 
+    Returns its metrics, and the names of newer checkpoints that were skipped: damaged, or from another version.
+
     All ranks of ``group`` must call this, and all restore the same checkpoint: one that all can read, of those that
-    rank 0 sees; the others wait until their storage shows it. Raises OtherModelError if the checkpoint does not fit the
-    model, JobError if the storage cannot be read.
+    rank 0 sees; the others wait until their storage shows it. Raises TrainingStoppedError if the checkpoint does not
+    fit the model, JobError if the storage cannot be read.
     """
-    group, damaged = group or Group(), list[str]()
+    group, skipped = group or Group(), list[str]()
     with in_one_line(f"cannot read {run.uri}"):
-        for name, is_whole in reversed(group.gathered(_seen_by(run) if group.rank == 0 else {})[0].items()):
+        seen = with_retries(functools.partial(_are_whole, run)) if group.rank == 0 else {}
+        for name, is_whole in reversed(group.gathered(seen)[0].items()):
             found, folder = None, run.inside(name)
             with contextlib.suppress(DamagedCheckpointError, UsageError):
                 if is_whole:
@@ -296,15 +270,14 @@ def restore_newest(
             if found is not None and is_readable:
                 document, saved = found
                 _load(saved, state, callbacks, folder)
-                metrics = CheckpointMetrics.of(document.get("metrics", {}))
-                return Restored(name, metrics, document.get("arithmetic"), tuple(damaged))
-            damaged.append(name)
-    return Restored(damaged=tuple(damaged))
+                return CheckpointMetrics.of(document.get("metrics", {})), tuple(skipped)
+            skipped.append(name)
+    return CheckpointMetrics(), tuple(skipped)
 
 
-def _seen_by(run: RunFolder) -> dict[str, bool]:
+def _are_whole(run: RunFolder) -> dict[str, bool]:
     """Return the names of the checkpoints, the newest last, and whether each was written to its end."""
-    return with_retries(lambda: {name: run.inside(name).exists(STATE_FILE) for name in run.checkpoint_names()})
+    return {name: run.inside(name).exists(STATE_FILE) for name in run.checkpoint_names()}
 
 
 def _check_visible(folder: RunFolder) -> None:

@@ -21,6 +21,7 @@ from mnist_ray.checkpoints.state_file import (
     MODEL,
     CheckpointMetrics,
     DamagedCheckpointError,
+    read_metrics,
     read_state,
     tensors_of,
 )
@@ -36,20 +37,11 @@ from mnist_ray.workload.calls import placed
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The checkpoint of a trained run to test."""
-
-    checkpoint: RunFolder  # the best by validation; the last if no examples were held out
-    metrics: CheckpointMetrics  # of that checkpoint
-
-
-@dataclass(frozen=True)
 class Found:
     """A checkpoint with its workload."""
 
     checkpoint: RunFolder
     workload: Workload
-    metrics: CheckpointMetrics  # of the training
     notes: tuple[str, ...]  # for the user
 
     def load_model(self) -> Any:
@@ -83,8 +75,7 @@ def find(
     check_known(changes or (), declared(workload_class.Settings), "--set")
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
     workload = workload_class(settings, saved["metadata"])
-    metrics = CheckpointMetrics.of(document.get("metrics", {}))
-    return Found(checkpoint, workload, metrics, tuple(notes))
+    return Found(checkpoint, workload, tuple(notes))
 
 
 def read_initial(workload: Workload, init_from: str, storage_path: str) -> tuple[bytes, str]:
@@ -120,13 +111,13 @@ def checkpoint_of(run: RunFolder) -> RunFolder:
         if run.exists(CONFIG_FILE):
             raise UsageError(f"run {run.uri} has no checkpoint yet")
         raise UsageError(f"{run.uri} is neither a checkpoint nor a run with a checkpoint")
-    return best_of(run).checkpoint
+    return best_of(run)
 
 
-def best_of(run: RunFolder) -> Fitted:
+def best_of(run: RunFolder) -> RunFolder:
     """Return the best checkpoint by validation; without validation, the last. Raises JobError if all are damaged."""
-    for name, metrics in checkpoints_of(run):
-        return Fitted(run.inside(name), metrics)
+    for name, _ in checkpoints_of(run):
+        return run.inside(name)
     raise JobError(f"{run.uri} has only damaged checkpoints; start another run")
 
 
@@ -138,7 +129,7 @@ def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
     found = []
     for name in with_retries(run.checkpoint_names):
         with contextlib.suppress(DamagedCheckpointError, UsageError):
-            found.append((name, CheckpointMetrics.of(read_state(run.inside(name)).get("metrics", {}))))
+            found.append((name, read_metrics(run.inside(name))))
     validated = [pair for pair in found if pair[1].is_validated and pair[1].step == 0]
     others = [pair for pair in reversed(found) if pair not in validated]
     return sorted(validated, key=lambda pair: pair[1].score, reverse=True) + others

@@ -98,6 +98,11 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
         return document
 
 
+def read_metrics(folder: RunFolder) -> CheckpointMetrics:
+    """Return a checkpoint's metrics. Raises like ``read_state``."""
+    return CheckpointMetrics.of(read_state(folder).get("metrics", {}))
+
+
 def tensors_of(
     folder: RunFolder, document: dict[str, Any], kind: str, own: Callable[[str], Tensor | None] = lambda key: None
 ) -> dict[str, Tensor]:

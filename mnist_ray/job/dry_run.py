@@ -329,9 +329,8 @@ class _Trial:
     def check_checkpoint(self, state: TrainingState) -> None:
         """Raise UsageError if a checkpoint cannot hold the state, or another model computes something else with it."""
         if self.has_optimizers:
-            what = "a checkpoint of the state_dict of optimizer and schedule"
-            with placed(self.workload, f"{what} (tensors, numbers and strings, as torch.optim returns them)"):
-                check_kept(snapshot(state, {}).training)
+            with placed(self.workload, "a checkpoint of optimizer and schedule"):
+                check_kept(snapshot(state, {}).training, f"{self.name}: a state_dict of optimizer or schedule")
         again = self.new_model(self.config.seed + 1)  # an evaluation has another seed, too
         again.load_state_dict(self.model.state_dict())
         evaluation = self.evaluated(self.few)

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from mnist_ray.checkpoints.find import Fitted, read_initial, weights_digest
-from mnist_ray.checkpoints.state_file import read_state
+from mnist_ray.checkpoints.find import read_initial, weights_digest
+from mnist_ray.checkpoints.state_file import read_metrics, read_state
 from mnist_ray.cluster.nodes import check_nodes
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.data.digests import digests_of
@@ -27,6 +27,7 @@ from mnist_ray.report.run_files import FORMAT_VERSION
 from mnist_ray.schema import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import defer_first_interrupt, if_ended
+from mnist_ray.storage import RunFolder
 from mnist_ray.text import count
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, Validated
@@ -150,20 +151,21 @@ class Recorder:
             return []
         return [f"the run has trained in {before}, and continues in {event.precision} (--precision auto)"]
 
-    def begin_test(self, fitted: Fitted) -> None:
+    def begin_test(self, checkpoint: RunFolder) -> None:
         """Print which checkpoint is tested, unless it is that of the last epoch."""
         self._clock.mark("saving")
-        if fitted.metrics.epoch < max(self._history.rows, default=0):
+        metrics = read_metrics(checkpoint)
+        if metrics.epoch < max(self._history.rows, default=0):
             monitor = self._job.workload.monitor.name
-            is_known = not math.isnan(fitted.metrics.values.get(f"val_{monitor}", math.nan))
+            is_known = not math.isnan(metrics.values.get(f"val_{monitor}", math.nan))
             why = "the best by validation" if is_known else f"the first: {monitor} is NaN in each validation"
-            self._console.say("testing", f"the checkpoint of epoch {fitted.metrics.epoch}, {why}")
+            self._console.say("testing", f"the checkpoint of epoch {metrics.epoch}, {why}")
 
-    def add_test(self, fitted: Fitted, tested: Evaluation) -> None:
+    def add_test(self, checkpoint: RunFolder, tested: Evaluation) -> None:
         """Write and show the result on the test set; without one, on the validation set."""
         self._clock.mark("evaluation")
         job, test = self._job, self._session.data.test
-        self._result = self._result_of(fitted, tested)
+        self._result = self._result_of(checkpoint, tested)
         if tested.columns:
             from mnist_ray.report.columns import write_columns  # imports pyarrow's Parquet, for 0.1 s
 
@@ -174,16 +176,16 @@ class Recorder:
         for note in self._result["notes"]:
             self._warn(note)
 
-    def _result_of(self, fitted: Fitted, tested: Evaluation) -> dict[str, Any]:
+    def _result_of(self, checkpoint: RunFolder, tested: Evaluation) -> dict[str, Any]:
         """Return the content of result.json."""
-        workload = self._job.workload
-        rate = self._history.mean_rate() or fitted.metrics.values.get(RATE, math.nan)
+        workload, metrics = self._job.workload, read_metrics(checkpoint)
+        rate = self._history.mean_rate() or metrics.values.get(RATE, math.nan)
         values = {"format_version": FORMAT_VERSION, **tested.to_dict(workload, self._session.data.evaluated)} | {
             "formats": {figure.name: figure.form for figure in self._history.figures},
             "notes": tested.notes(self._session.data.test, workload.nouns),
-            "checkpoint": fitted.checkpoint.name,
-            "weights_sha256": weights_digest(read_state(fitted.checkpoint)),
-            "checkpoint_metrics": fitted.metrics.to_dict(),
+            "checkpoint": checkpoint.name,
+            "weights_sha256": weights_digest(read_state(checkpoint)),
+            "checkpoint_metrics": metrics.to_dict(),
             RATE: rate,
             "seconds": self._clock.seconds(),
             "is_resumed": self._job.is_resumed,

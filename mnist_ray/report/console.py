@@ -119,8 +119,6 @@ class RunConsole:
         self._live.update(Text())
         for name in event.damaged:
             self.say("note", f"{name} is damaged or was cut off; using the one before it")
-        for note in event.notes:
-            self.say("note", note)
         line = f"{event.num_workers} × {event.device} with {count(event.threads, 'thread')}"
         if (nodes := len(set(event.hosts))) > 1:
             line += f" on {nodes} nodes"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,14 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from mnist_ray.checkpoints.find import Found, load_model
-from mnist_ray.checkpoints.state_file import CheckpointMetrics, read_state
+from mnist_ray.checkpoints.state_file import read_state
 from mnist_ray.cluster.connection import Connection
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.nodes import Waiting
 from mnist_ray.cluster.plan import WorkerPlan, cpus_for_each, plan_workers
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, TrainConfig, WorkerConfig
-from mnist_ray.data.data import Data, Evaluated, Split
+from mnist_ray.data.data import Split
 from mnist_ray.data.sampler import split_bounds
 from mnist_ray.data.splits import splits_of
 from mnist_ray.data.tensors import with_fast_layout
@@ -39,10 +38,7 @@ from mnist_ray.workload.calls import data_of, placed
 from mnist_ray.workload.figures import IN_WORDS
 from ray_fork.starting import Forking
 
-_TASK_PAYS_S = 2.0  # of work: a process of its own takes about as long to start
-
 if TYPE_CHECKING:  # the process of an evaluation does not need these
-    from mnist_ray.checkpoints.find import Fitted
     from mnist_ray.job.session import Session
     from mnist_ray.record.recorder import Recorder
 
@@ -50,7 +46,11 @@ if TYPE_CHECKING:  # the process of an evaluation does not need these
 def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
     """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, data_of(found.workload)
-    test, evaluated = _set_of(found, data)
+    config_of_run = build(TrainConfig, read_state(found.checkpoint).get("config", {}))
+    splits = splits_of(data, config_of_run.validation_size if data.test is None else 0)
+    test, evaluated = splits.test, splits.evaluated
+    if len(test) == 0:
+        raise UsageError(f"{data.name} has neither a test nor a validation set")
     workers = WorkerConfig(plain_ray=config.plain_ray, use_gpu=config.use_gpu)
     console = RunConsole(workload, 0, quiet=False)
     note = functools.partial(console.say, "note")
@@ -60,7 +60,7 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
             note(text)
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} {IN_WORDS[evaluated]} {workload.nouns}")
-        number = config.num_tasks or num_paying(found.metrics, len(test), plan.num_workers)
+        number = config.num_tasks or plan.num_workers
         free = int(ray.available_resources().get("CPU", 0)) // number  # another job may have the others
         cpus = max(1, min(cpus_for_each(cluster.nodes, number, None, plan.use_gpu) or 1, free))
         of_tasks = replace(plan, num_workers=number, cpus_per_worker=cpus)
@@ -71,45 +71,26 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         return tested
 
 
-def _set_of(found: Found, data: Data) -> tuple[Split, Evaluated]:
-    """Return the test set or, without one, the validation set. Raises UsageError."""
-    if data.test is not None:
-        return Split(data.test, origin="test").transformed(data.transform), "test"
-    config = build(TrainConfig, read_state(found.checkpoint).get("config", {}))
-    validation = splits_of(data, config.validation_size).validation
-    if len(validation) == 0:
-        raise UsageError(f"{data.name} has neither a test nor a validation set")
-    return validation, "val"
-
-
 def evaluate_fitted(
-    session: Session, plan: WorkerPlan, record: Recorder, fitted: Fitted, *, is_last: bool = True
+    session: Session, plan: WorkerPlan, record: Recorder, checkpoint: RunFolder, *, is_last: bool = True
 ) -> None:
-    """Evaluate the fitted checkpoint on the test set or, without one, on the validation set; record the result.
+    """Evaluate a checkpoint on the test set or, without one, on the validation set; record the result.
 
     ``is_last``: nothing needs the cluster afterwards; disconnect while the report is written.
     """
     job, test = session.job, session.data.test
-    record.begin_test(fitted)
+    record.begin_test(checkpoint)
     session.console.waiting("evaluating …")
     loader_workers = job.workers.loader_workers
     if session.is_here:
-        device = "cuda" if plan.use_gpu else "cpu"
-        tested = evaluate_here(fitted.checkpoint, job.workload, test, loader_workers, device)
+        tested = evaluate_here(checkpoint, job.workload, test, loader_workers, "cuda" if plan.use_gpu else "cpu")
     else:
-        of_tasks = replace(plan, num_workers=num_paying(fitted.metrics, len(test), plan.num_workers))
-        tested = evaluate_in_tasks(job.workload, fitted.checkpoint, test, of_tasks, loader_workers, session.console)
+        tested = evaluate_in_tasks(job.workload, checkpoint, test, plan, loader_workers, session.console)
     if is_last:
         session.leave()
-    record.add_test(fitted, tested)
+    record.add_test(checkpoint, tested)
     if is_last:
         if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
-
-
-def num_paying(metrics: CheckpointMetrics, num_examples: int, most: int) -> int:
-    """Return how many tasks to start: each has work for some seconds, by the rate of a worker in the validation."""
-    rate = metrics.values.get("val_examples_per_s", math.inf)
-    return max(1, min(int(num_examples / rate / _TASK_PAYS_S), most))
 
 
 def evaluate_in_tasks(
@@ -158,11 +139,7 @@ def _evaluate_split(
 
 
 def evaluate_here(
-    checkpoint: RunFolder,
-    workload: Workload,
-    split: Split,
-    loader_workers: int,
-    device: str | torch.device = "cpu",
+    checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int, device: str | torch.device = "cpu"
 ) -> Evaluation:
     """Evaluate a checkpoint in this process."""
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32

@@ -16,7 +16,7 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
-from mnist_ray.checkpoints.find import Fitted, best_of, read_initial
+from mnist_ray.checkpoints.find import best_of, read_initial
 from mnist_ray.cluster.devices import usable
 from mnist_ray.cluster.nodes import Waiting, check_nodes, temporary_folder
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
@@ -35,7 +35,7 @@ from mnist_ray.run.ray_train import create_trainer
 from mnist_ray.run.worker import LoopSpec, Sink, train_worker
 from mnist_ray.schema import INITIAL_FILE
 from mnist_ray.signals import InterruptFlag, defer_first_interrupt
-from mnist_ray.storage import in_one_line
+from mnist_ray.storage import RunFolder, in_one_line
 from mnist_ray.text import count, format_settings
 from mnist_ray.training.events import STOPPING, ControllerAlive, Event, Note, Outcome, Started, WorkersLost
 from mnist_ray.training.state import StopWantedError
@@ -61,7 +61,7 @@ def train_run(
     plan: WorkerPlan,
     *,
     until_epoch: float = math.inf,
-    trained: Fitted | None = None,
+    trained: RunFolder | None = None,
     is_tested: bool = True,
     is_last: bool = True,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -87,7 +87,7 @@ def train_run(
 
 def fit_here(
     session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], until_epoch: float = math.inf
-) -> Fitted:
+) -> RunFolder:
     """Train in this process, without Ray: ``--num-workers 0``, for debuggers, profilers and notebooks.
 
     Returns the same as ``fit``. Raises the same errors, and those of the user's code.
@@ -129,7 +129,9 @@ class LocalSink(Sink):
         return self._is_stopping
 
 
-def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], until_epoch: float = math.inf) -> Fitted:
+def fit(
+    session: Session, plan: WorkerPlan, on_event: Callable[[Event], None], until_epoch: float = math.inf
+) -> RunFolder:
     """Train on Ray, from the last checkpoint if there is one; pass events on; return the best checkpoint.
 
     Raises TrainingStoppedError if a retry would fail too; otherwise JobError. After Ctrl-C, KeyboardInterrupt.

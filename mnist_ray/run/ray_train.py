@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -183,7 +181,5 @@ class Preemption(Callback):
         if info is None or self._saved_for.issuperset(info.preempted_node_ids):
             return False
         self._saved_for.update(info.preempted_node_ids)
-        left_s = math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()
-        when = f"in {max(0, left_s):.0f} s" if math.isfinite(left_s) else "soon"
-        self._sink.send(Note(f"a worker's node will be preempted {when}; saving a checkpoint"))
+        self._sink.send(Note("a worker's node will be preempted; saving a checkpoint"))
         return True

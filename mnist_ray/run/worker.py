@@ -6,16 +6,19 @@ import copy
 import functools
 import math
 import socket
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_ray.checkpoints import checkpoint as checkpoints
-from mnist_ray.checkpoints.find import load_fitting, read_weights
+from mnist_ray.checkpoints.find import drop_worse, load_fitting, read_weights
 from mnist_ray.checkpoints.state_file import CheckpointMetrics
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.plan import threads_per_worker
@@ -26,14 +29,17 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
-from mnist_ray.process import Watchdog, keep_freed_memory, usable_cores
-from mnist_ray.provenance import arithmetic
-from mnist_ray.run.policies import Checkpointer, Validator
+from mnist_ray.parallel.sharding import is_wanted
+from mnist_ray.process import Watchdog, in_thread, keep_freed_memory, usable_cores
+from mnist_ray.provenance import versions
 from mnist_ray.schema import INITIAL_FILE
+from mnist_ray.storage import checkpoint_name, in_one_line
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import evaluate_together
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, Validated
+from mnist_ray.training.metrics import score
 from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
-from mnist_ray.training.stopwatch import CHECKPOINTS
+from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.training.timing import is_bf16_slow
 from mnist_ray.training.trainer import Trainer, create_state
 from mnist_ray.workload import user_code
@@ -85,8 +91,8 @@ def train_worker(
         watchdog.heartbeat()
         callbacks: list[Any] = copy.deepcopy([*job.workload.callbacks])  # checkpoints match them by position
         callbacks += [user_code.create(code, Callback) for code in job.callbacks]
-        restored = checkpoints.restore_newest(job.run, state, callbacks, group)
-        config = _settle(job, state, split, config, group, is_new=not restored.name)
+        metrics, skipped = checkpoints.restore_newest(job.run, state, callbacks, group)
+        config = _settle(job, state, split, config, group)
         worker = Worker(spec, state, config, group, callbacks, sink, watchdog)
         trainer = Trainer(
             job.workload,
@@ -98,7 +104,7 @@ def train_worker(
             num_loader_processes=job.workers.loader_workers,
             read_ahead_mib=job.workers.read_ahead_mib,
         )
-        worker.start(restored)
+        worker.start(metrics, skipped)
         try:
             trainer.train()
         except Exception:  # an error of the code, or a StopWantedError
@@ -107,9 +113,7 @@ def train_worker(
         worker.end()
 
 
-def _settle(
-    job: Job, state: TrainingState, split: Split, config: TrainConfig, group: Group, *, is_new: bool
-) -> TrainConfig:
+def _settle(job: Job, state: TrainingState, split: Split, config: TrainConfig, group: Group) -> TrainConfig:
     """Choose precision and how memory is freed; return the config with its precision.
 
     A resumed run keeps the precision in ``state``. With ``--reproducible``, raises if processors differ.
@@ -117,7 +121,7 @@ def _settle(
     if config.reproducible:
         check_arithmetic(group)
     if job.train.precision == "auto" and config.precision == "bf16":
-        if is_new:
+        if state.total_step == 0:
             state.bf16_is_slow = is_bf16_slow(job.workload, state, split, config, group)
         config = replace(config, precision="fp32" if state.bf16_is_slow else "bf16")
     # Not earlier: the memory of a whole model, or of a checkpoint that was read, should go back to the kernel.
@@ -151,23 +155,23 @@ class Worker(Callback):
         job, validation = self.spec.job, self.spec.validation
         self._workload = job.workload
         self._checkpointer = Checkpointer(job, self.config, self.group, self.callbacks)
-        self._validator = None
-        if validation is not None:
-            self._validator = Validator(job, _opened(validation), self.config, self.group, self.watchdog)
-        elif any(isinstance(schedule, ReduceLROnPlateau) for schedule in self.state.schedulers.values()):
+        self._validation = None if validation is None else _opened(validation)
+        plateaus = [schedule for schedule in self.state.schedulers.values() if isinstance(schedule, ReduceLROnPlateau)]
+        if validation is None and plateaus:
             problem = "ReduceLROnPlateau looks at the validation, but there is none"
             raise TrainingStoppedError(problem, fix="remove --validation-size 0 and --overfit-batches")
 
-    def start(self, restored: checkpoints.Restored) -> None:
-        """Report the start of training, from the ``restored`` checkpoint if there is one, and what a kill has lost.
+    def start(self, metrics: CheckpointMetrics, skipped: Sequence[str]) -> None:
+        """Report the start of training, from the checkpoint with these ``metrics``, and what a kill has lost.
 
-        If a kill came before a sweep has recorded a segment, its end is the checkpoint: raise StopWantedError.
+        ``skipped``: the names of newer checkpoints, which are damaged. If a kill came before a sweep has recorded a
+        segment, its end is the checkpoint: raise StopWantedError.
         """
         self.watchdog.heartbeat()
-        state, metrics = self.state, restored.metrics
+        state = self.state
         last_step = math.ceil(min(self.spec.until_epoch, self.config.num_epochs) * state.steps_per_epoch)
         state.last_step = min(last_step, state.total_steps)
-        self.sink.send(self._started(restored))
+        self.sink.send(self._started(skipped))
         if metrics.is_validated and state.step == 0:
             self._send_validation(state, metrics)
         if metrics.is_validated:
@@ -227,12 +231,28 @@ class Worker(Callback):
         values: dict[str, Any] = {f"train_{name}": value for name, value in progress.so_far.items()}
         values |= progress.logged
         values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
-        if self._validator and (state.step == 0 or epochs >= self.spec.until_epoch):
-            validated, notes = self._validator.validate(state)
-            values |= validated
-            for note in notes:
-                self.sink.send(Note(note))
+        if self._validation is not None and (state.step == 0 or epochs >= self.spec.until_epoch):
+            values |= self._validated(state, self._validation)
         return CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
+
+    def _validated(self, state: TrainingState, split: Split) -> dict[str, Any]:
+        """Evaluate the model on the validation split, each rank its part of it; return values for the metrics."""
+        workload, start = self._workload, time.perf_counter()
+        with state.watch.on(VALIDATION):
+            evaluation = evaluate_together(
+                workload,
+                state.result,
+                split,
+                self.config,
+                self.group,
+                num_loader_processes=self.spec.job.workers.loader_workers,
+                on_batch=self.watchdog.heartbeat,
+            )
+        for note in evaluation.notes(split, workload.nouns):
+            self.sink.send(Note(note))
+        metrics = evaluation.values(workload)
+        values: dict[str, Any] = {f"val_{name}": value for name, value in metrics.items()}
+        return {**values, "val_score": [*score(workload, metrics)], "val_s": time.perf_counter() - start}
 
     def _after_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Let a schedule that looks at a metric, and the user's callbacks, see an epoch's validation; report it."""
@@ -252,9 +272,8 @@ class Worker(Callback):
         seconds = metrics.values.get("val_s", math.nan)
         self.sink.send(Validated(metrics.epoch, values, seconds, state.total_step))
 
-    def _started(self, restored: checkpoints.Restored) -> Started:
+    def _started(self, skipped: Sequence[str]) -> Started:
         state = self.state
-        changed = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         return Started(
             num_workers=self.group.world_size,
             hosts=tuple(self.group.gathered(socket.gethostname())),
@@ -264,7 +283,48 @@ class Worker(Callback):
             epoch=state.epoch,
             step=state.step,
             total_step=state.total_step,
-            damaged=restored.damaged,
-            notes=() if restored.arithmetic in (None, arithmetic()) else (changed,),
+            damaged=tuple(skipped),
             processor=name_of(self.group.device),
         )
+
+
+class Checkpointer:
+    """Copies the state; a thread writes the copy into the run's folder, and then deletes checkpoints.
+
+    The last one and the best ``keep_checkpoints`` by validation are kept; for None, all.
+    """
+
+    def __init__(self, job: Job, config: TrainConfig, group: Group, callbacks: Sequence[Callback]) -> None:
+        self._job, self._config, self._group, self._callbacks = job, config, group, callbacks
+        self._writing: Future[None] | None = None  # of the last checkpoint
+        # The threads that write a sharded checkpoint need their own group: training continues on the other one.
+        self._writers = dist.new_group(backend="gloo") if is_wanted(config, group.world_size) else None
+
+    def save(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
+        """Wait for the previous checkpoint; save another: rank 0 or, if the state is sharded, each rank its part.
+
+        All ranks must call this. Raises JobError if the previous one could not be written.
+        """
+        if self._group.rank > 0 and not state.is_sharded:
+            for callback in self._callbacks:  # on every rank alike: it may communicate
+                callback.state_dict()
+            return
+        self.wait(state)
+        about = {"config": asdict(self._job.train), "workload": self._job.workload.identity}
+        about |= {"metrics": metrics.to_dict(), "versions": versions()}
+        copied = checkpoints.snapshot(state, about, self._callbacks, self._group)
+        folder = self._job.run.inside(checkpoint_name(state.epoch, state.step))
+
+        def write() -> None:
+            with in_one_line("the storage has failed"):
+                copied.write(folder, self._writers)
+                if self._group.rank == 0 and self._config.keep_checkpoints is not None:
+                    drop_worse(self._job.run, self._config.keep_checkpoints)
+
+        self._writing = in_thread(write)
+
+    def wait(self, state: TrainingState) -> None:
+        """Wait until the last checkpoint is written. Raises JobError if it could not be."""
+        if self._writing is not None:
+            with state.watch.on(STORAGE):
+                self._writing.result()

@@ -29,7 +29,7 @@ def evaluate_together(
     config: TrainConfig,
     group: Group,
     num_loader_processes: int = 0,
-    on_batch: Callable[[int], object] = lambda num_done: None,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Evaluate a model, each rank on some of the batches. Every rank returns what ``evaluate`` would, bit for bit."""
     if group.world_size == 1:
@@ -82,11 +82,11 @@ def evaluate(
     split: Split,
     config: TrainConfig,
     num_loader_processes: int = 0,
-    on_batch: Callable[[int], object] = lambda num_done: None,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Evaluate a model on its device in fp32, in fixed batches.
 
-    ``config`` is the training's. ``on_batch`` is called before each batch, with the number of examples that are done.
+    ``config`` is the training's. ``on_batch`` is called before each batch.
     """
     device = _device_of(model)
     bounds = split_bounds(len(split), len(split), batch_size_of(workload, model, config))
@@ -97,8 +97,8 @@ def evaluate(
     batches = Batches(split, device, workload.collate, workload.find_fault)
     loader = batch_loader(batches, requests, device, num_loader_processes)
     with evaluating(model):
-        for request, loaded in zip(requests, loader, strict=True):
-            on_batch(int(request.indices[0]))
+        for loaded in loader:
+            on_batch()
             batch = to_device(loaded, device)
             outputs = forward(workload, model, batch)
             loss = workload.loss(outputs, batch.targets)

@@ -39,7 +39,6 @@ class Started(Event):
     step: int  # finished steps of the current epoch at this start
     total_step: int  # finished steps over all epochs at this start
     damaged: tuple[str, ...] = ()  # checkpoints that were skipped
-    notes: tuple[str, ...] = ()  # printed for the user
     processor: str = ""  # the model of the first worker's processor or GPU
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from mnist_ray.checkpoints import checkpoint, state_file
-from mnist_ray.checkpoints.checkpoint import OtherModelError
 from mnist_ray.checkpoints.find import find, load_model
 from mnist_ray.checkpoints.state_file import DamagedCheckpointError
 from mnist_ray.config import TrainConfig
@@ -147,14 +146,12 @@ def test_all_state_is_resumed_bit_identical(
 
 
 @pytest.mark.parametrize("value", [threading.Lock(), np.float64(1)], ids=["a lock", "a number of NumPy's"])
-def test_a_callbacks_state_that_a_checkpoint_cannot_hold_is_one_line_with_its_place(value: Any) -> None:
+def test_a_callbacks_state_that_a_checkpoint_cannot_hold_is_one_line(value: Any) -> None:
     class Holds(Callback):
         def state_dict(self) -> dict[str, Any]:
             return {"value": value}
 
-    with pytest.raises(
-        TrainingStoppedError, match=r"^Holds\.state_dict returns more .* \(test_checkpoint\.py, line \d+\)$"
-    ):
+    with pytest.raises(UsageError, match=r"^Holds\.state_dict has more than numbers, strings, "):
         checkpoint.snapshot(create_state(mnist(), CONFIG, 600, Group()), {}, [Holds()])
 
 
@@ -214,13 +211,15 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_rejected_but_not_damaged(
     shutil.copytree(saved / "1-0", Path(run.path) / "checkpoint_epoch-001_step-000000")
     state = create_state(mnist(), CONFIG, 600, Group())
     state.optimizers[""] = torch.optim.Adam([{"params": [parameter]} for parameter in state.model.parameters()])
-    with pytest.raises(OtherModelError, match=r"0000 does not fit the optimizer, schedule or callback: ValueError: "):
+    with pytest.raises(
+        TrainingStoppedError, match=r"0000 does not fit the optimizer, schedule or callback: ValueError: "
+    ):
         checkpoint.restore_newest(run, state)
     monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
     state = create_state(mnist(), CONFIG, 600, Group())
-    with pytest.raises(OtherModelError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
+    with pytest.raises(TrainingStoppedError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
         checkpoint.restore_newest(run, state)
-    with pytest.raises(OtherModelError, match=r"1-0 does not fit the model: .*conv1\.weight") as raised:
+    with pytest.raises(TrainingStoppedError, match=r"1-0 does not fit the model: .*conv1\.weight") as raised:
         load_model(folder_at(saved / "1-0"), mnist())
     assert "\n" not in str(raised.value)
 

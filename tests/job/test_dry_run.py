@@ -371,16 +371,14 @@ MISTAKES = [  # "[…]" stands for what depends on versions
     ("def create_optimizer(self, model, config): return [torch.optim.SGD(model.parameters())] * 2",
      "Wrong.create_optimizer must return a torch.optim.Optimizer, or a dict of them by name, not list"),
     ("def create_optimizer(self, model, *_): return Wrapping(model.parameters())",
-     "Wrong, a checkpoint of the state_dict of optimizer and schedule (tensors, numbers and strings, as "
-     "torch.optim returns them): KeyError: 'state' (checkpoint.py[…]"),
+     "Wrong, a checkpoint of optimizer and schedule: KeyError: 'state' (checkpoint.py[…]"),
     ("def create_optimizer(self, model, *_): return Exact(model.parameters())",
      "a checkpoint cannot hold 0.momentum_buffer (complex128, strided); use another type, or persistent=False"),
     ("def create_optimizer(self, model, *_): return torch.optim.LBFGS(model.parameters())",
      "Wrong, training_step: TypeError: LBFGS.step() missing 1 required positional argument: 'closure' "
      "(step.py[…]; override training_step: step.update(closure=lambda: step.backward(self.batch_loss))"),
     ("def create_scheduler(self, optimizer, *_): return WithFunction(optimizer)",
-     "Wrong, a checkpoint of the state_dict of optimizer and schedule (tensors, numbers and strings, as "
-     "torch.optim returns them): PicklingError: Can't pickle <function WithFunction.<lambda>[…]"),
+     "Wrong: a state_dict of optimizer or schedule has more than numbers, strings, lists, dicts and tensors"),
     ("def create_scheduler(self, optimizer, *_): return lr_scheduler.ReduceLROnPlateau(optimizer)",
      "Wrong: ReduceLROnPlateau has mode='min', but looks at accuracy; create it with mode='max'"),
     ("def training_step(self, step): step.update()",

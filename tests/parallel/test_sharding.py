@@ -163,7 +163,8 @@ def trained(
     split = Split(few_words(config))
     state = create_state(workload, config, len(split), group)
     if resumed is not None:
-        assert checkpoint.restore_newest(resumed, state, group=group).name == MIDDLE
+        checkpoint.restore_newest(resumed, state, group=group)
+        assert state.step == 4  # MIDDLE
     hooks = Hooks(on_progress=note, on_checkpoint=save)
     Trainer(workload, state, split, replace(config, checkpoint_every=4), group, [hooks]).train()
     return state, losses, norms
@@ -223,8 +224,8 @@ def check_damage(run: RunFolder, group: Group) -> None:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     dist.barrier()
     state = create_state(Words(), CONFIG, 141, group)
-    restored = checkpoint.restore_newest(run, state, group=group)
-    assert (restored.name, restored.damaged) == (MIDDLE, (END,))
+    _, skipped = checkpoint.restore_newest(run, state, group=group)
+    assert skipped == (END,)
     assert (state.epoch, state.step) == (0, 4)
     dist.barrier()
     if group.rank == 0:

@@ -217,6 +217,7 @@ def test_a_job_saves_at_a_sigterm_that_the_users_code_would_ignore(
         if state.step == 10:
             signal.raise_signal(signal.SIGTERM)
 
+    monkeypatch.setattr("mnist_ray.signals.SAME_WITHIN_S", 0)  # since the interrupt of another test
     monkeypatch.setattr(MNIST, "load_data", load_and_ignore)
     monkeypatch.setattr(Worker, "on_step", step)
     with pytest.raises(KeyboardInterrupt, match="to resume: "):
