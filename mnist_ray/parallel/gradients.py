@@ -84,10 +84,21 @@ class Bucketed(GradientSync):
         first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         self._noting = first.register_post_accumulate_grad_hook(self._note_ready)  # it is the last to be ready
 
-    def accumulate(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
-        """Let DDP add up only in the backward pass of the last micro-batch."""
+    @contextlib.contextmanager
+    def accumulate(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Let DDP add up only in the backward pass of the last micro-batch.
+
+        Raises TrainingStoppedError if some parameters had no gradient in the last step.
+        """
         self.factor, self._is_last = 1, micro_batch.ends_step
-        return _NOTHING if micro_batch.ends_step else self._ddp.no_sync()
+        try:
+            with _NOTHING if micro_batch.ends_step else self._ddp.no_sync():
+                yield
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" not in str(error):
+                raise
+            problem = "some parameters had no gradient in the last step"
+            raise TrainingStoppedError(f"{problem}; set has_unused_parameters = True if that is intended") from error
 
     def finish(self) -> None:
         """Add up what DDP has not."""

@@ -581,6 +581,28 @@ def test_values_that_some_ranks_log_are_averaged_over_those_who_have_them(
     call_on_ranks(ranks, log_late, tmp_path)
 
 
+class Undeclared(OfExperts):
+    """All rows go to the first expert."""
+
+    has_unused_parameters = False
+
+    def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return inputs.clamp(max=0)
+
+
+def train_undeclared(rank: int, folder: Path) -> None:
+    if rank < 2:
+        with joined(rank, 2, folder / "undeclared") as group:
+            problem = "some parameters had no gradient in the last step; set has_unused_parameters = True"
+            state = create_state(Undeclared(), CONFIG, NUM_EXAMPLES, group)
+            with pytest.raises(TrainingStoppedError, match=f"^{problem}"):
+                Trainer(Undeclared(), state, Split(numbers()), CONFIG, group).train()
+
+
+def test_parameters_without_gradients_are_one_line_on_several_ranks(ranks: ProcessPoolExecutor, tmp_path: Path) -> None:
+    call_on_ranks(ranks, train_undeclared, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "train_loss", "step", "a, b"])
 def test_a_value_cannot_be_logged_by_a_name_with_another_meaning(name: str) -> None:
     note = Hooks(on_step=lambda state: state.log(name, 1.0))
