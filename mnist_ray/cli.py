@@ -19,7 +19,7 @@ from mnist_ray import api, config, layers, signals
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.environment import spin_briefly_if_busy
 from mnist_ray.config import ChangesConfig, ModelConfig, RunConfig
-from mnist_ray.errors import JobError, UsageError, about_limit, about_ray
+from mnist_ray.errors import JobError, UsageError, about_ray
 from mnist_ray.flags import Parser, complete, peek, setting_in
 from mnist_ray.job.job import Job, classes_of_job, read_job, resume_command_of
 from mnist_ray.many.jobs import read_sweep, read_train
@@ -197,7 +197,7 @@ def status_of(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of the output is gone, as in `… | head`
         return 1
     except Exception as error:
-        known = about_ray(error) or about_limit(error)
+        known = about_ray(error)
         for line in [f"error: {known}"] if known else traceback.format_exc().splitlines():
             say(line, file=sys.stderr)
         return 1

@@ -14,12 +14,6 @@ _EXTRAS = "extras"  # the folder of the modules that use Ray's private API
 _PACKAGE = Path(__file__).parent
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in Ray's messages
 _IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in errors that torch's DataLoader passes on
-_MORE = "the system lets this user {} no more {}; raise that limit (ulimit -{})"
-_LIMITS = {  # by the text of errors and logs
-    r"Errno 11\]|can't start new thread|Resource temporarily": _MORE.format("start", "processes or threads", "u"),
-    "Too many open files|ulimit -n": _MORE.format("open", "files", "n"),
-    "No space left on device": "No space left on device, or no inodes (df -i)",
-}
 
 
 class _FixableError(Exception):
@@ -87,12 +81,6 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
     return said
 
 
-def sendable(error: BaseException) -> BaseException | None:
-    """Return an error as the cause of another, or None if its traceback has surrogates, which Ray cannot send."""
-    text = "".join(traceback.format_exception(error))
-    return error if text.encode("utf-8", "replace").decode("utf-8") == text else None
-
-
 def about_ray(error: BaseException) -> str | None:
     """Return one line if an error means that Ray's private API has changed; else None."""
     *_, last = traceback.extract_tb(error.__traceback__)
@@ -100,8 +88,3 @@ def about_ray(error: BaseException) -> str | None:
     if not isinstance(error, (AttributeError, ImportError, TypeError)) or not is_of_extra:
         return None
     return f"Ray {sys.modules['ray'].__version__} does not work here: {first_line(error)}; use --plain-ray"
-
-
-def about_limit(said: object) -> str | None:
-    """Return one line if an error, or the text of a log, means that a system limit is reached; else None."""
-    return next((line for pattern, line in _LIMITS.items() if re.search(pattern, str(said))), None)

@@ -23,7 +23,7 @@ from uuid import uuid4
 import pyarrow
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError, about_limit, first_line
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.schema import CHECKPOINT_NAME, flaw_of
 from mnist_ray.settings import path_of
 
@@ -58,8 +58,7 @@ def in_one_line(what_failed: str) -> Iterator[None]:
         yield
     except STORAGE_ERRORS as error:
         number = getattr(error, "errno", None)
-        said = about_limit(error) or (os.strerror(number) if number else first_line(error))
-        raise JobError(f"{what_failed}: {said}") from error
+        raise JobError(f"{what_failed}: {os.strerror(number) if number else first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -183,13 +182,6 @@ class RunFolder:
             below = posixpath.relpath(folder, self.path)
             if os.path.realpath(folder) != os.path.normpath(os.path.join(os.path.realpath(self.path), below)):
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
-
-    def check_subfolders(self, name: str) -> None:
-        """Raise JobError if a link leads a folder in this one, or a folder in that, somewhere else."""
-        with in_one_line(f"cannot write to {self.inside(name).uri}"):
-            if self.exists(name):
-                for folder in ("", *self.inside(name).subfolders()):
-                    self.create_folder_of(posixpath.join(self.path, name, folder, "-"))
 
     def check_writable(self) -> None:
         """Check that files can be written to the parent folder. Raises JobError."""

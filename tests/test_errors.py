@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TextIO
-from unittest.mock import Mock
 
 import pytest
 
@@ -101,24 +100,6 @@ def test_who_leaves_a_debugger_interrupts_a_command(capsys: pytest.CaptureFixtur
 
     assert cli.status_of(main) == 130
     assert capsys.readouterr().err == "interrupted\n"
-
-
-@pytest.mark.parametrize("error", [BlockingIOError(11, "again"), RuntimeError("can't start new thread")])
-def test_a_limit_of_processes_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.status_of(Mock(side_effect=error)) == 1
-    said = "error: the system lets this user start no more processes or threads; raise that limit (ulimit -u)\n"
-    assert capsys.readouterr().err == said
-
-
-def test_a_limit_of_processes_is_one_line_even_for_the_supervisor(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mnist_ray.signals.supervise", Mock(side_effect=BlockingIOError(11, "again")))
-    monkeypatch.setattr("mnist_ray.signals.take_signals", Mock())
-    monkeypatch.setattr("os._exit", Mock(side_effect=SystemExit))
-    with pytest.raises(SystemExit):
-        cli.run(Mock())
-    assert "ulimit -u" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

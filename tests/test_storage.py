@@ -55,17 +55,14 @@ def test_a_link_in_a_run_does_not_lead_what_is_written_elsewhere(run: RunFolder,
     own, folder, checkpoint = tmp_path / "own", Path(run.path), run.inside(checkpoint_name(1, 0))
     own.mkdir()
     (own / "keys").write_text("mine")
-    (folder / "members").mkdir(parents=True)
-    run.check_subfolders("members")
+    folder.mkdir()
     (folder / "report.html").symlink_to(own / "keys")
-    for name in ("pictures", checkpoint.name, "members/seed-0"):
+    for name in ("pictures", checkpoint.name):
         (folder / name).symlink_to(own)
     run.write_text("report.html", "theirs")
     assert run.read_text("report.html") == "theirs"
     with pytest.raises(JobError, match=r"cannot write .*/pictures/keys: Too many levels of symbolic links"):
         run.write_text("pictures/keys", "theirs")
-    with pytest.raises(JobError, match=r"cannot write to .*/members: Too many levels of symbolic links"):
-        run.check_subfolders("members")
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
         checkpoint.write_files({"keys": [b"theirs"]})
     os.unlink(checkpoint.path)
@@ -148,7 +145,7 @@ def test_a_folder_in_a_files_place_and_a_full_storage_are_one_line_and_not_retri
         with pytest.raises(JobError, match=message):
             fail()
     monkeypatch.setattr(RunFolder, "_write", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(JobError, match=r"^cannot write .*\.csv: No space left on device, or no inodes \(df -i\)$"):
+    with pytest.raises(JobError, match=r"^cannot write .*\.csv: No space left on device$"):
         run.write_text("steps.csv", "")
 
 

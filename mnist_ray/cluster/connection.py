@@ -23,7 +23,7 @@ from mnist_ray.cluster.environment import prepare_local, ray_folder, remove_sess
 from mnist_ray.cluster.plan import Cluster, local_cpus
 from mnist_ray.cluster.watch import RaySilentError, Watch, as_raised
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import JobError, UsageError, about_limit, about_ray, first_line
+from mnist_ray.errors import JobError, UsageError, about_ray, first_line
 from mnist_ray.process import in_thread
 from mnist_ray.signals import take_signals
 from mnist_ray.storage import in_one_line, others_can_write
@@ -114,18 +114,10 @@ class Connection:
         finally:
             if not isinstance(error, Exception) or isinstance(error, UsageError):
                 remove_sessions(self._own_sessions())
-            elif isinstance(error, JobError):
-                error.hints += self._limits_reached()
 
     def _own_sessions(self) -> list[Path]:
         """Return the folders of the local Rays of this process."""
         return sessions_of(os.getpid()) if self._is_local else []
-
-    def _limits_reached(self) -> str:
-        """Return which limits of the system have ended a part of the local Ray, as its log says."""
-        logs = [log for session in self._own_sessions() for log in session.glob("logs/*.err")]
-        limits = {about_limit(log.read_text(errors="replace")): None for log in logs}
-        return "".join(f"; {limit}" for limit in limits if limit)
 
     def _connect(self, note: Callable[[str], object]) -> None:
         if not self._options["log_to_driver"]:  # Ray still writes its log files, and failures are still raised

@@ -51,7 +51,6 @@ def train_many(session: Session, plan: WorkerPlan, many: Many, data: Data) -> No
     run, configuration = many.job.run, Configuration()
     say_plan(session, plan)
     write_settings(session, plan, many.values)
-    run.check_subfolders(MEMBERS_FOLDER)
     with logs_named(session):
         table = many.table() if run.exists(BEST_FILE) else _train_all(session, plan, many, data)
         if many.is_sweep:

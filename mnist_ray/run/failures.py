@@ -23,7 +23,6 @@ from mnist_ray.errors import (
     TrainingStoppedError,
     UnreadableDataError,
     first_line,
-    sendable,
     with_place,
 )
 from mnist_ray.storage import STORAGE_ERRORS
@@ -53,7 +52,7 @@ def code_failures_placed(*folders: Path) -> Iterator[None]:
         if may_pass(error) or (is_of_ray and not isinstance(error, Exception)):
             raise
         kind = UnreadableDataError if isinstance(error, ExampleError) else TrainingStoppedError
-        raise kind(with_place(error, *folders)) from sendable(error)
+        raise kind(with_place(error, *folders)) from error
 
 
 def may_pass(error: BaseException) -> bool:

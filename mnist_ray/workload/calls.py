@@ -15,7 +15,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Arrays, Blocks, Data, Split, Splits, Streamed, as_streamed
 from mnist_ray.data.digests import digest_of_files
 from mnist_ray.data.splits import Fold, splits_of, subset
-from mnist_ray.errors import JobError, UsageError, sendable, with_place
+from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.workload.base import Workload
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         said = with_place(error, workload.source.folder)
-        raise UsageError(f"{type(workload).__name__}, {what}: {said}") from sendable(error)
+        raise UsageError(f"{type(workload).__name__}, {what}: {said}") from error
 
 
 def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:

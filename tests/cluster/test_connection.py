@@ -181,31 +181,6 @@ def test_a_local_ray_that_cannot_start_is_one_line_that_names_the_logs(temporary
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("log", "hint"),
-    [
-        ("raylet: Too many workers, failed to create a file. Try setting `ulimit -n <num_files>`", "raise .*ulimit -n"),
-        ("thd.cc:157] pthread_create failed: Resource temporarily unavailable", "raise .*ulimit -u"),
-        ("a warning", r"/logs\)$"),
-    ],
-)
-@pytest.mark.parametrize("part", ["gcs_server", "raylet"])
-def test_a_limit_of_the_system_that_ends_ray_is_named(
-    part: str, log: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logs = tmp_path / "ray" / f"session_1_{os.getpid()}" / "logs"
-    logs.mkdir(parents=True)
-    (logs / f"{part}.err").write_text(log)
-    for name, value in {"RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "local", "RAY_AUTH_TOKEN": "one"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.shutdown", Mock())
-    monkeypatch.setattr("ray.init", Mock(side_effect=RuntimeError("its raylet has died")))
-    said = f"^a local Ray cannot start: its raylet has died .*{hint}"
-    with pytest.raises(JobError, match=said), opened(WorkerConfig(plain_ray=True)):
-        pass
-
-
 def test_a_plain_job_joins_only_what_ray_address_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.shutdown", Mock())
