@@ -104,7 +104,10 @@ class TrainConfig:
     num_epochs: int = setting(3, "passes over the training set", **_SHARED, **at_least(1))
     num_steps: int | None = setting(None, "optimizer steps, instead of --num-epochs", **_SHARED, **at_least(1))
     validate_every: int | None = setting(
-        None, "with --num-steps: steps per epoch; default: a tenth of --num-steps", **_SHARED, **at_least(1)
+        None,
+        "steps between validations; default: those of an epoch or, with --num-steps, a tenth of these",
+        **_SHARED,
+        **at_least(1),
     )
     batch_size: int = setting(
         32, "examples per optimizer step, across all workers", search=Choice((16, 32, 64, 128, 256)), **at_least(1)
@@ -194,7 +197,9 @@ class TrainConfig:
 
     def steps_per_epoch(self, num_examples: int) -> int:
         """Return the number of steps per epoch: those of a pass or, with --num-steps, --validate-every."""
-        return self.validate_every or self.steps_per_pass(num_examples)
+        if self.num_steps is not None and self.validate_every is not None:
+            return self.validate_every
+        return self.steps_per_pass(num_examples)
 
     def total_steps(self, num_examples: int) -> int:
         """Return the number of steps of the whole training."""

@@ -120,7 +120,7 @@ KEYS: Mapping[str, Mapping[str, Entry]] = {
         ),
     },
     STATE_FILE: {
-        "format": Entry("4"),
+        "format": Entry("5"),
         "epoch": Entry("finished epochs"),
         "step": Entry("finished steps of the next epoch"),
         "config": Entry("the settings of the training, as in `config.json`"),
@@ -138,7 +138,7 @@ KEYS: Mapping[str, Mapping[str, Entry]] = {
 }
 COLUMNS: Mapping[str, Mapping[str, Entry]] = {
     METRICS_FILE: {
-        "epoch": Entry("counted from 1"),
+        "epoch": Entry("counted from 1; of a validation within an epoch, with a fraction"),
         "train_METRIC": _TRAINING,
         "val_METRIC": _VALIDATION,
         "gradient_norm": _NORM,
@@ -184,7 +184,9 @@ FILES: Mapping[str, Mapping[str, Entry]] = {
         CONFIG_FILE: Entry("all settings, by the names of their [flags](flags.md); `--config` reads it"),
         ORIGIN_FILE: Entry("[where the run comes from](#the-origin-of-a-run)"),
         REPORT_FILE: Entry("the report with its plots, written at the end, even if the run was interrupted"),
-        METRICS_FILE: Entry("a row per epoch; [after a kill](../understand/failures.md#resuming), perhaps with gaps"),
+        METRICS_FILE: Entry(
+            "a row per epoch or validation; [after a kill](../understand/failures.md#resuming), perhaps with gaps"
+        ),
         COLUMNS_FILE: Entry(
             "the columns of `predictions` as arrays; above 256 MiB, the largest columns are left out", is_optional=True
         ),

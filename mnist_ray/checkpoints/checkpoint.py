@@ -53,7 +53,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.state import TrainingState, parameters_of
 
-_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "bf16_is_slow", "ends", "read_to")
+_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "validated_at", "bf16_is_slow", "ends", "read_to")
 """Fields of a TrainingState, stored unchanged."""
 
 

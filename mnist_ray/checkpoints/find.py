@@ -122,17 +122,14 @@ def best_of(run: RunFolder) -> RunFolder:
 
 
 def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
-    """Return the undamaged checkpoints and their metrics: validated epochs, best first; then the others, newest first.
-
-    A checkpoint within an epoch may be validated, where a sweep compares its trials, but a run would not have it.
-    """
+    """Return the undamaged checkpoints and their metrics: the candidates, best first; then the others, newest first."""
     found = []
     for name in with_retries(run.checkpoint_names):
         with contextlib.suppress(DamagedCheckpointError, UsageError):
             found.append((name, read_metrics(run.inside(name))))
-    validated = [pair for pair in found if pair[1].is_validated and pair[1].step == 0]
-    others = [pair for pair in reversed(found) if pair not in validated]
-    return sorted(validated, key=lambda pair: pair[1].score, reverse=True) + others
+    candidates = [pair for pair in found if pair[1].is_candidate]
+    others = [pair for pair in reversed(found) if pair not in candidates]
+    return sorted(candidates, key=lambda pair: pair[1].score, reverse=True) + others
 
 
 def drop_worse(run: RunFolder, num_best: int, *, keeps_last: bool = True) -> None:

@@ -20,7 +20,7 @@ from mnist_ray.storage import RunFolder, in_one_line, with_retries
 
 TRAINING_FILE = "training.pt"
 MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
-FORMAT = 4
+FORMAT = 5
 OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors that say nothing about what is read or loaded."""
 
@@ -41,12 +41,17 @@ class CheckpointMetrics:
 
     @property
     def is_validated(self) -> bool:
-        """Whether the checkpoint was validated: at the end of an epoch, or of a trial's segment."""
+        """Whether the checkpoint was validated."""
+        return "val_loss" in self.values
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it may be the best: not if it was validated only where a sweep compares trials, within an epoch."""
         return "val_score" in self.values
 
     @property
     def score(self) -> tuple[float, ...]:
-        """The validation's score, larger for a better model; empty without a validation."""
+        """A candidate's score, larger for a better model; empty for others."""
         return tuple(map(float, self.values.get("val_score", ())))
 
     def to_dict(self) -> dict[str, Any]:

@@ -65,12 +65,6 @@ OF_SETTINGS = (
         "leave one of them out, or add --num-steps none",
     ),
     Rule(
-        ("validate_every", "num_steps"),
-        lambda job, _: job.train.validate_every is not None and job.train.num_steps is None,
-        "--validate-every needs --num-steps: without it, validation follows each pass",
-        "leave it out, or set --num-steps",
-    ),
-    Rule(
         ("fold", "folds"),
         lambda job, _: job.train.fold is not None and job.train.fold > (job.train.folds or 0),
         "--set fold={fold} needs at least as many folds",

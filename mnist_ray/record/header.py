@@ -24,6 +24,8 @@ def say_run(console: RunConsole, job: Job, data: Splits) -> None:
     steps = f"{count(config.num_epochs, 'epoch')} of {count(config.steps_per_epoch(len(data.train)), 'step')}"
     if config.num_steps is not None:
         steps += f", {count(config.num_steps, 'step')} in all"
+    elif config.validate_every is not None:
+        steps += f", validated every {count(config.validate_every, 'step')}"
     has_own = type(workload).create_scheduler is not Workload.create_scheduler
     rate = f"{'own schedule,' if has_own else config.lr_schedule} learning rate {config.learning_rate:g}"
     best = f", best by {workload.monitor.name}" if len(data.validation) else ""

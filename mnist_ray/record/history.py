@@ -1,6 +1,6 @@
 """A run's values as CSV files. They are written during training, so that an interrupted run has them too.
 
-metrics.csv  a row per epoch, written at once
+metrics.csv  a row per epoch or validation, written at once
 steps.csv    a row about every half second of training: means over the steps since the previous row, and where the
              workers' time went; in a long run, rows are merged in pairs, since all are written at each checkpoint
 """
@@ -33,6 +33,11 @@ from mnist_ray.workload.figures import RATE, logged_figures
 MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 
 
+def _place(epochs: float) -> float:
+    """Return a row's epoch, as the file has it."""
+    return int(epochs) if epochs == int(epochs) else round(epochs, 5)
+
+
 class History:
     """The rows of a run's metrics.csv and steps.csv. A resumed run continues the files that it finds."""
 
@@ -41,7 +46,7 @@ class History:
         known = [figure for figure in workload.all_figures if not figure.needs or getattr(config, figure.needs)]
         self.figures = [*known, *TIMES]
         epochs = zip(read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE), strict=True)
-        self.rows: dict[int, dict[str, Any]] = {int(numbers["epoch"]): dict(row) for numbers, row in epochs}
+        self.rows: dict[float, dict[str, Any]] = {numbers["epoch"]: dict(row) for numbers, row in epochs}
         steps = read_numbers(run, STEPS_FILE, "step", "epoch")
         self._steps: list[Mapping[str, float]] = [{**row, "step": int(row["step"])} for row in steps]
         for row in itertools.chain(self.rows.values(), self._steps):
@@ -61,9 +66,9 @@ class History:
         match event:
             case Started():
                 self.num_workers = event.num_workers
-                self.rows = {epoch: row for epoch, row in self.rows.items() if epoch <= event.epoch}
+                self.rows = {epoch: row for epoch, row in self.rows.items() if epoch <= _place(event.epochs)}
                 self._steps = [row for row in self._steps if row["step"] <= event.total_step]
-                self._fill(event.epoch)
+                self._fill(event.epochs)
             case Progress():
                 self._add_step(event)
             case Saved() if self._steps:  # at an epoch's end, after its last step
@@ -76,15 +81,16 @@ class History:
             case Validated():
                 self._update(event.epoch, figures_of(event))
 
-    def _fill(self, last_epoch: int) -> None:
+    def _fill(self, last_epoch: float) -> None:
         """Add values from checkpoints for epochs whose events did not reach the job before it was killed."""
         for _, metrics in checkpoints_of(self._run):
-            if metrics.step == 0 and 0 < metrics.epoch <= last_epoch:
-                told, row = metrics.values, self.rows.get(metrics.epoch, {})
+            if (metrics.step == 0 or metrics.is_candidate) and 0 < metrics.epochs <= last_epoch:
+                told, row = metrics.values, self.rows.get(_place(metrics.epochs), {})
                 if lacking := {name: told[name] for name in self._columns if name in told and not row.get(name)}:
-                    self._update(metrics.epoch, lacking)
+                    self._update(metrics.epochs, lacking)
 
-    def _update(self, epoch: int, values: Mapping[str, Any]) -> None:
+    def _update(self, epochs: float, values: Mapping[str, Any]) -> None:
+        epoch = _place(epochs)
         places = {figure.name: figure.places for figure in self.figures if figure.places is not None}
         rounded = {name: round(values[name], number) for name, number in places.items() if name in values}
         self.rows.setdefault(epoch, {"epoch": epoch}).update({**values, **rounded})

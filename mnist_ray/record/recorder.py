@@ -109,7 +109,7 @@ class Recorder:
         self._origin = {**run.require_json(ORIGIN_FILE), "parameters": f"{num_parameters:,}"}
         self._result: dict[str, Any] = {}
         self._has_report = False
-        self._validated = set[int]()  # epochs whose validation is recorded; restarted workers report the last one again
+        self._validated = set[int]()  # total steps at recorded validations; restarted workers report the last one again
         self._warn = functools.partial(self._console.say, "note")
         self._history, self._times = History(run, workload, job.train), TimeSpent()
         self._trackers = start(run, workload, job.values, job.output.tracker, self._warn)
@@ -119,15 +119,15 @@ class Recorder:
         notes = list[str]()
         match event:
             case Started():
-                self._validated = {epoch for epoch in self._validated if epoch <= event.epoch}
+                self._validated = {step for step in self._validated if step <= event.total_step}
                 notes = self._describe_workers(event)
             case EpochFinished(last) if last.epoch == self._job.train.num_epochs:
                 # Imports matplotlib while the last validation and the workers finish.
                 threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
             case Validated():
-                if event.epoch in self._validated:
+                if event.total_step in self._validated:
                     return
-                self._validated.add(event.epoch)
+                self._validated.add(event.total_step)
             case Saved(epoch) if epoch == 1 < self._job.train.num_epochs:
                 notes = self._times.new_notes()
         self._clock.note(event)
@@ -155,11 +155,11 @@ class Recorder:
         """Print which checkpoint is tested, unless it is that of the last epoch."""
         self._clock.mark("saving")
         metrics = read_metrics(checkpoint)
-        if metrics.epoch < max(self._history.rows, default=0):
+        if metrics.epochs < max(self._history.rows, default=0):
             monitor = self._job.workload.monitor.name
             is_known = not math.isnan(metrics.values.get(f"val_{monitor}", math.nan))
             why = "the best by validation" if is_known else f"the first: {monitor} is NaN in each validation"
-            self._console.say("testing", f"the checkpoint of epoch {metrics.epoch}, {why}")
+            self._console.say("testing", f"the checkpoint of epoch {metrics.epochs:.4g}, {why}")
 
     def add_test(self, checkpoint: RunFolder, tested: Evaluation) -> None:
         """Write and show the result on the test set; without one, on the validation set."""

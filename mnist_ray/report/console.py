@@ -100,9 +100,9 @@ class RunConsole:
                 self.say(f"epoch {last.epoch}/{self._num_epochs}", f"{done}: {values}")
             case events.Validated():
                 values = self._workload.format(event.values)
-                self.say("", f"validation after epoch {event.epoch}: {values} ({event.seconds:.1f} s)")
+                self.say("", f"validation after epoch {event.epoch:.4g}: {values} ({event.seconds:.1f} s)")
                 if math.isnan(event.values[(monitor := self._workload.monitor.name)]):
-                    self.say("note", f"{monitor} is NaN, so the checkpoint of epoch {event.epoch} counts as the worst")
+                    self.say("note", f"{monitor} is NaN: the checkpoint of epoch {event.epoch:.4g} counts as the worst")
 
     def show_evaluation(self, tested: Evaluation, evaluated: Evaluated = "test") -> None:
         """Print the result on a set."""

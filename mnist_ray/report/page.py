@@ -106,7 +106,7 @@ def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], I
 
 def _status(record: Run, resume_with: str) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
-    epochs = f"{max(record.column('epoch'), default=0):.0f} of {record.config.get('num_epochs', '?')} epochs"
+    epochs = f"{int(max(record.column('epoch'), default=0))} of {record.config.get('num_epochs', '?')} epochs"
     if record.table:
         ended = sum(row["state"] in ENDED for row in record.table)
         epochs = f"{ended} of {count(len(record.table), 'run')}"
@@ -170,7 +170,7 @@ def _epochs(record: Run) -> list[Table]:
     known = {name for row in record.history for name, value in row.items() if not math.isnan(value)}
     shown = [figure for figure in shown if figure.over == "last" or figure.name in known]  # speed and time always
     rows = [
-        (f"{row['epoch']:.0f}", *(formatted(row.get(figure.name, math.nan), figure.form) for figure in shown))
+        (f"{row['epoch']:.6g}", *(formatted(row.get(figure.name, math.nan), figure.form) for figure in shown))
         for row in record.history
     ]
     return [Table("Epochs", ["epoch", *(figure.label for figure in shown)], rows)] if rows else []

@@ -178,7 +178,7 @@ class Run:
 
     @cached_property
     def history(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv, one per epoch; NaN for missing values."""
+        """The rows of metrics.csv, one per epoch or validation; NaN for missing values."""
         return read_numbers(self.folder, METRICS_FILE, "epoch")
 
     @cached_property

@@ -38,7 +38,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.evaluation import evaluate_together
 from mnist_ray.training.events import EpochFinished, Event, Note, Progress, Saved, Started, Validated
 from mnist_ray.training.metrics import score
-from mnist_ray.training.state import StopWantedError, TrainingState, best_epoch, is_over
+from mnist_ray.training.state import StopWantedError, TrainingState, is_over, is_validation_due
 from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.training.timing import is_bf16_slow
 from mnist_ray.training.trainer import Trainer, create_state
@@ -139,6 +139,10 @@ def _opened(split: RemoteSplit | Split) -> Split:
     return split.open() if isinstance(split, RemoteSplit) else split
 
 
+def _best_epoch(state: TrainingState) -> float:
+    return state.validated_at[state.scores.index(max(state.scores))]
+
+
 @dataclass(eq=False)
 class Worker(Callback):
     """What a worker does beside training: it reports to a sink and, at each checkpoint, validates and saves."""
@@ -172,7 +176,7 @@ class Worker(Callback):
         last_step = math.ceil(min(self.spec.until_epoch, self.config.num_epochs) * state.steps_per_epoch)
         state.last_step = min(last_step, state.total_steps)
         self.sink.send(self._started(skipped))
-        if metrics.is_validated and state.step == 0:
+        if metrics.is_candidate:
             self._send_validation(state, metrics)
         if metrics.is_validated:
             self.sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict()))
@@ -189,8 +193,8 @@ class Worker(Callback):
         self.wait()
         state = self.state
         if state.epoch < self.config.num_epochs:
-            best = f": validation was best after epoch {best_epoch(state.scores)}" if state.scores else ""
-            self.sink.send(Note(f"training stopped after epoch {state.epoch}{best}"))
+            best = f": validation was best after epoch {_best_epoch(state):.4g}" if state.scores else ""
+            self.sink.send(Note(f"training stopped after epoch {state.epochs:.4g}{best}"))
 
     def on_step(self, state: TrainingState) -> None:
         """Show that this worker does not hang."""
@@ -205,12 +209,12 @@ class Worker(Callback):
         return self.sink.stop_requested()
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """At an epoch's or a segment's end, validate. Save, and report both."""
+        """Validate, if it is due. Save, and report both."""
         state.watch.turn(CHECKPOINTS)
         if state.step == 0:
             self.sink.send(EpochFinished(progress))
         metrics = self._metrics(state, progress)
-        if state.step == 0 and metrics.is_validated:
+        if metrics.is_candidate:
             self._after_validation(state, metrics)
         metrics = replace(metrics, is_over=is_over(state, self.config))
         self.watchdog.heartbeat(STORAGE_LIMIT_S)
@@ -226,17 +230,20 @@ class Worker(Callback):
             self.sink.send(Saved(math.ceil(metrics.epochs), metrics.to_dict(), seconds))
 
     def _metrics(self, state: TrainingState, progress: Progress) -> CheckpointMetrics:
-        """Return a checkpoint's metrics; where an epoch or a sweep's segment ends, all ranks validate."""
-        epochs = state.epoch + state.step / state.steps_per_epoch
+        """Return a checkpoint's metrics; if a validation is due, or a sweep's segment ends, all ranks validate."""
+        is_candidate = is_validation_due(state, self.config)
         values: dict[str, Any] = {f"train_{name}": value for name, value in progress.so_far.items()}
         values |= progress.logged
         values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
-        if self._validation is not None and (state.step == 0 or epochs >= self.spec.until_epoch):
-            values |= self._validated(state, self._validation)
-        return CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=epochs, values=values)
+        if self._validation is not None and (is_candidate or state.epochs >= self.spec.until_epoch):
+            values |= self._validated(state, self._validation, is_candidate)
+        return CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=state.epochs, values=values)
 
-    def _validated(self, state: TrainingState, split: Split) -> dict[str, Any]:
-        """Evaluate the model on the validation split, each rank its part of it; return values for the metrics."""
+    def _validated(self, state: TrainingState, split: Split, is_candidate: bool) -> dict[str, Any]:
+        """Evaluate the model on the validation split, each rank its part of it; return values for the metrics.
+
+        A run alone would not have a checkpoint that is no candidate: it must not be its best.
+        """
         workload, start = self._workload, time.perf_counter()
         with state.watch.on(VALIDATION):
             evaluation = evaluate_together(
@@ -252,11 +259,14 @@ class Worker(Callback):
             self.sink.send(Note(note))
         metrics = evaluation.values(workload)
         values: dict[str, Any] = {f"val_{name}": value for name, value in metrics.items()}
-        return {**values, "val_score": [*score(workload, metrics)], "val_s": time.perf_counter() - start}
+        if is_candidate:
+            values["val_score"] = [*score(workload, metrics)]
+        return {**values, "val_s": time.perf_counter() - start}
 
     def _after_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
-        """Let a schedule that looks at a metric, and the user's callbacks, see an epoch's validation; report it."""
+        """Let a schedule that looks at a metric, and the user's callbacks, see a validation; report it."""
         state.scores.append(metrics.score)
+        state.validated_at.append(state.epochs)
         values = {metric.name: metrics.values[f"val_{metric.name}"] for metric in self._workload.all_metrics}
         for scheduler in state.schedulers.values():
             if isinstance(scheduler, ReduceLROnPlateau):
@@ -266,11 +276,11 @@ class Worker(Callback):
         self._send_validation(state, metrics)
 
     def _send_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
-        """Report the validation of an epoch."""
+        """Report a checkpoint's validation."""
         names = [metric.name for metric in self._workload.all_metrics]
         values = {name: metrics.values.get(f"val_{name}", math.nan) for name in names}  # the workload may have new ones
         seconds = metrics.values.get("val_s", math.nan)
-        self.sink.send(Validated(metrics.epoch, values, seconds, state.total_step))
+        self.sink.send(Validated(metrics.epochs, values, seconds, state.total_step))
 
     def _started(self, skipped: Sequence[str]) -> Started:
         state = self.state
@@ -283,6 +293,7 @@ class Worker(Callback):
             epoch=state.epoch,
             step=state.step,
             total_step=state.total_step,
+            epochs=state.epochs,
             damaged=tuple(skipped),
             processor=name_of(self.group.device),
         )

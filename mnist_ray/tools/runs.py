@@ -108,7 +108,7 @@ def _described(folder: RunFolder) -> dict[str, Any]:
             kind = "tune" if is_sweep(run.config) else "train"
             owner = None if run.result else owner_of(folder)
             metrics, forms = _metrics(run), run.result.get("formats", {})
-            progress = f"epoch {len(run.history)}/{run.config.get('num_epochs', '?')}"
+            progress = f"epoch {int(max(run.column('epoch'), default=0))}/{run.config.get('num_epochs', '?')}"
             progress = count(len(run.table), "run") if run.table else progress
     except (JobError, ValueError) as error:
         return {**described, "about": str(error), "resume_with": ""}

@@ -40,7 +40,7 @@ class Callback(UserClass):
         """
 
     def on_validation(self, state: TrainingState, values: dict[str, float]) -> None:
-        """An epoch was validated: loss and metrics, by name, the same on all ranks. Its checkpoint is not saved yet."""
+        """A validation has given these values, by name, the same on all ranks. Its checkpoint is not saved yet."""
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """A checkpoint is about to be saved: at an epoch's end (``state.step`` is 0) or within an epoch."""

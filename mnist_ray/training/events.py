@@ -38,6 +38,7 @@ class Started(Event):
     epoch: int  # finished epochs at this start
     step: int  # finished steps of the current epoch at this start
     total_step: int  # finished steps over all epochs at this start
+    epochs: float  # trained at this start
     damaged: tuple[str, ...] = ()  # checkpoints that were skipped
     processor: str = ""  # the model of the first worker's processor or GPU
 
@@ -100,7 +101,7 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """All ranks have handed over a checkpoint, at an epoch's end or where a sweep compares its trials."""
+    """All ranks have handed over a checkpoint, at an epoch's end or after a validation."""
 
     epoch: int  # counted from 1
     metrics: Mapping[str, Any]  # of the checkpoint, as state.json has them
@@ -116,9 +117,9 @@ class EpochFinished(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """The workers have evaluated an epoch's model on the validation split."""
+    """The workers have evaluated the model on the validation split."""
 
-    epoch: int  # counted from 1
+    epoch: float  # counted from 1; within an epoch not a whole number
     values: Mapping[str, float]  # loss and metrics
     seconds: float
     total_step: int  # finished steps over all epochs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,8 @@ class TrainingState:
     finished_s: float = 0.0  # seconds of training in the finished epochs
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # scales the loss; for fp16 only
     average: nn.Module | None = None  # the weights' EMA, with --ema-decay
-    scores: list[tuple[float, ...]] = field(default_factory=list)  # of each validated epoch; larger is better
+    scores: list[tuple[float, ...]] = field(default_factory=list)  # of each validation; larger is better
+    validated_at: list[float] = field(default_factory=list)  # the epochs of each validation
     bf16_is_slow: bool = False  # --precision auto is fp32
     ends: bool = False  # set by a callback: no further epoch
     read_to: dict[str, Any] | None = None  # of a stream: where a resumed run may go on reading
@@ -74,6 +75,11 @@ class TrainingState:
         return min(self.epoch * self.steps_per_epoch + self.step, self.total_steps)  # the last epoch may be shorter
 
     @property
+    def epochs(self) -> float:
+        """Epochs trained; within an epoch not a whole number."""
+        return self.epoch + self.step / self.steps_per_epoch
+
+    @property
     def epoch_steps(self) -> int:
         """Optimizer steps of the current epoch: with ``--num-steps``, the last one may have fewer."""
         return min(self.steps_per_epoch, self.total_steps - self.epoch * self.steps_per_epoch)
@@ -97,14 +103,19 @@ class TrainingState:
 
 def is_over(state: TrainingState, config: TrainConfig) -> bool:
     """Return whether training ends here: after the last epoch, by early stopping, or by a callback."""
+    return state.epoch >= config.num_epochs or state.ends or has_stalled(state, config)
+
+
+def has_stalled(state: TrainingState, config: TrainConfig) -> bool:
+    """Return whether early stopping ends the training: so many validations since the best one, the first of equals."""
     scores, patience = state.scores, config.early_stopping_patience
-    has_stalled = bool(scores) and patience is not None and len(scores) - best_epoch(scores) >= patience
-    return state.epoch >= config.num_epochs or has_stalled or state.ends
+    return bool(scores) and patience is not None and len(scores) - scores.index(max(scores)) > patience
 
 
-def best_epoch(scores: Sequence[tuple[float, ...]]) -> int:
-    """Return the epoch with the best score, counted from 1; of equal scores, the first."""
-    return scores.index(max(scores)) + 1
+def is_validation_due(state: TrainingState, config: TrainConfig) -> bool:
+    """Return whether a validation is due: at an epoch's end and, within a pass, every ``validate_every`` steps."""
+    every = config.validate_every if config.num_steps is None else None
+    return state.step == 0 or (every is not None and state.step % every == 0)
 
 
 def create_optimizers(

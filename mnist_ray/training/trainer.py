@@ -24,7 +24,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.state import StopWantedError, TrainingState, create_optimizers, is_over
+from mnist_ray.training.state import StopWantedError, TrainingState, create_optimizers, has_stalled, is_over
 from mnist_ray.training.step import Step, seed_of
 from mnist_ray.training.stopwatch import CALLBACKS, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.window import LoggingWindow
@@ -111,6 +111,8 @@ class Trainer:
                 progress = self._report_if_due()
                 if progress is not None and progress.saves and state.step < state.epoch_steps:
                     self._save(progress)
+                    if has_stalled(state, self.config):
+                        return
                     if progress.stops:
                         raise StopWantedError
                     self.window.restart_clock()

@@ -19,7 +19,7 @@ from mnist_ray.parallel.group import Group
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import WEIGHT, MetricSums, TrainingDivergedError, check_logged, missing_sum
-from mnist_ray.training.state import TrainingState
+from mnist_ray.training.state import TrainingState, is_validation_due
 from mnist_ray.training.stopwatch import CALLBACKS, WORKERS
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.figures import GRADIENT_NORM
@@ -57,7 +57,7 @@ class LoggingWindow:
 
     def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
         self._workload, self._state, self._group = workload, state, group
-        self._checkpoint_every = config.checkpoint_every
+        self._config = config
         self._interval_steps = _FIRST_INTERVAL_STEPS
         self._sums: list[Mapping[str, Tensor]] = []  # of each step, on this rank
         self._sizes: list[int] = []  # of each step's global batch
@@ -85,8 +85,9 @@ class LoggingWindow:
         return steps_left == 0 or is_full or self._must_save()
 
     def _must_save(self) -> bool:
-        state, every = self._state, self._checkpoint_every
-        return state.total_step == state.last_step or (every is not None and state.step % every == 0)
+        state, every = self._state, self._config.checkpoint_every
+        is_checkpoint = every is not None and state.step % every == 0
+        return state.total_step == state.last_step or is_checkpoint or is_validation_due(state, self._config)
 
     def close(self, callbacks: Sequence[Callback]) -> Progress:
         """Sum the window over all ranks, add it to the state, and empty it; all ranks must call this.
@@ -112,9 +113,9 @@ class LoggingWindow:
         now = time.perf_counter()
         elapsed_s, self._start = now - self._start, now
         stops = state.total_step == state.last_step or any(callback.wants_stop() for callback in callbacks)
-        saves = now - self._saved_at > _SAVE_INTERVAL_S if self._checkpoint_every is None else self._must_save()
+        is_old = self._config.checkpoint_every is None and now - self._saved_at > _SAVE_INTERVAL_S
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        return Decision(saves or stops, stops, elapsed_s, next_interval)
+        return Decision(is_old or stops or self._must_save(), stops, elapsed_s, next_interval)
 
     def _sums_here(self) -> dict[str, np.ndarray]:
         """Return the steps' sums on this rank, by name, in double. A step that has not logged a value counts as 0."""

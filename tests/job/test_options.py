@@ -56,7 +56,7 @@ def test_a_run_with_nan_in_validation_and_test_ends_with_notes_that_name_the_fir
 ) -> None:
     train(Lost, num_workers=0, num_epochs=2, storage_path=tmp_path, run_name="run")
     said = capsys.readouterr().out
-    assert "note       rmse is NaN, so the checkpoint of epoch 2 counts as the worst" in said
+    assert "note       rmse is NaN: the checkpoint of epoch 2 counts as the worst" in said
     assert "testing    the checkpoint of epoch 1, the first: rmse is NaN in each validation" in said
     note = "the loss is NaN or infinite for"
     assert said.count(f"note       {note} 40 of 40 examples; the first has index 0 in validation") == 2

@@ -61,8 +61,6 @@ ONE_OF_BOTH = "leave one of them out"
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"num_steps": 9, "num_epochs": 2},
      f"--num-steps 9 replaces --num-epochs; {ONE_OF_BOTH}, or add --num-steps none"),
-    ({"validate_every": 5},
-     "--validate-every needs --num-steps: without it, validation follows each pass; leave it out, or set --num-steps"),
     ({"fold": 2}, "--set fold=2 needs at least as many folds; set --folds"),
     ({"fold": 4, "folds": 3}, "--set fold=4 needs at least as many folds; set --folds"),
     ({"folds": 2, "overfit_batches": 1}, "--overfit-batches tests on the training examples; leave --folds out"),

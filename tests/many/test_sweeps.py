@@ -105,7 +105,7 @@ def test_the_best_trial_is_the_result(finished_sweep: Path) -> None:
     assert evaluate(found) == found.metrics == found.members[0].metrics
     assert len(found.predictions["label"]) == 200
     page = (finished_sweep / "report.html").read_text()
-    assert "<h2>Trials</h2>" in page
+    assert "<h2>Trials by learning rate</h2>" in page
     assert "finished: 4 of 4 runs, tested on 200" in page
 
 

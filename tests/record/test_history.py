@@ -29,7 +29,7 @@ def validated(epoch: int, loss: float, accuracy: float) -> Validated:
 
 
 def started(epoch: int) -> Started:
-    return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0, total_step=9 * epoch)
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0, total_step=9 * epoch, epochs=epoch)
 
 
 def columns(run: RunFolder, *names: str) -> list[tuple[str, ...]]:

@@ -19,13 +19,13 @@ PROGRESS = Progress(1, 30, 40, [0.5, 0.25], VALUES, VALUES, 60, epoch_s=3.0, lea
 def show_a_run(quiet: bool) -> None:
     with RunConsole(mnist(), 2, quiet=quiet) as printer:
         printer.say("data", "some")
-        printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0, total_step=0))
+        printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0, total_step=0, epochs=0))
         printer.show(PROGRESS)
         printer.show(EpochFinished(PROGRESS))
         printer.show(Validated(1, {"loss": 0.5, "accuracy": 0.875}, 1.0, total_step=4))
         printer.show(WorkersLost("worker 1 died"))
         printer.show(WorkersLost("worker 0 was lost with its node"))
-        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, 20, damaged=("checkpoint_b",)))
+        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, 20, 0.5, damaged=("checkpoint_b",)))
         printer.result("test", "done")
 
 
@@ -67,7 +67,7 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_many_epochs_widen_the_labels_and_a_trained_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with RunConsole(mnist(), 100, quiet=False) as printer:
         printer.show(EpochFinished(dataclasses.replace(PROGRESS, epoch=60)))
-        printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, total_step=4000))
+        printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, total_step=4000, epochs=100))
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("epoch 60/100  finished in 3.00 s")
     assert second == "started       1 × cpu with 2 threads, bf16; all epochs are already trained"
@@ -78,7 +78,7 @@ def test_a_deciding_metric_that_is_nan_is_a_note(capsys: pytest.CaptureFixture[s
         printer.show(Validated(1, {"loss": 0.5, "accuracy": math.nan}, 1.0, total_step=4))
         printer.show(Validated(2, {"loss": math.nan, "accuracy": 0.5}, 1.0, total_step=4))
     first, note, second = capsys.readouterr().out.splitlines()
-    assert note == "note       accuracy is NaN, so the checkpoint of epoch 1 counts as the worst"
+    assert note == "note       accuracy is NaN: the checkpoint of epoch 1 counts as the worst"
     assert "loss 0.5000, accuracy - (" in first
     assert "loss -, accuracy 50.00% (" in second
 

@@ -203,7 +203,7 @@ def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monke
     noted, over, events = InterruptFlag(), threading.Event(), list[Event]()
     monkeypatch.setattr(fit, "defer_first_interrupt", lambda: contextlib.nullcontext(noted))
     monkeypatch.setattr("ray.kill", lambda actor: over.set())
-    started, lost = Started(1, ("here",), 1, "cpu", "fp32", 0, 0, 0), WorkersLost("worker 0 died")
+    started, lost = Started(1, ("here",), 1, "cpu", "fp32", 0, 0, 0, 0), WorkersLost("worker 0 died")
 
     def note(event: Event) -> None:
         events.append(event)

@@ -7,6 +7,7 @@ import faulthandler
 import json
 import math
 import re
+import shutil
 import signal
 import threading
 import time
@@ -87,6 +88,38 @@ def test_without_a_test_set_results_are_those_of_the_validation_set_and_nothing_
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Confusion matrix of the validation set" in report
     assert not re.search(r"\btest(ed)? (set|accuracy|loss|on)\b", report)
+
+
+def test_validations_within_an_epoch_are_recorded_compared_and_resumed(
+    here: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**here, "validate_every": 20, "keep_checkpoints": "all"}
+    whole = train(None, **settings)
+    said = capsys.readouterr().out
+    assert "2 epochs of 48 steps, validated every 20 steps, " in said
+    assert [*re.findall(r"validation after epoch (\S+):", said)] == ["0.4167", "0.8333", "1", "1.417", "1.833", "2"]
+    rows = read_csv(folder_at(tmp_path / "run"), "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0.41667", "0.83333", "1", "1.41667", "1.83333", "2"]
+    assert [row["train_loss"] != "" for row in rows] == [False, False, True] * 2
+    states = [read_state(run)["metrics"] for run in map(folder_at, sorted((tmp_path / "run").glob("checkpoint_*")))]
+    best = max(states, key=lambda metrics: metrics["val_score"])
+    assert (whole.result["checkpoint_metrics"], len(states)) == (best, 6)
+    digest = weights(tmp_path / "run")
+    for later in sorted((tmp_path / "run").glob("checkpoint_*"))[2:]:  # as after a kill in the second half of epoch 1
+        shutil.rmtree(later)
+    (tmp_path / "run" / "result.json").unlink()
+    train(None, **here | {"resume": "yes"})
+    assert "continuing in epoch 1 after step 40" in capsys.readouterr().out
+    assert weights(tmp_path / "run") == digest
+    again = read_csv(folder_at(tmp_path / "run"), "metrics.csv")
+    assert [(row["epoch"], row["val_loss"]) for row in again] == [(row["epoch"], row["val_loss"]) for row in rows]
+
+
+def test_a_run_may_stop_early_within_an_epoch(here: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {**here, "validate_every": 10, "early_stopping_patience": 1, "learning_rate": 1e-7, "limit": 0.2}
+    stopped = train(None, **settings | {"batch_size": 10, "optimizer": "sgd", "ema_decay": 0.0})
+    assert "note       training stopped after epoch 0." in capsys.readouterr().out
+    assert stopped.result["checkpoint_metrics"]["epochs"] < 1
 
 
 @pytest.mark.long

@@ -122,14 +122,6 @@ def test_a_folder_that_cannot_be_read_does_not_end_the_list(
     assert "cannot read " in listed["interrupted"]["about"]
 
 
-def test_a_number_that_is_too_large_is_no_metric(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = json.loads((storage / "finished" / "result.json").read_text())
-    (storage / "finished" / "result.json").write_text(json.dumps({**result, "test_loss": 10**400}))
-    run_main("runs", "--storage-path", str(storage), "--json")
-    (finished,) = (run for run in json.loads(capsys.readouterr().out)["runs"] if run["name"] == "finished")
-    assert (finished["state"], "test_loss" in finished["metrics"]) == ("finished", False)
-
-
 def test_the_program_has_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["mnist-ray", "--version"])
     with pytest.raises(SystemExit):

@@ -33,7 +33,7 @@ RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "examples_per_s": 100.0, "fo
 
 
 def started(step: int = 0) -> Started:
-    return Started(1, ("host",), 1, "cpu", "fp32", epoch=0, step=step, total_step=step)
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=0, step=step, total_step=step, epochs=0)
 
 
 def progress(step: int, losses: list[float]) -> Progress:
