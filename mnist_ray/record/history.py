@@ -84,10 +84,10 @@ class History:
     def _fill(self, last_epoch: float) -> None:
         """Add values from checkpoints for epochs whose events did not reach the job before it was killed."""
         for _, metrics in checkpoints_of(self._run):
-            if (metrics.step == 0 or metrics.is_candidate) and 0 < metrics.epochs <= last_epoch:
-                told, row = metrics.values, self.rows.get(_place(metrics.epochs), {})
+            if metrics.step == 0 and 0 < metrics.epoch <= last_epoch:
+                told, row = metrics.values, self.rows.get(metrics.epoch, {})
                 if lacking := {name: told[name] for name in self._columns if name in told and not row.get(name)}:
-                    self._update(metrics.epochs, lacking)
+                    self._update(metrics.epoch, lacking)
 
     def _update(self, epochs: float, values: Mapping[str, Any]) -> None:
         epoch = _place(epochs)
