@@ -122,7 +122,7 @@ def test_a_gan_shows_what_it_draws_and_a_contrastive_loss_tells_digits_apart(tmp
         run_main("train", *as_flags({**where, **small}))
         found[name] = result_of(tmp_path / name)
     report = (tmp_path / "gan" / "report.html").read_text()
-    titles = ("Fake images", "Discriminator loss", "Generator loss")
+    titles = ("Fake images", "discriminator loss", "generator loss")
     assert [title for title in titles if f"<h2>{title}" not in report] == []
     rows = read_numbers(folder_at(tmp_path / "gan"), "metrics.csv", "discriminator_loss", "generator_loss")
     assert len(rows) == 2
