@@ -106,7 +106,8 @@ def row_of(about: Setting) -> str:
         default = f"{default:g}"
     if about.default == "":
         default = "–"
-    name = f"`{about.shown}`" + (f", `--no-{flag(about.name)[2:]}`" if about.plain is bool and about.has_flag else "")
+    has_opposite = about.plain is bool and about.has_flag and not about.name.startswith("no_")
+    name = f"`{about.shown}`" + (f", `--no-{flag(about.name)[2:]}`" if has_opposite else "")
     meaning = "; ".join(part for part in parts if part not in chosen).partition(": FILE.py[")[0]
     meaning = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", meaning)
     return f"| {name} | {default} | {values_of(about)} | {meaning}{searched(about)} |"

@@ -132,7 +132,7 @@ def _form_of(about: Setting) -> dict[str, Any]:
     """Return a flag's arguments for ``add_argument``; its values stay texts, for ``Setting.parsed``."""
     is_list = about.plain is tuple
     if about.plain is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": "store_true" if about.name.startswith("no_") else argparse.BooleanOptionalAction}
     if about.word:
         for_one = "?" if about.may_be_none else None
         return {"metavar": about.word, "nargs": "*" if is_list else for_one}
