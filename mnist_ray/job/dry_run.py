@@ -67,13 +67,15 @@ def try_batch(
     batch_sizes: Sequence[int],
     part: Fraction,
     num_workers: int = 1,
+    *,
+    is_validated: bool = True,
 ) -> None:
     """Train a workload's new model on its first examples, and evaluate it. Raises UsageError with an error's place.
 
     ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time.
     """
     try:
-        _Trial(workload, train, config, num_workers).run(batch_sizes, part)
+        _Trial(workload, train, config, num_workers, is_validated=is_validated).run(batch_sizes, part)
     except (Exception, SystemExit) as error:
         try:
             with placed(workload, _place_in(workload, error)):
@@ -103,12 +105,16 @@ def _place_in(workload: Workload, error: BaseException) -> str:
 class _Trial:
     """A workload, its new model, and its first examples."""
 
-    def __init__(self, workload: Workload, train: Split, config: TrainConfig, num_workers: int) -> None:
+    def __init__(
+        self, workload: Workload, train: Split, config: TrainConfig, num_workers: int, *, is_validated: bool
+    ) -> None:
         self.workload, self.name, self.train, self.num_workers = workload, type(workload).__name__, train, num_workers
+        self.is_validated = is_validated
         self.config = dataclasses.replace(config, precision=resolve_precision(config.precision, Group()))
         self.total_steps = config.total_steps(len(train))
         own = type(workload).create_optimizer, type(workload).create_scheduler
-        self.has_optimizers = own != (Workload.create_optimizer, Workload.create_scheduler)
+        is_own = own != (Workload.create_optimizer, Workload.create_scheduler)
+        self.has_optimizers = is_own or "." in config.optimizer + config.lr_schedule
 
     def run(self, batch_sizes: Sequence[int], part: Fraction) -> None:
         """Try everything. Raises like ``try_batch``, but any error in the user's code as it is."""
@@ -319,10 +325,14 @@ class _Trial:
             raise UsageError(f"{problem}, so it depends on the number of workers", fix=fix)
 
     def check_schedules(self, state: TrainingState) -> None:
-        """Raise UsageError if a schedule that looks at the monitored metric takes better values for worse."""
+        """Raise UsageError if a schedule looks at a validation that there is none of, or takes better for worse."""
         monitor = self.workload.monitor
-        for schedule in state.schedulers.values():
-            if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != monitor.mode:
+        plateaus = [schedule for schedule in state.schedulers.values() if isinstance(schedule, ReduceLROnPlateau)]
+        if plateaus and not self.is_validated:
+            problem = f"{self.name}: ReduceLROnPlateau looks at the validation, but there is none"
+            raise UsageError(problem, fix="leave --validation-size 0 and --overfit-batches out")
+        for schedule in plateaus:
+            if schedule.mode != monitor.mode:
                 problem = f"{self.name}: ReduceLROnPlateau has mode={schedule.mode!r}, but looks at {monitor.name}"
                 raise UsageError(problem, fix=f"create it with mode={monitor.mode!r}")
 

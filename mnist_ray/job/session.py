@@ -108,7 +108,7 @@ def opened(
             if not too_large:
                 from mnist_ray.job.dry_run import notes_of_transforms  # imports torch
 
-                _try_batch(job, data.train, batch_sizes)
+                _try_batch(job, data, batch_sizes)
                 notes.extend(notes_of_transforms(job.workload, data.validation))
             importlib.import_module(preload)  # with Ray Train, which ray.init does not import
 
@@ -166,11 +166,11 @@ def _too_large(job: Job) -> str:
     return f"the model needs {size_of(needed)}, but only {size_of(free)} are free here" if needed > free else ""
 
 
-def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
+def _try_batch(job: Job, data: Splits, batch_sizes: Sequence[int]) -> None:
     """Send a batch through the job's workload. Raises UsageError."""
     from mnist_ray.job.dry_run import NUM_EXAMPLES, try_batch  # imports torch
 
-    num_workers, num_streams = job.workers.num_workers or 1, job.train.num_streams
+    train, num_workers, num_streams = data.train, job.workers.num_workers or 1, job.train.num_streams
     smallest = Fraction(1, job.train.reproducible_chunks or num_workers)
     if train.is_in_blocks and not job.train.reproducible:  # each worker has some of the streams
         smallest = Fraction(num_streams // num_workers, num_streams)
@@ -179,7 +179,7 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
         train, sizes = Split(train.examples.first(2 * NUM_EXAMPLES), transforms=train.transforms), ()
         if len(train) == 0:
             raise UsageError(f"{type(job.workload).__name__}: the stream of training examples is empty")
-    try_batch(job.workload, train, job.train, sizes, smallest, num_workers)
+    try_batch(job.workload, train, job.train, sizes, smallest, num_workers, is_validated=len(data.validation) > 0)
 
 
 def console_of(job: Job) -> RunConsole:

@@ -186,6 +186,22 @@ def test_a_workloads_own_schedule_is_tried_with_the_runs_steps_without_a_warning
     tried(write, body, config=TrainConfig(precision="fp32", num_steps=num_steps))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_validated", "message"),
+    [
+        ("patience=3", True, "has mode='min', but looks at accuracy; create it with mode='max'"),
+        ('mode="max"', False, "looks at the validation, but there is none; leave --validation-size 0"),
+    ],
+)
+def test_a_schedule_by_name_fits_the_validation(
+    arguments: str, is_validated: bool, message: str, few_images: Arrays
+) -> None:
+    schedule = f"torch.optim.lr_scheduler.ReduceLROnPlateau({arguments})"
+    config = TrainConfig(precision="fp32", lr_schedule=schedule)
+    with pytest.raises(UsageError, match=f"^MNIST: ReduceLROnPlateau {message}"):
+        try_batch(mnist(), Split(few_images), config, [32], Fraction(1), is_validated=is_validated)
+
+
 # --- how much is tried
 
 
