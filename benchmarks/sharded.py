@@ -264,7 +264,8 @@ def resume(group: Group, size: Size, config: TrainConfig, storage: str) -> dict[
 
     RunFolder.read_bytes = counted  # type: ignore[method-assign,assignment]
     start = time.perf_counter()
-    checkpoint.restore(locate(storage, "run").inside("checkpoint"), state)
+    folder = locate(storage, "run").inside("checkpoint")
+    checkpoint.load(checkpoint.read(folder, state)[1], state, [], folder)
     seconds, tensors = time.perf_counter() - start, [*state.model.parameters()]
     own = sum(rows_here(tensor).nbytes for tensor in tensors) * 3  # weights, and two moments
     return {"read": read_bytes, "share": own, "seconds": seconds}

@@ -134,11 +134,8 @@ def snapshot(
         own = {key: each.copied() for key, each in rows.items() if rank == 0 or 0 < each.start < each.stop}
         tensors[file_name(kind, rank, num_parts)] = own  # rank 0 also writes the tensors that all ranks have
     document = copy.deepcopy({"format": FORMAT, "epoch": state.epoch, "step": state.step, **about})
-    return Snapshot(tensors, map_tensors(_copied, training) if rank == 0 else None, document)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
+    copied = map_tensors(lambda tensor: tensor.detach().cpu().clone(), training) if rank == 0 else None
+    return Snapshot(tensors, copied, document)
 
 
 def check_kept(values: object, what: str) -> None:
@@ -175,21 +172,11 @@ def _parameter_key(optimizer: str, number: int) -> str:
     return f"{optimizer}:{number:d}" if optimizer else f"{number:d}"
 
 
-def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
-    """Load a checkpoint into a newly created ``state``; return its state.json.
+def read(folder: RunFolder, state: TrainingState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return state.json, and what this rank needs for ``load``: its own rows if the state is sharded, else everything.
 
-    Raises UsageError if there is no checkpoint, JobError if it is damaged or cannot be read; both leave ``state``
-    intact. TrainingStoppedError, if the checkpoint does not fit, may leave it half loaded.
-    """
-    document, saved = _read(folder, state)
-    _load(saved, state, callbacks, folder)
-    return document
-
-
-def _read(folder: RunFolder, state: TrainingState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return state.json, and what this rank needs: its own rows if the state is sharded, else everything.
-
-    That is the content of training.pt, with the tensors of optimizers, and the weights. Raises like ``restore``.
+    That is the content of training.pt, with the tensors of optimizers, and the weights. Raises UsageError if there is
+    no checkpoint, JobError if it is damaged or cannot be read.
     """
     document = read_state(folder)
     parameters = {
@@ -215,8 +202,11 @@ def _read(folder: RunFolder, state: TrainingState) -> tuple[dict[str, Any], dict
     return document, saved
 
 
-def _load(saved: dict[str, Any], state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
-    """Put what was read from a checkpoint into a newly created ``state``. Raises TrainingStoppedError."""
+def load(saved: dict[str, Any], state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
+    """Put what was read from a checkpoint into a newly created ``state``.
+
+    Raises TrainingStoppedError if it does not fit; ``state`` may then be half loaded.
+    """
     load_weights(state.result, saved[MODEL], folder)
     try:
         if state.average is not None:
@@ -259,25 +249,21 @@ def restore_newest(
     """
     group, skipped = group or Group(), list[str]()
     with in_one_line(f"cannot read {run.uri}"):
-        seen = with_retries(functools.partial(_are_whole, run)) if group.rank == 0 else {}
+        seen: dict[str, bool] = {}  # by name, the newest last: whether the checkpoint was written to its end
+        if group.rank == 0:
+            seen = with_retries(lambda: {name: run.inside(name).exists(STATE_FILE) for name in run.checkpoint_names()})
         for name, is_whole in reversed(group.gathered(seen)[0].items()):
             found, folder = None, run.inside(name)
             with contextlib.suppress(DamagedCheckpointError, UsageError):
                 if is_whole:
                     with_retries(functools.partial(_check_visible, folder))
-                found = _read(folder, state)
-            is_readable = all(group.gathered(found is not None))
-            if found is not None and is_readable:
+                found = read(folder, state)
+            if all(group.gathered(found is not None)) and found is not None:
                 document, saved = found
-                _load(saved, state, callbacks, folder)
+                load(saved, state, callbacks, folder)
                 return CheckpointMetrics.of(document.get("metrics", {})), tuple(skipped)
             skipped.append(name)
     return CheckpointMetrics(), tuple(skipped)
-
-
-def _are_whole(run: RunFolder) -> dict[str, bool]:
-    """Return the names of the checkpoints, the newest last, and whether each was written to its end."""
-    return {name: run.inside(name).exists(STATE_FILE) for name in run.checkpoint_names()}
 
 
 def _check_visible(folder: RunFolder) -> None:

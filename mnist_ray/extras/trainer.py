@@ -17,7 +17,7 @@ class Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         unneeded: tuple[type, ...] = (DatasetsCallback,)  # there are no Ray Datasets
-        if self.backend_config.is_local:  # nothing to clean up: a local Ray ends with the job
+        if self.backend_config.folder is not None:  # nothing to clean up: a local Ray ends with the job
             unneeded += (PlacementGroupCleanerCallback,)
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, unneeded)]

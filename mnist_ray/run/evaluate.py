@@ -145,8 +145,7 @@ def evaluate_here(
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     try:
         with placed(workload, "an evaluation"):
-            model: torch.nn.Module = load_model(checkpoint, workload)
-            model = with_fast_layout(model.to(device))
+            model = with_fast_layout(load_model(checkpoint, workload).to(device))
             config = build(TrainConfig, read_state(checkpoint).get("config", {}))
             return evaluate(workload, model, split, config, loader_workers)
     except UsageError as error:

@@ -29,14 +29,13 @@ from mnist_ray.process import in_thread, usable_cores
 from mnist_ray.provenance import versions
 from mnist_ray.record.recorder import recorded
 from mnist_ray.run import evaluate
-from mnist_ray.run.event_queue import open_event_queue
 from mnist_ray.run.failures import error_of
-from mnist_ray.run.ray_train import create_trainer
+from mnist_ray.run.ray_train import create_trainer, open_event_queue
 from mnist_ray.run.worker import LoopSpec, Sink, train_worker
 from mnist_ray.schema import INITIAL_FILE
 from mnist_ray.signals import InterruptFlag, defer_first_interrupt
 from mnist_ray.storage import RunFolder, in_one_line
-from mnist_ray.text import count, format_settings
+from mnist_ray.text import format_settings
 from mnist_ray.training.events import STOPPING, ControllerAlive, Event, Note, Outcome, Started, WorkersLost
 from mnist_ray.training.state import StopWantedError
 
@@ -173,13 +172,11 @@ def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[
             raise KeyboardInterrupt
         listener.result.result()
         return listener.outcome
-    except RaySilentError:
-        raise
-    except (ray.train.TrainingFailedError, RayError) as error:
-        listener.end()
-        raise error_of(error, listener.last_loss) from error
-    except BaseException:
-        listener.end()
+    except BaseException as error:
+        if not isinstance(error, RaySilentError):
+            listener.end()
+        if isinstance(error, (ray.train.TrainingFailedError, RayError)):
+            raise error_of(error, listener.last_loss) from error
         raise
 
 
@@ -254,12 +251,7 @@ def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         console.say("init from", read_initial(job.workload, job.asked["init_from"], job.run.storage_path)[1])
     hosts = ["this process"] if session.is_here else check_nodes(job.run, versions())
-    size = job.train.batch_size
-    slices = f"{math.ceil(size / max(1, plan.num_workers))} of a step's {size} {job.workload.nouns} each"
-    console.say("plan", f"{count(plan.num_workers, 'worker')}; {slices}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts) or 'no node yet'}")
-    if plan.must_scale_up:
-        console.say("note", "this check cannot tell whether the cluster can start nodes for these workers")
     for place, values in job.by_place.items():
         console.say("settings", f"{format_settings(values)} (from {place})")
     console.say("check", "this job would run")

@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from mnist_ray import extras
 from mnist_ray.cluster.devices import device_here
+from mnist_ray.cluster.nodes import this_node
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.parallel.group import Group
 from mnist_ray.ray_versions import preemption_info
@@ -42,18 +43,17 @@ def create_trainer(spec: LoopSpec, plan: WorkerPlan, folder: str) -> TorchTraine
     workers = spec.job.workers
     extra = extras.load("trainer", plain=workers.plain_ray)
     trainer_class: type[TorchTrainer] = extra.Trainer if extra else TorchTrainer
-    since_later: dict[str, Any] = {}  # what only newer versions of Ray take
-    if plan.min_workers is not None:
-        since_later["elastic_resize_monitor_interval_s"] = _RESIZE_INTERVAL_S
+    is_elastic = plan.min_workers is not None
+    elastic: Any = {"elastic_resize_monitor_interval_s": _RESIZE_INTERVAL_S} if is_elastic else {}  # not in older Rays
     return trainer_class(
         train_loop_per_worker,
         train_loop_config={"spec": spec},
         torch_config=WorkerGroupConfig(folder=folder if plan.is_local else None),
         scaling_config=ScalingConfig(
-            num_workers=plan.num_workers if plan.min_workers is None else (plan.min_workers, plan.num_workers),
+            num_workers=(plan.min_workers, plan.num_workers) if is_elastic else plan.num_workers,
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker, "GPU": int(plan.use_gpu)},
-            **since_later,
+            **elastic,
         ),
         run_config=RunConfig(
             name=spec.job.run.name,
@@ -76,11 +76,6 @@ class WorkerGroupConfig(TorchConfig):
     folder: str | None = None  # of a local Ray: the file's, where no other user can write, since it is unpickled
 
     @property
-    def is_local(self) -> bool:
-        """Whether all workers are on this machine."""
-        return self.folder is not None
-
-    @property
     def backend_cls(self) -> type:
         """The class that sets up workers, including those that replace lost workers."""
         return _Backend
@@ -93,7 +88,7 @@ class _Backend(_RaysBackend):
     def on_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
         worker_group.execute(use_nodes_interface)
         worker_group.execute(device_here)  # an unusable GPU ends the run
-        if not backend_config.is_local:
+        if backend_config.folder is None:
             super().on_start(worker_group, backend_config)
         elif (world_size := len(worker_group)) > 1:
             file = f"file://{backend_config.folder}/workers-{uuid.uuid4().hex}"  # torch does not decode %20
@@ -136,6 +131,33 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
     except StopWantedError:
         outcome = Outcome(is_stopped=True)
     sink.send(outcome)
+
+
+class EventQueue:
+    """Keeps events until the driver takes them. It is an actor, so neither side waits for the other."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._is_stop_requested = False
+
+    def put(self, event: Event) -> bool:
+        """Keep an event; return whether the training must stop."""
+        self._events.append(event)
+        return self._is_stop_requested
+
+    def take(self) -> list[Event]:
+        """Return the events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def request_stop(self) -> None:
+        """From now on, let ``put`` return that training must stop."""
+        self._is_stop_requested = True
+
+
+def open_event_queue() -> Any:
+    """Create an event queue on this node, so that it survives the loss of other nodes; return its actor."""
+    return ray.remote(num_cpus=0, scheduling_strategy=this_node())(EventQueue).remote()
 
 
 class QueueSink(Sink):

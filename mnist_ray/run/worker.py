@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import socket
 import time
@@ -25,7 +24,6 @@ from mnist_ray.cluster.plan import threads_per_worker
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.data.data import Split
-from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.job.job import Job
 from mnist_ray.parallel.group import Group, resolve_precision
 from mnist_ray.parallel.reproducible import check_arithmetic
@@ -80,14 +78,19 @@ def train_worker(
     Raises like ``Trainer.train`` and ``restore_newest``.
     """
     job = spec.job
+
+    def load_initial(model: nn.Module) -> None:  # the weights of --init-from
+        if job.initial is not None:
+            load_fitting(model, read_weights(job.initial.inside(INITIAL_FILE)))
+
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
     num_threads = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
     torch.set_num_threads(1 if job.train.reproducible else num_threads)
     with Watchdog(0.0 if job.workers.num_workers == 0 else job.workers.hang_timeout_s) as watchdog:  # 0: for debuggers
         config = replace(job.train, precision=resolve_precision(job.train.precision, group))
-        split = _opened(spec.train)
+        split = spec.train.open() if isinstance(spec.train, RemoteSplit) else spec.train
         watchdog.heartbeat()
-        state = create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
+        state = create_state(job.workload, config, len(split), group, load_initial)
         watchdog.heartbeat()
         callbacks: list[Any] = copy.deepcopy([*job.workload.callbacks])  # checkpoints match them by position
         callbacks += [user_code.create(code, Callback) for code in job.callbacks]
@@ -129,20 +132,6 @@ def _settle(job: Job, state: TrainingState, split: Split, config: TrainConfig, g
     return config
 
 
-def _load_initial(job: Job, model: nn.Module) -> None:
-    """Load the weights of ``--init-from``, if there are any, into a new model."""
-    if job.initial is not None:
-        load_fitting(model, read_weights(job.initial.inside(INITIAL_FILE)))
-
-
-def _opened(split: RemoteSplit | Split) -> Split:
-    return split.open() if isinstance(split, RemoteSplit) else split
-
-
-def _best_epoch(state: TrainingState) -> float:
-    return state.validated_at[state.scores.index(max(state.scores))]
-
-
 @dataclass(eq=False)
 class Worker(Callback):
     """What a worker does beside training: it reports to a sink and, at each checkpoint, validates and saves."""
@@ -157,13 +146,8 @@ class Worker(Callback):
 
     def __post_init__(self) -> None:
         job, validation = self.spec.job, self.spec.validation
-        self._workload = job.workload
         self._checkpointer = Checkpointer(job, self.config, self.group, self.callbacks)
-        self._validation = None if validation is None else _opened(validation)
-        plateaus = [schedule for schedule in self.state.schedulers.values() if isinstance(schedule, ReduceLROnPlateau)]
-        if validation is None and plateaus:
-            problem = "ReduceLROnPlateau looks at the validation, but there is none"
-            raise TrainingStoppedError(problem, fix="remove --validation-size 0 and --overfit-batches")
+        self._validation = validation.open() if isinstance(validation, RemoteSplit) else validation
 
     def start(self, metrics: CheckpointMetrics, skipped: Sequence[str]) -> None:
         """Report the start of training, from the checkpoint with these ``metrics``, and what a kill has lost.
@@ -175,7 +159,20 @@ class Worker(Callback):
         state = self.state
         last_step = math.ceil(min(self.spec.until_epoch, self.config.num_epochs) * state.steps_per_epoch)
         state.last_step = min(last_step, state.total_steps)
-        self.sink.send(self._started(skipped))
+        started = Started(
+            num_workers=self.group.world_size,
+            hosts=tuple(self.group.gathered(socket.gethostname())),
+            threads=torch.get_num_threads(),
+            device=self.group.device.type,
+            precision=self.config.precision,
+            epoch=state.epoch,
+            step=state.step,
+            total_step=state.total_step,
+            epochs=state.epochs,
+            damaged=tuple(skipped),
+            processor=name_of(self.group.device),
+        )
+        self.sink.send(started)
         if metrics.is_candidate:
             self._send_validation(state, metrics)
         if metrics.is_validated:
@@ -193,8 +190,9 @@ class Worker(Callback):
         self.wait()
         state = self.state
         if state.epoch < self.config.num_epochs:
-            best = f": validation was best after epoch {_best_epoch(state):.4g}" if state.scores else ""
-            self.sink.send(Note(f"training stopped after epoch {state.epochs:.4g}{best}"))
+            best = max(zip(state.scores, state.validated_at, strict=True), key=lambda pair: pair[0], default=None)
+            when = f": validation was best after epoch {best[1]:.4g}" if best else ""
+            self.sink.send(Note(f"training stopped after epoch {state.epochs:.4g}{when}"))
 
     def on_step(self, state: TrainingState) -> None:
         """Show that this worker does not hang."""
@@ -244,7 +242,7 @@ class Worker(Callback):
 
         A run alone would not have a checkpoint that is no candidate: it must not be its best.
         """
-        workload, start = self._workload, time.perf_counter()
+        workload, start = self.spec.job.workload, time.perf_counter()
         with state.watch.on(VALIDATION):
             evaluation = evaluate_together(
                 workload,
@@ -267,36 +265,20 @@ class Worker(Callback):
         """Let a schedule that looks at a metric, and the user's callbacks, see a validation; report it."""
         state.scores.append(metrics.score)
         state.validated_at.append(state.epochs)
-        values = {metric.name: metrics.values[f"val_{metric.name}"] for metric in self._workload.all_metrics}
+        values = {metric.name: metrics.values[f"val_{metric.name}"] for metric in self.spec.job.workload.all_metrics}
         for scheduler in state.schedulers.values():
             if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(values[self._workload.monitor.name])
+                scheduler.step(values[self.spec.job.workload.monitor.name])
         for callback in self.callbacks:
             callback.on_validation(state, values)
         self._send_validation(state, metrics)
 
     def _send_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Report a checkpoint's validation."""
-        names = [metric.name for metric in self._workload.all_metrics]
+        names = [metric.name for metric in self.spec.job.workload.all_metrics]
         values = {name: metrics.values.get(f"val_{name}", math.nan) for name in names}  # the workload may have new ones
         seconds = metrics.values.get("val_s", math.nan)
         self.sink.send(Validated(metrics.epochs, values, seconds, state.total_step))
-
-    def _started(self, skipped: Sequence[str]) -> Started:
-        state = self.state
-        return Started(
-            num_workers=self.group.world_size,
-            hosts=tuple(self.group.gathered(socket.gethostname())),
-            threads=torch.get_num_threads(),
-            device=self.group.device.type,
-            precision=self.config.precision,
-            epoch=state.epoch,
-            step=state.step,
-            total_step=state.total_step,
-            epochs=state.epochs,
-            damaged=tuple(skipped),
-            processor=name_of(self.group.device),
-        )
 
 
 class Checkpointer:

@@ -64,9 +64,13 @@ def train_and_save(
 
     state = create_state(workload, config, len(arrays), Group())
     if resume:
-        checkpoint.restore(folder_at(resume), state, callbacks)
+        restore(folder_at(resume), state, callbacks)
     Trainer(workload, state, Split(arrays), config, Group(), [*callbacks, Hooks(on_checkpoint=save)]).train()
     return state
+
+
+def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> None:
+    checkpoint.load(checkpoint.read(folder, state)[1], state, callbacks, folder)
 
 
 def bits_of(folder: Path) -> tuple[bytes, str]:
@@ -172,7 +176,7 @@ def test_a_damaged_checkpoint_is_rejected(saved: Path, tmp_path: Path, name: str
         (folder / name).write_bytes(content[:cut])
     state = create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises((JobError, UsageError)) as raised:
-        checkpoint.restore(folder_at(folder), state)
+        restore(folder_at(folder), state)
     assert str(folder) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -247,7 +251,7 @@ def test_a_pickle_in_place_of_a_file_is_rejected_and_not_run(
     changed(folder, {}, is_signed=True)
     state = create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises(DamagedCheckpointError, match="is damaged: ") as raised:
-        checkpoint.restore(folder_at(folder), state)
+        restore(folder_at(folder), state)
     assert "\n" not in str(raised.value)
     assert not marker.exists()
     assert (state.epoch, state.step) == (0, 0)
@@ -270,7 +274,7 @@ def test_reading_a_checkpoint_is_tried_again_after_an_error_of_the_storage(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(RunFolder, "read_bytes", at_the_second_attempt(RunFolder.read_bytes))
     state = create_state(mnist(), CONFIG, 600, Group())
-    checkpoint.restore(folder_at(saved / "1-0"), state)
+    restore(folder_at(saved / "1-0"), state)
     assert {attempts.count(place) for place in attempts} == {2}
     assert {name for name, *_ in attempts} == {path.name for path in (saved / "1-0").iterdir()}
     assert state.epoch == 1
@@ -301,7 +305,7 @@ def test_tied_weights_are_saved_and_restored(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(MNIST, "create_model", tied)
     state, restored = (create_state(mnist(), replace(CONFIG, seed=seed), 600, Group()) for seed in (0, 1))
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(folder_at(tmp_path))
-    checkpoint.restore(folder_at(tmp_path), restored)
+    restore(folder_at(tmp_path), restored)
     weights = restored.model.state_dict()
     assert torch.equal(weights["2.weight"], state.model.state_dict()["1.weight"])
     assert torch.equal(weights["1.weight"], weights["2.weight"])

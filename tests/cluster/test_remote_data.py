@@ -31,7 +31,7 @@ def test_check_says_whether_the_job_would_run_and_trains_nothing(
     flags = as_flags({"data_dir": small_data, "validation_size": 600, "storage_path": tmp_path})
     run_main("train", *flags, "--dry-run", "--batch-size", "50", "--num-workers", "2")
     printed = capsys.readouterr().out
-    assert "plan       2 workers; 25 of a step's 50 images each\n" in printed
+    assert "\nworkers    2, " in printed
     assert printed.endswith("check      this job would run\n")
     with pytest.raises(UsageError, match="cannot hold 3 workers of 1 CPU: it has 2 CPUs and 0 GPUs on 1 node; lower"):
         run_main("train", *flags, "--dry-run", "--num-workers", "3")

@@ -408,7 +408,7 @@ def test_a_checkpoint_with_a_damaged_part_is_damaged(runs: Path, tmp_path: Path,
         part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     state = create_state(Words(), replace(CONFIG, strategy="ddp"), 141, Group())
     with pytest.raises(state_file.DamagedCheckpointError, match=r"optimizer-00003-of-00003\.safetensors: "):
-        checkpoint.restore(folder_at(tmp_path), state)
+        checkpoint.read(folder_at(tmp_path), state)
 
 
 # --- one process ---
