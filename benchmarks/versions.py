@@ -131,7 +131,7 @@ def facts_in(storage: Path) -> Iterator[tuple[str, list[str]]]:
             with file.open(encoding="utf-8") as table:
                 yield name, [" ".join(figures_of(row)) for row in csv.DictReader(table)]
         elif file.name == "result.json":
-            yield name, [*figures_of(json.loads(file.read_text()))]
+            yield name, sorted(figures_of(json.loads(file.read_text())))
         elif file.suffix == ".parquet":
             yield name, [digest_of_columns(file)]
 
@@ -145,7 +145,7 @@ def facts_of_sweep(run: Path, name: str) -> Iterator[tuple[str, list[str]]]:
     best, result = (json.loads((run / file).read_text()) for file in ("best.json", "result.json"))
     yield f"choice of {name}", [f"{key}={value}" for key, value in sorted(best.items()) if key in rows[0]]
     known = {key: value for key, value in result.items() if key not in ("checkpoint", "members")}
-    yield f"{name}/result.json", [*figures_of(known)]
+    yield f"{name}/result.json", sorted(figures_of(known))
     yield f"model {name}", [digest_of([run / result["checkpoint"] / "model.safetensors"])]
     yield f"predictions of {name}", [digest_of_columns(run / "predictions.parquet")]
 
