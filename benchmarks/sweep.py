@@ -57,9 +57,7 @@ def main() -> None:
     """Run both sweeps and print their seconds and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-trials", type=int, default=16)
-    parser.add_argument(
-        "--num-naive-trials", type=int, default=8, help="how many of the same trials the naive sweep runs"
-    )
+    parser.add_argument("--num-naive-trials", type=int, default=8, help="how many of them the naive sweep runs")
     parser.add_argument("--json", action="store_true", help="print the seconds as JSON")
     args = parser.parse_args()
     with environment.prepared(WorkerConfig()) as forking, tempfile.TemporaryDirectory() as storage:
