@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import gzip
 import hashlib
 import io
@@ -27,6 +28,9 @@ import ray
 import torch
 from PIL import Image
 from pyarrow import parquet as pq
+from ray._private.node import Node
+from ray._private.worker import global_worker
+from ray.cluster_utils import Cluster
 
 from mnist_ray import cli, extras
 from mnist_ray.cluster import environment
@@ -288,6 +292,21 @@ def small_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path: Path) -> RunFolder:
     """The folder ``run`` in the test's own, not made yet."""
     return locate(str(tmp_path), "run")
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster of two nodes with one CPU each, the head and another."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # Cluster, unlike `ray start`, never asks for a token
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+    # An atexit handler of each node holds its client. From Python 3.13 on, multiprocessing clears these handlers in a
+    # fork, where the end of a client without its threads would be that of the process.
+    for node in gc.get_objects():
+        if type(node) is Node and node is not global_worker.node:
+            node._gcs_client = None
 
 
 @pytest.fixture

@@ -10,13 +10,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from tests.conftest import QUICK, ROOT, Gate, as_flags, callback_at, run_and_act, run_job, wait_for, weights
+from mnist_ray.ray_versions import is_at_least
+from tests.conftest import QUICK, ROOT, Flags, Gate, as_flags, callback_at, run_and_act, run_job, wait_for, weights
 
 pytestmark = pytest.mark.any_ray
 _TIMEOUT_S = 300  # a plain start takes half a minute on two busy cores
@@ -99,6 +104,41 @@ def test_a_killed_driver_is_resumed(gate: Gate, form: list[str], trained: Path) 
     done = run_job("train.py", *gate.flags(), *form, "--resume", timeout_s=_TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     assert weights(gate.run) == weights(trained)
+
+
+@pytest.mark.skipif(not is_at_least("2.55"), reason="refuses min_workers: tests/job/test_rules.py")
+def test_an_elastic_run_continues_with_fewer_workers(nodes: Cluster, form: list[str], gate: Gate) -> None:
+    lose = gate.opened_after(lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]))
+    flags = gate.flags(min_workers=1)
+    printed, _ = run_and_act({"epoch 1/2  finished": lose}, *flags, *form, address=nodes.address)
+    assert "started    2 × cpu" in printed
+    assert "restarted  1 × cpu" in printed
+    assert json.loads((gate.run / "result.json").read_text())["test_accuracy"] > 0.8
+
+
+@pytest.mark.skipif(not is_at_least("2.60"), reason="this Ray announces no preemption")
+def test_a_checkpoint_is_saved_before_a_node_is_preempted(
+    nodes: Cluster, form: list[str], quick: Flags, tmp_path: Path
+) -> None:
+    doomed = nodes.list_all_nodes()[-1]
+
+    def announce(job: psutil.Process) -> None:
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int(1000 * (time.time() + 3600))
+        accepted, _ = GcsClient(address=nodes.address).drain_node(doomed.node_id, reason, "spot", deadline_ms)
+        assert accepted
+
+    def interrupt(job: psutil.Process) -> None:
+        wait_for(lambda: [*tmp_path.glob("run/checkpoint_epoch*")], timeout_s=10)  # the epoch has half a minute to go
+        job.send_signal(signal.SIGINT)
+
+    callback = callback_at(tmp_path / "slow.py", "on_step(self, state)", "time.sleep(0.07)")
+    flags = quick(num_epochs=99, batch_size=5, validation_size=0, num_workers=2, callback=callback)
+    note = "note        a worker's node will be preempted"
+    acts = {"epoch 1/99": announce, note: interrupt}
+    printed, _ = run_and_act(acts, *flags, *form, address=nodes.address, status=130)
+    assert printed.count(note) == 1
+    assert "lost " not in printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,8 +2,6 @@
 
 import contextlib
 import faulthandler
-import gc
-import json
 import math
 import os
 import pickle
@@ -23,11 +21,7 @@ import psutil
 import pytest
 import ray
 import torch
-from ray._private.node import Node
-from ray._private.worker import global_worker
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import PreemptionInfo, UserCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -97,30 +91,6 @@ def acting(act: Callable[[], None]) -> Iterator[None]:
         finally:
             if (error := acted.exception()) is not None:
                 raise error
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Cluster]:
-    """A cluster of a head with one CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # Cluster, unlike `ray start`, never asks for a token
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    yield cluster
-    cluster.shutdown()
-    # An atexit handler of each node holds its client. From Python 3.13 on, multiprocessing clears these handlers in a
-    # fork, where the end of a client without its threads would be that of the process.
-    for node in gc.get_objects():
-        if type(node) is Node and node is not global_worker.node:
-            node._gcs_client = None
-
-
-@pytest.fixture
-def nodes(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """A cluster of two nodes with one CPU each, the head and another."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    if not head.worker_nodes:
-        head.add_node(num_cpus=1)
-    return head
 
 
 def killing(class_name: str) -> Callable[..., None]:
@@ -305,40 +275,6 @@ def test_a_report_that_cannot_be_written_is_a_note(
     printed = capsys.readouterr().out
     assert "note       no report: OSError: no space" in printed
     assert printed.splitlines()[-1] == f"result     {tmp_path / 'run' / 'result.json'}"
-
-
-@pytest.mark.long
-def test_an_elastic_run_continues_with_fewer_workers(nodes: Cluster, gate: Gate) -> None:
-    lose = gate.opened_after(lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]))
-    flags = gate.flags(min_workers=1)
-    printed, _ = run_and_act({"epoch 1/2  finished": lose}, *flags, address=nodes.address)
-    assert "started    2 × cpu" in printed
-    assert "restarted  1 × cpu" in printed
-    assert json.loads((gate.run / "result.json").read_text())["test_accuracy"] > 0.8
-
-
-@pytest.mark.long
-def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, quick: Flags, tmp_path: Path) -> None:
-    doomed = nodes.list_all_nodes()[-1]
-
-    def announce(job: psutil.Process) -> None:
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline_ms = int(1000 * (time.time() + 3600))
-        accepted, _ = GcsClient(address=nodes.address).drain_node(doomed.node_id, reason, "spot", deadline_ms)
-        assert accepted
-
-    def interrupt(job: psutil.Process) -> None:
-        wait_for(lambda: [*tmp_path.glob("run/checkpoint_epoch*")], timeout_s=10)  # the epoch has half a minute to go
-        job.send_signal(signal.SIGINT)
-
-    callback = callback_at(tmp_path / "slow.py", "on_step(self, state)", "time.sleep(0.07)")
-    flags = quick(num_epochs=99, batch_size=5, validation_size=0, num_workers=2, callback=callback)
-    note = "note        a worker's node will be preempted"
-    acts = {"epoch 1/99": announce, note: interrupt}
-    printed, _ = run_and_act(acts, *flags, address=nodes.address, status=130)
-    nodes.remove_node(doomed)
-    assert printed.count(note) == 1
-    assert "lost " not in printed
 
 
 @pytest.mark.long
