@@ -29,8 +29,11 @@ class RemoteSplit:
 
         Raises TrainingStoppedError if the number of loaded examples differs from the job's.
         """
-        is_stored, origin = self.stored is not None, self.split.origin
-        examples = ray.get(self.stored) if is_stored else as_streamed(getattr(self.workload.load_data(), origin))
+        origin, name = self.split.origin, self.split.name
+        if self.stored is not None:
+            examples = ray.get(self.stored)
+        else:
+            examples = as_streamed(self.workload.load_data().sets(origin)[name])
         if len(examples) != self.whole_size:
             differ = f"load_data has {len(examples):,} {origin} examples here, {self.whole_size:,} in the job"
             raise TrainingStoppedError(f"{differ}; it must return the same in every process")

@@ -175,7 +175,8 @@ class Data:
 
     train: Arrays | Dataset | Blocks | Iterable[Any] | Callable[[], Iterable[Any]]  # or a stream to train on
     test: Arrays | Dataset | Blocks | None = None  # to evaluate the trained model, once; None: on the validation set
-    validation: Arrays | Dataset | Blocks | None = None  # None: held out from ``train``
+    validation: Arrays | Dataset | Blocks | Mapping[str, Arrays | Dataset | Blocks] | None = None
+    """None: held out from ``train``. Of several sets, by name, the first chooses the checkpoint; all are reported."""
     name: str = ""  # shown to users; default: the workload's name
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the model needs to know, as JSON. Every checkpoint keeps it; every process has it as ``self.metadata``."""
@@ -187,6 +188,18 @@ class Data:
     train_transform: Transform | None = None
     """Called on the input of each example that is trained on, not of those that are held out from ``train``."""
     transform: Transform | None = None  # called on the input of every example, after ``train_transform``
+
+    def sets(self, origin: Origin) -> dict[str, Any]:
+        """Return the sets of a field by name; a single one is called ''."""
+        examples = getattr(self, origin)
+        return {**examples} if isinstance(examples, Mapping) else {"": examples}
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """All sets that there are, by their names in messages, such as ``train`` or ``validation shifted``."""
+        validation = {f"validation {name}".rstrip(): examples for name, examples in self.sets("validation").items()}
+        every = {"train": self.train, **validation, "test": self.test}
+        return {name: examples for name, examples in every.items() if examples is not None or name == "train"}
 
 
 Origin = Literal["train", "validation", "test"]
@@ -200,6 +213,7 @@ class Split:
     examples: Any
     indices: np.ndarray | AllBut | None = None  # of the split's examples in the field; None: all
     origin: Origin = "train"  # the field
+    name: str = ""  # of one of several validation sets
     transforms: Sequence[Transform] = ()  # of the examples' inputs, one after another
     weights: np.ndarray | None = None  # (N,): training draws the split's examples in these proportions
     groups: np.ndarray | None = None  # (N,): examples with one value are held out together
@@ -299,3 +313,9 @@ class Splits:
     test: Split  # what the trained model is evaluated on; without a test set, the validation set
     files: Sequence[str | Path] = ()  # of the examples, if the workload names them
     evaluated: Evaluated = "test"  # the set that ``test`` is; results have it in the names of their figures
+    others: Sequence[Split] = ()  # the validation sets after the first one
+
+    @property
+    def validation_sets(self) -> list[Split]:
+        """All validation sets; none if nothing is held out."""
+        return [self.validation, *self.others] if len(self.validation) else []

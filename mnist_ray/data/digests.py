@@ -21,6 +21,7 @@ def digests_of(splits: Splits) -> dict[str, str | None]:
     Arrays in memory are hashed by content, other data by their files.
     """
     named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+    named |= {f"validation {split.name}": split for split in splits.others}
     digests = {name: _digest_of(split) for name, split in named.items()}
     if (weights := splits.train.weights) is not None:
         digests["weights"] = hashlib.sha256(weights.tobytes()).hexdigest()

@@ -34,8 +34,9 @@ def splits_of(data: Data, validation_size: int | None, fold: Fold | None = None)
     """
     splits = _divided(data, validation_size, fold)
     train = splits.train.transformed(data.train_transform, data.transform)
-    validation, test = (split.transformed(data.transform) for split in (splits.validation, splits.test))
-    return dataclasses.replace(splits, train=train, validation=validation, test=test)
+    evaluated = (splits.validation, splits.test, *splits.others)
+    validation, test, *others = (split.transformed(data.transform) for split in evaluated)
+    return dataclasses.replace(splits, train=train, validation=validation, test=test, others=others)
 
 
 def _divided(data: Data, validation_size: int | None, fold: Fold | None) -> Splits:
@@ -58,7 +59,9 @@ def _held_out(data: Data, validation_size: int | None, fold: Fold | None) -> Spl
     if validation_size == 0:
         return Splits(name, train, train.take(slice(0)), test, data.files)
     if data.validation is not None and validation_size is None:
-        return Splits(name, train, Split(data.validation, origin="validation"), test, data.files)
+        sets = data.sets("validation").items()
+        validation, *others = (Split(examples, origin="validation", name=own) for own, examples in sets)
+        return Splits(name, train, validation, test, data.files, others=others)
     if train.is_stream:
         raise UsageError("--validation-size: nothing can be held out from a stream", fix="give Data.validation instead")
     size = min(_MAX_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
@@ -67,13 +70,13 @@ def _held_out(data: Data, validation_size: int | None, fold: Fold | None) -> Spl
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
     # At random, since files may be sorted by label; the same examples for every run and seed, to compare runs.
-    validation = _drawn(train, size, _HOLD_OUT_SEED, are_grouped=True)
-    if len(validation) == len(train):
+    held_out = _drawn(train, size, _HOLD_OUT_SEED, are_grouped=True)
+    if len(held_out) == len(train):
         kind = "block" if train.is_in_blocks else "group"
         raise UsageError(
             f"all training examples are in one {kind}", fix="set --validation-size 0, or give Data.validation"
         )
-    return Splits(name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
+    return Splits(name, train.take(AllBut(len(train), held_out)), train.take(held_out), test, data.files)
 
 
 def _positions_of(fold: Fold, train: Split) -> np.ndarray:
@@ -108,6 +111,7 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
             train=_part(splits.train, config.limit),
             validation=_part(splits.validation, config.limit),
             test=_part(splits.test, config.limit),
+            others=[_part(split, config.limit) for split in splits.others],
         )
     if config.overfit_batches is None:
         return splits
@@ -120,6 +124,7 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
         train=few.take(np.tile(np.arange(len(few)), times)),
         validation=few.take(slice(0)),
         test=few.transformed(*splits.test.transforms),
+        others=(),
     )
 
 

@@ -63,8 +63,7 @@ def _train_all(session: Session, plan: WorkerPlan, many: Many, data: Data) -> Ta
     """Train the members, and show them; return their table."""
     console = session.console
     assert isinstance(console, ManyConsole)
-    fields = [field for field in (data.train, data.validation, data.test) if field is not None]
-    are_stored = not session.is_here and all(may_be_stored(Split(field)) for field in fields)
+    are_stored = not session.is_here and all(may_be_stored(Split(part)) for part in data.parts.values())
     spec = MemberSpec(
         many,
         plan,

@@ -43,7 +43,8 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
         console.say("note", note)
     nouns, is_stream = job.workload.nouns, data.train.is_stream
     to_train_on = f"a stream of {nouns}" if is_stream else f"{len(data.train):,} {nouns}"
-    counts = f"{to_train_on} to train on, {len(data.validation):,} for validation"
+    others = "".join(f", {len(split):,} of {split.name}" for split in data.others)
+    counts = f"{to_train_on} to train on, {len(data.validation):,} for validation{others}"
     to_test = f"{len(data.test):,} to test" if data.evaluated == "test" else "none to test"
     console.say("data", f"{data.name}: {counts}, {to_test}")
 

@@ -79,6 +79,7 @@ class History:
                 rows = [row for row in self._steps if last.epoch - 1 < row["epoch"] <= last.epoch]
                 self._update(last.epoch, {**joined(rows, self.figures), **figures_of(event)})
             case Validated():
+                self._note_logged(figures_of(event))
                 self._update(event.epoch, figures_of(event))
 
     def _fill(self, last_epoch: float) -> None:

@@ -101,6 +101,8 @@ class RunConsole:
             case events.Validated():
                 values = self._workload.format(event.values)
                 self.say("", f"validation after epoch {event.epoch:.4g}: {values} ({event.seconds:.1f} s)")
+                for name, of_set in event.others.items():
+                    self.say("", f"on {name}: {self._workload.format(of_set)}")
                 if math.isnan(event.values[(monitor := self._workload.monitor.name)]):
                     self.say("note", f"{monitor} is NaN: the checkpoint of epoch {event.epoch:.4g} counts as the worst")
 

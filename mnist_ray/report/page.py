@@ -76,7 +76,8 @@ def write(
     if result:
         pictures += drawn("images of the predictions", lambda: workload.pictures(result, test, columns))
     others = [figure for figure in workload.all_figures if "step" in figure.at and figure.over != "mean"]
-    for figure in (*record.logged, *others):  # curves of metrics have their validation, too
+    logged = [figure for figure in record.logged if "step" in figure.at]
+    for figure in (*logged, *others):  # curves of metrics have their validation, too
         pictures += drawn(f"curve of the {figure.label}", functools.partial(plots.of_figure, record, figure))
     page = page_of(
         title=run.name,

@@ -16,14 +16,19 @@ from mnist_ray.workload.figures import Figure, Metric, formatted
 
 _MIN_POINTS = 30  # of a curve: each is the mean over the steps since the one before
 _STYLES: Mapping[str, Mapping[str, Any]] = {
-    "training": {"color": "C0", "linewidth": 1},
-    "validation": {"color": "C1", "linestyle": "--", "marker": "."},
+    "training": {"linewidth": 1},
+    "validation": {"linestyle": "--", "marker": "."},
 }
+_OTHER: Mapping[str, Any] = {"linestyle": ":", "marker": "."}  # of further validation sets
 
 
 def of_metric(record: Run, metric: Metric) -> list[Picture]:
     """Plot a metric in training and validation."""
     columns = {"training": f"train_{metric.name}", "validation": f"val_{metric.name}"}
+    for figure in record.logged:
+        of_set = figure.name.removeprefix("val_").removesuffix(f"_{metric.name}")
+        if "validation" in figure.at and f"val_{of_set}_{metric.name}" == figure.name:
+            columns[of_set] = figure.name
     return _curves(record, metric.name, metric.name, metric.form, columns)
 
 
@@ -39,13 +44,14 @@ def _curves(record: Run, name: str, label: str, form: str, columns: Mapping[str,
     for member in record.members or [record]:
         size = max(1, len(member.steps) // _MIN_POINTS)
         points = merged(member.steps, size, (*member.workload.all_figures, *member.logged))
-        for part, column in columns.items():
-            rows = member.history if part == "validation" else points
+        for number, (part, column) in enumerate(columns.items()):
+            rows = member.history if column.startswith("val_") else points
             known = [row for row in rows if math.isfinite(row.get(column, math.nan))]
             if known:
                 values = [100 * row[column] if is_percentage else row[column] for row in known]
                 first = part if part not in ends else ""  # one entry in the legend
-                axes.plot([row["epoch"] for row in known], values, label=first, **_STYLES[part])
+                style = {"color": f"C{number}", **_STYLES.get(part, _OTHER)}
+                axes.plot([row["epoch"] for row in known], values, label=first, **style)
                 ends[part] = known[-1][column]
     if not ends:
         return []

@@ -269,9 +269,9 @@ class Run:
 
     @property
     def logged(self) -> list[Figure]:
-        """What the steps have logged."""
+        """What the steps have logged, and the metrics on further validation sets."""
         known = (*self.workload.all_figures, *TIMES)
-        return logged_figures((name for row in self.steps[-1:] for name in row), known)
+        return logged_figures((name for row in (*self.steps[-1:], *self.history[-1:]) for name in row), known)
 
     def column(self, name: str) -> list[float]:
         """Return a column of metrics.csv; all NaN if there is no such column."""

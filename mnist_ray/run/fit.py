@@ -92,8 +92,7 @@ def fit_here(
     Returns the same as ``fit``. Raises the same errors, and those of the user's code.
     """
     job, data = session.job, session.data
-    validation = data.validation if len(data.validation) else None
-    spec = LoopSpec(job=job, train=data.train, validation=validation, until_epoch=until_epoch)
+    spec = LoopSpec(job=job, train=data.train, validation=data.validation_sets, until_epoch=until_epoch)
     group = Group(device=torch.device("cuda" if plan.use_gpu else "cpu"))
     try:
         with defer_first_interrupt() as interrupted:
@@ -135,7 +134,7 @@ def fit(
 
     Raises TrainingStoppedError if a retry would fail too; otherwise JobError. After Ctrl-C, KeyboardInterrupt.
     """
-    job, validation = session.job, session.data.validation
+    job = session.job
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
     if plan.min_workers is not None:  # how long Ray waits to replace a lost node's workers before it runs fewer
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
@@ -143,7 +142,7 @@ def fit(
     spec = LoopSpec(
         job=job,
         train=share(job.workload, session.data.train),
-        validation=share(job.workload, validation) if len(validation) else None,
+        validation=[share(job.workload, split) for split in session.data.validation_sets],
         until_epoch=until_epoch,
         event_queue=event_queue,
         is_local=plan.is_local,

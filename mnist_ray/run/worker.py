@@ -52,7 +52,7 @@ class LoopSpec:
 
     job: Job
     train: RemoteSplit | Split
-    validation: RemoteSplit | Split | None = None
+    validation: Sequence[RemoteSplit | Split] = ()  # sets, of which the first chooses the checkpoint
     until_epoch: float = math.inf  # the end of a sweep's segment; raises StopWantedError if epochs are left
     event_queue: Any = None  # the actor that rank 0 reports to; None without Ray
     is_local: bool = False  # on a local Ray; its node cannot be preempted
@@ -145,9 +145,10 @@ class Worker(Callback):
     watchdog: Watchdog
 
     def __post_init__(self) -> None:
-        job, validation = self.spec.job, self.spec.validation
-        self._checkpointer = Checkpointer(job, self.config, self.group, self.callbacks)
-        self._validation = validation.open() if isinstance(validation, RemoteSplit) else validation
+        self._checkpointer = Checkpointer(self.spec.job, self.config, self.group, self.callbacks)
+        opened = [split.open() if isinstance(split, RemoteSplit) else split for split in self.spec.validation]
+        # By the beginning of their figures' names.
+        self._validation = {f"val_{split.name}_" if number else "val_": split for number, split in enumerate(opened)}
 
     def start(self, metrics: CheckpointMetrics, skipped: Sequence[str]) -> None:
         """Report the start of training, from the checkpoint with these ``metrics``, and what a kill has lost.
@@ -233,39 +234,41 @@ class Worker(Callback):
         values: dict[str, Any] = {f"train_{name}": value for name, value in progress.so_far.items()}
         values |= progress.logged
         values |= {RATE: progress.examples_per_s, "train_s": state.finished_s + state.epoch_s}
-        if self._validation is not None and (is_candidate or state.epochs >= self.spec.until_epoch):
-            values |= self._validated(state, self._validation, is_candidate)
+        if self._validation and (is_candidate or state.epochs >= self.spec.until_epoch):
+            values |= self._validated(state, is_candidate)
         return CheckpointMetrics(epoch=state.epoch, step=state.step, epochs=state.epochs, values=values)
 
-    def _validated(self, state: TrainingState, split: Split, is_candidate: bool) -> dict[str, Any]:
-        """Evaluate the model on the validation split, each rank its part of it; return values for the metrics.
+    def _validated(self, state: TrainingState, is_candidate: bool) -> dict[str, Any]:
+        """Evaluate the model on the validation sets, each rank its part of them; return values for the metrics.
 
         A run alone would not have a checkpoint that is no candidate: it must not be its best.
         """
         workload, start = self.spec.job.workload, time.perf_counter()
-        with state.watch.on(VALIDATION):
-            evaluation = evaluate_together(
-                workload,
-                state.result,
-                split,
-                self.config,
-                self.group,
-                num_loader_processes=self.spec.job.workers.loader_workers,
-                on_batch=self.watchdog.heartbeat,
-            )
-        for note in evaluation.notes(split, workload.nouns):
-            self.sink.send(Note(note))
-        metrics = evaluation.values(workload)
-        values: dict[str, Any] = {f"val_{name}": value for name, value in metrics.items()}
-        if is_candidate:
-            values["val_score"] = [*score(workload, metrics)]
+        values = dict[str, Any]()
+        for prefix, split in self._validation.items():
+            with state.watch.on(VALIDATION):
+                evaluation = evaluate_together(
+                    workload,
+                    state.result,
+                    split,
+                    self.config,
+                    self.group,
+                    num_loader_processes=self.spec.job.workers.loader_workers,
+                    on_batch=self.watchdog.heartbeat,
+                )
+            for note in evaluation.notes(split, workload.nouns):
+                self.sink.send(Note(f"{split.name}: {note}" if split.name else note))
+            metrics = evaluation.values(workload)
+            if is_candidate and not values:
+                values["val_score"] = [*score(workload, metrics)]
+            values |= {f"{prefix}{name}": value for name, value in metrics.items()}
         return {**values, "val_s": time.perf_counter() - start}
 
     def _after_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Let a schedule that looks at a metric, and the user's callbacks, see a validation; report it."""
         state.scores.append(metrics.score)
         state.validated_at.append(state.epochs)
-        values = {metric.name: metrics.values[f"val_{metric.name}"] for metric in self.spec.job.workload.all_metrics}
+        values = self._figures(metrics)
         for scheduler in state.schedulers.values():
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(values[self.spec.job.workload.monitor.name])
@@ -275,10 +278,14 @@ class Worker(Callback):
 
     def _send_validation(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Report a checkpoint's validation."""
-        names = [metric.name for metric in self.spec.job.workload.all_metrics]
-        values = {name: metrics.values.get(f"val_{name}", math.nan) for name in names}  # the workload may have new ones
         seconds = metrics.values.get("val_s", math.nan)
-        self.sink.send(Validated(metrics.epochs, values, seconds, state.total_step))
+        others = {split.name: self._figures(metrics, prefix) for prefix, split in [*self._validation.items()][1:]}
+        self.sink.send(Validated(metrics.epochs, self._figures(metrics), seconds, state.total_step, others))
+
+    def _figures(self, metrics: CheckpointMetrics, prefix: str = "val_") -> dict[str, float]:
+        """Return loss and metrics on a validation set; NaN for a metric added to the workload since."""
+        names = [metric.name for metric in self.spec.job.workload.all_metrics]
+        return {name: metrics.values.get(f"{prefix}{name}", math.nan) for name in names}
 
 
 class Checkpointer:

@@ -123,6 +123,7 @@ class Validated(Event):
     values: Mapping[str, float]  # loss and metrics
     seconds: float
     total_step: int  # finished steps over all epochs
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # loss and metrics on further sets, by set
 
 
 @dataclass(frozen=True)
@@ -149,4 +150,6 @@ def figures_of(event: Progress | EpochFinished | Validated) -> dict[str, float]:
             others = {RATE: last.examples_per_s, "epoch_s": last.epoch_s, **last.logged}
         case Validated():
             split, values, others = "val", event.values, {"val_s": event.seconds}
+            for name, of_set in event.others.items():
+                others |= {f"val_{name}_{metric}": value for metric, value in of_set.items()}
     return {**{f"{split}_{name}": value for name, value in values.items()}, **others}

@@ -134,7 +134,7 @@ def check_logged(workload: Workload, names: Iterable[str]) -> None:
     """Raise UsageError if a value is logged by a name that has another meaning in a run's tables."""
     taken = {"step", "epoch", "weight", *(figure.name for figure in (*workload.all_figures, *TIMES))}
     for name in names:
-        if name in taken or not re.fullmatch(r"[A-Za-z_][\w./-]*", name):
+        if name in taken or name.startswith("val_") or not re.fullmatch(r"[A-Za-z_][\w./-]*", name):
             raise UsageError(f"{type(workload).__name__}: {name!r} cannot be logged; choose another name")
 
 

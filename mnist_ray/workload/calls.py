@@ -6,7 +6,8 @@ import bdb
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,9 +119,14 @@ def _checked_data(workload: Workload, data: object) -> Data:
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
     train, files = as_streamed(data.train), tuple(data.files)
-    for part, examples in {"train": train, "validation": data.validation, "test": data.test}.items():
-        if examples is not None or part == "train":
-            _check_examples(f"{name}.load_data: {part}", as_streamed(examples), may_stream=part == "train")
+    sets = data.sets("validation")
+    metrics = [metric.name for metric in workload.all_metrics]
+    if isinstance(data.validation, Mapping) and not (sets and all(re.fullmatch(r"\w+", of_set) for of_set in sets)):
+        raise UsageError(f"{name}.load_data: validation: name each set with letters, digits and _")
+    if taken := {f"{of_set}_{metric}" for of_set in sets for metric in metrics}.intersection(metrics):
+        raise UsageError(f"{name}.load_data: validation: another metric is called {taken.pop()}; rename the set")
+    for part, examples in {**data.parts, "train": train}.items():
+        _check_examples(f"{name}.load_data: {part}", as_streamed(examples), may_stream=part == "train")
     digest_of_files(files)  # raises OSError if one is missing
     if data.weights is not None:
         _check_values(f"{name}.load_data: weights", data.weights, train, "biuf", "numbers")

@@ -75,8 +75,8 @@ class Classification(Workload):
 
     def check_data(self, data: Data) -> None:
         """Raise UsageError if an array's targets or a ``Dataset``'s classes do not fit the model's classes."""
-        for split in ("train", "validation", "test"):
-            examples, where = getattr(data, split), f"{type(self).__name__}.load_data: {split}"
+        for part, examples in data.parts.items():
+            where = f"{type(self).__name__}.load_data: {part}"
             if isinstance(examples, Arrays):
                 if isinstance(examples.targets, np.ndarray):  # other targets may have any form, with a custom loss
                     self._check_targets(where, examples.targets)
@@ -192,5 +192,5 @@ def _class_names(data: Data) -> list[Any]:
         return list(data.train.classes)
     if not (isinstance(data.train, Arrays) and isinstance(data.train.targets, np.ndarray)):
         raise UsageError('the data name no classes: return Data(..., metadata={"class_names": [...]}) from load_data')
-    splits = [split for split in (data.train, data.validation, data.test) if isinstance(split, Arrays) and len(split)]
-    return list(range(1 + max(int(split.targets.max()) for split in splits)))
+    arrays = [examples for examples in data.parts.values() if isinstance(examples, Arrays) and len(examples)]
+    return list(range(1 + max(int(examples.targets.max()) for examples in arrays)))

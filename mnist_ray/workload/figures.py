@@ -60,10 +60,22 @@ def formatted(value: float, form: str, places: int = 2) -> str:
 
 
 def logged_figures(names: Iterable[str], known: Iterable[Figure]) -> list[Figure]:
-    """Return the figures of what a run has logged: of the ``names`` of columns that are none of the ``known`` ones."""
+    """Return the figures of the ``names`` of columns that are none of the ``known`` ones.
+
+    These are of what steps have logged, and of metrics on further validation sets.
+    """
+    known = [*known]
     others = {"step", "epoch", *(figure.name for figure in known)}
-    logged = [name for name in dict.fromkeys(names) if name not in others]
-    return [Figure(name, ("step", "epoch"), "mean", label=name.replace("_", " ")) for name in logged]
+    return [_logged(name, known) for name in dict.fromkeys(names) if name not in others]
+
+
+def _logged(name: str, known: Iterable[Figure]) -> Figure:
+    label = name.replace("_", " ")
+    if not name.startswith("val_"):
+        return Figure(name, ("step", "epoch"), "mean", label=label)
+    forms = {figure.name.removeprefix("val"): figure.form for figure in known if "validation" in figure.at}
+    ending = max(filter(name.endswith, forms), key=len, default="")
+    return Figure(name, ("validation",), "mean", forms.get(ending, "number"), label)
 
 
 IN_WORDS = {"test": "test", "val": "validation"}  # the set that a trained model is evaluated on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import math
@@ -113,6 +114,47 @@ def test_validations_within_an_epoch_are_recorded_compared_and_resumed(
     assert weights(tmp_path / "run") == digest
     again = read_csv(folder_at(tmp_path / "run"), "metrics.csv")
     assert [(row["epoch"], row["val_loss"]) for row in again] == [(row["epoch"], row["val_loss"]) for row in rows]
+
+
+class Shifted(MNIST):
+    """Its second validation set has the images of the first, moved to the right."""
+
+    def load_data(self) -> Data:
+        data = super().load_data()
+        assert isinstance(data.train, Arrays)
+        train, last = (Arrays(*data.train[part]) for part in (slice(-600), slice(-600, None)))
+        moved = Arrays(np.roll(last.inputs, 4, axis=-1), last.targets)
+        return dataclasses.replace(data, train=train, validation={"clean": last, "moved": moved})
+
+
+class Unshifted(Shifted):
+    """It has the first set only."""
+
+    def load_data(self) -> Data:
+        data = super().load_data()
+        assert isinstance(data.validation, dict)
+        return dataclasses.replace(data, validation=data.validation["clean"])
+
+
+def test_the_first_of_several_validation_sets_chooses_and_all_are_reported_and_resumed(
+    here: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**here, "validation_size": None, "keep_checkpoints": "all"}
+    alone, whole = train(Unshifted, **settings | {"run_name": "alone"}), train(Shifted, **settings)
+    said = capsys.readouterr().out
+    assert "2,400 images to train on, 600 for validation, 600 of moved, 1,100 to test" in said
+    assert len(re.findall(r"^ +on moved: loss [\d.]+, accuracy [\d.]+%$", said, re.MULTILINE)) == 2
+    assert weights(tmp_path / "run") == weights(tmp_path / "alone")
+    assert [row["val_loss"] for row in whole.history] == [row["val_loss"] for row in alone.history]
+    moved = [row["val_moved_accuracy"] for row in whole.history]
+    assert all(0.1 < of_moved < row["val_accuracy"] for of_moved, row in zip(moved, whole.history, strict=True))
+    assert whole.result["checkpoint_metrics"]["val_moved_accuracy"] == moved[-1]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert f"<td>{moved[-1]:.2%}</td>" in report
+    assert f"moved ends at {moved[-1]:.2%}" in report
+    shutil.rmtree(tmp_path / "run" / "checkpoint_epoch-002_step-000000")  # as after a kill in epoch 2
+    (tmp_path / "run" / "result.json").unlink()
+    assert [row["val_moved_accuracy"] for row in train(Shifted, **settings | {"resume": "yes"}).history] == moved
 
 
 def test_a_run_may_stop_early_within_an_epoch(here: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
