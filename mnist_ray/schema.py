@@ -145,6 +145,7 @@ COLUMNS: Mapping[str, Mapping[str, Entry]] = {
         "epoch_s": Entry("seconds of the epoch's training"),
         "examples_per_s": _RATE,
         "val_s": Entry("seconds of the validation"),
+        "val_SET_METRIC": Entry("on each further validation set, by its name", is_optional=True),
     },
     STEPS_FILE: {
         "step": Entry("counted from 1, over all epochs"),

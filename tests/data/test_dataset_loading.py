@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.data.batches import Batches, MicroBatch, batch_loader, to_device
-from mnist_ray.data.data import Split
+from mnist_ray.data.data import Data, Split
 from mnist_ray.data.readers import ArrayReader
 from mnist_ray.data.sampler import Request, ShardedBatchSampler
 from mnist_ray.errors import ExampleError, TrainingStoppedError, with_place
@@ -212,8 +212,13 @@ def test_errors_that_may_pass_are_raised_as_they_are(error: Exception) -> None:
 
 
 def test_a_process_that_loads_another_number_of_examples_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = mnist()
-    monkeypatch.setattr(workload, "load_data", lambda: Mock(train=range(NUM_EXAMPLES + 1)))
+    workload, more = mnist(), range(NUM_EXAMPLES + 1)
+    validation = {"few": Rows(), "more": more}
+    monkeypatch.setattr(workload, "load_data", lambda: Data(more, validation=validation))  # type: ignore[arg-type]
+    few, changed = (Split(Rows(), origin="validation", name=name) for name in validation)
+    assert len(share(workload, few).open()) == NUM_EXAMPLES
+    with pytest.raises(TrainingStoppedError, match=r"^load_data has 11 validation examples here, 10 in the job"):
+        share(workload, changed).open()
     with pytest.raises(TrainingStoppedError, match=r"^load_data has 11 train examples here, 10 in the job; it must"):
         share(workload, Split(Rows())).open()
 

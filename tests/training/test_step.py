@@ -603,7 +603,7 @@ def test_parameters_without_gradients_are_one_line_on_several_ranks(ranks: Proce
     call_on_ranks(ranks, train_undeclared, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "train_loss", "step", "a, b"])
+@pytest.mark.parametrize("name", ["learning_rate", "train_loss", "val_mine", "step", "a, b"])
 def test_a_value_cannot_be_logged_by_a_name_with_another_meaning(name: str) -> None:
     note = Hooks(on_step=lambda state: state.log(name, 1.0))
     with pytest.raises(UsageError, match=f"^Numbers: '{name}' cannot be logged; choose another name$"):
