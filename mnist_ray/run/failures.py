@@ -17,14 +17,7 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
-from mnist_ray.errors import (
-    ExampleError,
-    JobError,
-    TrainingStoppedError,
-    UnreadableDataError,
-    first_line,
-    with_place,
-)
+from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, first_line, with_place
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import ControllerAlive, WorkersLost
 from mnist_ray.training.state import StopWantedError

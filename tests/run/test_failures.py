@@ -48,29 +48,11 @@ from mnist_ray.run.worker import Checkpointer, LoopSpec, Worker
 from mnist_ray.signals import InterruptFlag
 from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.evaluation import evaluate
-from mnist_ray.training.events import (
-    STOPPING,
-    ControllerAlive,
-    Event,
-    Note,
-    Outcome,
-    Started,
-    Validated,
-    WorkersLost,
-)
+from mnist_ray.training.events import STOPPING, ControllerAlive, Event, Note, Outcome, Started, Validated, WorkersLost
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import StopWantedError
 from mnist_ray.training.trainer import create_state
-from tests.conftest import (
-    Flags,
-    Gate,
-    callback_at,
-    mnist,
-    run_and_act,
-    run_main,
-    wait_for,
-    weights,
-)
+from tests.conftest import Flags, Gate, callback_at, mnist, run_and_act, run_main, wait_for, weights
 
 
 @contextlib.contextmanager
