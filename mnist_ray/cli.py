@@ -110,7 +110,7 @@ def runs(choice: config.RunsConfig) -> dict[str, Any]:
 def export(run: RunConfig, changes: ChangesConfig, output: config.ExportConfig) -> None:
     """Write a trained model as a program of torch.export or for ONNX, or its weights."""
     found = api.find(**values_of(run), changes=_changed(changes))
-    from mnist_ray.checkpoints.export import export as write_program  # imports torch
+    from mnist_ray.report.export import export as write_program  # imports torch
 
     write_program(found, output)
 

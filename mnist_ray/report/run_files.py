@@ -256,7 +256,7 @@ class Run:
 
         Returns the path. Raises UsageError, also if PyTorch cannot export the model, and JobError.
         """
-        from mnist_ray.checkpoints.export import export
+        from mnist_ray.report.export import export
 
         return export(self.found(), settings.build(ExportConfig, {"output": output}))
 

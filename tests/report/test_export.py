@@ -9,7 +9,6 @@ import torch
 from transformers import ViTForImageClassification
 
 from mnist_ray import load_run
-from mnist_ray.checkpoints import export
 from mnist_ray.checkpoints.checkpoint import snapshot
 from mnist_ray.checkpoints.find import Found, find
 from mnist_ray.config import ExportConfig, TrainConfig
@@ -19,6 +18,7 @@ from mnist_ray.job.dry_run import try_batch
 from mnist_ray.job.job import read_job
 from mnist_ray.mnist.cnn import CNN
 from mnist_ray.parallel.group import Group
+from mnist_ray.report import export
 from mnist_ray.training.trainer import create_state
 from tests.conftest import folder_at, mnist, run_main, with_data
 
