@@ -166,7 +166,7 @@ class TrainConfig:
         **at_least(1),
     )
     keep_checkpoints: int | None = setting(
-        2, "best checkpoints to keep beside the last one; or all", unset="all", **_RARE, **_FREE, **at_least(1)
+        2, "best checkpoints to keep; the last one is kept, too; or all", unset="all", **_RARE, **_FREE, **at_least(1)
     )
     reproducible: bool = setting(False, "the same bits on any number of workers; slower: CPUs only, one thread each")
     num_chunks: int = setting(

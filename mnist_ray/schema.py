@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, REPORT_FILE = "config.json", "origin.json", "result.json", "report.html"
@@ -40,12 +40,6 @@ def _are_members_or_missing(value: Any) -> bool:
 
 _JOB = Entry("of the job")
 _LOSS = Entry("the loss on the test set, and each metric, such as `test_accuracy`; `null` for NaN")
-_MANY = Entry(
-    "of a job of many runs: the folders of those that were tested, and if there are several, by figure their `values`"
-    " and the 95 % `interval` of the mean. The figures themselves are means; all else is the kept run's, or after a"
-    " cross-validation that of all folds",
-    is_optional=True,
-)
 _CLASSES = Entry("only of a `Classification`; a row of the matrix is a label", is_optional=True)
 _TRAINING = Entry("mean over the examples of the epoch, or since the previous row")
 _VALIDATION = Entry("on the validation set")
@@ -70,8 +64,16 @@ KEYS: Mapping[str, Mapping[str, Entry]] = {
         "notes": Entry("how many of its examples have NaN in their loss, and which is the first"),
         "accuracy_per_class": _CLASSES,
         "confusion_matrix": _CLASSES,
-        "members": replace(_MANY, is_right=_are_members_or_missing, flaw="its members are not runs of this job"),
-        "spread": _MANY,
+        "members": Entry(
+            "of a job of many runs: the folders of those that were tested. Figures are means over these; all else is"
+            " the kept run's, or after a cross-validation that of all folds",
+            _are_members_or_missing,
+            "its members are not runs of this job",
+            is_optional=True,
+        ),
+        "spread": Entry(
+            "of several tested runs: by figure, their `values` and the 95 % `interval` of the mean", is_optional=True
+        ),
         "formats": Entry(
             "how to show each figure, by its name: `fraction` (from 0 to 1, shown as a percentage), `number`, or a"
             " [format of Python](https://docs.python.org/3/library/string.html#format-specification-mini-language)"

@@ -77,6 +77,8 @@ def format_settings(values: Mapping[str, Any]) -> str:
 
 def format_value(value: Any) -> str:
     """Return a setting's value as text."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

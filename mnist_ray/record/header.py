@@ -44,7 +44,8 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
     nouns, is_stream = job.workload.nouns, data.train.is_stream
     to_train_on = f"a stream of {nouns}" if is_stream else f"{len(data.train):,} {nouns}"
     others = "".join(f", {len(split):,} of {split.name}" for split in data.others)
-    counts = f"{to_train_on} to train on, {len(data.validation):,} for validation{others}"
+    first = f" of {data.validation.name}" if data.validation.name else ""
+    counts = f"{to_train_on} to train on, {len(data.validation):,}{first} for validation{others}"
     to_test = f"{len(data.test):,} to test" if data.evaluated == "test" else "none to test"
     console.say("data", f"{data.name}: {counts}, {to_test}")
 

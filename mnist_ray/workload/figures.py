@@ -75,7 +75,7 @@ def _logged(name: str, known: Iterable[Figure]) -> Figure:
         return Figure(name, ("step", "epoch"), "mean", label=label)
     forms = {figure.name.removeprefix("val"): figure.form for figure in known if "validation" in figure.at}
     ending = max(filter(name.endswith, forms), key=len, default="")
-    return Figure(name, ("validation",), "mean", forms.get(ending, "number"), label)
+    return Figure(name, ("validation",), "mean", forms.get(ending, "number"), label.replace("val", "validation", 1))
 
 
 IN_WORDS = {"test": "test", "val": "validation"}  # the set that a trained model is evaluated on

@@ -142,7 +142,7 @@ def test_the_first_of_several_validation_sets_chooses_and_all_are_reported_and_r
     settings = {**here, "validation_size": None, "keep_checkpoints": "all"}
     alone, whole = train(Unshifted, **settings | {"run_name": "alone"}), train(Shifted, **settings)
     said = capsys.readouterr().out
-    assert "2,400 images to train on, 600 for validation, 600 of moved, 1,100 to test" in said
+    assert "2,400 images to train on, 600 of clean for validation, 600 of moved, 1,100 to test" in said
     assert len(re.findall(r"^ +on moved: loss [\d.]+, accuracy [\d.]+%$", said, re.MULTILINE)) == 2
     assert weights(tmp_path / "run") == weights(tmp_path / "alone")
     assert [row["val_loss"] for row in whole.history] == [row["val_loss"] for row in alone.history]
