@@ -48,7 +48,8 @@ class ShardedBatchSampler:
     number of workers and see the same batches. Every rank takes all steps, if necessary with a filler.
 
     Of a batch of 10, 4 ranks take 2, 3, 2 and 3 examples. With ``--reproducible``, a batch has a fixed number of
-    chunks. Data in blocks have a fixed number of streams, each with a part of every batch. Of 8, 3 ranks take 2, 3, 3.
+    chunks. Data in blocks have a fixed number of streams, each with a part of every batch. Of 8 streams,
+    3 ranks read 2, 3 and 3.
     """
 
     num_examples: int
@@ -60,7 +61,7 @@ class ShardedBatchSampler:
     first_step: int = 0
     num_chunks: int | None = None  # of a batch, with --reproducible; None: slices
     micro_batch_size: int | None = None  # the upper limit; None: no limit
-    order: Order | None = None  # of a pass; None: a permutation. The first gives ranks streams
+    order: Order | None = None  # of a pass; None: a permutation. That of data in blocks has streams
 
     def __iter__(self) -> Iterator[Request]:
         # A rank's slice is one of world_size parts or, for data in blocks, its streams' parts. Chunks stay separate.

@@ -28,7 +28,8 @@ class StopWantedError(Exception):
 
 @dataclass
 class TrainingState:
-    """What training changes. A checkpoint holds it, down to ``read_to``. The rest follows from settings, or measures.
+    """What training changes. A checkpoint holds the fields up to ``read_to``; the others follow from settings, or are
+    measurements.
 
     No generator's state is held: random numbers are seeded anew at each step.
     """
@@ -107,7 +108,7 @@ def is_over(state: TrainingState, config: TrainConfig) -> bool:
 
 
 def has_stalled(state: TrainingState, config: TrainConfig) -> bool:
-    """Return whether early stopping ends the training: so many validations since the best one, the first of equals."""
+    """Return whether early stopping ends the training: the last so many validations were no better than one before."""
     scores, patience = state.scores, config.early_stopping_patience
     return bool(scores) and patience is not None and len(scores) - scores.index(max(scores)) > patience
 

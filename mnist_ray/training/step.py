@@ -148,8 +148,8 @@ class Step:
                 self._reported = None
                 with sync.accumulate(batch), buffers_kept(self.model) if batch.is_filler else _NOTHING:
                     losses = self._sum_of_losses(loss, name, batch)
-                    # With this factor, the gradients of all slices add up to that of the global batch's mean loss,
-                    # even if slices are uneven. A filler adds zeros.
+                    # sync.factor is the world size where gradients are averaged over the ranks, and 1 where they are
+                    # added up. So the result is the gradient of the global batch's mean loss, also of uneven slices.
                     factor = 0.0 if batch.is_filler else sync.factor / batch.global_size
                     self._state.scaler.scale(losses * factor).backward()  # type: ignore[no-untyped-call]
                 if batch.is_filler:

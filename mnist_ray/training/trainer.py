@@ -139,7 +139,7 @@ class Trainer:
         """Move the EMA and the learning rates, and count the step."""
         state = self.state
         state.watch.turn(OPTIMIZER)
-        for optimizer in [*state.optimizers.values()][:1]:  # a trial before the start may have none
+        for optimizer in [*state.optimizers.values()][:1]:  # the dry run may have none
             state.learning_rate = float(optimizer.param_groups[0]["lr"])
         if self.config.ema_decay is not None:
             move_average(state, self.config.ema_decay)

@@ -152,10 +152,11 @@ class Workload(UserClass):
         step.update()
 
     def batch_loss(self, model: nn.Module, batch: MicroBatch, step: Any) -> Tensor:
-        """Return the losses to minimize, (N,), of a micro-batch of this rank's slice. The default: ``loss``, measured.
+        """Return the losses to minimize, (N,), of a micro-batch of this rank's slice. The default returns ``loss``.
 
         ``model`` may be called as often as needed, and so may its parts; it computes in the run's precision.
-        ``batch.inputs`` are not prepared yet. Losses that are not minimized are reported by ``step.measure``.
+        ``batch.inputs`` are not prepared yet. If you minimize something else than ``loss``, also call ``step.measure``,
+        which reports ``loss`` and the metrics.
         """
         if step.config.label_smoothing:
             raise UsageError("label_smoothing is for a Classification that has no loss of its own")
