@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -34,45 +35,39 @@ def model(finished_run: Path) -> torch.nn.Module:
     return model
 
 
-def test_an_exported_program_computes_the_same_as_the_checkpoint(
-    finished_run: Path,
-    model: torch.nn.Module,
-    few_images: Arrays,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    file = tmp_path / "digits.pt2"
-    run_main("export", str(finished_run), "--output", str(file))
-    said = capfd.readouterr()
-    assert said.err == ""
-    assert f"program    {file}: images (N, 1, 28, 28) float32 to outputs (N, 10) float32\n" in said.out
-    assert "checked    on 512 test images" in said.out
-    program = torch.export.load(file).module()
-    for size in (1, 3, 600):
-        images = prepared(few_images, size)
-        with torch.inference_mode():
-            torch.testing.assert_close(program(images), model(images), rtol=0, atol=1e-4)
+def run_pt2(file: Path, images: torch.Tensor) -> torch.Tensor:
+    outputs: torch.Tensor = torch.export.load(file).module()(images)
+    return outputs
 
 
-def test_a_model_is_exported_for_onnx_with_any_batch_size(
-    finished_run: Path,
-    model: torch.nn.Module,
-    few_images: Arrays,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    file = tmp_path / "digits.onnx"
-    run_main("export", str(finished_run), "--output", str(file))
-    said = capfd.readouterr()
-    assert said.err == ""
-    assert f"program    {file}: images (N, 1, 28, 28) float32 to outputs[0] (N, 10) float32\n" in said.out
+def run_onnx(file: Path, images: torch.Tensor) -> torch.Tensor:
     session = onnxruntime.InferenceSession(file)
     (given,) = session.get_inputs()
+    (outputs,) = session.run(None, {given.name: images.numpy()})
+    return torch.from_numpy(outputs)
+
+
+@pytest.mark.parametrize(("ending", "outputs", "run"), [("pt2", "outputs", run_pt2), ("onnx", "outputs[0]", run_onnx)])
+def test_an_exported_program_computes_the_same_as_the_checkpoint_with_any_batch_size(
+    ending: str,
+    outputs: str,
+    run: Callable[[Path, torch.Tensor], torch.Tensor],
+    finished_run: Path,
+    model: torch.nn.Module,
+    few_images: Arrays,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / f"digits.{ending}"
+    run_main("export", str(finished_run), "--output", str(file))
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert f"program    {file}: images (N, 1, 28, 28) float32 to {outputs} (N, 10) float32\n" in said.out
+    assert "checked    on 512 test images" in said.out
     for size in (1, 3, 600):
         images = prepared(few_images, size)
-        (outputs,) = session.run(None, {given.name: images.numpy()})
         with torch.inference_mode():
-            torch.testing.assert_close(torch.from_numpy(outputs), model(images), rtol=0, atol=1e-4)
+            torch.testing.assert_close(run(file, images), model(images), rtol=0, atol=1e-4)
 
 
 def test_weights_are_exported_also_by_a_run_in_python(finished_run: Path, model: torch.nn.Module) -> None:
