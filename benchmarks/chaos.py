@@ -1,7 +1,7 @@
 """Check which failures a run survives.
 
     python benchmarks/chaos.py                                      # make chaos: an hour on two cores
-    python benchmarks/chaos.py --nodes drained                      # 14 minutes
+    python benchmarks/chaos.py --nodes drained --runs 1             # 7 minutes
 
 Guards resuming: a run that loses a worker, a node, its driver, a link or its storage ends with the weights of an
 undisturbed run, bit for bit.
