@@ -60,7 +60,7 @@ class GradientSync:
             self._share_buffers()
 
     def close(self) -> None:
-        """Stop: another form follows."""
+        """Remove the hooks: another form of adding up follows."""
 
     def _share_buffers(self) -> None:
         for buffer in self.model.buffers():
@@ -106,7 +106,7 @@ class Bucketed(GradientSync):
             super().finish()
 
     def close(self) -> None:
-        """Note no further moments."""
+        """Remove the hook."""
         self._noting.remove()
 
     def _note_call(self, *_: Any) -> None:

@@ -147,14 +147,14 @@ class Worker(Callback):
     def __post_init__(self) -> None:
         self._checkpointer = Checkpointer(self.spec.job, self.config, self.group, self.callbacks)
         opened = [split.open() if isinstance(split, RemoteSplit) else split for split in self.spec.validation]
-        # By the beginning of their figures' names.
+        # by how the names of their figures begin
         self._validation = {f"val_{split.name}_" if number else "val_": split for number, split in enumerate(opened)}
 
     def start(self, metrics: CheckpointMetrics, skipped: Sequence[str]) -> None:
-        """Report the start of training, from the checkpoint with these ``metrics``, and what a kill has lost.
+        """Report the start of training, and once more what the checkpoint has: a kill may have lost its events.
 
-        ``skipped``: the names of newer checkpoints, which are damaged. If a kill came before a sweep has recorded a
-        segment, its end is the checkpoint: raise StopWantedError.
+        ``metrics``: the checkpoint's. ``skipped``: the names of newer checkpoints, which are damaged. If a kill came
+        before a sweep has recorded a segment, its end is the checkpoint: raise StopWantedError.
         """
         self.watchdog.heartbeat()
         state = self.state
@@ -241,7 +241,8 @@ class Worker(Callback):
     def _validated(self, state: TrainingState, is_candidate: bool) -> dict[str, Any]:
         """Evaluate the model on the validation sets, each rank its part of them; return values for the metrics.
 
-        A run alone would not have a checkpoint that is no candidate: it must not be its best.
+        A checkpoint that is no candidate is saved only at the end of a sweep's segment. Outside of the sweep, the same
+        run would not have it, so it must not be the best one.
         """
         workload, start = self.spec.job.workload, time.perf_counter()
         values = dict[str, Any]()

@@ -53,7 +53,7 @@ class TrainingState:
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step that ends the trial's segment, or the training; the worker sets it
     learning_rate: float = math.nan  # of the last step, in the first parameter group
-    logged: dict[str, list[Tensor]] = field(default_factory=dict)  # outside of losses, since the last report
+    logged: dict[str, list[Tensor]] = field(default_factory=dict)  # by ``log`` outside of losses, in this step
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -108,7 +108,7 @@ def is_over(state: TrainingState, config: TrainConfig) -> bool:
 
 
 def has_stalled(state: TrainingState, config: TrainConfig) -> bool:
-    """Return whether early stopping ends the training: the last so many validations were no better than one before."""
+    """Return whether early stopping ends the training: too many validations in a row were no better than the best."""
     scores, patience = state.scores, config.early_stopping_patience
     return bool(scores) and patience is not None and len(scores) - scores.index(max(scores)) > patience
 
