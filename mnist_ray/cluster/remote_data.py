@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from mnist_ray.data.data import Split, as_streamed
+from mnist_ray.data.data import Split, as_streamed, set_name
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.workload.base import Workload
 
@@ -29,11 +29,9 @@ class RemoteSplit:
 
         Raises TrainingStoppedError if the number of loaded examples differs from the job's.
         """
-        origin, name = self.split.origin, self.split.name
-        if self.stored is not None:
-            examples = ray.get(self.stored)
-        else:
-            examples = as_streamed(self.workload.load_data().sets(origin)[name])
+        is_stored, origin = self.stored is not None, self.split.origin
+        part = set_name(origin, self.split.name)
+        examples = ray.get(self.stored) if is_stored else as_streamed(self.workload.load_data().parts[part])
         if len(examples) != self.whole_size:
             differ = f"load_data has {len(examples):,} {origin} examples here, {self.whole_size:,} in the job"
             raise TrainingStoppedError(f"{differ}; it must return the same in every process")

@@ -189,21 +189,27 @@ class Data:
     """Called on the input of each example that is trained on, not of those that are held out from ``train``."""
     transform: Transform | None = None  # called on the input of every example, after ``train_transform``
 
-    def sets(self, origin: Origin) -> dict[str, Any]:
-        """Return the sets of a field by name; a single one is called ''."""
-        examples = getattr(self, origin)
-        return {**examples} if isinstance(examples, Mapping) else {"": examples}
+    @property
+    def validation_sets(self) -> dict[str, Any]:
+        """The validation sets by name; a single one is called ''."""
+        if self.validation is None:
+            return {}
+        return {**self.validation} if isinstance(self.validation, Mapping) else {"": self.validation}
 
     @property
     def parts(self) -> dict[str, Any]:
         """All sets that there are, by their names in messages, such as ``train`` or ``validation shifted``."""
-        validation = {f"validation {name}".rstrip(): examples for name, examples in self.sets("validation").items()}
-        every = {"train": self.train, **validation, "test": self.test}
-        return {name: examples for name, examples in every.items() if examples is not None or name == "train"}
+        validation = {set_name("validation", name): examples for name, examples in self.validation_sets.items()}
+        return {"train": self.train, **validation, **({} if self.test is None else {"test": self.test})}
 
 
 Origin = Literal["train", "validation", "test"]
 Evaluated = Literal["test", "val"]
+
+
+def set_name(origin: Origin, name: str = "") -> str:
+    """Return what messages call a set of a field of ``Data``, such as ``validation shifted``."""
+    return f"{origin} {name}".rstrip()
 
 
 @dataclass(frozen=True, eq=False)

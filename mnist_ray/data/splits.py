@@ -59,8 +59,8 @@ def _held_out(data: Data, validation_size: int | None, fold: Fold | None) -> Spl
     if validation_size == 0:
         return Splits(name, train, train.take(slice(0)), test, data.files)
     if data.validation is not None and validation_size is None:
-        sets = data.sets("validation").items()
-        validation, *others = (Split(examples, origin="validation", name=own) for own, examples in sets)
+        sets = [Split(examples, origin="validation", name=own) for own, examples in data.validation_sets.items()]
+        validation, *others = sets
         return Splits(name, train, validation, test, data.files, others=others)
     if train.is_stream:
         raise UsageError("--validation-size: nothing can be held out from a stream", fix="give Data.validation instead")

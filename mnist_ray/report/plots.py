@@ -12,7 +12,7 @@ from mnist_ray.report.run_files import DONE, STOPPED, WAITING, Run, merged
 from mnist_ray.text import in_words
 from mnist_ray.workload.base import Picture
 from mnist_ray.workload.drawing import new_plot, plain, png_of
-from mnist_ray.workload.figures import Figure, Metric, formatted
+from mnist_ray.workload.figures import Figure, Metric, formatted, of_first_set
 
 _MIN_POINTS = 30  # of a curve: each is the mean over the steps since the one before
 _STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -26,9 +26,9 @@ def of_metric(record: Run, metric: Metric) -> list[Picture]:
     """Plot a metric in training and validation."""
     columns = {"training": f"train_{metric.name}", "validation": f"val_{metric.name}"}
     for figure in record.logged:
-        of_set = figure.name.removeprefix("val_").removesuffix(f"_{metric.name}")
-        if "validation" in figure.at and f"val_{of_set}_{metric.name}" == figure.name:
-            columns[of_set] = figure.name
+        first = of_first_set(figure.name, record.workload.all_figures) if "validation" in figure.at else None
+        if first is not None and first.name == columns["validation"]:
+            columns[figure.label.removesuffix(f" {in_words(metric.name)}")] = figure.name
     return _curves(record, metric.name, metric.name, metric.form, columns)
 
 

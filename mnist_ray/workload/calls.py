@@ -119,9 +119,10 @@ def _checked_data(workload: Workload, data: object) -> Data:
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
     train, files = as_streamed(data.train), tuple(data.files)
-    sets = data.sets("validation")
+    sets = data.validation_sets
     metrics = [metric.name for metric in workload.all_metrics]
-    if isinstance(data.validation, Mapping) and not (sets and all(re.fullmatch(r"\w+", of_set) for of_set in sets)):
+    are_named = bool(sets) and all(isinstance(of_set, str) and re.fullmatch(r"\w+", of_set) for of_set in sets)
+    if isinstance(data.validation, Mapping) and not are_named:
         raise UsageError(f"{name}.load_data: validation: name each set with letters, digits and _")
     if taken := {f"{of_set}_{metric}" for of_set in sets for metric in metrics}.intersection(metrics):
         raise UsageError(f"{name}.load_data: validation: another metric is called {taken.pop()}; rename the set")

@@ -70,12 +70,17 @@ def logged_figures(names: Iterable[str], known: Iterable[Figure]) -> list[Figure
 
 
 def _logged(name: str, known: Iterable[Figure]) -> Figure:
-    label = name.replace("_", " ")
     if not name.startswith("val_"):
-        return Figure(name, ("step", "epoch"), "mean", label=label)
-    forms = {figure.name.removeprefix("val"): figure.form for figure in known if "validation" in figure.at}
-    ending = max(filter(name.endswith, forms), key=len, default="")
-    return Figure(name, ("validation",), "mean", forms.get(ending, "number"), label.replace("val", "validation", 1))
+        return Figure(name, ("step", "epoch"), "mean", label=name.replace("_", " "))
+    first = of_first_set(name, known)
+    label = name.replace("val", "validation", 1).replace("_", " ")
+    return Figure(name, ("validation",), "mean", first.form if first else "number", label)
+
+
+def of_first_set(name: str, known: Iterable[Figure]) -> Figure | None:
+    """Return the same metric's figure on the first validation set, for a name such as ``val_shifted_accuracy``."""
+    fitting = (one for one in known if "validation" in one.at and name.endswith(one.name.removeprefix("val")))
+    return max(fitting, key=lambda one: len(one.name), default=None)
 
 
 IN_WORDS = {"test": "test", "val": "validation"}  # the set that a trained model is evaluated on

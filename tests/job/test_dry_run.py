@@ -497,6 +497,11 @@ MISTAKES = [  # "[…]" stands for what depends on versions
      "Wrong.load_data: validation: name each set with letters, digits and _"),
     ("def load_data(self): return Data(examples(3), validation={})",
      "Wrong.load_data: validation: name each set with letters, digits and _"),
+    ("def load_data(self): return Data(examples(3), validation={1: examples(3)})",
+     "Wrong.load_data: validation: name each set with letters, digits and _"),
+    ("def load_data(self): return Data(examples(3), validation={'clean': None})",
+     "Wrong.load_data: validation clean is of type NoneType, neither Arrays(inputs, targets) nor a Dataset with a"
+     " length"),
     ("def load_data(self): return Data(examples(3), validation={'clean': examples(3), 'few': examples(0)})",
      "Wrong.load_data: validation few holds no examples"),
     ("def load_data(self): return Data(examples(3), Stream())",

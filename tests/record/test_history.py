@@ -13,7 +13,7 @@ from mnist_ray.report.run_files import merged, read_csv, read_numbers
 from mnist_ray.schema import STEPS_FILE
 from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
-from mnist_ray.workload.figures import Figure
+from mnist_ray.workload.figures import Figure, logged_figures
 from tests.conftest import mnist
 
 
@@ -150,6 +150,17 @@ def test_a_name_that_is_logged_late_begins_its_column_late_also_in_a_resumed_run
     again.add(started(1))
     again.add(replace(finished(2), last=replace(finished(2).last, logged={"kl": 0.125, "penalty": 2.0})))
     assert columns(run, "epoch", "kl", "penalty") == [("1", "0.375", ""), ("2", "0.125", "2.0")]
+
+
+def test_a_figure_of_a_further_validation_set_has_the_form_of_the_longest_metric_that_its_name_ends_with() -> None:
+    known = [*mnist().all_figures, Figure("val_top_accuracy", ("validation",), "mean", "number")]
+    found = logged_figures(["val_far_accuracy", "val_far_top_accuracy", "val_far_loss", "mine"], known)
+    assert [(figure.form, figure.at) for figure in found] == [
+        ("fraction", ("validation",)),
+        ("number", ("validation",)),
+        ("number", ("validation",)),
+        ("number", ("step", "epoch")),
+    ]
 
 
 def test_a_row_of_merged_steps_leaves_out_what_is_not_known() -> None:
